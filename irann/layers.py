@@ -1,0 +1,160 @@
+"""What the Transformers of this book share: one block, its attention, its norms, rotary positions.
+
+The block is GPT-2's (Radford et al. 2019): norm, attention, add; norm, MLP, add. Its options are the ingredients that
+later work found to train faster; each is named here with its source, and each is off by default.
+"""
+
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .core.attention import causal_mask, merge_heads
+
+ACTIVATIONS = {
+    "gelu": F.gelu,  # GPT-2 as nanoGPT has it: the exact one, with erf
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2 as first published
+    "squared_relu": lambda x: F.relu(x).square(),  # So et al. 2021, "Primer" (arXiv 2109.08668)
+}
+
+
+def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) -> nn.Module:
+    """A norm over the last axis: `layer` with gain (and bias), `plain` LayerNorm without either, or `rms` with gain."""
+    if kind == "layer":
+        return nn.LayerNorm(width, eps=eps, bias=bias)
+    if kind == "plain":
+        return nn.LayerNorm(width, eps=eps, elementwise_affine=False)
+    if kind == "rms":
+        return nn.RMSNorm(width, eps=eps)
+    raise ValueError(f"norm is one of layer, plain, rms; got {kind!r}")
+
+
+def rotary_table(t: int, c: int, base: float = 10_000.0) -> Tensor:
+    """-> (2 t c/2): cosine and sine by which each pair of channels turns at each place.
+
+    Su et al. 2021 (arXiv 2104.09864), eq. 15: pair j turns by place * base^(-2j/c).
+    """
+    if c % 2:
+        raise ValueError(f"rotary positions turn channels in pairs; a head of {c} channels has one left over")
+    angle = torch.arange(t).double()[:, None] * base ** (-torch.arange(0, c, 2).double() / c)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """(... t c), (2 t c/2) -> (... t c): turn every pair of channels by its place's angle (same paper, eq. 34).
+
+    The first half of the channels pairs with the second half. Scores of rotated q and k depend on distance alone.
+    """
+    cos, sin = table.to(x.dtype)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Attention(nn.Module):
+    """Multi-head attention over (b t d), with the keys and values of what was read before.
+
+    The mean itself is torch's fused form of `core.attention.attention`; a test holds the two equal.
+    """
+
+    def __init__(self, width: int, heads: int, *, causal=True, qk_norm=False, bias=True, dropout=0.0):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"a width of {width} cannot be cut into {heads} equal heads")
+        self.heads, self.causal, self.qk_norm, self.dropout = heads, causal, qk_norm, dropout
+        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.qkv.stacked = 3  # three matrices on top of each other; Muon treats each on its own
+        self.out = nn.Linear(width, width, bias=bias)
+
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, turn: Tensor | None = None):
+        """(b t d), past k and v (b h s c), turn (2 t c/2) -> (b t d), k and v of past and present.
+
+        QK-norm scales each q and k to unit mean square (Henry et al. 2020, arXiv 2010.04245) so that scores cannot blow up.
+        """
+        qk_v = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
+        qk, v = qk_v[:2], qk_v[2]
+        if self.qk_norm:
+            qk = F.rms_norm(qk, (qk.shape[-1],))
+        if turn is not None:
+            qk = rotate(qk, turn)
+        q, k = qk
+        if past is not None:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        t, s = q.shape[2], k.shape[2]
+        mask = causal_mask(t, s, x.device) if self.causal and 1 < t < s else None  # one new place may look at everything
+        y = F.scaled_dot_product_attention(
+            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal and t == s > 1
+        )
+        return self.out(merge_heads(y)), (k, v)
+
+
+class MLP(nn.Module):
+    """(b t d) -> (b t d): widen, bend, narrow; each place on its own."""
+
+    def __init__(self, width: int, *, inner: int | None = None, activation="gelu", bias=True):
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        self.activation = activation
+        self.up = nn.Linear(width, inner or 4 * width, bias=bias)
+        self.out = nn.Linear(inner or 4 * width, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(ACTIVATIONS[self.activation](self.up(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)): the pre-norm block of GPT-2."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        causal: bool = True,
+        inner: int | None = None,
+        norm: str = "layer",
+        eps: float = 1e-5,
+        qk_norm: bool = False,
+        activation: str = "gelu",
+        bias: bool = True,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.norm_attention = make_norm(norm, width, bias=bias, eps=eps)
+        self.attention = Attention(width, heads, causal=causal, qk_norm=qk_norm, bias=bias, dropout=attention_dropout)
+        self.norm_mlp = make_norm(norm, width, bias=bias, eps=eps)
+        self.mlp = MLP(width, inner=inner, activation=activation, bias=bias)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, past=None, turn: Tensor | None = None):
+        """(b t d) -> (b t d), and the keys and values for next time."""
+        y, past = self.attention(self.norm_attention(x), past, turn)
+        x = x + self.dropout(y)
+        return x + self.dropout(self.mlp(self.norm_mlp(x))), past
+
+
+def init_gpt2(model: nn.Module, layers: int) -> None:
+    """Normal with deviation 0.02, biases zero; what adds to the residual stream is smaller by sqrt(2 layers) (GPT-2, section 2.3)."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            residual = name.endswith(".out")
+            nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+
+def init_fan_in(model: nn.Module) -> None:
+    """Normal with deviation 1/sqrt(fan in); what adds to the residual stream starts at zero, so each block starts as the identity."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            if name.endswith(".out"):
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
