@@ -5,6 +5,7 @@ later work found to train faster; each is named here with its source, and each i
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -31,15 +32,16 @@ def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) ->
     raise ValueError(f"norm is one of layer, plain, rms; got {kind!r}")
 
 
-def rotary_table(t: int, c: int, base: float = 10_000.0) -> Tensor:
-    """-> (2 t c/2): cosine and sine by which each pair of channels turns at each place.
+@lru_cache(maxsize=32)
+def rotary_table(t: int, c: int, dtype=torch.float32, device=None, base: float = 10_000.0) -> Tensor:
+    """-> (2 t c/2): cosine and sine by which each pair of channels turns at each place; computed in float64, then cast.
 
-    Su et al. 2021 (arXiv 2104.09864), eq. 15: pair j turns by place * base^(-2j/c).
+    Su et al. 2021 (arXiv 2104.09864), eq. 15: pair j turns by place * base^(-2j/c). Raises ValueError for an odd c.
     """
     if c % 2:
         raise ValueError(f"rotary positions turn channels in pairs; a head of {c} channels has one left over")
     angle = torch.arange(t).double()[:, None] * base ** (-torch.arange(0, c, 2).double() / c)
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    return torch.stack([angle.cos(), angle.sin()]).to(device, dtype)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -47,7 +49,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     The first half of the channels pairs with the second half. Scores of rotated q and k depend on distance alone.
     """
-    cos, sin = table.to(x.dtype)
+    cos, sin = table
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 

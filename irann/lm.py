@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class LanguageModel(nn.Module):
     """
 
     exact = True
-    settings: dict[str, Setting] = {}
+    settings: ClassVar[dict[str, Setting]] = {}
 
     def __init__(self, config):
         super().__init__()

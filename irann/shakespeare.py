@@ -101,7 +101,8 @@ def download(url: str = URL) -> bytes:
         except ValueError:
             raise CorpusError(f"{url} answered with something else than tiny-shakespeare (its SHA-256 differs); {WAYS_OUT}") from None
         except Exception as error:  # requests has many ways to say that there is no network
-            raise CorpusError(f"tiny-shakespeare is not on this machine and {url} cannot be reached ({type(error).__name__}); {WAYS_OUT}") from None
+            reason = f"tiny-shakespeare is not on this machine and {url} cannot be reached ({type(error).__name__})"
+            raise CorpusError(f"{reason}; {WAYS_OUT}") from None
         return Path(path).read_bytes()
 
 

@@ -62,7 +62,7 @@ class Text:
     sha256: str = ""
 
     @classmethod
-    def of(cls, text: str, *, vocabulary: Vocabulary | None = None, split: float = 0.9, source: str = "a string", sha256: str = "") -> "Text":
+    def of(cls, text: str, *, vocabulary: Vocabulary | None = None, split=0.9, source="a string", sha256="") -> "Text":
         """Cut a string into a training part (the first `split` of it) and a validation part (the rest)."""
         vocabulary = vocabulary or Vocabulary(text)
         ids = encode_fast(text, vocabulary)

@@ -15,7 +15,7 @@ option of its own:
 | init="fan_in"               | deviation 0.02        | signals keep their size; each block starts as the identity       |
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +58,8 @@ class GPTConfig:
     @classmethod
     def fast(cls, **sizes) -> "GPTConfig":
         """The options of the table above, all at once."""
-        options = dict(positions="rotary", qk_norm=True, activation="squared_relu", norm="plain", bias=False, tied=False, init="fan_in")
-        return cls(**options | sizes)
+        modern = cls(positions="rotary", qk_norm=True, activation="squared_relu", norm="plain", bias=False, tied=False, init="fan_in")
+        return replace(modern, **sizes)
 
 
 class GPT(Reader):
@@ -71,8 +71,6 @@ class GPT(Reader):
         self.embed = nn.Embedding(c.vocabulary, c.width)
         if c.positions == "learned":
             self.place = nn.Embedding(c.window, c.width)
-        else:
-            self.register_buffer("turn", rotary_table(c.window, c.width // c.heads), persistent=False)
         self.dropout = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -111,7 +109,7 @@ class GPT(Reader):
         if self.config.positions == "learned":
             x = x + self.place.weight[start:end]
         else:
-            turn = self.turn[:, start:end]
+            turn = rotary_table(self.config.window, self.config.width // self.config.heads, x.dtype, x.device)[:, start:end]
         x = self.dropout(x)
         state = []
         for block, kv in zip(self.blocks, past, strict=True):

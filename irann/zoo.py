@@ -1,0 +1,197 @@
+"""The models of this book: the one list of their names, classes, sizes, recipes, and where their weights are.
+
+Nothing else names them all. A new model is one more entry here; trainer, chat, benchmark and command line then have it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from . import checkpoint
+from .checkpoint import CheckpointError, Snapshot
+from .lm import LanguageModel
+from .models.gpt import GPT, GPTConfig
+from .text import Vocabulary
+from .train import Recipe
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model: its class, its config, and by recipe's name a pair of config and recipe; `about` is one line."""
+
+    model: type[LanguageModel]
+    config: type
+    about: str
+    recipes: dict[str, tuple[object, Recipe]]
+
+
+MODELS: dict[str, Entry] = {
+    "gpt": Entry(
+        GPT,
+        GPTConfig,
+        "decoder-only Transformer; attention",
+        {
+            "demo": (
+                GPTConfig.fast(window=128, layers=4, heads=2, width=128),
+                Recipe(steps=600, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02),
+            ),
+            "full": (
+                GPTConfig.fast(window=256, layers=4, heads=3, width=192, dropout=0.15),
+                Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+            ),
+        },
+    ),
+}
+
+
+def entry(name: str) -> Entry:
+    """-> the entry of a model. Raises ValueError that lists the names there are."""
+    if name not in MODELS:
+        raise ValueError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def recipe(name: str, which: str = "demo", **changes) -> tuple[object, Recipe]:
+    """-> config and recipe of a model, with fields of either replaced. Raises ValueError for a name or value that is none.
+
+    Values may be strings, as from a command line; they are read as the type of what they replace.
+    """
+    recipes = entry(name).recipes
+    if which not in recipes:
+        raise ValueError(f"there is no recipe {which!r} for {name}; there are {', '.join(recipes)}")
+    pair = list(recipes[which])
+    for field, value in changes.items():
+        owners = [i for i in (0, 1) if field in {f.name for f in dataclasses.fields(pair[i])}]
+        if not owners:
+            known = sorted(f.name for part in pair for f in dataclasses.fields(part))
+            raise ValueError(f"{field} is nothing that can be set; there are {', '.join(known)}")
+        for i in owners:
+            pair[i] = dataclasses.replace(pair[i], **{field: _read(field, value, getattr(pair[i], field))})
+    return pair[0], pair[1]
+
+
+def _read(field: str, value, current):
+    """A value, perhaps as text -> the type of the current one."""
+    if current is None or isinstance(current, (tuple, list)):
+        try:
+            value = json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            raise ValueError(f"{field} takes a number, a list or null; got {value!r}") from None
+        return tuple(value) if isinstance(value, list) else value
+    if isinstance(current, bool):
+        spoken = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+        if str(value).lower() in spoken:
+            return spoken[str(value).lower()]
+        raise ValueError(f"{field} is true or false; got {value!r}")
+    kinds = {int: "a whole number", float: "a number", str: "a word"}
+    try:
+        read = type(current)(value)
+        if isinstance(current, int) and read != float(value):
+            raise ValueError
+        return read
+    except (TypeError, ValueError):
+        raise ValueError(f"{field} is {kinds.get(type(current), type(current).__name__)}; got {value!r}") from None
+
+
+def build(name: str, config=None, *, seed: int = 1337) -> LanguageModel:
+    """-> a new model with weights drawn from `seed`; torch's global generator is left as it was."""
+    config = config if config is not None else entry(name).recipes["demo"][0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return entry(name).model(config)
+
+
+def load(name: str | Path, *, device: str | torch.device = "cpu", say: Callable[[str], None] | None = None) -> LanguageModel:
+    """A model's name, a run directory or a checkpoint -> the trained model, in eval mode, with its `vocabulary` and `card`.
+
+    A name finds the weights that come with this package, else the newest run under runs/. Of a run, the best checkpoint by
+    validation loss is taken; `say` hears of checkpoints that had to be skipped.
+    Raises CheckpointError with the reason, ValueError for a name that is neither.
+    """
+    path = Path(name)
+    if str(name) in shipped():
+        model = _load_shipped(str(name))
+    elif str(name) in MODELS:
+        model = _load_run(newest_run(str(name)), say)
+    elif (path / "checkpoints").is_dir():
+        model = _load_run(path, say)
+    elif path.exists():
+        model = restore(checkpoint.load(path), path)
+    else:
+        raise ValueError(f"{str(name)!r} is neither a model ({', '.join(MODELS)}) nor a run or checkpoint on this disk")
+    return model.to(device).eval()
+
+
+def shipped() -> list[str]:
+    """-> the names whose weights come with the package."""
+    return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+
+
+def newest_run(name: str, runs: str | Path = "runs") -> Path:
+    """-> the run of this model under `runs` that saved last. Raises CheckpointError that says how to train one."""
+    kind = entry(name).model.__name__
+    found = []
+    for folder in Path(runs).glob("*"):
+        for saved in checkpoint.listed(folder)[:1]:
+            try:
+                if json.loads((saved / "config.json").read_bytes())["model"] == kind:
+                    found.append((saved.stat().st_mtime, folder))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+    if not found:
+        raise CheckpointError(f"there are no trained weights for {name} yet; train some with: irann train {name} --recipe demo")
+    return max(found)[1]
+
+
+def restore(saved: Snapshot, path: Path) -> LanguageModel:
+    """A snapshot -> its model, with averaged weights where it has them. Raises CheckpointError if it cannot be built."""
+    kinds = {e.model.__name__: e for e in MODELS.values()}
+    kind = saved.config.get("model")
+    if kind not in kinds:
+        raise CheckpointError(f"{path} holds a {kind!r}; this irann knows {', '.join(kinds)}")
+    weights = dict(saved.model)
+    weights |= {name.removeprefix("average."): w for name, w in saved.optimizer.items() if name.startswith("average.")}
+    card = {k: saved.config.get(k) for k in ("model", "config", "recipe", "step", "characters", "seconds", "validation", "exact")}
+    return _assemble(kinds[kind], saved.config.get("config"), weights, saved.vocabulary, card, path)
+
+
+def _assemble(entry: Entry, config, weights, characters: str, card: dict, path) -> LanguageModel:
+    try:
+        fields = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        model = entry.model(entry.config(**fields))
+        model.load_state_dict(weights)
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{path} does not fit this irann's {entry.model.__name__}: {error}") from None
+    if len(characters) != model.config.vocabulary:
+        raise CheckpointError(
+            f"{path} has {len(characters)} characters in its vocabulary, its model was made for {model.config.vocabulary}"
+        )
+    model.vocabulary, model.card = Vocabulary(characters), card
+    return model
+
+
+def _load_run(run: Path, say) -> LanguageModel:
+    folder, saved, skipped = checkpoint.best(run)
+    for reason in skipped:
+        if say:
+            say(f"skipped: {reason}")
+    return restore(saved, folder)
+
+
+def _load_shipped(name: str) -> LanguageModel:
+    path, card_path = WEIGHTS / f"{name}.safetensors", WEIGHTS / f"{name}.json"
+    try:
+        card = json.loads(card_path.read_bytes())
+        checkpoint.check_file(path, card["sha256"])
+        weights = {key: tensor.float() for key, tensor in load_file(path).items()}
+        kind = {e.model.__name__: e for e in MODELS.values()}[card["model"]]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"the weights of {name} that came with this package cannot be used ({error}); install irann again") from None
+    return _assemble(kind, card["config"], weights, card["characters_in_order"], card, path)
