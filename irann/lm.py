@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .text import Vocabulary
+
 
 @dataclass(frozen=True)
 class Draft:
@@ -226,3 +228,36 @@ def evaluating(model: nn.Module):
     finally:
         if training:
             model.train()
+
+
+def generate(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None = None, **settings) -> str:
+    """Text in, text out: the prompt and `n` more characters by a model that has its `vocabulary`.
+
+    `settings` are temperature, top_k, top_p and what the model itself offers. With a `seed` the text is always the same.
+    Raises ValueError for characters outside the vocabulary and for settings out of range.
+    """
+    draft = None
+    for draft in stream(model, prompt, n, seed=seed, **settings):
+        pass
+    return model.vocabulary.decode(draft.ids[0])
+
+
+def stream(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None = None, **settings) -> Iterator[Draft]:
+    """Text in, drafts out: the same, while it is being written. An empty prompt is read as a newline."""
+    if not isinstance(getattr(model, "vocabulary", None), Vocabulary):
+        raise ValueError("this model has no vocabulary yet: load or train it, or set model.vocabulary")
+    settings = check_settings(model, settings)
+    generator = None
+    if seed is not None:
+        generator = torch.Generator(model.device).manual_seed(Setting(0, "seed", low=0).check("seed", seed))
+    ids = model.vocabulary.encode(prompt or ("\n" if "\n" in model.vocabulary.characters else model.vocabulary.characters[0]))
+    return model.generate(ids[None], n, generator=generator, **settings)
+
+
+def check_settings(model: LanguageModel, settings: dict) -> dict:
+    """-> the settings, each in its type. Raises ValueError that names one this model does not have, or one out of range."""
+    known = SAMPLING | model.settings
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{type(model).__name__} has no setting {name!r}; it has {', '.join(known)}")
+    return {name: known[name].check(name, value) if value is not None else None for name, value in settings.items()}

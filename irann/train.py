@@ -106,6 +106,7 @@ class Tick:
     seconds: float
     chars_per_second: float
     gradient: float = 0.0  # norm, before clipping
+    characters: int = 0  # trained on so far
     validation: float | None = None  # nats per character, where it was measured
     saved: Path | None = None
     interrupted: int = 0  # the signal that ends training after this step
@@ -279,7 +280,11 @@ class Trainer:
         self.speed = speed if not self.speed else 0.95 * self.speed + 0.05 * speed
         self.seconds += spent
         self.midstep = False
-        return Tick(self.step, loss, parts, recipe.lr * rate, self.seconds, self.speed, gradient)
+        return Tick(self.step, loss, parts, recipe.lr * rate, self.seconds, self.speed, gradient, self.characters)
+
+    @property
+    def characters(self) -> int:
+        return self.step * self.recipe.batch * self.model.config.window
 
     def validate(self) -> float:
         """-> nats per character over the whole validation part, with the averaged weights if the recipe keeps them."""
@@ -325,7 +330,7 @@ class Trainer:
             "config": dataclasses.asdict(self.model.config),
             "recipe": dataclasses.asdict(self.recipe),
             "step": self.step,
-            "characters": self.step * self.recipe.batch * self.model.config.window,
+            "characters": self.characters,
             "seconds": self.seconds,
             "validation": self.validation,
             "exact": self.model.exact,
