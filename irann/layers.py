@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core.attention import causal_mask, merge_heads
+from .core.attention import causal_mask, merge_heads, weights
 
 ACTIVATIONS = {
     "gelu": F.gelu,  # GPT-2 as nanoGPT has it: the exact one, with erf
@@ -74,13 +74,7 @@ class Attention(nn.Module):
 
         QK-norm scales each q and k to unit mean square (Henry et al. 2020, arXiv 2010.04245) so that scores cannot blow up.
         """
-        qk_v = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
-        qk, v = qk_v[:2], qk_v[2]
-        if self.qk_norm:
-            qk = F.rms_norm(qk, (qk.shape[-1],))
-        if turn is not None:
-            qk = rotate(qk, turn)
-        q, k = qk
+        q, k, v = self.project(x, turn)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         t, s = q.shape[2], k.shape[2]
@@ -89,6 +83,21 @@ class Attention(nn.Module):
             q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal and t == s > 1
         )
         return self.out(merge_heads(y)), (k, v)
+
+    def project(self, x: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(b t d) -> q, k, v (b h t c), normed and turned as the options say."""
+        qkv = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
+        qk, v = qkv[:2], qkv[2]  # q and k go through norm and turn together
+        if self.qk_norm:
+            qk = F.rms_norm(qk, (qk.shape[-1],))
+        if turn is not None:
+            qk = rotate(qk, turn)
+        return qk[0], qk[1], v
+
+    def look(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
+        """(b t d) -> (b h t s): the weights that `forward` averages with, to look at."""
+        q, k, _ = self.project(x, turn)
+        return weights(q, k, causal=self.causal)
 
 
 class MLP(nn.Module):

@@ -96,6 +96,10 @@ class LanguageModel(nn.Module):
         """(b t) -> drafts; the last one holds the prompt and `n` more characters, all settled."""
         raise NotImplementedError
 
+    def inside(self, ids: Tensor) -> dict[str, Tensor]:
+        """(1 t) -> what this model has to show about each character of a text, by name: (t) numbers, or (... t s) maps."""
+        return {}
+
     def check_ids(self, ids: Tensor) -> Tensor:
         """-> ids, or a ValueError that says why they are not characters of this model."""
         if ids.ndim != 2 or ids.is_floating_point():
@@ -236,10 +240,8 @@ def generate(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | Non
     `settings` are temperature, top_k, top_p and what the model itself offers. With a `seed` the text is always the same.
     Raises ValueError for characters outside the vocabulary and for settings out of range.
     """
-    draft = None
-    for draft in stream(model, prompt, n, seed=seed, **settings):
-        pass
-    return model.vocabulary.decode(draft.ids[0])
+    *_, last = stream(model, prompt, n, seed=seed, **settings)
+    return model.vocabulary.decode(last.ids[0])
 
 
 def stream(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None = None, **settings) -> Iterator[Draft]:

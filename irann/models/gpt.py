@@ -101,21 +101,33 @@ class GPT(Reader):
         are computed, and they look back at the remembered keys. Raises ValueError when state and ids outgrow the window.
         """
         past = state or [None] * len(self.blocks)
-        start = past[0][0].shape[2] if state else 0
-        end = start + ids.shape[1]
-        if end > self.config.window:
-            raise ValueError(f"the window holds {self.config.window} characters; got {ids.shape[1]} after {start}: read the last ones only")
-        x, turn = self.embed(ids), None
-        if self.config.positions == "learned":
-            x = x + self.place.weight[start:end]
-        else:
-            turn = rotary_table(self.config.window, self.config.width // self.config.heads, x.dtype, x.device)[:, start:end]
-        x = self.dropout(x)
+        x, turn = self.enter(ids, past[0][0].shape[2] if state else 0)
         state = []
         for block, kv in zip(self.blocks, past, strict=True):
             x, kv = block(x, kv, turn)
             state.append(kv)
         return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight), state
+
+    def enter(self, ids: Tensor, start: int = 0) -> tuple[Tensor, Tensor | None]:
+        """(b t) at places from `start` on -> the residual stream (b t d), and the rotary table of these places if there is one."""
+        end = start + ids.shape[1]
+        if end > self.config.window:
+            raise ValueError(f"the window holds {self.config.window} characters; got {ids.shape[1]} after {start}: read the last ones only")
+        x = self.embed(ids)
+        if self.config.positions == "learned":
+            return self.dropout(x + self.place.weight[start:end]), None
+        table = rotary_table(self.config.window, self.config.width // self.config.heads, x.dtype, x.device)
+        return self.dropout(x), table[:, start:end]
+
+    @torch.no_grad()
+    def inside(self, ids: Tensor) -> dict[str, Tensor]:
+        """(1 t) -> `attention` (layers h t s): where each place looks, in every layer and head."""
+        x, turn = self.enter(ids)
+        maps = []
+        for block in self.blocks:
+            maps.append(block.attention.look(block.norm_attention(x), turn)[0])
+            x, _ = block(x, None, turn)
+        return {"attention": torch.stack(maps)}
 
     @classmethod
     def from_transformers(cls, source) -> "GPT":
