@@ -1,0 +1,243 @@
+"""Mamba: a left-to-right model whose whole past fits into a state of fixed size.
+
+Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752), section 3.4
+and figure 3; the scan itself is `irann.core.scan`. With its defaults the model computes exactly what transformers'
+`MambaForCausalLM` computes. Every block is the same, there is no attention, no MLP and no notion of position:
+
+    norm -> widen -> short convolution -> SiLU -> selective scan -> gate -> narrow -> add
+
+| part        | shape              | what it decides                                                              |
+|-------------|--------------------|------------------------------------------------------------------------------|
+| widen       | d -> 2 e           | the signal and its gate                                                      |
+| convolution | e, 4 places        | what the last few characters say together                                    |
+| choose      | e -> rank + 2 n    | from each character: how fast to forget, B what to write, C what to read     |
+| pace        | rank -> e          | delta, the step size of each channel; softplus keeps it positive             |
+| log_A       | e n                | A = -exp(log_A): each channel forgets at n different rates                   |
+| D           | e                  | what passes by the state                                                     |
+| out         | e -> d             | back into the stream                                                         |
+
+Ours beside the paper: `init="fan_in"` and `tied=False`, as in this book's other models; dropout.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.scan import selective_scan, step
+from ..layers import init_fan_in, make_norm
+from ..lm import PIECE, Reader
+
+ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Sizes and options; the defaults are the paper's choices at a size for two CPU cores. `window` matters in training only."""
+
+    vocabulary: int = 65
+    window: int = 256
+    layers: int = 4
+    width: int = 128
+    inner: int | None = None  # e; None: twice the width
+    state: int = 16  # n
+    taps: int = 4  # places the convolution looks at
+    rank: int | None = None  # of delta; None: a sixteenth of the width, rounded up
+    dropout: float = 0.0
+    bias: bool = False
+    convolution_bias: bool = True
+    activation: str = "silu"
+    eps: float = 1e-5
+    tied: bool = True
+    init: str = "mamba"
+
+    def __post_init__(self):
+        for name in ("vocabulary", "window", "layers", "width", "inner", "state", "taps", "rank"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} is a whole number from 1 up; got {getattr(self, name)!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
+        if self.init not in ("mamba", "fan_in"):
+            raise ValueError(f"init is one of mamba, fan_in; got {self.init!r}")
+
+    @classmethod
+    def fast(cls, **sizes) -> "MambaConfig":
+        """The options that train better at this size, all at once."""
+        return replace(cls(tied=False, init="fan_in"), **sizes)
+
+
+class Memory(NamedTuple):
+    """All that a layer remembers, whatever was read: the inputs its convolution still needs, its state, its last pace."""
+
+    tail: Tensor  # (b taps-1 e)
+    h: Tensor  # (b e n)
+    delta: Tensor  # (b e)
+
+
+class Mixer(nn.Module):
+    """The selective state space between its gate and its convolution."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        c = config
+        self.inner, self.state, self.rank = c.inner or 2 * c.width, c.state, c.rank or math.ceil(c.width / 16)
+        self.activation = ACTIVATIONS[c.activation]
+        self.widen = nn.Linear(c.width, 2 * self.inner, bias=c.bias)
+        self.widen.stacked = 2  # two matrices on top of each other; Muon treats each on its own
+        self.convolution = nn.Conv1d(self.inner, self.inner, c.taps, groups=self.inner, bias=c.convolution_bias)
+        self.choose = nn.Linear(self.inner, self.rank + 2 * c.state, bias=False)
+        self.pace = nn.Linear(self.rank, self.inner)
+        self.log_A = nn.Parameter(torch.arange(1.0, c.state + 1).log().repeat(self.inner, 1))  # A = -1, -2, ..., -n: S4D-real
+        self.D = nn.Parameter(torch.ones(self.inner))
+        self.log_A.no_decay = self.D.no_decay = True
+        self.out = nn.Linear(self.inner, c.width, bias=c.bias)
+
+    @torch.no_grad()
+    def init_pace(self, low: float = 1e-3, high: float = 0.1):
+        """delta starts log-uniform in [low, high] (section 3.6): some channels count single characters, some whole lines."""
+        nn.init.uniform_(self.pace.weight, -(self.rank**-0.5), self.rank**-0.5)
+        delta = torch.empty_like(self.pace.bias).uniform_(math.log(low), math.log(high)).exp()
+        self.pace.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """(b t d) -> (b t d), and what to remember."""
+        x, gate = self.widen(x).chunk(2, -1)
+        if memory is None:
+            tail = x.new_zeros(len(x), self.convolution.kernel_size[0] - 1, self.inner)
+            memory = Memory(tail, x.new_zeros(len(x), self.inner, self.state), None)
+        x = torch.cat([memory.tail, x], 1)
+        tail = x[:, x.shape[1] - memory.tail.shape[1] :].clone()  # a copy, or the view would keep the whole text alive
+        x = self.activation(self.convolution(x.mT).mT)
+        delta, B, C = self.select(x)
+        y, h = selective_scan(x, delta, -torch.exp(self.log_A), B, C, self.D, state=memory.h)
+        return self.out(y * F.silu(gate)), Memory(tail, h, delta[:, -1].clone())
+
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(... e) -> (... e), (... n), (... n): delta, B and C, each character's own."""
+        delta, B, C = self.choose(x).split([self.rank, self.state, self.state], -1)
+        return F.softplus(self.pace(delta)), B, C
+
+    def step(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """(b d) -> (b d): `forward` for one character, where every call that can be saved is saved."""
+        x, gate = self.widen(x).chunk(2, -1)
+        seen = torch.cat([memory.tail, x[:, None]], 1)
+        x = (seen * self.convolution.weight[:, 0].T).sum(1)
+        x = self.activation(x if self.convolution.bias is None else x + self.convolution.bias)
+        delta, B, C = self.select(x)
+        y, h = step(x, delta, -torch.exp(self.log_A), B, C, self.D, memory.h)
+        return self.out(y * F.silu(gate)), Memory(seen[:, 1:], h, delta)
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, config: MambaConfig):
+        super().__init__()
+        self.norm = make_norm("rms", config.width, eps=config.eps)
+        self.mixer = Mixer(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
+        """(b t d) or, with a memory, (b d) -> the same, and the memory."""
+        y, memory = (self.mixer if x.ndim == 3 else self.mixer.step)(self.norm(x), memory)
+        return x + self.dropout(y), memory
+
+
+class Mamba(Reader):
+    """Characters to logits: embed, a stack of blocks, norm, head."""
+
+    memory = None  # the state never fills up
+
+    def __init__(self, config: MambaConfig):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocabulary, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = make_norm("rms", config.width, eps=config.eps)
+        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        if config.init == "fan_in":
+            init_fan_in(self)
+        else:
+            nn.init.normal_(self.embed.weight, std=0.02)
+        for block in self.blocks:
+            block.mixer.init_pace()
+            if config.init == "mamba":
+                with torch.no_grad():
+                    block.mixer.out.weight /= math.sqrt(config.layers)  # as the published code, after GPT-2
+
+    def read(self, ids: Tensor, state=None):
+        """(b t), state -> (b t v), state: the state is each block's `Memory`, of the same size after any number of characters.
+
+        Without gradients a long text is read in pieces, so that only its logits grow with it.
+        """
+        if ids.shape[1] > PIECE and not torch.is_grad_enabled():
+            logits = []
+            for piece in ids.split(PIECE, 1):
+                more, state = self.read(piece, state)
+                logits.append(more)
+            return torch.cat(logits, 1), state
+        one = state is not None and ids.shape[1] == 1
+        x = self.dropout(self.embed(ids[:, 0] if one else ids))
+        state, before = [], state or [None] * len(self.blocks)
+        for block, memory in zip(self.blocks, before, strict=True):
+            x, memory = block(x, memory)
+            state.append(memory)
+        logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
+        return (logits[:, None] if one else logits), state
+
+    def notes(self, state) -> dict:
+        """The mean pace at the last character: near 0 it was let pass, large it was written and older things made room."""
+        return {"delta": torch.stack([memory.delta.mean() for memory in state]).mean().item()} if state else {}
+
+    @classmethod
+    def from_transformers(cls, source, *, window: int = 1024) -> "Mamba":
+        """A `MambaForCausalLM`, or a name that transformers resolves -> the same model in this book's form.
+
+        Its config knows no window; `window` is the length in which ours is then evaluated and trained.
+        Raises ValueError for an activation that is not one of ours.
+        """
+        if isinstance(source, str):
+            from transformers import MambaForCausalLM
+
+            source = MambaForCausalLM.from_pretrained(source)
+        hf = source.config
+        model = cls(
+            MambaConfig(
+                vocabulary=hf.vocab_size,
+                window=window,
+                layers=hf.num_hidden_layers,
+                width=hf.hidden_size,
+                inner=hf.intermediate_size,
+                state=hf.state_size,
+                taps=hf.conv_kernel,
+                rank=int(hf.time_step_rank),
+                bias=hf.use_bias,
+                convolution_bias=hf.use_conv_bias,
+                activation=hf.hidden_act,
+                eps=hf.layer_norm_epsilon,
+                tied=source.lm_head.weight is source.backbone.embeddings.weight,
+            )
+        ).to(source.lm_head.weight)
+
+        theirs = source.state_dict()
+        names = {"embed": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
+        inside = {
+            "norm": "norm",
+            "mixer.widen": "mixer.in_proj",
+            "mixer.convolution": "mixer.conv1d",
+            "mixer.choose": "mixer.x_proj",
+            "mixer.pace": "mixer.dt_proj",
+            "mixer.out": "mixer.out_proj",
+            "mixer.log_A": "mixer.A_log",
+            "mixer.D": "mixer.D",
+        }
+        for i in range(hf.num_hidden_layers):
+            names |= {f"blocks.{i}.{ours}": f"backbone.layers.{i}.{their}" for ours, their in inside.items()}
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                module, _, kind = name.rpartition(".")
+                weight.copy_(theirs[names[name] if name in names else f"{names[module]}.{kind}"])
+        return model.train(source.training)
