@@ -188,8 +188,9 @@ class Diffusion(LanguageModel):
     def remember(self, tau: Tensor, nats: Tensor) -> None:
         """(b), (b): take note of the loss at these levels."""
         bins = tau * BINS // self.config.levels
+        nats = nats.detach().to(self.unsure.dtype)
         count = torch.zeros_like(self.visits).index_add_(0, bins, torch.ones_like(nats))
-        total = torch.zeros_like(self.unsure).index_add_(0, bins, nats.detach())
+        total = torch.zeros_like(self.unsure).index_add_(0, bins, nats)
         self.visits += count
         rate = (count / self.visits.clamp(min=1)).clamp(min=0.02) * (count > 0)
         self.unsure += rate * (total / count.clamp(min=1) - self.unsure)
@@ -297,7 +298,7 @@ class Diffusion(LanguageModel):
 
     def _generate(self, page, start, n, dials, generator):
         room = self.config.window + 1
-        note = {"forgotten": start + self.config.page - room} if start + min(n, self.config.page) > room else {}
+        note = {"forgotten": start + self.config.page - room} if n and start + self.config.page > room else {}
         yield Draft(page[:, :start].clone(), start, note)
         for first, last in self.pages(start, n):
             left = max(0, last + 1 - room)  # what the window can no longer hold
@@ -356,6 +357,8 @@ class Diffusion(LanguageModel):
         given = {name: self.settings[name].check(name, value) for name, value in given.items()}
         if given["steps"] > self.config.levels:
             raise ValueError(f"steps is a whole number from 1 to {self.config.levels}, this model's noise levels; got {steps!r}")
+        if not math.isfinite(strength):
+            raise ValueError(f"strength is a finite number; got {strength!r}")
         odds = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         filter_logits(torch.zeros(1), **odds)
         return given | {"odds": odds, "guide": guide, "strength": strength}
