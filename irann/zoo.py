@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from . import checkpoint
 from .checkpoint import CheckpointError, Snapshot
 from .lm import LanguageModel
+from .models.diffusion import Diffusion, DiffusionConfig
 from .models.gpt import GPT, GPTConfig
+from .models.mamba import Mamba, MambaConfig
 from .text import Vocabulary
 from .train import Recipe
 
@@ -24,7 +26,11 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Entry:
-    """A model: its class, its config, and by recipe's name a pair of config and recipe; `about` is one line."""
+    """A model: its class, its config, and by recipe's name a pair of config and recipe; `about` is one line.
+
+    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute) and `full` (up to 90 minutes
+    of two CPU cores).
+    """
 
     model: type[LanguageModel]
     config: type
@@ -38,12 +44,54 @@ MODELS: dict[str, Entry] = {
         GPTConfig,
         "decoder-only Transformer; attention",
         {
+            "tiny": (
+                GPTConfig.fast(window=32, layers=2, heads=2, width=32),
+                Recipe(steps=100, batch=8, optimizer="muon", evaluate_every=50),
+            ),
             "demo": (
                 GPTConfig.fast(window=128, layers=4, heads=2, width=128),
                 Recipe(steps=600, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02),
             ),
             "full": (
                 GPTConfig.fast(window=256, layers=4, heads=3, width=192, dropout=0.15),
+                Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+            ),
+        },
+    ),
+    "diffusion": Entry(
+        Diffusion,
+        DiffusionConfig,
+        "text out of noise, a page at once; the likelihood is a bound",
+        {
+            "tiny": (
+                DiffusionConfig(window=32, page=16, layers=2, heads=2, width=32, channels=8, levels=200),
+                Recipe(steps=100, batch=8, optimizer="muon", evaluate_every=50),
+            ),
+            "demo": (
+                DiffusionConfig(window=128, layers=4, heads=2, width=128),
+                Recipe(steps=300, batch=16, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.99),
+            ),
+            "full": (
+                DiffusionConfig(window=256, layers=4, heads=3, width=192),
+                Recipe(steps=20_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=2000, save_every=250),
+            ),
+        },
+    ),
+    "mamba": Entry(
+        Mamba,
+        MambaConfig,
+        "selective state space; a memory of fixed size",
+        {
+            "tiny": (
+                MambaConfig.fast(window=32, layers=2, width=32, state=4),
+                Recipe(steps=100, batch=8, optimizer="muon", evaluate_every=50),
+            ),
+            "demo": (
+                MambaConfig.fast(window=128, layers=3, width=96),
+                Recipe(steps=400, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02),
+            ),
+            "full": (
+                MambaConfig.fast(window=256, layers=7, width=192, dropout=0.15),
                 Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
             ),
         },

@@ -45,7 +45,7 @@ class DiffusionConfig:
     heads: int = 2
     width: int = 128
     dropout: float = 0.0
-    channels: int = 32  # of a character's embedding, whose squared length is the same number
+    channels: int = 16  # of a character's embedding, whose squared length is the same number
     neighbours: int = 2  # places on each side that a place is shown at the input
     schedule: str = "cosine"
     levels: int = 1000  # noise levels, T
