@@ -104,16 +104,18 @@ class Mixer(nn.Module):
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """(b t d) -> (b t d), and what to remember."""
-        x, gate = self.widen(x).chunk(2, -1)
-        if memory is None:
-            tail = x.new_zeros(len(x), self.convolution.kernel_size[0] - 1, self.inner)
-            memory = Memory(tail, x.new_zeros(len(x), self.inner, self.state), None)
-        x = torch.cat([memory.tail, x], 1)
-        tail = x[:, x.shape[1] - memory.tail.shape[1] :].clone()  # a copy, or the view would keep the whole text alive
-        x = self.activation(self.convolution(x.mT).mT)
+        x, gate, tail = self.enter(x, memory and memory.tail)
         delta, B, C = self.select(x)
-        y, h = selective_scan(x, delta, -torch.exp(self.log_A), B, C, self.D, state=memory.h)
+        y, h = selective_scan(x, delta, -torch.exp(self.log_A), B, C, self.D, state=memory and memory.h)
         return self.out(y * F.silu(gate)), Memory(tail, h, delta[:, -1].clone())
+
+    def enter(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(b t d), (b taps-1 e) -> (b t e), (b t e), (b taps-1 e): the signal after its convolution, its gate, the new tail."""
+        x, gate = self.widen(x).chunk(2, -1)
+        before = self.convolution.kernel_size[0] - 1
+        x = torch.cat([x.new_zeros(len(x), before, self.inner) if tail is None else tail, x], 1)
+        tail = x[:, x.shape[1] - before :].clone()  # a copy, or the view would keep the whole text alive
+        return self.activation(self.convolution(x.mT).mT), gate, tail
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(... e) -> (... e), (... n), (... n): delta, B and C, each character's own."""
@@ -191,6 +193,16 @@ class Mamba(Reader):
     def notes(self, state) -> dict:
         """The mean pace at the last character: near 0 it was let pass, large it was written and older things made room."""
         return {"delta": torch.stack([memory.delta.mean() for memory in state]).mean().item()} if state else {}
+
+    @torch.no_grad()
+    def inside(self, ids: Tensor) -> dict[str, Tensor]:
+        """(1 t) -> `delta` (t): the mean pace at each character, how much of the state it rewrites."""
+        x, paces = self.embed(ids), []
+        for block in self.blocks:
+            signal, _, _ = block.mixer.enter(block.norm(x))
+            paces.append(block.mixer.select(signal)[0][0].mean(-1))
+            x, _ = block(x)
+        return {"delta": torch.stack(paces).mean(0)}
 
     @classmethod
     def from_transformers(cls, source, *, window: int = 1024) -> "Mamba":
