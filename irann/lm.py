@@ -159,7 +159,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int | None
         kth = logits.topk(top_k).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p < 1:
-        ordered, order = logits.sort(-1, descending=True, stable=True)
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
         share = ordered.softmax(-1)
         before = share.cumsum(-1) - share  # what the likelier characters already hold
         out = (before >= top_p).index_fill(-1, torch.zeros(1, dtype=torch.long, device=logits.device), False)

@@ -1,0 +1,32 @@
+"""What many tests need: a small text, models with excited weights, and a quiet machine."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from irann import shakespeare
+from irann.text import Text
+
+
+@pytest.fixture(scope="session")
+def corpus() -> Text:
+    return shakespeare.load()
+
+
+@pytest.fixture(scope="session")
+def small(corpus) -> Text:
+    """The first few thousand characters of both parts, with the whole vocabulary, for what has to be fast."""
+    return Text(corpus.train[:6000], corpus.val[:700], corpus.vocabulary, "an excerpt", "0" * 64)
+
+
+def excite(model: torch.nn.Module, std: float = 0.6, seed: int = 0) -> torch.nn.Module:
+    """Draw every parameter anew and large: on default initialisation many a fault hides under the tolerance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * std)
+    return model

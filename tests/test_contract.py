@@ -1,0 +1,218 @@
+"""The contract of every model in the zoo. A new model passes this file unchanged."""
+
+import pytest
+import torch
+from conftest import excite
+
+from irann import lm, zoo
+from irann.lm import Reader
+from irann.train import evaluate, train
+
+NAMES = list(zoo.MODELS)
+READERS = [name for name in NAMES if issubclass(zoo.MODELS[name].model, Reader) and zoo.build(name, zoo.recipe(name, "tiny")[0]).exact]
+BAD = [("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_k", 1.5), ("top_p", 1.1), ("top_p", float("nan"))]
+
+
+def tiny(name, seed=1337):
+    return zoo.build(name, zoo.recipe(name, "tiny")[0], seed=seed)
+
+
+def ids(b, t, seed=0):
+    return torch.randint(65, (b, t), generator=torch.Generator().manual_seed(seed))
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loss_is_finite_and_every_parameter_learns(name):
+    model = excite(tiny(name), 0.1)
+    torch.manual_seed(0)
+    loss, parts = model.loss(ids(4, model.config.window + 1))
+    loss.backward()
+    assert loss.ndim == 0 and loss.isfinite()
+    assert ("nats_per_char" in parts) == model.exact
+    assert all(not torch.as_tensor(value).requires_grad for value in parts.values())
+    asleep = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not asleep
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_batch_can_be_memorised(name, small):
+    model = tiny(name)
+    batch = small.train[: 2 * (model.config.window + 1)].view(2, -1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    torch.manual_seed(0)
+    losses = []
+    for _ in range(150):
+        loss, _ = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drafts_keep_the_prompt_and_what_is_settled(name):
+    model, prompt = tiny(name), ids(2, 5)
+    before, settled = None, 0
+    for draft in model.generate(prompt, 40, generator=rng()):
+        assert torch.equal(draft.ids[:, :5], prompt)
+        assert settled <= draft.settled <= draft.ids.shape[1]
+        if before is not None:
+            assert torch.equal(draft.ids[:, :settled], before[:, :settled])
+        before, settled = draft.ids.clone(), draft.settled
+    assert before.shape == (2, 45) and settled == 45
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_seed_same_text(name):
+    model, prompt = tiny(name), ids(1, 3)
+
+    def write(seed, **settings):
+        *_, last = model.generate(prompt, 30, generator=rng(seed), **settings)
+        return last.ids
+
+    assert torch.equal(write(1), write(1))
+    assert not torch.equal(write(1), write(2))
+    assert torch.equal(write(1, top_k=5, top_p=0.9), write(1, top_k=5, top_p=0.9))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_writing_leaves_training_and_the_global_generator_alone(name):
+    model = tiny(name).train()
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    stream = model.generate(ids(1, 3), 20, generator=rng())
+    next(stream), next(stream)
+    assert model.training
+    list(stream)
+    assert model.training and torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prompts_of_any_length(name):
+    model = tiny(name)
+    for t in (0, 1, model.config.window - 1, model.config.window, model.config.window + 1, 3 * model.config.window):
+        prompt = ids(1, t)
+        *_, last = model.generate(prompt, 3, generator=rng())
+        assert last.ids.shape[1] == max(t, 1) + 3 and torch.equal(last.ids[:, :t], prompt)
+    *_, last = model.generate(ids(1, 4), 0, generator=rng())
+    assert torch.equal(last.ids, ids(1, 4))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("setting, value", BAD)
+def test_settings_out_of_range_are_named(name, setting, value):
+    with pytest.raises(ValueError, match=setting):
+        list(tiny(name).generate(ids(1, 3), 2, **{setting: value}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_own_settings_are_checked_and_characters_too(name):
+    model = tiny(name)
+    with pytest.raises(ValueError, match="length"):
+        list(model.generate(ids(1, 3), -1))
+    with pytest.raises(ValueError, match="ids"):
+        list(model.generate(torch.full((1, 3), 65), 2))
+    for setting, knob in model.settings.items():
+        assert knob.check(setting, knob.default) == knob.default
+        wrong = "no such thing" if knob.choices else float("nan")
+        with pytest.raises(ValueError, match=setting):
+            lm.check_settings(model, {setting: wrong})
+        with pytest.raises(ValueError, match=setting):
+            list(model.generate(ids(1, 3), 2, **{setting: wrong}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_surprise_is_one_number_per_character(name):
+    model = tiny(name).eval()
+    with torch.no_grad():
+        nats = model.surprise(ids(2, 17), generator=rng())
+        again = model.surprise(ids(2, 17), generator=rng())
+    assert nats.shape == (2, 16) and nats.isfinite().all() and torch.equal(nats, again)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_save_and_load_give_the_same(name, small, tmp_path):
+    config, recipe = zoo.recipe(name, "tiny", steps=2)
+    model = zoo.build(name, config)
+    list(train(model, small, recipe, run=tmp_path / "run"))
+    loaded = zoo.load(tmp_path / "run")
+    assert type(loaded) is type(model) and loaded.config == config and loaded.vocabulary == small.vocabulary
+    for (n, ours), (_, theirs) in zip(model.state_dict().items(), loaded.state_dict().items()):
+        assert torch.equal(ours, theirs), n
+    assert evaluate(model, small) == evaluate(loaded, small)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resuming_is_bitwise(name, small, tmp_path):
+    config, recipe = zoo.recipe(name, "tiny", steps=7, evaluate_every=3)
+    straight = zoo.build(name, config)
+    losses = [tick.loss for tick in train(straight, small, recipe)]
+
+    first = zoo.build(name, config)
+    stream = train(first, small, recipe, run=tmp_path / "run")
+    sitting = []
+    for tick in stream:
+        list(first.generate(small.val[None, :4], 3))  # draws from the global generator, which must not matter
+        sitting.append(tick.loss)
+        if tick.step == 4:
+            break
+    stream.close()
+    second = zoo.build(name, config, seed=99)
+    sitting += [tick.loss for tick in train(second, small, recipe, run=tmp_path / "run", resume=True)]
+    assert sitting == losses
+    for (n, ours), theirs in zip(straight.state_dict().items(), second.state_dict().values()):
+        assert torch.equal(ours, theirs), n
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_any_chunking_of_read_equals_one_read(name):
+    model = excite(tiny(name), 0.3).double().eval()
+    page = ids(2, model.config.window)
+    with torch.no_grad():
+        whole, _ = model.read(page)
+        for sizes in ([1] * page.shape[1], [5, 1, 1, 9], [page.shape[1] - 1, 1], [1, page.shape[1] - 1]):
+            state, logits, at = None, [], 0
+            for size in (*sizes, page.shape[1] - sum(sizes)):
+                if size:
+                    out, state = model.read(page[:, at : at + size], state)
+                    logits.append(out)
+                    at += size
+            torch.testing.assert_close(torch.cat(logits, 1), whole, atol=1e-10 * max(1, whole.abs().max()), rtol=0)
+        torch.testing.assert_close(model(page), whole, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_state_can_be_continued_twice(name):
+    model = excite(tiny(name), 0.3).double().eval()
+    with torch.no_grad():
+        _, state = model.read(ids(1, 6))
+        one, _ = model.read(ids(1, 4, seed=1), state)
+        model.read(ids(1, 4, seed=2), state)
+        again, _ = model.read(ids(1, 4, seed=1), state)
+    assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_future_never_moves_past_logits(name):
+    model = excite(tiny(name), 0.3).double().eval()
+    page = ids(2, model.config.window)
+    changed = page.clone()
+    changed[:, 11:] = (changed[:, 11:] + 1) % 65
+    with torch.no_grad():
+        assert torch.equal(model(page)[:, :11], model(changed)[:, :11])
+        assert not torch.equal(model(page)[:, 11:], model(changed)[:, 11:])
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_greedy_text_is_the_likeliest_character_each_time(name):
+    model = tiny(name, seed=3).eval()
+    *_, last = model.generate(ids(1, 4), 8, temperature=0)
+    with torch.no_grad():
+        for t in range(4, 12):
+            assert model(last.ids[:, :t])[0, -1].argmax() == last.ids[0, t]

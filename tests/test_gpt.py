@@ -1,0 +1,189 @@
+"""irann.layers and irann.models.gpt against transformers' GPT-2, on excited weights."""
+
+import pytest
+import torch
+from conftest import excite
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from irann.core import attention as core
+from irann.layers import Attention, rotary_table, rotate
+from irann.models.gpt import GPT, GPTConfig
+
+SHAPES = [
+    dict(n_embd=48, n_head=3, n_positions=33, n_layer=3),
+    dict(n_embd=16, n_head=1, n_positions=8, n_layer=1),
+    dict(n_inner=20, n_embd=24, n_head=4, n_positions=16, n_layer=2),
+]
+
+
+def oracle(dtype=torch.float64, **options):
+    config = GPT2Config(
+        **{
+            "vocab_size": 65,
+            "activation_function": "gelu",
+            "attn_implementation": "eager",
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            **options,
+        }
+    )
+    return excite(GPT2LMHeadModel(config)).to(dtype).eval()
+
+
+def ids(b, t, seed=0):
+    return torch.randint(65, (b, t), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("options", SHAPES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 5e-6)])
+def test_logits_equal_transformers(options, dtype, tolerance):
+    theirs = oracle(dtype, **options)
+    ours = GPT.from_transformers(theirs)
+    for t in (1, 2, options["n_positions"]):
+        page = ids(3, 2 * t)[:, ::2]  # not contiguous
+        with torch.no_grad():
+            a, b = ours(page), theirs(page).logits
+        assert a.dtype == dtype
+        torch.testing.assert_close(a, b, atol=tolerance * max(1, b.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("eps", [1e-5, 1e-2])
+def test_variants_of_gpt2(activation, tied, eps):
+    theirs = oracle(activation_function=activation, tie_word_embeddings=tied, layer_norm_epsilon=eps, **SHAPES[1])
+    ours = GPT.from_transformers(theirs)
+    assert (ours.head is None) == tied
+    with torch.no_grad():
+        a, b = ours(ids(2, 8)), theirs(ids(2, 8)).logits
+    torch.testing.assert_close(a, b, atol=1e-10 * max(1, b.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_gradients_equal_transformers(dtype, tolerance):
+    theirs = oracle(dtype, **SHAPES[0])
+    ours = GPT.from_transformers(theirs)
+    page, target = ids(2, 33), ids(2, 33, seed=1)
+    for logits in (ours(page), theirs(page).logits):
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
+    pairs = {
+        "embed": "transformer.wte",
+        "place": "transformer.wpe",
+        "blocks.1.attention.qkv": "transformer.h.1.attn.c_attn",
+        "blocks.2.mlp.out": "transformer.h.2.mlp.c_proj",
+        "blocks.0.norm_mlp": "transformer.h.0.ln_2",
+        "norm": "transformer.ln_f",
+    }
+    for our_name, their_name in pairs.items():
+        a, b = ours.get_submodule(our_name).weight.grad, theirs.get_submodule(their_name).weight.grad
+        b = b.T if "c_" in their_name else b
+        torch.testing.assert_close(a, b, atol=tolerance * b.abs().max().item(), rtol=0)
+
+
+def test_greedy_text_equals_transformers():
+    theirs = oracle(**SHAPES[0])
+    ours = GPT.from_transformers(theirs)
+    prompt = ids(2, 5)
+    expected = theirs.generate(prompt, max_new_tokens=28, do_sample=False, pad_token_id=0, eos_token_id=None)
+    *_, last = ours.generate(prompt, 28, temperature=0)
+    assert torch.equal(last.ids, expected)
+
+
+def test_variants_that_compute_something_else_are_refused():
+    for options in ({"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}):
+        with pytest.raises(ValueError, match="activation_function|scaled"):
+            GPT.from_transformers(oracle(**{**SHAPES[1], **options}))
+
+
+def test_the_fused_attention_is_the_derived_one():
+    for causal in (True, False):
+        layer = excite(Attention(24, 3, causal=causal)).double()
+        x = torch.randn(2, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        q, k, v = layer.project(x)
+        derived = layer.out(core.merge_heads(core.attention(q, k, v, causal=causal)))
+        torch.testing.assert_close(layer(x)[0], derived, atol=1e-11, rtol=0)
+        torch.testing.assert_close(layer.look(x) @ v, core.attention(q, k, v, causal=causal), atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False, "norm": "rms"}, {"positions": "rotary"}, {"fast": True}])
+def test_chunks_equal_one_read(options):
+    config = (
+        GPTConfig.fast(window=17, layers=2, heads=3, width=48)
+        if options.get("fast")
+        else GPTConfig(window=17, layers=2, heads=3, width=48, **options)
+    )
+    model = excite(GPT(config), 0.3).double().eval()
+    page = ids(2, 17)
+    with torch.no_grad():
+        whole, _ = model.read(page)
+        for sizes in ([1] * 17, [3, 1, 13], [16, 1], [7, 10]):
+            state, parts = None, []
+            for piece in page.split(sizes, 1):
+                logits, state = model.read(piece, state)
+                parts.append(logits)
+            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-10 * max(1, whole.abs().max().item()), rtol=0)
+    with pytest.raises(ValueError, match="window holds 17 characters; got 18"):
+        model(ids(1, 18))
+    with pytest.raises(ValueError, match="window holds 17 characters; got 1 after 17"):
+        model.read(page[:, :1], state)
+
+
+def test_rotary_scores_see_distance_only():
+    """Su et al. 2021, eq. 16: the score of q at m and k at n depends on m - n; and turning keeps lengths."""
+    c, generator = 16, torch.Generator().manual_seed(0)
+    q, k = (torch.randn(c, dtype=torch.float64, generator=generator) for _ in range(2))
+    table = rotary_table(50, c, torch.float64)
+    turned_q, turned_k = rotate(q.expand(50, c), table), rotate(k.expand(50, c), table)
+    scores = turned_q @ turned_k.T
+    for distance in (0, 1, 7):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-12, rtol=0)
+    assert not torch.allclose(scores[10, 3], scores[3, 10])
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(50), atol=1e-12, rtol=0)
+    as_complex = torch.polar(torch.ones(8).double(), 3 * 10_000.0 ** (-torch.arange(8).double() / 8)) * torch.complex(q[:8], q[8:])
+    torch.testing.assert_close(turned_q[3], torch.cat([as_complex.real, as_complex.imag]), atol=1e-12, rtol=0)
+    with pytest.raises(ValueError, match="pairs"):
+        rotary_table(4, 5)
+
+
+def test_gpt2s_initialisation():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(width=128, layers=8))
+    assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[3].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.blocks[3].mlp.out.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 * 8 layers) = 4
+    assert not model.blocks[3].mlp.up.bias.any()
+    fast = GPT(GPTConfig.fast())
+    assert not fast.blocks[0].attention.out.weight.any() and not list(fast.norm.parameters())
+
+
+def test_dropout_is_active_in_training_only():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(dropout=0.5, attention_dropout=0.5, layers=1, width=16, heads=2, window=8))
+    page = ids(1, 8)
+    assert not torch.equal(model.train()(page), model(page))
+    assert torch.equal(model.eval()(page), model(page))
+
+
+def test_inside_shows_the_weights_that_were_used():
+    model = GPT(GPTConfig(layers=2, width=16, heads=2, window=8)).double().eval()
+    maps = model.inside(ids(1, 8))["attention"]
+    assert maps.shape == (2, 2, 8, 8)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 8).double())
+    assert not maps.triu(1).any()
+
+
+def test_configs_that_cannot_be_are_named():
+    for options, name in (
+        ({"width": 10, "heads": 3}, "width of 10"),
+        ({"positions": "sine"}, "positions"),
+        ({"activation": "tanh"}, "activation"),
+        ({"norm": "batch"}, "norm"),
+        ({"init": "zero"}, "init"),
+        ({"layers": 0}, "layers"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            GPT(GPTConfig(**options))

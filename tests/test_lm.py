@@ -1,0 +1,146 @@
+"""irann.lm against transformers' warpers, against counting, and against a model small enough to compute by hand."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from irann import lm, zoo
+from irann.lm import Draft, Reader, Setting, filter_logits
+
+
+def logits(v=65, b=6, seed=0):
+    return 3 * torch.randn(b, v, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
+@pytest.mark.parametrize("top_k", [0, 1, 7, 65, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.4, 0.05])
+def test_equals_transformers_warpers_in_probability(temperature, top_k, top_p):
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    x = logits()
+    ours = filter_logits(x, temperature=temperature, top_k=top_k, top_p=top_p)
+    torch.testing.assert_close(ours.softmax(-1), warpers(None, x.clone()).softmax(-1), atol=1e-12, rtol=0)
+
+
+def test_by_hand():
+    x = torch.tensor([0.5, 0.3, 0.15, 0.05]).double().log()
+    assert filter_logits(x, top_p=0.49).isfinite().tolist() == [True, False, False, False]
+    assert filter_logits(x, top_p=0.51).isfinite().tolist() == [True, True, False, False]  # the crossing character stays
+    assert filter_logits(x, top_p=0.0).isfinite().tolist() == [True, False, False, False]
+    assert filter_logits(torch.tensor([1.0, 2.0, 2.0, 0.0]), top_k=1).isfinite().tolist() == [False, True, True, False]  # ties stay
+    assert filter_logits(x, temperature=0).softmax(-1).tolist() == [1, 0, 0, 0]
+    assert torch.equal(filter_logits(x, top_k=None, top_p=None).softmax(-1), x.softmax(-1))
+    assert filter_logits(logits(), temperature=1e-300).softmax(-1).isfinite().all()
+    # temperature comes first: at 2 the four shares are flatter, so 0.5 needs two of them
+    assert filter_logits(x, temperature=2.0, top_p=0.5).isfinite().sum() == 2
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}])
+def test_samples_follow_the_filtered_odds(settings):
+    x = filter_logits(logits(12, 1, seed=4), **settings)
+    drawn = lm.sample(x.expand(20_000, -1), torch.Generator().manual_seed(0))
+    counts, p = drawn.bincount(minlength=12), x[0].softmax(-1)
+    assert counts[p == 0].sum() == 0
+    assert chisquare(counts[p > 0].numpy(), (20_000 * p[p > 0]).numpy()).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": "hot"},
+     {"top_k": -1}, {"top_k": 2.5}, {"top_p": -0.1}, {"top_p": 1.01}, {"top_p": float("nan")}],
+)  # fmt: skip
+def test_out_of_range(setting):
+    with pytest.raises(ValueError, match=f"{next(iter(setting))} is a .*number from .*got"):
+        filter_logits(logits(), **setting)
+
+
+def test_setting():
+    steps = Setting(100, "steps", low=1, high=500)
+    assert steps.check("steps", "20") == 20 and isinstance(steps.check("steps", 20.0), int)
+    for wrong in (0, 501, 2.5, "many", float("nan"), None, float("inf")):
+        with pytest.raises(ValueError, match="steps is a whole number from 1 to 500; got"):
+            steps.check("steps", wrong)
+    stop = Setting("odds", "rule", choices=("odds", "fixed"))
+    assert stop.check("stop", "fixed") == "fixed"
+    with pytest.raises(ValueError, match="stop is one of odds, fixed; got 'never'"):
+        stop.check("stop", "never")
+
+
+@dataclass(frozen=True)
+class CountingConfig:
+    vocabulary: int = 10
+    window: int = 6
+
+
+class Counting(Reader):
+    """A model one can follow by hand: after i comes i + 1. It logs what it was asked to read."""
+
+    def __init__(self, config=CountingConfig()):
+        super().__init__(config)
+        self.weight = torch.nn.Parameter(torch.tensor(50.0))
+        self.asked = []
+
+    def read(self, ids, state=None):
+        self.asked.append((0 if state is None else state, ids.shape[1]))
+        assert (state or 0) + ids.shape[1] <= self.config.window
+        return self.weight * torch.nn.functional.one_hot((ids + 1) % 10, 10).float(), (state or 0) + ids.shape[1]
+
+
+def test_left_to_right_reads_each_character_once_and_rereads_half_a_window():
+    model = Counting()
+    drafts = list(model.generate(torch.tensor([[3]]), 12))
+    assert [d.ids.shape[1] for d in drafts] == list(range(1, 14)) and all(d.settled == d.ids.shape[1] for d in drafts)
+    assert drafts[-1].ids[0].tolist() == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
+    assert model.asked == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (0, 3), (3, 1), (4, 1), (5, 1), (0, 3), (3, 1)]
+
+
+def test_a_long_prompt_loses_its_beginning_and_says_so():
+    model = Counting()
+    drafts = list(model.generate(torch.arange(9)[None], 2))
+    assert drafts[0].note == {"forgotten": 3} == drafts[-1].note and model.asked[0] == (0, 6)
+    assert drafts[-1].ids[0].tolist() == [*range(9), 9, 0]
+    assert list(Counting().generate(torch.zeros(1, 2, dtype=torch.long), 1))[0].note == {}
+
+
+def test_drafts_already_given_do_not_change():
+    drafts = list(Counting().generate(torch.tensor([[1]]), 5))
+    assert [d.ids[0].tolist() for d in drafts] == [list(range(1, 2 + i)) for i in range(6)]
+
+
+def test_writing_half_way_can_be_stopped():
+    model = Counting()
+    stream = model.generate(torch.tensor([[1]]), 50)
+    next(stream), next(stream)
+    stream.close()
+    assert torch.equal(list(model.generate(torch.tensor([[1]]), 2))[-1].ids, torch.tensor([[1, 2, 3]]))
+    assert torch.is_grad_enabled()
+
+
+def test_generate_from_text(corpus):
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    with pytest.raises(ValueError, match="no vocabulary"):
+        lm.generate(model, "x")
+    model.vocabulary = corpus.vocabulary
+    assert lm.generate(model, "ROMEO:", 20, seed=1) == lm.generate(model, "ROMEO:", 20, seed=1)
+    assert lm.generate(model, "", 5, seed=0).startswith("\n")
+    assert isinstance(next(lm.stream(model, "a", 1)), Draft)
+    with pytest.raises(ValueError, match="'é'"):
+        lm.generate(model, "é")
+    with pytest.raises(ValueError, match="GPT has no setting 'steps'"):
+        lm.generate(model, "a", steps=3)
+    with pytest.raises(ValueError, match="seed"):
+        lm.generate(model, "a", seed=-1)
+
+
+def test_ids_are_checked():
+    model = Counting()
+    for wrong in (torch.zeros(3, dtype=torch.long), torch.zeros(1, 3), torch.tensor([[-1]]), torch.tensor([[10]])):
+        with pytest.raises(ValueError, match="ids"):
+            model.generate(wrong, 1)

