@@ -18,6 +18,7 @@ from .lm import LanguageModel
 from .models.diffusion import Diffusion, DiffusionConfig
 from .models.gpt import GPT, GPTConfig
 from .models.mamba import Mamba, MambaConfig
+from .models.thinker import PageThinker, Thinker, ThinkerConfig
 from .text import Vocabulary
 from .train import Recipe
 
@@ -54,6 +55,44 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 GPTConfig.fast(window=256, layers=4, heads=3, width=192, dropout=0.15),
+                Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+            ),
+        },
+    ),
+    "thinker": Entry(
+        Thinker,
+        ThinkerConfig,
+        "one block thinks in rounds, each character until it is sure",
+        {
+            "tiny": (
+                ThinkerConfig(window=32, width=32, rounds=3),
+                Recipe(steps=100, batch=8, optimizer="muon", evaluate_every=50),
+            ),
+            "demo": (
+                ThinkerConfig(window=128, width=128, rounds=6),
+                Recipe(steps=250, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02),
+            ),
+            "full": (
+                ThinkerConfig(window=256, heads=4, width=256, rounds=6, dropout=0.15),
+                Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+            ),
+        },
+    ),
+    "thinker-page": Entry(
+        PageThinker,
+        ThinkerConfig,
+        "the same in both directions: a page of guesses, the surest are kept; the likelihood is a bound",
+        {
+            "tiny": (
+                ThinkerConfig(window=32, width=32, rounds=3),
+                Recipe(steps=100, batch=8, optimizer="muon", evaluate_every=50),
+            ),
+            "demo": (
+                ThinkerConfig(window=128, width=128, rounds=4),
+                Recipe(steps=250, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02),
+            ),
+            "full": (
+                ThinkerConfig(window=256, heads=4, width=256, rounds=4),
                 Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
             ),
         },

@@ -1,0 +1,450 @@
+"""Iterative Thinking: one small network applied again and again, a thought that is carried along, and a rule for stopping.
+
+    given = settle(prelude(characters))             once
+    thought <- settle(core(thought + given))        up to R rounds of the same weights, from a thought of zeros
+    logits = head(thought)                          after any round
+
+Papers: Dehghani et al. 2018, "Universal Transformers" (arXiv 1807.03819), for depth by repetition; Geiping et al. 2025,
+"Scaling up Test-Time Compute with Latent Reasoning" (arXiv 2502.05171), for the prelude and the input injected at every
+round; Banino et al. 2021, "PonderNet" (arXiv 2107.05407), for the learned odds of halting; for the page, Austin et al.
+2021 (arXiv 2107.03006), absorbing diffusion, and Hoogeboom et al. 2021 (arXiv 2110.02037), which shows that its bound is
+that of guessing in random order.
+
+What we do differently: the state is normalised at every round (`settle`), so that it comes to rest and more rounds do no
+harm; every round's prediction is trained; the odds of halting also see how unsure the prediction is and how far the state
+has moved, and learn beside the network without bending it. A character that has stopped is frozen: its state, its
+prediction, and the keys and values that later characters look back at.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
+from ..layers import Block, init_fan_in, make_norm, rotary_table, rotate
+from ..lm import Draft, LanguageModel, Reader, Setting, check_length, check_settings, evaluating, filter_logits, left_to_right, sample
+
+
+@dataclass(frozen=True)
+class ThinkerConfig:
+    """Sizes, and how the rounds are trained."""
+
+    vocabulary: int = 65
+    window: int = 128
+    width: int = 128
+    heads: int = 2
+    prelude: int = 1  # blocks that read the characters once
+    core: int = 1  # blocks of the core, which all rounds share
+    rounds: int = 6
+    dropout: float = 0.0
+    supervision: str = "every"  # whose predictions are trained: every round's, the last one's, or as `halting` weighs them
+    random_rounds: bool = False  # train with a number of rounds drawn anew for each batch, from half to one and a half times
+    prior: float = 0.3  # odds of the geometric prior (PonderNet's lambda_p)
+    prior_weight: float = 0.01  # of the KL to it (PonderNet's beta): nats per character that a thought may cost
+
+    def __post_init__(self):
+        for name in ("vocabulary", "window", "width", "heads", "core", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is a whole number from 1 up; got {getattr(self, name)!r}")
+        if self.supervision not in ("every", "last", "halting"):
+            raise ValueError(f"supervision is one of every, last, halting; got {self.supervision!r}")
+        if not 0 < self.prior < 1:
+            raise ValueError(f"prior is a number between 0 and 1; got {self.prior!r}")
+
+
+STOPPING = {
+    "stop": Setting("odds", "when thinking stops", choices=("odds", "sampled", "state", "prediction", "fixed")),
+    "rounds": Setting(0, "rounds of thinking at most; 0: as many as in training", low=0, high=256),
+    "threshold": Setting(0.5, "stop=odds: how likely it must be to have stopped by now", low=0.0, high=1.0),
+    "tolerance": Setting(0.05, "stop=state or prediction: the largest change that counts as rest", low=0.0, high=2.0),
+}
+
+
+class Body(LanguageModel):
+    """What both ways of reading share: embedding, prelude, core, head, and the odds of halting."""
+
+    def __init__(self, config: ThinkerConfig, *, causal: bool, symbols: int):
+        super().__init__(config)
+        c = config
+        style = {"causal": causal, "norm": "plain", "qk_norm": True, "activation": "squared_relu", "bias": False, "dropout": c.dropout}
+        self.embed = nn.Embedding(symbols, c.width)
+        self.prelude = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.prelude))
+        self.core = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.core))
+        self.settle = make_norm("plain", c.width)
+        self.head = nn.Linear(c.width, c.vocabulary, bias=False)
+        self.halt_head = nn.Linear(c.width + 2, 1)
+        init_fan_in(self)
+        nn.init.zeros_(self.halt_head.weight)
+        nn.init.constant_(self.halt_head.bias, math.log(c.prior / (1 - c.prior)))  # untrained, the odds are the prior's
+
+    def turn(self, start: int, end: int) -> Tensor:
+        """-> (2 t c/2): the rotary table of places start to end."""
+        c = self.config
+        return rotary_table(end, c.width // c.heads, self.head.weight.dtype, self.device)[:, start:end]
+
+    def odds(self, thought: Tensor, before: Tensor, logits: Tensor) -> Tensor:
+        """(... d), (... d), (... v) -> (...): of halting now, from the thought, how far it moved, and how unsure the prediction is."""
+        if self.config.supervision != "halting":
+            thought, before = thought.detach(), before.detach()
+        moved, unsure = distance(thought, before), entropy(logits.detach())
+        return self.halt_head(torch.cat([thought, moved[..., None], unsure[..., None]], -1)).squeeze(-1).sigmoid()
+
+    def ponder(self, ids: Tensor, thought: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """(b t) -> round after round without end: thought (b t d), logits (b t v), odds (b t). Every place thinks, nobody stops.
+
+        `thought` is where to start from, if one is carried over.
+        """
+        turn, x = self.turn(0, ids.shape[1]), self.embed(ids)
+        for block in self.prelude:
+            x, _ = block(x, None, turn)
+        given = self.settle(x)
+        thought = torch.zeros_like(given) if thought is None else thought
+        while True:
+            before, x = thought, thought + given
+            for block in self.core:
+                x, _ = block(x, None, turn)
+            thought = self.settle(x)
+            logits = self.head(thought)
+            yield thought, logits, self.odds(thought, before, logits)
+
+    def every_round(self, ids: Tensor, rounds: int | None = None, thought: Tensor | None = None):
+        """(b t) -> logits (b t v r), odds (b t r), thought (b t d): the first `rounds` rounds, by default as many as in training."""
+        thoughts, logits, odds = zip(*islice(self.ponder(ids, thought), rounds or self.config.rounds), strict=True)
+        return torch.stack(logits, -1), torch.stack(odds, -1), thoughts[-1]
+
+    def rule(self, settings: dict) -> dict:
+        """-> all of this model's settings, the given ones checked. Raises ValueError that names a wrong one."""
+        given = {name: value for name, value in check_settings(self, settings).items() if value is not None}
+        rule = {name: knob.default for name, knob in self.settings.items()} | given
+        return rule | {"rounds": rule["rounds"] or self.config.rounds}
+
+    def thinking_loss(self, nats: Tensor, odds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(... r), (... r) -> a scalar, parts: the rounds' predictions, and the halting odds that choose among them.
+
+        The odds minimise the expected surprise at the round where they stop, plus beta times KL(p || prior) (PonderNet,
+        eq. 3). Unless `supervision` is `halting` they take the surprise as given, so that no thought is bent to end sooner.
+        """
+        c, p = self.config, halting_distribution(odds)
+        kl = kl_to_geometric(p, c.prior).mean()
+        if c.supervision == "halting":
+            loss = (p * nats).sum(-1).mean() + c.prior_weight * kl
+        else:
+            halt = (p * nats.detach()).sum(-1).mean() + c.prior_weight * kl
+            loss = (nats if c.supervision == "every" else nats[..., -1]).mean() + halt - halt.detach()  # its gradient, not its value
+        return loss, {"rounds": expected_rounds(p).mean().detach(), "prior_kl": kl.detach()}
+
+    def draw_rounds(self) -> int:
+        """-> how many rounds to train this batch with; from torch's global generator, which the trainer keeps."""
+        r = self.config.rounds
+        return int(torch.randint((r + 1) // 2, r + r // 2 + 1, ())) if self.config.random_rounds and self.training else r
+
+
+@dataclass
+class Memory:
+    """What `Thinker.read` remembers: keys and values of the prelude's blocks, and of the core's blocks at every round.
+
+    `rounds` and `halted` (b t) tell of the last call's places: rounds taken, and the chance of having stopped by then.
+    """
+
+    length: int
+    prelude: list
+    core: list
+    rounds: Tensor
+    halted: Tensor
+
+
+class Thinker(Body, Reader):
+    """Left to right: an exact likelihood, and every character thinks as long as it needs.
+
+    At round r a place looks back at what earlier places were at round r, or at their last round if they stopped before.
+    So it depends on earlier places only, and reading in pieces is the same as reading at once.
+    """
+
+    settings: ClassVar = STOPPING
+
+    def __init__(self, config: ThinkerConfig):
+        super().__init__(config, causal=True, symbols=config.vocabulary)
+
+    def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits, odds, _ = self.every_round(ids[:, :-1], self.draw_rounds())
+        nats = F.cross_entropy(rearrange(logits, "b t v r -> b v t r"), ids[:, 1:, None].expand_as(odds), reduction="none")
+        loss, parts = self.thinking_loss(nats, odds)
+        return loss, {"nats_per_char": nats[..., -1].mean().detach()} | parts
+
+    def surprise(self, ids: Tensor, *, generator=None, **settings) -> Tensor:
+        """(b t+1) -> (b t): exact, whatever the rule of stopping; see `read` for the settings."""
+        logits, _ = self.read(ids[:, :-1], packed=True, generator=generator, **settings)
+        return F.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
+
+    def read(self, ids: Tensor, state: Memory | None = None, *, packed=False, generator=None, **settings):
+        """(b t), state -> (b t v), state: each place's prediction at the round where it stopped, by the rule named `stop`.
+
+        | stop       | a place stops after the round at which                                                      |
+        |------------|---------------------------------------------------------------------------------------------|
+        | odds       | the chance of having stopped, 1 - product of (1 - odds), reaches `threshold`                |
+        | sampled    | that chance reaches a number drawn for the place: it stops at round r with probability p_r  |
+        | state      | its thought has moved by at most `tolerance` (root mean square)                             |
+        | prediction | its prediction has moved by at most `tolerance` since the round before (total variation)    |
+        | fixed      | `rounds` are done, as with every rule at last                                               |
+
+        With `packed`, places that have stopped are left out of the computation; without, they are computed and dropped,
+        so that every bit of a place's logits is independent of when later places stop.
+        Raises ValueError for settings out of range and when state and ids outgrow the window.
+        """
+        rule = self.rule(settings)
+        start = state.length if state else 0
+        end = start + ids.shape[1]
+        if end > self.config.window:
+            raise ValueError(f"the window holds {self.config.window} characters; got {ids.shape[1]} after {start}: read the last ones only")
+        x, turn, prelude = self.embed(ids), self.turn(start, end), []
+        for block, kv in zip(self.prelude, state.prelude if state else [None] * len(self.prelude), strict=True):
+            x, kv = block(x, kv, turn)
+            prelude.append(kv)
+        if rule["stop"] == "sampled":
+            limit = torch.rand(ids.shape, generator=generator, dtype=x.dtype, device=x.device)
+        else:
+            limit = x.new_full(ids.shape, rule["threshold"])
+        logits, core, rounds, halted = self.think(self.settle(x), turn, state.core if state else [], limit, rule, packed)
+        return logits, Memory(end, prelude, core, rounds, halted)
+
+    def think(self, given: Tensor, turn: Tensor, past: list, limit: Tensor, rule: dict, packed: bool):
+        """(b t d), past keys and values by round and block, limit (b t) -> logits (b t v), and what is to be remembered."""
+        b, t, _ = given.shape
+        thought, logits = torch.zeros_like(given), given.new_zeros(b, t, self.config.vocabulary)
+        rounds, going = torch.zeros(b, t, dtype=torch.long, device=given.device), torch.ones(b, t, dtype=torch.bool, device=given.device)
+        left, core = given.new_ones(b, t), []  # the chance of still thinking
+        for r in range(rule["rounds"]):
+            remembered = past[min(r, len(past) - 1)] if past else [None] * len(self.core)
+            some = r > 0 and rule["stop"] != "fixed" and not (packed and going.all())
+            asks = going if packed else torch.ones_like(going)
+            x, kvs = (thought + given)[asks] if some else thought + given, []
+            for i, (block, kv) in enumerate(zip(self.core, remembered, strict=True)):
+                x, kv = some_places(block, x, asks, going, frozen(kv, core[-1][i], t), turn) if some else block(x, kv, turn)
+                kvs.append(kv)
+            core.append(kvs)
+
+            new, active = self.settle(x).reshape(-1, given.shape[-1]), going[asks] if some else going.flatten()
+            new, before, old = new[active], thought[going], logits[going]
+            guess = self.head(new)
+            left = left.masked_scatter(going, left[going] * (1 - self.odds(new, before, guess)))
+            thought, logits = scatter(thought, going, new), scatter(logits, going, guess)
+            rounds = rounds + going
+            rest = at_rest(rule, new, before, guess, old if r else None, left[going], limit[going])
+            going = going.masked_scatter(going, ~rest)
+            if not going.any():
+                break
+        for later in past[len(core) :]:  # rounds that only earlier places ever took
+            core.append([frozen(kv, last, t) for kv, last in zip(later, core[-1], strict=True)])
+        return logits, core, rounds, 1 - left
+
+    def notes(self, state: Memory) -> dict:
+        return {"rounds": state.rounds[:, -1].tolist(), "halted": state.halted[:, -1].tolist()}
+
+    def inside(self, ids: Tensor) -> dict[str, Tensor]:
+        """(1 t) -> how many rounds each character took, and how its prediction's entropy fell from round to round (r t)."""
+        logits, odds, _ = self.every_round(ids)
+        return {
+            "rounds": self.read(ids)[1].rounds[0].float(),
+            "expected_rounds": expected_rounds(halting_distribution(odds))[0],
+            "entropy": entropy(logits.movedim(-1, 1))[0],
+        }
+
+    def generate(self, prompt, n, *, temperature=1.0, top_k=None, top_p=None, generator=None, **settings) -> Iterator[Draft]:
+        reading = _Reading(self, self.rule(settings) | {"packed": True, "generator": generator})
+        return left_to_right(reading, prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+
+class _Reading:
+    """A thinker that reads by chosen settings: `left_to_right` sees any other reader."""
+
+    def __init__(self, model: Thinker, settings: dict):
+        self.model, self.settings = model, settings
+
+    def read(self, ids, state=None):
+        return self.model.read(ids, state, **self.settings)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[Tensor, Tensor], turn: Tensor):
+    """(n d), (b t) with n True, (b t), k and v (b h s c) -> (n d), k and v: `block` at the places that ask, among the last t.
+
+    New keys and values replace the old ones of the places that are `going`; all others are seen as they were.
+    """
+    attention, (row, place) = block.attention, asks.nonzero(as_tuple=True)
+    q, k_new, v_new = rearrange(attention.qkv(block.norm_attention(x)), "n (three h c) -> three n h c", three=3, h=attention.heads)
+    q, k_new = rotate(F.rms_norm(torch.stack([q, k_new]), q.shape[-1:]), turn[:, place, None])
+    k, v = (old.clone() for old in kv)
+    at, fresh = place + k.shape[2] - asks.shape[1], going[asks]
+    k[row[fresh], :, at[fresh]], v[row[fresh], :, at[fresh]] = k_new[fresh], v_new[fresh]
+
+    count = asks.sum(1)
+    used = torch.arange(int(count.max()), device=x.device) < count[:, None]  # rows in which fewer places ask end in blanks
+    asked, last = q.new_zeros(*used.shape, *q.shape[1:]), torch.zeros_like(used, dtype=torch.long)
+    asked[used], last[used] = q, at
+    mask = torch.arange(k.shape[2], device=x.device) <= last[:, None, :, None]
+    y = F.scaled_dot_product_attention(asked.transpose(1, 2), k, v, mask)
+    x = x + attention.out(rearrange(y.transpose(1, 2)[used], "n h c -> n (h c)"))
+    return x + block.mlp(block.norm_mlp(x)), (k, v)
+
+
+def frozen(past, last, t: int):
+    """Keys and values of before (or None) and of the last round, (b h s c) each -> those of before, and the last t places as they were."""
+    return last if past is None else tuple(torch.cat([a, z[:, :, z.shape[2] - t :]], 2) for a, z in zip(past, last, strict=True))
+
+
+def scatter(x: Tensor, where: Tensor, new: Tensor) -> Tensor:
+    """(b t d), (b t) of bool with n True, (n d) -> (b t d): x with the n rows replaced."""
+    return x.masked_scatter(where[..., None], new)
+
+
+def at_rest(rule: dict, thought: Tensor, before: Tensor, logits: Tensor, old: Tensor | None, left: Tensor, limit: Tensor) -> Tensor:
+    """(... d) twice, (... v) twice, (...) twice -> (...) of bool: who stops after this round, by the rule named `stop`."""
+    if rule["stop"] == "state":
+        return distance(thought, before) <= rule["tolerance"]
+    if rule["stop"] == "prediction" and old is not None:
+        return (logits.softmax(-1) - old.softmax(-1)).abs().sum(-1) / 2 <= rule["tolerance"]
+    return 1 - left >= limit if rule["stop"] in ("odds", "sampled") else torch.zeros_like(left, dtype=torch.bool)
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """(... d), (... d) -> (...): root mean square of the difference."""
+    return (a - b).square().mean(-1).sqrt()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """(... v) -> (...): of the prediction, in nats."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+class PageThinker(Body):
+    """All at once: some characters are hidden, every place looks both ways, and the surest guesses are kept.
+
+    Trained to guess hidden characters from the rest. To guess a text in random order gives a bound on its likelihood
+    (Hoogeboom et al. 2021, eq. 4): -log p(text) <= t E[mean surprise over k hidden places], k uniform from 1 to t.
+    While writing, the thought is carried over from one refinement to the next.
+    """
+
+    exact = False
+    settings: ClassVar = STOPPING | {
+        "steps": Setting(0, "refinements in which a page is written; 0: one for every two characters", low=0, high=4096),
+        "order": Setting("surest", "which guesses are kept first", choices=("surest", "random", "left")),
+        "keep": Setting(1.0, "guesses surer than this are kept at once; 1: only as many as the steps ask for", low=0.0, high=1.0),
+    }
+
+    def __init__(self, config: ThinkerConfig):
+        super().__init__(config, causal=False, symbols=config.vocabulary + 1)
+        self.blank = config.vocabulary  # the id of a hidden character
+
+    def hide(self, b: int, t: int, first: Tensor | int = 1, generator=None) -> Tensor:
+        """-> (b t) of bool, True where hidden: k places from `first` on, k uniform from 1 to all of them, spread over the batch."""
+        device = self.device
+        first = torch.as_tensor(first, device=device).expand(b)
+        u = (torch.rand((), generator=generator, device=device) + torch.arange(b, device=device) / b) % 1
+        k = 1 + (u * (t - first)).long().clamp(max=t - first - 1)
+        lots = torch.rand(b, t, generator=generator, device=device).masked_fill(torch.arange(t, device=device) < first[:, None], 2.0)
+        return lots.argsort(1).argsort(1) < k[:, None]
+
+    def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Half of the rows keep a clean beginning, like a prompt; half of the batches carry on a thought about a page with more hidden."""
+        b, t = ids.shape
+        first = torch.where(torch.arange(b, device=ids.device) % 2 == 1, torch.randint(1, t, (b,), device=ids.device), 1)
+        hidden, thought = self.hide(b, t, first), None
+        if self.training and torch.rand(()) < 0.5:
+            with torch.no_grad():
+                thought = self.every_round(ids.masked_fill(hidden | self.hide(b, t, first), self.blank), self.draw_rounds())[2]
+        logits, odds, _ = self.every_round(ids.masked_fill(hidden, self.blank), self.draw_rounds(), thought)
+        nats = F.cross_entropy(rearrange(logits, "b t v r -> b v t r"), ids[..., None].expand_as(odds), reduction="none")
+        weight = hidden * t / hidden.sum(1, keepdim=True)  # the mean over each row's hidden places
+        loss, parts = self.thinking_loss(nats * weight[..., None], odds)
+        return loss, {"bound_nats_per_char": (nats[..., -1] * weight)[::2].mean().detach()} | parts
+
+    def surprise(self, ids: Tensor, *, generator=None, draws: int = 4) -> Tensor:
+        """(b t+1) -> (b t): an unbiased estimate of each character's share of the bound, the mean over `draws` ways to hide."""
+        (b, size), total = ids.shape, 0.0
+        for _ in range(draws):
+            hidden = self.hide(b, size, generator=generator)
+            logits = self.every_round(ids.masked_fill(hidden, self.blank))[0][..., -1]
+            nats = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
+            total = total + (nats * hidden * (size - 1) / hidden.sum(1, keepdim=True))[:, 1:]
+        return total / draws
+
+    def generate(self, prompt, n, *, temperature=1.0, top_k=None, top_p=None, generator=None, **settings) -> Iterator[Draft]:
+        """(b t) -> drafts: blanks that are guessed all at once, the guesses to be kept first by `order`; then the next page.
+
+        Guesses that are not kept are shown, unsettled, and hidden again. In each refinement the page thinks until all its
+        hidden places would stop by the rule `stop`. Pages are half a window long.
+        """
+        rule = self.rule(settings)
+        filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        filter_logits(torch.zeros(1), **filters)
+        n, prompt = check_length(n), self.check_ids(prompt)
+        if prompt.shape[1] == 0:
+            prompt = prompt.new_zeros(len(prompt), 1)
+        page = torch.cat([prompt, prompt.new_zeros(len(prompt), n)], 1).to(self.device)
+        return self._write(page, prompt.shape[1], filters, generator, rule)
+
+    def _write(self, page, start, filters, generator, rule):
+        room, first = self.config.window + 1, start
+        forgotten = max(0, start + min(room // 2, page.shape[1] - start) - room)
+        note = {"forgotten": forgotten} if forgotten else {}
+        yield Draft(page[:, :start].clone(), start, note)
+        while first < page.shape[1]:
+            last = min(first + max(1, room // 2), page.shape[1])
+            left = max(0, last - room)  # what the window can no longer hold
+            for ids, hidden, r in self.refine(page[:, left:last].clone(), first - left, filters, generator, rule):
+                page[:, left:last] = ids
+                yield Draft(page[:, :last].clone(), left + leading(~hidden), note | {"rounds": r, "hidden": int(hidden.sum())})
+            first = last
+
+    @torch.no_grad()
+    def refine(self, ids: Tensor, start: int, filters: dict, generator, rule: dict):
+        """(b t) -> per refinement: all guesses (b t), what is still hidden (b t), rounds so far; places from `start` on are written."""
+        hidden = (torch.arange(ids.shape[1], device=ids.device) >= start).expand_as(ids)
+        steps, thought, rounds = rule["steps"] or -(-(ids.shape[1] - start) // 2), None, 0
+        for step in range(steps):
+            with evaluating(self):
+                thought, logits, taken = self.think(ids.masked_fill(hidden, self.blank), hidden, thought, generator, rule)
+            rounds += taken
+            guess = sample(filter_logits(logits, **filters).flatten(0, 1), generator).view_as(ids)
+            sure = logits.softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
+            if rule["order"] == "random":
+                rank = torch.rand(ids.shape, generator=generator, device=ids.device)
+            else:
+                rank = sure if rule["order"] == "surest" else -torch.arange(ids.shape[1], device=ids.device).to(sure).expand_as(sure)
+            due = -(-hidden.sum(1, keepdim=True) // (steps - step))  # of what is left, an equal share for each step that is left
+            kept = rank.masked_fill(~hidden, -torch.inf).argsort(1, descending=True).argsort(1) < due
+            ids, hidden = torch.where(hidden, guess, ids), hidden & ~(kept | (sure > rule["keep"]))
+            yield ids, hidden, rounds
+            if not hidden.any():
+                return
+
+    def think(self, ids: Tensor, hidden: Tensor, thought: Tensor | None, generator, rule: dict):
+        """(b t), (b t) of bool, (b t d) -> thought, logits (b t v), rounds taken: until every hidden place is at rest."""
+        left, old = torch.ones(ids.shape, dtype=self.head.weight.dtype, device=ids.device), None
+        limit = torch.full_like(left, rule["threshold"])
+        if rule["stop"] == "sampled":
+            limit = torch.rand(left.shape, generator=generator, dtype=left.dtype, device=left.device)
+        before = left.new_zeros(*ids.shape, self.config.width) if thought is None else thought
+        rounds = self.ponder(ids, thought)
+        taken, rest = 0, torch.zeros_like(hidden)
+        while taken < rule["rounds"] and not rest[hidden].all():
+            thought, logits, odds = next(rounds)
+            left, taken = left * (1 - odds), taken + 1
+            rest = at_rest(rule, thought, before, logits, old, left, limit)
+            before, old = thought, logits
+        return thought, logits, taken
+
+
+def leading(true: Tensor) -> int:
+    """(b t) of bool -> how many places from the left are True in every row."""
+    return int(true.all(0).long().cumprod(0).sum())
