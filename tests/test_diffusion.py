@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from irann.core import noise
 from irann.models import diffusion
 from irann.models.diffusion import Diffusion, DiffusionConfig
+from irann.text import Vocabulary
 
 TINY = {"vocabulary": 7, "window": 16, "page": 8, "layers": 1, "width": 16, "channels": 4, "levels": 100}
 
@@ -282,6 +283,18 @@ def test_infilling_keeps_every_other_place(size, gaps):
     check_drafts(drafts, gaps[0] if gaps else size, size)
     for draft in drafts:
         assert torch.equal(draft.ids[:, ~mask], ids[:, ~mask])
+
+
+def test_gaps_in_a_text_are_filled_and_the_rest_stays():
+    model = tiny()
+    model.vocabulary = Vocabulary("abcdefg")
+    drafts = list(model.fill("abc__fg_", seed=3, steps=4))
+    texts = [model.vocabulary.decode(draft.ids[0]) for draft in drafts]
+    assert all(t[:3] + t[5:7] == "abcfg" for t in texts) and drafts[-1].settled == 8
+    assert texts[-1] == model.vocabulary.decode(list(model.fill("abc__fg_", seed=3, steps=4))[-1].ids[0])
+    for wrong, how, word in [("abc", {}, "no gap"), ("ab", {"gap": "a"}, "one sign"), ("x_", {}, "'x'"), ("_", {"stop": 1}, "stop")]:
+        with pytest.raises(ValueError, match=word):
+            model.fill(wrong, **how)
 
 
 def test_infilling_reads_what_comes_after_the_gap():

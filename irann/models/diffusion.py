@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ..core import noise
 from ..core.noise import Bound, Schedule
 from ..layers import Block, init_fan_in, make_norm, rotary_table
-from ..lm import Draft, LanguageModel, Setting, check_length, evaluating, filter_logits
+from ..lm import Draft, LanguageModel, Setting, check_length, check_settings, evaluating, filter_logits
 
 BINS = 50  # noise levels are told apart this finely when their loss is remembered
 
@@ -351,6 +351,23 @@ class Diffusion(LanguageModel):
                 settled = left + draft.settled if not done else size if not later.any() and not mask[cut:].any() else cut
                 yield Draft(page.clone(), settled, draft.note)
             mask[left:cut] = False
+
+    def fill(self, text: str, *, gap: str = "_", seed: int | None = None, **settings) -> Iterator[Draft]:
+        """Text with gaps in, drafts out: every `gap` sign is a place to write, as in "To be, or ___ to be".
+
+        Raises ValueError for a text without gaps, a gap sign that is itself a character of the vocabulary, and as `infill` does.
+        """
+        vocabulary = getattr(self, "vocabulary", None)
+        if vocabulary is None:
+            raise ValueError("this model has no vocabulary yet: load or train it, or set model.vocabulary")
+        if len(gap) != 1 or gap in vocabulary.characters:
+            raise ValueError(f"a gap is one sign that is not among the characters of the vocabulary; got {gap!r}")
+        if gap not in text:
+            raise ValueError(f"the text has no gap to fill: write {gap!r} for each character that is missing")
+        mask = torch.tensor([character == gap for character in text])
+        ids = vocabulary.encode(text.replace(gap, vocabulary.characters[0]))[None]
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        return self.infill(ids, mask, generator=generator, **check_settings(self, settings))
 
     def _dials(self, temperature, top_k, top_p, steps, eta, clamp, guide, strength):
         given = {"steps": steps, "eta": eta, "clamp": clamp}
