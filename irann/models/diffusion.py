@@ -395,9 +395,11 @@ class Diffusion(LanguageModel):
                 return self.embeddings[logits.argmax(-1)]
             return hint @ self.embeddings
 
-        walker = denoiser
-        if dials["guide"] is not None:
-            walker = noise.guided(denoiser, dials["guide"], self.schedule, dials["strength"])
+        def guide(x, tau):  # is shown the known places where they would stand without noise
+            still = self.schedule.noise(self.embeddings[ids], tau, torch.zeros_like(x))
+            return dials["guide"](torch.where(mask[..., None], x, still), tau)
+
+        walker = denoiser if dials["guide"] is None else noise.guided(denoiser, guide, self.schedule, dials["strength"])
         taus = self.timesteps(dials["steps"])
         x = normal(self.embeddings.new_empty(*ids.shape, self.config.channels))
         for tau, x in zip(taus, noise.sample(walker, x, self.schedule, timesteps=taus, eta=dials["eta"], noise=normal), strict=True):  # noqa: B020
