@@ -157,7 +157,8 @@ step = 0
 while True:
     step += 1
     tensors = {"w": torch.full((200, 1000), float(step))}
-    checkpoint.save(run / "checkpoints" / f"step-{step:08d}", checkpoint.Snapshot(tensors, {}, {}, {"step": step, "validation": None}, "ab"))
+    saved = checkpoint.Snapshot(tensors, {}, {}, {"step": step, "validation": None}, "ab")
+    checkpoint.save(run / "checkpoints" / f"step-{step:08d}", saved)
     checkpoint.tidy(run)
     print(step, flush=True)
 """

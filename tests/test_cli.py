@@ -1,0 +1,268 @@
+"""The command line as a user meets it: what it prints, its exit codes, what survives a signal."""
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from irann import checkpoint, zoo
+from irann.__main__ import main
+from irann.train import evaluate, train
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+TINY = ["--recipe", "tiny", "--set", "steps=6"]
+
+
+def irann(*arguments, capsys=None):
+    """Run in this process -> exit code, stdout, stderr."""
+    with pytest.raises(SystemExit) as exit:
+        main([str(a) for a in arguments])
+    out = capsys.readouterr()
+    assert "Traceback" not in out.err
+    return exit.value.code or 0, out.out, out.err
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments: irann(*arguments, capsys=capsys)
+
+
+@pytest.fixture(scope="module")
+def trained(small, tmp_path_factory):
+    """A run directory of a tiny GPT."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    config, recipe = zoo.recipe("gpt", "tiny", steps=20)
+    list(train(zoo.build("gpt", config), small, recipe, run=folder))
+    return folder
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0 and all(word in out for word in ("data", "train", "sample", "chat", "eval", "bench"))
+    for command in ("data", "train", "sample", "chat", "eval", "bench"):
+        assert run(command, "--help")[0] == 0
+
+
+def test_the_module_runs_too():
+    result = subprocess.run([sys.executable, "-m", "irann", "data"], capture_output=True, text=True, env=ENV, check=True)
+    assert "1,003,854 characters to train on, 111,540" in result.stdout
+
+
+def test_data_writes_what_it_says(run, tmp_path):
+    code, out, _ = run("data", "--out", tmp_path / "d")
+    assert code == 0 and "SHA-256 86c4e6aa9db7" in out
+    assert len(np.load(tmp_path / "d" / "train_encoded.npy")) == 1_003_854
+    assert len(json.loads((tmp_path / "d" / "vocab.json").read_text())) == 65
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["trian"], "No such command"),
+        (["train", "gtp"], "no model 'gtp'; the models are gpt"),
+        (["train", "gpt", "--recipe", "ful"], "no recipe 'ful' for gpt; there are tiny, demo, full"),
+        (["train", "gpt", "--set", "lrr=1"], "lrr is nothing that can be set; there are"),
+        (["train", "gpt", "--set", "lr=fast"], "lr is a number; got 'fast'"),
+        (["train", "gpt", "--set", "lr=-1"], "lr is a number from 0 up; got -1"),
+        (["train", "gpt", "--set", "steps=1.5"], "steps is a whole number; got '1.5'"),
+        (["train", "gpt", "--set", "steps"], "--set takes NAME=VALUE"),
+        (["train", "gpt", "--set", "heads=3"], "width of 32 cannot be cut into 3"),
+        (["train", "gpt", "--set", "tied=perhaps"], "tied is true or false"),
+        (["train", "gpt", "--log", "paper"], "--log is wandb or tensorboard"),
+        (["train", "gpt", "--resume", "--overwrite"], "exclude each other"),
+        (["train", "gpt", "--device", "tpu"], "--device is cpu, cuda, mps or auto"),
+        (["sample", "nothing"], "'nothing' is neither a model"),
+        (["sample", "RUN", "--temperature", "-1"], "temperature is a number from 0"),
+        (["sample", "RUN", "--temperature", "nan"], "temperature is a number from 0"),
+        (["sample", "RUN", "--top-k", "-1"], "top_k is a whole number from 0"),
+        (["sample", "RUN", "--top-p", "2"], "top_p is a number from 0.0 to 1"),
+        (["sample", "RUN", "--length", "-5"], "length is a whole number from 0"),
+        (["sample", "RUN", "--length", "many"], "--length"),
+        (["sample", "RUN", "--seed", "-1"], "seed is a whole number from 0"),
+        (["sample", "RUN", "--steps", "9"], "GPT has no setting 'steps'"),
+        (["sample", "RUN", "extra"], "what does 'extra' mean here"),
+        (["sample", "RUN", "--prompt", "caf\u00e9"], "'\u00e9'"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(run, trained, arguments, words):
+    arguments = [trained if a == "RUN" else a for a in arguments]
+    if arguments[0] == "train" and "--recipe" not in arguments:
+        arguments += ["--recipe", "tiny"]
+    code, _, err = run(*arguments)
+    assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("irann: ")
+
+
+def test_corpora_that_are_not_what_they_should_be_exit_4(run, tmp_path):
+    (tmp_path / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1") * 100)
+    for arguments, words in (
+        (["data", "--corpus", tmp_path / "no.txt"], "cannot be read"),
+        (["data", "--corpus", tmp_path / "latin1.txt"], "is not tiny-shakespeare"),
+        (["train", "gpt", "--corpus", tmp_path / "latin1.txt"], "is not UTF-8 text (byte 3 is 0xe9)"),
+        (["train", "gpt", "--corpus", tmp_path], "cannot be read"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 4 and words in err and err.count("\n") == 1
+    (tmp_path / "short.txt").write_text("too short")
+    assert run("train", "gpt", "--corpus", tmp_path / "short.txt")[0] == 2
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_checkpoints_exit_3(run, tmp_path, trained):
+    assert "train some with: irann train gpt" in run("sample", "gpt")[2] or zoo.shipped()
+    (tmp_path / "old.pt").write_bytes(pickle.dumps({}))
+    code, _, err = run("sample", tmp_path / "old.pt")
+    assert code == 3 and "old.pt is a file" in err
+    (tmp_path / "empty").mkdir()
+    code, _, err = run("eval", tmp_path / "empty")
+    assert code == 3 and "manifest.json is missing" in err
+
+
+def test_sample_and_eval(run, trained, corpus):
+    code, out, err = run("sample", trained, "--prompt", "ROMEO:", "--length", 30, "--seed", 1)
+    assert (code, err) == (0, "") and out.startswith("ROMEO:") and len(out) == len("ROMEO:") + 31
+    assert run("sample", trained, "--prompt", "ROMEO:", "--length", 30, "--seed", 1)[1] == out
+    assert run("sample", trained, "--prompt", "ROMEO:", "--length", 30, "--seed", 2)[1] != out
+    code, _, err = run("sample", trained, "--prompt", "a" * 40, "--length", 2)
+    assert code == 0 and "the first 8 of the prompt are not read" in err
+    code, out, _ = run("eval", trained)
+    assert code == 0 and f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out and "111,540 characters" in out
+
+
+def test_another_text_has_its_own_vocabulary(run, tmp_path):
+    (tmp_path / "mine.txt").write_text("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. " * 40, encoding="utf-8")
+    code, out, _ = run("train", "gpt", *TINY, "--corpus", tmp_path / "mine.txt", "--run", tmp_path / "mine")
+    assert code == 0 and "nats per character of the validation part" in out
+    assert len(zoo.load(tmp_path / "mine").vocabulary) == len(set("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. "))
+    code, _, err = run("eval", tmp_path / "mine")
+    assert code == 2 and "these characters are not among the" in err
+    code, _, err = run("train", "gpt", *TINY, "--run", tmp_path / "mine", "--resume")
+    assert code == 3 and "vocabulary = " in err
+
+
+def test_train_resume_overwrite(run, tmp_path):
+    assert run("train", "gpt", *TINY)[0] == 0
+    code, _, err = run("train", "gpt", *TINY)
+    assert code == 2 and "holds another run; resume it (--resume)" in err
+    code, out, _ = run("train", "gpt", *TINY, "--resume")
+    assert code == 0 and "nothing left to do" in out
+    code, _, err = run("train", "gpt", "--recipe", "tiny", "--set", "steps=9", "--resume")
+    assert code == 3 and "steps = 6, asked for is steps = 9" in err
+    assert run("train", "gpt", *TINY, "--overwrite")[0] == 0
+    assert checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
+    assert run("sample", "gpt", "--length", 5)[0] == 0  # the newest run is found by the model's name
+
+
+def test_not_finite_exits_5(run, tmp_path, monkeypatch):
+    from irann.models.gpt import GPT
+
+    plain = GPT.loss
+    monkeypatch.setattr(GPT, "loss", lambda self, ids: (plain(self, ids)[0] * float("nan"), {}))
+    code, _, err = run("train", "gpt", *TINY)
+    assert code == 5 and "irann: at step 0 the loss is nan" in err
+    assert not checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """Under a limit on file sizes, the first checkpoint cannot be written."""
+    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); from irann.__main__ import main; main()"
+    command = [sys.executable, "-c", code, "train", "gpt", *TINY, "--run", str(tmp_path / "run")]
+    result = subprocess.run(command, capture_output=True, text=True, env=ENV)
+    assert result.returncode == 1 and "the disk is full" in result.stderr and "Traceback" not in result.stderr
+    assert os.listdir(tmp_path / "run" / "checkpoints") == []
+
+
+def start(run, *more, steps=100_000):
+    command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
+    command += ["--set", f"steps={steps}", "--set", "save_every=5", "--set", "evaluate_every=0", *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+
+
+def await_saves(run, process, beyond=0, patience=120.0):
+    until = time.monotonic() + patience
+    while not any(int(folder.name[5:]) > beyond for folder in checkpoint.listed(run)):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_exits(tmp_path, signum, code):
+    process = start(tmp_path / "run")
+    await_saves(tmp_path / "run", process)
+    process.send_signal(signum)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err and "--resume" in out
+    step = checkpoint.newest(tmp_path / "run")[1].config["step"]
+    assert f"stopped at step {step:,}" in out
+
+
+def test_interrupted_and_resumed_is_as_if_never_stopped(tmp_path, run):
+    process = start(tmp_path / "stopped", steps=3000)
+    await_saves(tmp_path / "stopped", process)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    step = checkpoint.newest(tmp_path / "stopped")[1].config["step"]
+    changes = ["--recipe", "tiny", "--set", "save_every=5", "--set", "evaluate_every=0", "--set", "steps=3000"]
+
+    def losses(folder):
+        rows = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        return [row["loss"] for row in rows][: step + 20]
+
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        from irann import shakespeare
+
+        for folder, options in (("straight", {}), ("stopped", {"resume": True})):
+            config, recipe = zoo.recipe("gpt", "tiny", **dict(c.split("=") for c in changes if "=" in c))
+            stream = train(zoo.build("gpt", config), shakespeare.load(), recipe, run=tmp_path / folder, **options)
+            for tick in stream:
+                if tick.step == step + 20:
+                    break
+            stream.close()
+    finally:
+        torch.set_num_threads(torch_threads)
+    assert losses("stopped") == losses("straight")
+
+
+def test_kills_lose_at_most_one_interval(tmp_path):
+    """SIGKILL at random moments, again and again on one run, which goes on each time."""
+    rng, reached = random.Random(1), 0
+    for attempt in range(5):
+        process = start(tmp_path / "run", *(["--resume"] if attempt else []))
+        await_saves(tmp_path / "run", process, beyond=reached)
+        time.sleep(rng.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+        step = checkpoint.newest(tmp_path / "run")[1].config["step"]
+        assert step > reached and metrics[-1]["step"] - step <= 5
+        reached = step
+    process = start(tmp_path / "run", "--resume")  # the lock of a killed process holds nobody up, and its leftovers are gone
+    await_saves(tmp_path / "run", process, beyond=reached)
+    process.terminate()
+    assert process.wait(60) == 143 and not list((tmp_path / "run" / "checkpoints").glob(".unfinished*"))
+
+
+def test_two_trainers_one_directory_exits_6(tmp_path):
+    first = start(tmp_path / "run")
+    await_saves(tmp_path / "run", first)
+    second = start(tmp_path / "run", "--resume")
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 6 and f"in use by process {first.pid} on " in err and "Traceback" not in err
+    first.terminate()
+    assert first.wait(60) == 143
+
+
+def test_a_reader_who_leaves_is_no_error(trained):
+    command = f"{sys.executable} -m irann sample {trained} --length 3000 | head -c 20"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENV)
+    assert result.returncode == 0 and result.stderr == ""
