@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
-from ..layers import Block, init_fan_in, make_norm, rotary_table, rotate
+from ..layers import Block, init_fan_in, make_norm, rotary_table
 from ..lm import Draft, LanguageModel, Reader, Setting, check_length, check_settings, evaluating, filter_logits, left_to_right, sample
 
 
@@ -280,8 +280,7 @@ def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[
     New keys and values replace the old ones of the places that are `going`; all others are seen as they were.
     """
     attention, (row, place) = block.attention, asks.nonzero(as_tuple=True)
-    q, k_new, v_new = rearrange(attention.qkv(block.norm_attention(x)), "n (three h c) -> three n h c", three=3, h=attention.heads)
-    q, k_new = rotate(F.rms_norm(torch.stack([q, k_new]), q.shape[-1:]), turn[:, place, None])
+    q, k_new, v_new = (z[0].transpose(0, 1) for z in attention.project(block.norm_attention(x)[None], turn[:, place]))
     k, v = (old.clone() for old in kv)
     at, fresh = place + k.shape[2] - asks.shape[1], going[asks]
     k[row[fresh], :, at[fresh]], v[row[fresh], :, at[fresh]] = k_new[fresh], v_new[fresh]

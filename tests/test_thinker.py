@@ -1,0 +1,384 @@
+"""irann.models.thinker against a thinker written one character and one round at a time, enumeration, and counted calls."""
+
+import math
+from contextlib import contextmanager
+from itertools import combinations
+
+import pytest
+import torch
+from conftest import excite
+from scipy.stats import chisquare
+from torch.nn import functional as F
+
+from irann.core.halting import expected_rounds, halting_distribution, kl_to_geometric
+from irann.models.thinker import PageThinker, Thinker, ThinkerConfig
+
+RULES = {
+    "odds": {"threshold": 0.8},
+    "sampled": {},
+    "state": {"tolerance": 0.3},
+    "prediction": {"tolerance": 0.3},
+    "fixed": {"rounds": 4},
+}
+
+
+def thinker(kind=Thinker, std=0.3, **options):
+    return excite(kind(ThinkerConfig(**{"window": 24, "width": 32, "rounds": 6} | options)), std).double().eval()
+
+
+def ids(b, t, seed=0):
+    return torch.randint(65, (b, t), generator=torch.Generator().manual_seed(seed))
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def counting(model):
+    """How many characters pass through each block of the core."""
+    counts = [0] * len(model.core)
+
+    def count(i):
+        def hook(_, inputs):
+            counts[i] += inputs[0].numel() // model.config.width
+
+        return hook
+
+    hooks = [block.mlp.register_forward_pre_hook(count(i)) for i, block in enumerate(model.core)]
+    yield counts
+    for hook in hooks:
+        hook.remove()
+
+
+def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limits=None):
+    """(t) -> logits (t v), rounds (t): the definition, with loops, lists and pairs of complex numbers."""
+    heads, c = model.config.heads, model.config.width // model.config.heads
+    norm = lambda x: (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt()
+    pace = torch.tensor([10_000.0 ** (-2 * j / c) for j in range(c // 2)], dtype=torch.float64)
+
+    def turned(x, place):
+        x = x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
+        z = torch.complex(x[:, : c // 2], x[:, c // 2 :]) * torch.polar(torch.ones(c // 2).double(), place * pace)
+        return torch.cat([z.real, z.imag], -1)
+
+    def through(block, x, place, earlier):
+        q, k, v = (block.attention.qkv.weight @ norm(x)).view(3, heads, c)
+        q, k = turned(q, place), turned(k, place)
+        seen = [*earlier, (k, v)]
+        share = torch.stack([(q * k).sum(-1) / math.sqrt(c) for k, _ in seen]).softmax(0)
+        x = x + block.attention.out.weight @ sum(w[:, None] * v for w, (_, v) in zip(share, seen)).flatten()
+        return x + block.mlp.out.weight @ (block.mlp.up.weight @ norm(x)).relu().square(), (k, v)
+
+    read, shown, logits, taken = [[] for _ in model.prelude], [], [], []  # shown[place][round][block]
+    for place, character in enumerate(text.tolist()):
+        x = model.embed.weight[character]
+        for block, earlier in zip(model.prelude, read):
+            x, kv = through(block, x, place, earlier)
+            earlier.append(kv)
+        given, thought, guess, going_on = norm(x), torch.zeros(model.config.width).double(), None, 1.0
+        shown.append([])
+        for r in range(rounds):
+            before, old, x, kvs = thought, guess, thought + given, []
+            for i, block in enumerate(model.core):
+                x, kv = through(block, x, place, [rows[min(r, len(rows) - 1)][i] for rows in shown[:-1]])
+                kvs.append(kv)
+            shown[-1].append(kvs)
+            thought = norm(x)
+            guess = model.head.weight @ thought
+            q = guess.softmax(0)
+            features = torch.cat([thought, (thought - before).square().mean().sqrt()[None], -(q * q.log()).sum()[None]])
+            going_on = going_on * (1 - (model.halt_head.weight[0] @ features + model.halt_head.bias[0]).sigmoid())
+            if stop == "odds" and 1 - going_on >= threshold or stop == "sampled" and 1 - going_on >= limits[place]:
+                break
+            if stop == "state" and (thought - before).square().mean().sqrt() <= tolerance:
+                break
+            if stop == "prediction" and r and (q - old.softmax(0)).abs().sum() / 2 <= tolerance:
+                break
+        logits.append(guess)
+        taken.append(r + 1)
+    return torch.stack(logits), torch.tensor(taken)
+
+
+# left to right
+
+
+@pytest.mark.parametrize("stop", RULES)
+@pytest.mark.parametrize("prelude, core", [(1, 1), (0, 2), (2, 3)])
+@torch.no_grad()
+def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, core):
+    model, text = thinker(prelude=prelude, core=core), ids(1, 20)
+    limits = torch.rand(1, 20, generator=rng(), dtype=torch.float64)[0]
+    logits, rounds = one_by_one(model, text[0], stop, **RULES[stop], limits=limits)
+    assert stop == "fixed" or len(set(rounds.tolist())) > 1, "a test in which all stop at once tests nothing"
+    for packed in (False, True):
+        ours, state = model.read(text, packed=packed, stop=stop, generator=rng(), **RULES[stop])
+        assert state.rounds[0].tolist() == rounds.tolist()
+        torch.testing.assert_close(ours[0], logits, atol=1e-10 * max(1, logits.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("stop", RULES)
+@torch.no_grad()
+def test_reading_in_pieces_is_reading_at_once(stop):
+    model, text = thinker(core=2), ids(1, 24, seed=1)
+    whole, memory = model.read(text, stop=stop, generator=rng(), **RULES[stop])
+    for sizes in ([1] * 24, [5, 1, 1, 9, 8], [23, 1], [1, 23]):
+        for packed in (False, True):
+            state, pieces, rounds, generator = None, [], [], rng()
+            for piece in text.split(sizes, 1):
+                logits, state = model.read(piece, state, packed=packed, stop=stop, generator=generator, **RULES[stop])
+                pieces.append(logits)
+                rounds.append(state.rounds)
+            torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-10 * whole.abs().max(), rtol=0)
+            assert torch.equal(torch.cat(rounds, 1), memory.rounds)
+
+
+@pytest.mark.parametrize("stop", RULES)
+@torch.no_grad()
+def test_a_batch_is_its_rows_one_by_one(stop):
+    model, text, generator = thinker(), ids(3, 17, seed=2), rng()
+    whole, memory = model.read(text, packed=True, stop=stop, generator=rng(), **RULES[stop])
+    for i in range(3):
+        one, state = model.read(text[i : i + 1], packed=True, stop=stop, generator=generator, **RULES[stop])
+        assert torch.equal(state.rounds[0], memory.rounds[i])
+        torch.testing.assert_close(one[0], whole[i], atol=1e-10 * whole.abs().max(), rtol=0)
+
+
+@pytest.mark.parametrize("stop", RULES)
+@torch.no_grad()
+def test_no_bit_of_the_past_depends_on_the_future(stop):
+    model, text = thinker(), ids(2, 24)
+    changed = torch.cat([text[:, :11], (text[:, 11:] + 1) % 65], 1)
+    limits = {"generator": rng()}
+    before, a = model.read(text, stop=stop, **RULES[stop], **limits)
+    limits["generator"].manual_seed(0)
+    after, b = model.read(changed, stop=stop, **RULES[stop], **limits)
+    assert torch.equal(before[:, :11], after[:, :11]) and not torch.equal(before[:, 11:], after[:, 11:])
+    assert torch.equal(a.rounds[:, :11], b.rounds[:, :11])
+
+
+@pytest.mark.parametrize("stop", RULES)
+@torch.no_grad()
+def test_who_has_stopped_is_not_computed(stop):
+    model = thinker(core=2)
+    with counting(model) as calls:
+        _, state = model.read(ids(3, 20), packed=True, stop=stop, generator=rng(), **RULES[stop])
+    assert calls == [int(state.rounds.sum())] * 2
+    assert calls[0] == 3 * 20 * 4 if stop == "fixed" else calls[0] < 3 * 20 * 6
+    with counting(model) as calls:
+        drafts = list(model.generate(ids(1, 4), 12, generator=rng(), stop=stop, **RULES[stop]))
+    prompt = model.read(drafts[0].ids, stop=stop, generator=rng(), **RULES[stop])[1].rounds.sum()
+    later = sum(draft.note["rounds"][0] for draft in drafts[2:])
+    if stop != "sampled":  # there the prompt drew other numbers
+        assert calls == [int(prompt) + later] * 2
+
+
+@torch.no_grad()
+def test_sampled_stops_at_each_round_as_often_as_the_distribution_says():
+    model = thinker(std=0.1, rounds=5)
+    _, odds, _ = model.every_round(ids(1, 1))
+    p = halting_distribution(odds[0, 0])
+    _, state = model.read(ids(1, 1).expand(20_000, 1), packed=True, stop="sampled", generator=rng())
+    counts = torch.bincount(state.rounds.flatten(), minlength=6)[1:]
+    assert p.min() > 0.01 and chisquare(counts.numpy(), (20_000 * p).numpy()).pvalue > 1e-3
+
+
+@torch.no_grad()
+def test_extreme_settings_mean_what_they_say():
+    model, text = thinker(std=0.1), ids(1, 10)
+    rounds = lambda **how: set(model.read(text, **how)[1].rounds.flatten().tolist())
+    assert rounds(threshold=0) == {1} and rounds(threshold=1.0) == {6}
+    assert rounds(stop="fixed") == {6} and rounds(stop="fixed", rounds=9) == {9} and rounds(threshold=1.0, rounds=2) == {2}
+    assert rounds(stop="state", tolerance=2.0) == {1} and rounds(stop="state", tolerance=0) == {6}
+    assert rounds(stop="prediction", tolerance=1.0) == {2} and rounds(stop="prediction", tolerance=0) == {6}
+
+
+@torch.no_grad()
+def test_surprise_is_exact_under_every_rule():
+    model, text = thinker(std=0.1), ids(2, 18)
+    for stop, settings in RULES.items():
+        logits, _ = model.read(text[:, :-1], stop=stop, generator=rng(), **settings)
+        nats = -logits.log_softmax(-1).gather(-1, text[:, 1:, None]).squeeze(-1)
+        ours = model.surprise(text, stop=stop, generator=rng(), **settings)
+        torch.testing.assert_close(ours.double(), nats, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.surprise(text), model.surprise(text, stop="odds", threshold=0.5))
+
+
+@torch.no_grad()
+def test_drafts_show_how_long_each_character_was_thought_about():
+    model = thinker()
+    *_, last = model.generate(ids(2, 5), 9, generator=rng(), threshold=0.8)
+    _, state = model.read(last.ids[:, :-1], threshold=0.8)
+    assert last.note["rounds"] == state.rounds[:, -1].tolist()
+    assert last.note["halted"] == pytest.approx(state.halted[:, -1].tolist())
+    shown = model.inside(last.ids[:1])
+    assert shown["rounds"].shape == shown["expected_rounds"].shape == (14,) and shown["entropy"].shape == (6, 14)
+
+
+# training
+
+
+def test_untrained_odds_are_the_prior():
+    model = Thinker(ThinkerConfig(window=24, width=32, prior=0.25, rounds=5))
+    _, odds, thought = model.every_round(ids(2, 9))
+    torch.testing.assert_close(odds, torch.full_like(odds, 0.25))
+    _, parts = model.loss(ids(2, 25))
+    assert parts["prior_kl"].abs() < 1e-6 and parts["rounds"] == pytest.approx(sum(0.75**r for r in range(5)), abs=1e-5)
+    torch.testing.assert_close(thought.square().mean(-1), torch.ones(2, 9), atol=1e-3, rtol=0)  # normalised at every round
+
+
+@pytest.mark.parametrize("supervision", ["every", "last", "halting"])
+def test_loss_is_the_formula(supervision):
+    model, text = thinker(std=0.1, supervision=supervision, prior=0.2, prior_weight=0.03), ids(3, 25)
+    logits, odds, _ = model.every_round(text[:, :-1])
+    assert logits.shape == (3, 24, 65, 6) and odds.shape == (3, 24, 6)
+    nats = -logits.log_softmax(2).gather(2, text[:, 1:, None, None].expand(-1, -1, 1, 6))[:, :, 0]
+    p = halting_distribution(odds)
+    pondering = (p * nats).sum(-1).mean() + 0.03 * kl_to_geometric(p, 0.2).mean()
+    loss, parts = model.loss(text)
+    value = {"every": nats.mean(), "last": nats[..., -1].mean(), "halting": pondering}[supervision]
+    torch.testing.assert_close(loss, value)
+    assert parts["rounds"] == pytest.approx(expected_rounds(p).mean().item())
+    assert parts["nats_per_char"] == pytest.approx(nats[..., -1].mean().item())
+
+    body = list(model.core.parameters()) + list(model.prelude.parameters())
+    slopes = torch.autograd.grad(loss, [model.halt_head.weight, *body])
+    pull, *bend = torch.autograd.grad(pondering, [model.halt_head.weight, *body], retain_graph=True)
+    torch.testing.assert_close(slopes[0], pull)
+    if supervision != "halting":  # the odds learn beside the network and do not bend it
+        bend = torch.autograd.grad(value, body)
+    for ours, theirs in zip(slopes[1:], bend):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_random_rounds_are_drawn_while_training_only():
+    model = Thinker(ThinkerConfig(window=8, width=16, rounds=5, random_rounds=True))
+    torch.manual_seed(0)
+    assert {model.draw_rounds() for _ in range(200)} == {3, 4, 5, 6, 7}
+    assert {model.eval().draw_rounds() for _ in range(50)} == {5}
+    assert Thinker(ThinkerConfig(window=8, width=16, rounds=5)).draw_rounds() == 5
+
+
+def test_what_makes_no_sense_is_named():
+    model = thinker()
+    for settings, word in [({"stop": "never"}, "stop is one of odds"), ({"rounds": -1}, "rounds"), ({"threshold": 1.1}, "threshold")]:
+        with pytest.raises(ValueError, match=word):
+            model.read(ids(1, 3), **settings)
+        with pytest.raises(ValueError, match=word):
+            model.generate(ids(1, 3), 3, **settings)
+    with pytest.raises(ValueError, match="tolerance"):
+        model.surprise(ids(1, 3), tolerance=math.nan)
+    with pytest.raises(ValueError, match="no setting 'steps'"):
+        model.generate(ids(1, 3), 3, steps=4)
+    _, state = model.read(ids(1, 20))
+    with pytest.raises(ValueError, match="window holds 24 characters; got 5 after 20"):
+        model.read(ids(1, 5), state)
+    for wrong, word in [({"rounds": 0}, "rounds"), ({"prior": 1.0}, "prior"), ({"supervision": "some"}, "supervision")]:
+        with pytest.raises(ValueError, match=word):
+            ThinkerConfig(**wrong)
+
+
+# all at once
+
+
+@torch.no_grad()
+def test_the_page_looks_both_ways_and_not_under_the_blanks():
+    model, text = thinker(PageThinker), ids(1, 20)
+    logits = model.every_round(text)[0]
+    later = text.clone()
+    later[:, 15] = (later[:, 15] + 1) % 65
+    assert not torch.allclose(model.every_round(later)[0][:, :15], logits[:, :15])
+    hidden = torch.zeros_like(text, dtype=torch.bool)
+    hidden[:, 15] = True
+    seen = [model.every_round(x.masked_fill(hidden, model.blank))[0] for x in (text, later)]
+    assert torch.equal(*seen) and seen[0].shape[2] == 65
+
+
+@torch.no_grad()
+def test_bound_is_the_mean_over_all_ways_to_hide():
+    """Three characters after the first: 3 + 3 + 1 ways to hide, each number of hidden ones equally likely."""
+    model, text, rows = thinker(PageThinker, std=0.2), ids(1, 4), []
+    for k in (1, 2, 3):
+        for places in combinations((1, 2, 3), k):
+            hidden = torch.zeros(1, 4, dtype=torch.bool)
+            hidden[:, list(places)] = True
+            nats = F.cross_entropy(model.every_round(text.masked_fill(hidden, model.blank))[0][0, ..., -1], text[0], reduction="none")
+            rows.append(nats[hidden[0]].mean() / 3 / math.comb(3, k))
+    draws = model.surprise(text.expand(6000, 4), generator=rng(), draws=1).double().mean(1)
+    error = draws.std() / math.sqrt(6000)
+    assert abs(draws.mean() - sum(rows)) < 4 * error and error < 0.05 * draws.std()
+
+    model.head.weight.zero_()  # guesses that know nothing cost ln 65 each, and the bound is tight
+    torch.testing.assert_close(model.surprise(ids(3, 25), generator=rng()).mean(), torch.tensor(math.log(65)), atol=1e-4, rtol=0)
+
+
+def test_hidden_places_are_as_many_as_they_should_be():
+    model = thinker(PageThinker)
+    hidden = model.hide(800, 9, generator=rng())
+    assert not hidden[:, 0].any() and torch.bincount(hidden.sum(1), minlength=9).tolist() == [0] + [100] * 8
+    assert (hidden[:, 1:].double().mean(0) - 4.5 / 8).abs().max() < 0.07
+    first = torch.arange(800) % 8 + 1
+    hidden = model.hide(800, 9, first, generator=rng())
+    assert not (hidden & (torch.arange(9) < first[:, None])).any() and (hidden.sum(1) >= 1).all()
+
+
+def test_page_loss_is_a_bound_by_name_and_carries_thoughts_in_training():
+    model = thinker(PageThinker, std=0.1, rounds=2)
+    model.head.weight.data.zero_()
+    torch.manual_seed(0)
+    loss, parts = model.loss(ids(4, 25))
+    assert loss.item() == pytest.approx(math.log(65), abs=1e-6) == parts["bound_nats_per_char"].item()
+    starts, inner = [], model.every_round
+
+    def every_round(page, rounds=None, thought=None):
+        starts.append(thought is not None)
+        return inner(page, rounds, thought)
+
+    model.train().every_round = every_round
+    for _ in range(30):
+        model.loss(ids(4, 25))
+    carried = starts.count(True)
+    assert 5 < carried < 25 and len(starts) == 30 + carried
+
+
+@torch.no_grad()
+def test_refinements_keep_the_surest_and_carry_the_thought_on():
+    model, text = thinker(PageThinker, std=0.15), ids(1, 12)
+    page, thought, hidden = text.clone(), None, torch.arange(12)[None] >= 4
+    drafts = model.refine(text, 4, {"temperature": 0}, None, model.rule({"stop": "fixed", "rounds": 3, "steps": 4}))
+    for step, (shown, still, rounds) in enumerate(drafts):
+        logits, _, thought = model.every_round(page.masked_fill(hidden, model.blank), 3, thought)
+        sure, guess = logits[..., -1].softmax(-1).max(-1)
+        surest = sure.masked_fill(~hidden, -1).topk(2).indices
+        page = torch.where(hidden, guess, page)
+        hidden = hidden.scatter(1, surest, False)
+        assert torch.equal(shown, page) and torch.equal(still, hidden) and rounds == 3 * (step + 1)
+    assert step == 3 and not hidden.any()
+
+
+@torch.no_grad()
+def test_orders_steps_and_sureness_of_a_page():
+    model, prompt = thinker(PageThinker, std=0.1), ids(2, 5)
+    write = lambda **how: list(model.generate(prompt, 12, generator=rng(), **how))
+    assert [d.settled for d in write(order="left", steps=4)] == [5, 8, 11, 14, 17]
+    assert [d.settled for d in write(order="left")] == [5, 7, 9, 11, 13, 15, 17]
+    assert len(write(keep=0.0)) == 2 and len(write(steps=12)) == 13
+    assert not torch.equal(write(order="random")[1].ids, write(order="random", temperature=0)[1].ids)
+    for draft in write(order="random"):
+        assert draft.settled <= draft.ids.shape[1] and 0 <= draft.ids.min() and draft.ids.max() < 65
+
+
+@torch.no_grad()
+def test_a_page_stops_thinking_when_all_its_places_rest():
+    model, prompt = thinker(PageThinker, std=0.1, rounds=5), ids(1, 5)
+
+    def rounds(**how):
+        with counting(model) as calls:
+            *_, last = model.generate(prompt, 8, generator=rng(), steps=3, **how)
+        assert calls == [13 * last.note["rounds"]]
+        return last.note["rounds"]
+
+    assert rounds(stop="fixed") == 15 and rounds(stop="fixed", rounds=2) == 6
+    assert rounds(threshold=0.0) == 3 and rounds(stop="state", tolerance=2.0) == 3 and rounds(stop="prediction", tolerance=1.0) == 6
+    assert 3 < rounds(stop="state", tolerance=0.1) < 15
+    assert 3 <= rounds(stop="sampled") <= 15
