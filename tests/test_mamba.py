@@ -136,7 +136,7 @@ def test_any_chunking_reads_the_same(sizes, changes):
         whole, after = model.read(page)
         pieces, state = chunks_of(sizes, model, page)
     close(pieces, whole, 1e-11)
-    for one, other in zip(state, after, strict=True):
+    for one, other in zip(state.layers, after.layers, strict=True):
         for mine, oracle in zip(one, other, strict=True):
             close(mine, oracle, 1e-11)
 
@@ -157,12 +157,12 @@ def test_reading_does_not_change_the_state_it_was_given():
     model = excite(Mamba(SMALL))
     with torch.no_grad():
         _, state = model.read(ids(1, 9))
-        before = [Memory(*(part.clone() for part in memory)) for memory in state]
+        before = [Memory(*(part.clone() for part in memory)) for memory in state.layers]
         for t in (1, 5):
             first, _ = model.read(ids(1, t, seed=1), state)
             again, _ = model.read(ids(1, t, seed=1), state)
             assert torch.equal(first, again)
-    for one, other in zip(state, before, strict=True):
+    for one, other in zip(state.layers, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -185,7 +185,7 @@ def test_the_state_has_one_size_and_a_long_text_bounded_memory():
         for t in (1, 10, 20_000):
             logits, state = model.read(ids(1, t))
             assert logits.shape == (1, t, 11)
-            sizes.add(sum(part.untyped_storage().nbytes() for memory in state for part in memory))
+            sizes.add(sum(part.untyped_storage().nbytes() for memory in state.layers for part in memory))
     assert len(sizes) == 1, "the state grows, or holds on to what it is a view of"
     assert max(seen) <= 2048
 

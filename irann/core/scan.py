@@ -55,8 +55,8 @@ def discretise(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, 
 
 def step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """(b e), (b e), (e n), (b n), (b n), (e), (b e n) -> (b e), (b e n): one place of the recurrence, for writing."""
-    state = torch.addcmul((delta * u)[:, :, None] * B[:, None], torch.exp(delta[:, :, None] * A), state)
-    y = (state @ C[:, :, None])[:, :, 0]
+    state = torch.addcmul(torch.exp(delta.unsqueeze(2) * A) * state, (delta * u).unsqueeze(2), B.unsqueeze(1))
+    y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)
     return (y if D is None else torch.addcmul(y, D, u)), state
 
 

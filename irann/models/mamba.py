@@ -77,6 +77,13 @@ class Memory(NamedTuple):
     delta: Tensor  # (b e)
 
 
+class State(NamedTuple):
+    """What `read` hands on: each layer's memory and, once single characters are read, each layer's weights laid out for that."""
+
+    layers: list[Memory]
+    ready: list[tuple] | None
+
+
 class Mixer(nn.Module):
     """The selective state space between its gate and its convolution."""
 
@@ -122,16 +129,6 @@ class Mixer(nn.Module):
         delta, B, C = self.choose(x).split([self.rank, self.state, self.state], -1)
         return F.softplus(self.pace(delta)), B, C
 
-    def step(self, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """(b d) -> (b d): `forward` for one character, where every call that can be saved is saved."""
-        x, gate = self.widen(x).chunk(2, -1)
-        seen = torch.cat([memory.tail, x[:, None]], 1)
-        x = (seen * self.convolution.weight[:, 0].T).sum(1)
-        x = self.activation(x if self.convolution.bias is None else x + self.convolution.bias)
-        delta, B, C = self.select(x)
-        y, h = step(x, delta, -torch.exp(self.log_A), B, C, self.D, memory.h)
-        return self.out(y * F.silu(gate)), Memory(seen[:, 1:], h, delta)
-
 
 class Block(nn.Module):
     """x + mixer(norm(x))."""
@@ -143,9 +140,31 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """(b t d) or, with a memory, (b d) -> the same, and the memory."""
-        y, memory = (self.mixer if x.ndim == 3 else self.mixer.step)(self.norm(x), memory)
+        """(b t d) -> (b t d), and what to remember."""
+        y, memory = self.mixer(self.norm(x), memory)
         return x + self.dropout(y), memory
+
+    def ready(self) -> tuple:
+        """-> the weights as `write` wants them: what is the same for every character is computed once."""
+        m = self.mixer
+        cuts = [m.rank, m.state, m.state]
+        shape, gain, eps = self.norm.normalized_shape, self.norm.weight, self.norm.eps
+        linear = [(part.weight, part.bias) for part in (m.widen, m.choose, m.pace, m.out)]
+        taps, bias = m.convolution.weight.squeeze(1).T.contiguous(), m.convolution.bias
+        return shape, gain, eps, *linear, taps, bias, m.activation, cuts, -torch.exp(m.log_A), m.D
+
+
+def write(ready: tuple, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    """(b d) -> (b d), and the memory: `Block.forward` for one character, in as few calls as it takes."""
+    shape, gain, eps, widen, choose, pace, out, taps, bias, activation, cuts, A, D = ready
+    u, gate = F.linear(F.rms_norm(x, shape, gain, eps), *widen).chunk(2, -1)
+    seen = torch.cat([memory.tail, u.unsqueeze(1)], 1)
+    u = (seen * taps).sum(1)
+    u = activation(u if bias is None else u + bias)
+    delta, B, C = F.linear(u, *choose).split(cuts, -1)
+    delta = F.softplus(F.linear(delta, *pace))
+    y, h = step(u, delta, A, B, C, D, memory.h)
+    return x + F.linear(y * F.silu(gate), *out), Memory(seen[:, 1:], h, delta)
 
 
 class Mamba(Reader):
@@ -170,8 +189,8 @@ class Mamba(Reader):
                 with torch.no_grad():
                     block.mixer.out.weight /= math.sqrt(config.layers)  # as the published code, after GPT-2
 
-    def read(self, ids: Tensor, state=None):
-        """(b t), state -> (b t v), state: the state is each block's `Memory`, of the same size after any number of characters.
+    def read(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """(b t), state -> (b t v), state: each block's `Memory`, of the same size after any number of characters.
 
         Without gradients a long text is read in pieces, so that only its logits grow with it.
         """
@@ -181,18 +200,24 @@ class Mamba(Reader):
                 more, state = self.read(piece, state)
                 logits.append(more)
             return torch.cat(logits, 1), state
-        one = state is not None and ids.shape[1] == 1
-        x = self.dropout(self.embed(ids[:, 0] if one else ids))
-        state, before = [], state or [None] * len(self.blocks)
-        for block, memory in zip(self.blocks, before, strict=True):
-            x, memory = block(x, memory)
-            state.append(memory)
-        logits = F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight)
-        return (logits[:, None] if one else logits), state
+        before, ready, after = *(state or ([None] * len(self.blocks), None)), []
+        if state and ids.shape[1] == 1 and not self.training:
+            ready = ready or [block.ready() for block in self.blocks]
+            x = self.embed(ids[:, 0])
+            for weights, memory in zip(ready, before, strict=True):
+                x, memory = write(weights, x, memory)
+                after.append(memory)
+            x = x.unsqueeze(1)
+        else:
+            x = self.dropout(self.embed(ids))
+            for block, memory in zip(self.blocks, before, strict=True):
+                x, memory = block(x, memory)
+                after.append(memory)
+        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight), State(after, ready)
 
-    def notes(self, state) -> dict:
+    def notes(self, state: State) -> dict:
         """The mean pace at the last character: near 0 it was let pass, large it was written and older things made room."""
-        return {"delta": torch.stack([memory.delta.mean() for memory in state]).mean().item()} if state else {}
+        return {"delta": torch.stack([memory.delta for memory in state.layers]).mean().item()} if state else {}
 
     @torch.no_grad()
     def inside(self, ids: Tensor) -> dict[str, Tensor]:
