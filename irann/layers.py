@@ -17,7 +17,7 @@ from .core.attention import causal_mask, merge_heads, weights
 ACTIVATIONS = {
     "gelu": F.gelu,  # GPT-2 as nanoGPT has it: the exact one, with erf
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2 as first published
-    "squared_relu": lambda x: F.relu(x).square(),  # So et al. 2021, "Primer" (arXiv 2109.08668)
+    "squared_relu": lambda x: F.relu(x) * x,  # So et al. 2021, "Primer" (arXiv 2109.08668)
 }
 
 
@@ -34,24 +34,25 @@ def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) ->
 
 @lru_cache(maxsize=32)
 def rotary_table(t: int, c: int, dtype=torch.float32, device=None, base: float = 10_000.0) -> Tensor:
-    """-> (2 t c/2): cosine and sine by which each pair of channels turns at each place; computed in float64, then cast.
+    """-> (t c/2) of complex: the turn of each pair of channels at each place, as a number on the unit circle.
 
-    Su et al. 2021 (arXiv 2104.09864), eq. 15: pair j turns by place * base^(-2j/c). Raises ValueError for an odd c.
+    Su et al. 2021 (arXiv 2104.09864), eq. 12 to 15: pair j turns by place * base^(-2j/c). Computed in float64, then cast;
+    `dtype` is that of the real parts. Raises ValueError for an odd c.
     """
     if c % 2:
         raise ValueError(f"rotary positions turn channels in pairs; a head of {c} channels has one left over")
     angle = torch.arange(t).double()[:, None] * base ** (-torch.arange(0, c, 2).double() / c)
-    return torch.stack([angle.cos(), angle.sin()]).to(device, dtype)
+    return torch.polar(torch.ones_like(angle), angle).to(device, torch.promote_types(dtype, torch.complex64))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """(... t c), (2 t c/2) -> (... t c): turn every pair of channels by its place's angle (same paper, eq. 34).
+    """(... t c), (t c/2) -> (... t c): turn every pair of neighbouring channels by its place's angle.
 
-    The first half of the channels pairs with the second half. Scores of rotated q and k depend on distance alone.
+    A pair is a complex number, a turn one multiplication (same paper, eq. 12); the score of a turned q and a turned k then
+    depends on their distance alone.
     """
-    cos, sin = table
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -70,9 +71,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width, bias=bias)
 
     def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, turn: Tensor | None = None):
-        """(b t d), past k and v (b h s c), turn (2 t c/2) -> (b t d), k and v of past and present.
+        """(b t d), past k and v (b h s c), turn (t c/2) -> (b t d), k and v of past and present.
 
-        QK-norm scales each q and k to unit mean square (Henry et al. 2020, arXiv 2010.04245) so that scores cannot blow up.
+        QK-norm brings each q and k to mean zero and unit variance (Dehghani et al. 2023, arXiv 2302.05442), so that scores
+        cannot blow up.
         """
         q, k, v = self.project(x, turn)
         if past is not None:
@@ -87,12 +89,12 @@ class Attention(nn.Module):
     def project(self, x: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(b t d) -> q, k, v (b h t c), normed and turned as the options say."""
         qkv = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
-        qk, v = qkv[:2], qkv[2]  # q and k go through norm and turn together
+        qk, v = qkv.split([2, 1])  # q and k go through norm and turn together
         if self.qk_norm:
-            qk = F.rms_norm(qk, (qk.shape[-1],))
+            qk = F.layer_norm(qk, (qk.shape[-1],))
         if turn is not None:
             qk = rotate(qk, turn)
-        return qk[0], qk[1], v
+        return *qk.unbind(), v.squeeze(0)
 
     def look(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
         """(b t d) -> (b h t s): the weights that `forward` averages with, to look at."""

@@ -117,7 +117,7 @@ class GPT(Reader):
         if self.config.positions == "learned":
             return self.dropout(x + self.place.weight[start:end]), None
         table = rotary_table(self.config.window, self.config.width // self.config.heads, x.dtype, x.device)
-        return self.dropout(x), table[:, start:end]
+        return self.dropout(x), table[start:end]
 
     @torch.no_grad()
     def inside(self, ids: Tensor) -> dict[str, Tensor]:
