@@ -60,7 +60,7 @@ def test_an_untrained_network_answers_with_bayes_rule_alone():
 
 
 def test_every_place_sees_both_sides_and_the_noise_level():
-    model, ids = tiny(neighbours=0), text(1, 9)
+    model, ids = tiny(neighbours=0, bayes=False), text(1, 9)  # without Bayes: the network itself must see and know
     mask, tau = torch.ones(1, 9, dtype=torch.bool), torch.tensor([60])
     x = torch.randn(1, 9, 4, dtype=torch.float64, generator=seeded())
     before = model(x, tau, ids, mask)

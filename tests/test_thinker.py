@@ -58,9 +58,9 @@ def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limit
     pace = torch.tensor([10_000.0 ** (-2 * j / c) for j in range(c // 2)], dtype=torch.float64)
 
     def turned(x, place):
-        x = x / (x.square().mean(-1, keepdim=True) + torch.finfo(x.dtype).eps).sqrt()
-        z = torch.complex(x[:, : c // 2], x[:, c // 2 :]) * torch.polar(torch.ones(c // 2).double(), place * pace)
-        return torch.cat([z.real, z.imag], -1)
+        x = torch.stack([norm(row) for row in x])
+        z = torch.complex(x[:, ::2], x[:, 1::2]) * torch.polar(torch.ones(c // 2).double(), place * pace)
+        return torch.stack([z.real, z.imag], -1).flatten(-2)
 
     def through(block, x, place, earlier):
         q, k, v = (block.attention.qkv.weight @ norm(x)).view(3, heads, c)

@@ -85,9 +85,9 @@ class Body(LanguageModel):
         nn.init.constant_(self.halt_head.bias, math.log(c.prior / (1 - c.prior)))  # untrained, the odds are the prior's
 
     def turn(self, start: int, end: int) -> Tensor:
-        """-> (2 t c/2): the rotary table of places start to end."""
+        """-> (t c/2): the rotary table of places start to end."""
         c = self.config
-        return rotary_table(end, c.width // c.heads, self.head.weight.dtype, self.device)[:, start:end]
+        return rotary_table(end, c.width // c.heads, self.head.weight.dtype, self.device)[start:end]
 
     def odds(self, thought: Tensor, before: Tensor, logits: Tensor) -> Tensor:
         """(... d), (... d), (... v) -> (...): of halting now, from the thought, how far it moved, and how unsure the prediction is."""
@@ -280,7 +280,7 @@ def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[
     New keys and values replace the old ones of the places that are `going`; all others are seen as they were.
     """
     attention, (row, place) = block.attention, asks.nonzero(as_tuple=True)
-    q, k_new, v_new = (z[0].transpose(0, 1) for z in attention.project(block.norm_attention(x)[None], turn[:, place]))
+    q, k_new, v_new = (z[0].transpose(0, 1) for z in attention.project(block.norm_attention(x)[None], turn[place]))
     k, v = (old.clone() for old in kv)
     at, fresh = place + k.shape[2] - asks.shape[1], going[asks]
     k[row[fresh], :, at[fresh]], v[row[fresh], :, at[fresh]] = k_new[fresh], v_new[fresh]
