@@ -231,9 +231,10 @@ class Thinker(Body, Reader):
             core.append(kvs)
 
             new, active = self.settle(x).reshape(-1, given.shape[-1]), going[asks] if some else going.flatten()
-            new, before, old = new[active], thought[going], logits[going]
-            guess = self.head(new)
-            left = left.masked_scatter(going, left[going] * (1 - self.odds(new, before, guess)))
+            guess = self.head(new)  # of all that were computed: how many rows a product has may change its last bits
+            odds = self.odds(new, thought[asks], guess)[active]
+            new, guess, before, old = new[active], guess[active], thought[going], logits[going]
+            left = left.masked_scatter(going, left[going] * (1 - odds))
             thought, logits = scatter(thought, going, new), scatter(logits, going, guess)
             rounds = rounds + going
             rest = at_rest(rule, new, before, guess, old if r else None, left[going], limit[going])
