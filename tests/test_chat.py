@@ -1,0 +1,240 @@
+"""The conversation without a screen, then its screens: what is asked, what is said, what stays after a stop."""
+
+import math
+
+import pytest
+import torch
+
+from irann import zoo
+from irann.chat.session import Session, _speech_end, available
+from irann.lm import Draft, LanguageModel
+from irann.train import train
+
+
+@pytest.fixture(scope="module")
+def runs(small, tmp_path_factory):
+    """A folder with a tiny trained run of every model under runs/."""
+    folder = tmp_path_factory.mktemp("chat")
+    for name in zoo.MODELS:
+        config, recipe = zoo.recipe(name, "tiny", steps=3)
+        list(train(zoo.build(name, config), small, recipe, run=folder / "runs" / f"{name}-tiny"))
+    return folder
+
+
+@pytest.fixture
+def here(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    monkeypatch.setattr(zoo, "shipped", list)  # the tiny ones, whatever comes with the package
+    return runs
+
+
+class Parrot(LanguageModel):
+    """Says what it was told to say: in `pages`, guesses first and settles later."""
+
+    def __init__(self, vocabulary, script: str, pages: bool = False, fails: int | None = None):
+        super().__init__(type("Config", (), {"vocabulary": len(vocabulary), "window": 64}))
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.vocabulary, self.script, self.pages, self.fails, self.prompts = vocabulary, script, pages, fails, []
+
+    def generate(self, prompt, n, *, temperature=1.0, top_k=None, top_p=None, generator=None):
+        self.prompts.append(self.vocabulary.decode(prompt[0]))
+        start, ids = prompt.shape[1], torch.cat([prompt, self.vocabulary.encode(self.script[:n])[None]], 1)
+        yield Draft(prompt, start, {"forgotten": start - 64} if start > 64 else {})
+        for end in range(start + 1, ids.shape[1] + 1):
+            if self.fails is not None and end - start > self.fails:
+                raise RuntimeError("the model broke")
+            yield Draft(ids if self.pages else ids[:, :end], end, {})
+
+
+def parrot(corpus, script, **settings):
+    return Session(Parrot(corpus.vocabulary, script, **settings))
+
+
+def finish(frames):
+    *_, last = frames
+    return last
+
+
+def test_a_scene_is_written_as_the_plays_write_it_and_the_reply_ends_with_the_speech(corpus):
+    session = parrot(corpus, "Good morrow,\ncousin.\n\nNURSE:\nMadam!")
+    assert session.say("Who is there?") == ""
+    last = finish(session.reply())
+    assert session.model.prompts == ["ROMEO:\nWho is there?\n\nJULIET:\n"]
+    assert last.text == "Good morrow,\ncousin." and last.settled == len(last.text)
+    assert session.turns[-1].ended == "speech" and session.turns[-1].model
+    session.say("Farewell.")
+    finish(session.reply())
+    assert session.model.prompts[1] == (
+        "ROMEO:\nWho is there?\n\nJULIET:\nGood morrow,\ncousin.\n\nROMEO:\nFarewell.\n\nJULIET:\n"
+    )
+
+
+def test_where_a_speech_ends():
+    assert _speech_end("Yes.\n\nNURSE") == 4
+    assert _speech_end("Yes.\nNo.\n") is None
+    assert _speech_end("\n\n\nYes.") is None
+    assert _speech_end("\n\n Yes.\n\n") == 7
+    assert _speech_end("") is None
+
+
+def test_names_are_the_readers_choice(corpus):
+    session = parrot(corpus, "Ay.\n\n")
+    session.set("reader", "first witch: ")
+    session.set("speaker", "Macbeth")
+    session.say("When?")
+    finish(session.reply())
+    assert session.model.prompts[-1] == "FIRST WITCH:\nWhen?\n\nMACBETH:\n"
+    for bad in ("", " : ", "X" * 41):
+        with pytest.raises(ValueError, match="a character's name"):
+            session.set("reader", bad)
+
+
+def test_plain_mode_goes_on_with_the_text_itself_and_over_empty_lines(corpus):
+    session = parrot(corpus, " be.\n\nThat is it.")
+    session.set("mode", "plain")
+    session.say("To be, or not to")
+    assert finish(session.reply()).text == " be.\n\nThat is it."
+    assert session.scene() == "To be, or not to be.\n\nThat is it." and session.model.prompts == ["To be, or not to"]
+    assert session.turns[-1].ended == "length"
+
+
+def test_leaving_the_frames_is_a_stop_that_keeps_what_has_settled(corpus):
+    session = parrot(corpus, "A long speech indeed.\n\n")
+    session.say("Speak.")
+    frames = session.reply()
+    for frame in frames:
+        if frame.settled == 6:
+            break
+    frames.close()
+    assert session.turns[-1].text == "A long" and session.turns[-1].ended == "stopped"
+    session.say("Go on.")
+    assert finish(session.reply()).text == "A long speech indeed."
+    frames = session.reply()
+    next(frames)
+    count = len(session.turns)
+    frames.close()
+    assert len(session.turns) == count  # nothing had settled: nothing to keep
+
+
+def test_a_page_shows_guesses_and_keeps_them_for_the_slider(corpus):
+    session = parrot(corpus, "All at once.\n\nX", pages=True)
+    session.say("How?")
+    frames = list(session.reply())
+    assert frames[1].text == "All at once.\n\nX" and frames[1].settled == 1
+    turn = session.turns[-1]
+    assert turn.text == "All at once." and turn.frames == tuple(frames[1:])
+    assert parrot(corpus, "x").turns == []
+
+
+def test_a_model_that_breaks_leaves_the_scene_as_it_was(corpus):
+    session = parrot(corpus, "Some words.\n\n", fails=3)
+    session.say("Hm?")
+    with pytest.raises(RuntimeError, match="broke"):
+        finish(session.reply())
+    assert [turn.text for turn in session.turns] == ["Hm?"]
+    session.model.fails = None
+    finish(session.reply())
+    session.model.fails = 2
+    with pytest.raises(RuntimeError):
+        finish(session.again())
+    assert [turn.text for turn in session.turns] == ["Hm?", "Some words."]
+    session.clear()
+    with pytest.raises(ValueError, match="no reply yet"):
+        next(session.again())
+
+
+def test_characters_it_does_not_know_are_named_and_replaced(corpus):
+    session = parrot(corpus, "Ay.\n\n")
+    note = session.say("Caf\u00e9 \u201cblack\u201d \U0001f600!")
+    assert "\u00e9" in note and "65 characters" in note
+    assert session.turns[0].text == "Cafe black !"
+    assert session.say("\u2019tis <b>so</b> & ay")
+    assert session.turns[1].text == "'tis bsob & ay"
+    finish(session.reply())
+    session.clear()
+    session.say("\U0001f600")
+    assert session.turns == []
+    finish(session.reply())
+    assert session.model.prompts[-1] == "JULIET:\n"
+
+
+def test_it_says_what_it_forgot(corpus):
+    session = parrot(corpus, "Ay.\n\n")
+    session.say("word " * 40)
+    finish(session.reply())
+    lost = len(session.model.prompts[-1]) - 64
+    assert f"the first {lost} of the scene are forgotten" in session.forgot()
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_every_model_answers_with_a_seed_the_same(here, name):
+    def talk():
+        session = Session(name, seed=7, length=12, temperature="0.9")
+        session.say("Hello")
+        texts = [finish(session.reply()).text]
+        for frame in session.again():
+            assert frame.settled <= len(frame.text) <= 12
+        return [*texts, session.turns[-1].text]
+
+    first, second = talk(), talk()
+    assert first == second and first[0] != first[1]
+    session = Session(name)
+    assert f"{sum(p.numel() for p in session.model.parameters()):,} parameters" in session.describe()
+    assert ("at most" in session.describe()) == (not session.model.exact)
+    assert "nats per character" in session.describe() and name in available()
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_every_model_shows_its_inside_on_the_text(here, name):
+    session = Session(name, length=8)
+    with pytest.raises(ValueError, match="nothing to look at"):
+        session.look()
+    session.say("Hello there, gentle cousin, what news from the town?")
+    finish(session.reply())
+    look = session.look()
+    assert len(look.text) == session.model.config.window
+    for values in look.values.values():
+        assert len(values) == len(look.text) and all(math.isfinite(v) for v in values)
+    for rows in look.maps.values():
+        assert torch.allclose(rows.sum(-1), torch.ones(len(look.text)), atol=1e-4)
+    assert {"gpt": "attention" in look.maps, "mamba": "delta" in look.values, "thinker": "rounds" in look.values}.get(name, True)
+
+
+def test_switching_the_model_keeps_the_scene_and_drops_what_the_new_one_does_not_have(here):
+    session = Session("diffusion", steps=3, length=5, temperature=0.5)
+    session.say("Hello")
+    finish(session.reply())
+    before = list(session.turns)
+    assert session.use("gpt") == ["steps"]
+    assert session.turns == before and session.get("temperature") == 0.5
+    finish(session.reply())
+    with pytest.raises(ValueError, match="neither a model"):
+        session.use("nobody")
+    assert session.name == "gpt"
+
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("temperature", -1, "temperature is a number from 0"),
+        ("temperature", "nan", "temperature"),
+        ("top_p", 2, "top_p"),
+        ("top_k", 1.5, "top_k is a whole number"),
+        ("length", 0, "length is a whole number from 1"),
+        ("length", 10**9, "length"),
+        ("seed", -3, "seed is a whole number"),
+        ("steps", 4, "has no setting 'steps'"),
+        ("mode", "opera", "mode is one of play, plain"),
+    ],
+)
+def test_settings_out_of_range_are_named(corpus, name, value, words):
+    with pytest.raises(ValueError, match=words):
+        parrot(corpus, "Ay.").set(name, value)
+
+
+def test_a_model_that_was_never_trained_says_how(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "shipped", list)
+    with pytest.raises(zoo.CheckpointError, match="irann train mamba --recipe demo"):
+        Session("mamba")
+    assert available() == []
