@@ -1,14 +1,25 @@
 """The conversation without a screen, then its screens: what is asked, what is said, what stays after a stop."""
 
 import math
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 
 from irann import zoo
+from irann.__main__ import main as command_line
 from irann.chat.session import Session, _speech_end, available
+from irann.chat.terminal import Terminal, _visible
 from irann.lm import Draft, LanguageModel
 from irann.train import train
+
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +249,133 @@ def test_a_model_that_was_never_trained_says_how(tmp_path, monkeypatch):
     with pytest.raises(zoo.CheckpointError, match="irann train mamba --recipe demo"):
         Session("mamba")
     assert available() == []
+
+
+def pipe(here, *arguments, text, **env):
+    """`irann chat` as a process with a pipe on both ends -> exit code, stdout, stderr."""
+    result = subprocess.run(
+        [sys.executable, "-m", "irann", "chat", *map(str, arguments)],
+        input=text, capture_output=True, text=True, cwd=here, env=ENV | env, timeout=120,
+    )  # fmt: skip
+    assert "Traceback" not in result.stderr
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_a_pipe_gets_the_replies_only(runs):
+    path = runs / "runs" / "gpt-tiny"
+    code, out, err = pipe(runs, path, "--length", 20, "--seed", 3, text="Who is there?\n/nonsense\n/temp 0\n/help\n")
+    session = Session(path, length=20, seed=3)
+    session.say("Who is there?")
+    assert code == 0 and out == finish(session.reply()).text + "\n" and "\x1b" not in out
+    assert "there is no /nonsense" in err and "temperature: 0.0" in err and "/save FILE" in err
+    assert pipe(runs, path, text="")[:2] == (0, "")
+    assert pipe(runs, path, "--length", 5, text="no line break at the end")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, expected, words",
+    [
+        (["nobody"], 2, "neither a model"),
+        (["runs/gpt-tiny", "--temperature", "-1"], 2, "temperature is a number"),
+        (["runs/gpt-tiny", "--steps", "3"], 2, "no setting 'steps'"),
+        (["runs/gpt-tiny/checkpoints"], 3, ""),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence_and_an_exit_code(here, capsys, arguments, expected, words):
+    with pytest.raises(SystemExit) as exit:
+        command_line(["chat", *arguments])
+    err = capsys.readouterr().err
+    assert exit.value.code == expected and words in err and err.count("\n") == 1
+
+
+@pytest.fixture
+def typed(corpus, monkeypatch):
+    """-> a function that types lines to a parrot -> what its session became."""
+
+    def typed(*lines, script="Ay, madam.\n\n", **options):
+        lines = iter(lines)
+        terminal = Terminal(parrot(corpus, script, **options))
+        monkeypatch.setattr(terminal, "typed", True)
+
+        def answer(prompt):
+            line = next(lines, None)
+            if isinstance(line, type):
+                raise line
+            if line is None:
+                raise EOFError
+            return line
+
+        monkeypatch.setattr("builtins.input", answer)
+        terminal.run()
+        return terminal.session
+
+    return typed
+
+
+def test_slash_commands(typed, capsys, tmp_path):
+    file = tmp_path / "scene.txt"
+    session = typed(
+        "/temp 0.5", "/topk 3", "/topp 0.9", "/length 50", "/seed 4", "/as nurse", "/to Romeo", "Hello", "/again", f"/save {file}",
+        f"/save {file}", "/save", "/temp high", "/temp", "/model nobody", "/scene", "/quit", "never read",
+    )  # fmt: skip
+    assert session.values == {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "length": 50} and session.seed == 4
+    assert file.read_text() == "NURSE:\nHello\n\nROMEO:\nAy, madam.\n"
+    assert len(session.model.prompts) == 2 and len(session.turns) == 2
+    out, err = capsys.readouterr()
+    assert out.count("Ay, madam.") == 3 and "is there already" in err and "takes the name" in err
+    assert "temperature is a number" in err and "temperature: 0.5" in err and "neither a model" in err
+
+
+def test_an_interrupt_at_the_prompt_is_no_end_and_a_broken_file_name_neither(typed, capsys):
+    session = typed(KeyboardInterrupt, "/save /nowhere/at/all", "/mode plain", "Hello", "/clear", "/mode opera", script="!")
+    assert session.turns == [] and session.mode == "plain"
+    out, err = capsys.readouterr()
+    assert "Ctrl-D leaves" in out and "could not be written" in err and "mode is one of" in err
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert _visible("a\x1b[2J\nb\x07") == "a\ufffd[2J\nb\ufffd"
+
+
+def test_in_a_real_terminal_ctrl_c_stops_the_reply_and_not_the_session(runs):
+    screen, child = pty.openpty()
+    arguments = [sys.executable, "-m", "irann", "chat", str(runs / "runs" / "gpt-tiny"), "--length", "100000", "--mode", "plain"]
+    process = subprocess.Popen(arguments, stdin=child, stdout=child, stderr=child, env=ENV | {"TERM": "xterm"}, start_new_session=True)
+    os.close(child)
+    seen = ""
+
+    def wait(words, since=0):
+        nonlocal seen
+        end = time.monotonic() + 60
+        while words not in seen[since:]:
+            assert time.monotonic() < end, seen[-2000:]
+            if select.select([screen], [], [], 0.2)[0]:
+                seen += os.read(screen, 4096).decode(errors="replace")
+        return len(seen)
+
+    try:
+        wait("> ")
+        os.write(screen, b"Hello\n")
+        place = wait("Hello")
+        while len(seen) < place + 200:
+            wait("", 0)
+            seen += os.read(screen, 4096).decode(errors="replace")
+        process.send_signal(signal.SIGINT)
+        place = wait("[stopped]")
+        wait("> ", place - 3)
+        os.write(screen, b"/length 5\n")
+        place = wait("length: 5 ")
+        os.write(screen, b"More\n")
+        wait("> ", place)
+        os.write(screen, b"/quit\n")
+        while True:
+            try:
+                if not os.read(screen, 4096):
+                    break
+            except OSError:  # the other end of the terminal is gone
+                break
+        assert process.wait(60) == 0 and "Traceback" not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(screen)
