@@ -1,5 +1,6 @@
 """The conversation without a screen, then its screens: what is asked, what is said, what stays after a stop."""
 
+import asyncio
 import math
 import os
 import pty
@@ -14,9 +15,11 @@ import torch
 
 from irann import zoo
 from irann.__main__ import main as command_line
-from irann.chat.session import Session, _speech_end, available
+from irann.chat.session import Frame, Look, Session, _speech_end, available
 from irann.chat.terminal import Terminal, _visible
+from irann.chat.widget import Chat, draft_html, look_html
 from irann.lm import Draft, LanguageModel
+from irann.text import Vocabulary
 from irann.train import train
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -379,3 +382,123 @@ def test_in_a_real_terminal_ctrl_c_stops_the_reply_and_not_the_session(runs):
         process.kill()
         process.wait()
         os.close(screen)
+
+
+@pytest.fixture
+def chat(corpus):
+    def chat(script, **options):
+        widget = Chat(Parrot(corpus.vocabulary, script, **options))
+        assert widget.session is not None
+        return widget
+
+    return chat
+
+
+def test_without_a_loop_the_widget_answers_at_once_and_shows_a_transcript(chat):
+    widget = chat("Ay, madam.\n\nX")
+    widget.say("Who is there?")
+    assert widget.session.turns[-1].text == "Ay, madam." and not widget.busy
+    assert "Who is there?" in widget.scene.value and "Ay, madam." in widget.scene.value
+    assert "Ay, madam." in widget._repr_html_() and widget.copy.value == widget.session.scene()
+    widget.line.value = "And thou?"
+    widget._entered(widget.line, {"event": "submit"}, [])
+    assert len(widget.session.turns) == 4 and widget.line.value == ""
+    widget.regenerate()
+    assert len(widget.session.turns) == 4
+    widget.begin()
+    assert widget.session.turns == [] and "The stage is empty" in widget.scene.value
+    widget.regenerate()
+    assert "no reply yet" in widget.message.value and "irann-error" in widget.message.value
+
+
+def test_stop_works_while_the_model_writes(chat, monkeypatch):
+    monkeypatch.setattr("irann.chat.widget.EVERY", 0.0)
+    widget = chat("A speech that never ends " * 10)
+
+    async def scene():
+        widget.say("Speak.")
+        assert widget.busy
+        await asyncio.sleep(0)
+        assert widget.send.disabled and not widget.stop.disabled
+        widget.say("not now")  # busy: not heard
+        seen = [widget.scene.value]
+        for _ in range(6):
+            await asyncio.sleep(0)
+            seen.append(widget.scene.value)
+        assert len(set(seen)) > 4
+        widget.stop.click()
+        await widget.task
+
+    asyncio.run(scene())
+    turn = widget.session.turns[-1]
+    assert turn.ended == "stopped" and 0 < len(turn.text) < 20 and len(widget.session.turns) == 2
+    assert not widget.send.disabled and widget.stop.disabled and "stopped" in widget.scene.value
+    widget.say("Go on.")
+    assert len(widget.session.turns) == 4
+
+
+def test_redraws_are_throttled(chat, monkeypatch):
+    widget, drawn = chat("word " * 60), []
+    original = widget._draw
+    monkeypatch.setattr(widget, "_draw", lambda: (drawn.append(1), original()))
+    begin = time.monotonic()
+    widget.say("Speak.")
+    assert len(drawn) <= (time.monotonic() - begin) / 0.05 + 2
+
+
+EVIL = "<img src=x onerror=alert(1)> & '\"</div>"
+
+
+def test_markup_stays_text_everywhere():
+    vocabulary = Vocabulary(EVIL + "ABCDEFGHIJKLMNOPQRSTUVWXYZ:\n abcdefghijklmnopqrstuvwxyz")
+    for pages in (False, True):
+        widget = Chat(Parrot(vocabulary, EVIL, pages=pages))
+        widget.session.set("reader", "<b>&")
+        widget.say(EVIL)
+        widget._tell(EVIL, error=True)
+        look = Look(EVIL, {"surprise": [float(i) for i in range(len(EVIL))]}, {"attention": torch.eye(len(EVIL))})
+        page = widget.scene.value + widget.drafts.value + widget.message.value
+        page += look_html(look, "surprise") + look_html(look, "attention", 2)
+        assert "<img" not in page and "<b>" not in page.lower() and "&lt;img src=x onerror=alert(1)&gt;" in page
+        assert page.count("</div>") == page.count("<div")
+        frame = draft_html(Frame(EVIL, 4))
+        assert frame == "&lt;img<span class='irann-open'> src=x onerror=alert(1)&gt; &amp; &#x27;&quot;&lt;/div&gt;</span>"
+
+
+def test_a_page_at_once_leaves_its_drafts_on_a_slider(chat):
+    widget = chat("All at once.\n\nX", pages=True)
+    widget.say("How?")
+    assert widget.slide.max == len(widget.session.turns[-1].frames) - 1 > 3
+    widget.slide.value = 0
+    assert "<span class='irann-open'>ll at once." in widget.drafts.value
+    widget.slide.value = widget.slide.max
+    assert "irann-open" not in widget.drafts.value and "All at once." in widget.drafts.value
+
+
+def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch):
+    widget = chat("Some words.\n\n", fails=3)
+    widget.say("Hm?")
+    assert "the model broke" in widget.message.value and not widget.send.disabled
+    knob = next(k for k in widget.knobs.children if k.description == "top_k")
+    knob.value = -4
+    assert "top_k is a whole number from 0" in widget.message.value and widget.session.get("top_k") == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "shipped", list)
+    empty = Chat()
+    assert "irann train gpt --recipe demo" in empty.message.value and empty.send.disabled
+    empty.say("Hello?")
+
+
+def test_the_widget_with_every_model(here):
+    widget = Chat("gpt", length=6, seed=1)
+    for name in zoo.MODELS:
+        widget.names.value = name
+        assert "parameters" in widget.about.value and widget.message.value == ""
+        widget.say("Hello there, gentle cousin")
+        widget.look()
+        for kind in widget.kind.options:
+            widget.kind.value = kind
+            assert kind in widget.view.value
+        descriptions = [k.description for k in widget.knobs.children]
+        assert set(widget.session.model.settings) <= set(descriptions) and "temperature" in descriptions
+    assert sum(not turn.model for turn in widget.session.turns) == len(zoo.MODELS)

@@ -1,0 +1,329 @@
+"""The conversation in a notebook cell: `from irann import Chat; Chat()`.
+
+Ink is settled, grey may still change. Where the cell's event loop runs, a reply is a task that lets the loop breathe
+between two drafts, so Stop works while the model writes. Where none runs (nbconvert, nbval, plain Python) the reply is
+written at once. Whatever a reader or a model wrote is escaped before it becomes HTML.
+"""
+
+import asyncio
+import time
+from html import escape
+
+import ipywidgets as w
+
+from .. import zoo
+from ..checkpoint import CheckpointError
+from ..figures import INK, PALE
+from ..lm import SAMPLING, LanguageModel, Setting
+from .session import MODES, Frame, Look, Session, Turn, available
+
+EVERY = 0.05  # seconds between two redraws at least
+SHOWN = 20_000  # characters of a long scene on the screen
+STYLE = f"""<style>
+.irann-chat .irann-scene {{font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; color: {INK}; background: #fff;
+  max-height: 420px; overflow-y: auto; padding: 8px; display: flex; flex-direction: column-reverse}}
+.irann-chat .irann-turn {{border-radius: 10px; padding: 6px 10px; margin: 4px 0; max-width: 85%; width: fit-content;
+  white-space: pre-wrap; overflow-wrap: anywhere; user-select: text}}
+.irann-chat .irann-reader {{background: #e8f1f8; margin-left: auto}}
+.irann-chat .irann-model {{background: #f5f5f2}}
+.irann-chat .irann-name, .irann-chat .irann-small {{color: #6a6a6a; font-size: 11px; display: block}}
+.irann-chat .irann-open {{color: {PALE}}}
+.irann-chat .irann-error {{color: #a11; white-space: pre-wrap}}
+.irann-chat .irann-look {{font: 13px/1.7 ui-monospace, Menlo, Consolas, monospace; color: {INK}; background: #fff; white-space: pre-wrap;
+  overflow-wrap: anywhere; padding: 8px}}
+</style>"""
+
+
+class Chat(w.VBox):
+    """A transcript, a line to write on, the settings, and the model's inside on the text.
+
+    `Chat()` takes the first model there are weights for; `Chat("gpt", temperature=0.8)`, or `Chat(model)` with a model of
+    your own that has its vocabulary. `session` holds the conversation.
+    """
+
+    def __init__(self, model: LanguageModel | str | None = None, *, device="cpu", **settings):
+        self.session: Session | None = None
+        self.device, self.task, self.stopping, self.drawn = device, None, False, 0.0
+        self.frame: Frame | None = None
+        self._build()
+        super().__init__(
+            [
+                w.HTML(STYLE),
+                w.HBox([self.names, self.about]),
+                self.scene,
+                self.message,
+                self.line,
+                w.HBox([self.send, self.stop, self.again, self.clear]),
+                self.more,
+            ]
+        )
+        self.add_class("irann-chat")
+        first = model if model is not None else next(iter(available()), next(iter(zoo.MODELS)))
+        if isinstance(first, str) and first in zoo.MODELS:
+            self.names.value = first
+        self._use(first, settings)
+        self.names.observe(lambda change: self._use(change["new"]), "value")
+        self._draw()
+
+    def _build(self):
+        self.names = w.Dropdown(options=list(zoo.MODELS), description="model")
+        self.about, self.scene, self.message = w.HTML(), w.HTML(), w.HTML()
+        self.line = w.Text(placeholder="Say something and press Enter", continuous_update=True, layout=w.Layout(width="98%"))
+        self.send, self.stop, self.again, self.clear = (
+            w.Button(description=name, tooltip=tip, layout=w.Layout(width="auto"))
+            for name, tip in (
+                ("Send", "let the model answer; with an empty line it speaks again"),
+                ("Stop", "end the reply; what has settled stays"),
+                ("Regenerate", "write the last reply anew"),
+                ("Clear", "begin a new scene"),
+            )
+        )
+        for button in (self.send, self.stop, self.again, self.clear):
+            button.add_class(f"irann-{button.description.lower()}")
+        self.line.add_class("irann-line")
+        self.send.button_style = "primary"
+        self.send.on_click(lambda _: self.say())
+        self.line.on_msg(self._entered)
+        self.stop.on_click(lambda _: self.halt())
+        self.again.on_click(lambda _: self.regenerate())
+        self.clear.on_click(lambda _: self.begin())
+        self.knobs = w.VBox()
+        self.copy = w.Textarea(layout=w.Layout(width="98%", height="180px"))
+        self.kind = w.Dropdown(description="show")
+        self.place = w.IntSlider(description="character", min=0, max=0, continuous_update=True)
+        self.view, self.looked = w.HTML(), None
+        self.slide = w.IntSlider(description="draft", min=0, max=0, layout=w.Layout(width="98%"))
+        self.drafts = w.HTML()
+        self.look_at = w.Button(description="Look inside", layout=w.Layout(width="auto"))
+        self.look_at.add_class("irann-inside")
+        self.look_at.on_click(lambda _: self.look())
+        self.kind.observe(lambda _: self._draw_look(), "value")
+        self.place.observe(lambda _: self._draw_look(), "value")
+        self.slide.observe(lambda _: self._draw_draft(), "value")
+        inside = w.VBox([w.HBox([self.look_at, self.kind, self.place]), self.view])
+        self.more = w.Accordion([self.knobs, inside, w.VBox([self.slide, self.drafts]), self.copy], selected_index=None)
+        for i, title in enumerate(("Settings", "Inside the model", "Drafts of the last reply", "Copy the scene")):
+            self.more.set_title(i, title)
+
+    @property
+    def busy(self) -> bool:
+        return self.task is not None and not self.task.done()
+
+    def say(self, text: str | None = None) -> None:
+        """Send a text, or what stands on the line, and let the model answer."""
+        if self.busy or self.session is None:
+            return
+        text, self.line.value = self.line.value if text is None else text, ""
+        self._tell(self.session.say(text))
+        self._answer(self.session.reply)
+
+    def regenerate(self) -> None:
+        """Write the last reply anew."""
+        if not self.busy and self.session is not None:
+            self._tell("")
+            self._answer(self.session.again)
+
+    def begin(self) -> None:
+        """Begin a new scene."""
+        if not self.busy and self.session is not None:
+            self.session.clear()
+            self._tell("")
+            self._draw()
+
+    def halt(self) -> None:
+        """End the reply after the model's next step."""
+        self.stopping = True
+
+    def look(self) -> None:
+        """Show the model's inside on the last window of the scene."""
+        if self.busy or self.session is None:
+            return
+        try:
+            self.looked = self.session.look()
+        except ValueError as error:
+            self.looked, self.view.value = None, f"<span class='irann-error'>{escape(str(error))}</span>"
+            return
+        self.place.max = len(self.looked.text) - 1
+        self.place.value = self.place.max
+        self.kind.options = [*self.looked.values, *self.looked.maps]
+        self._draw_look()
+
+    def _answer(self, reply) -> None:
+        self.stopping = False
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:  # nbconvert and nbval wait for the cell, so the reply is written before they go on
+            for _ in self._write(reply):
+                pass
+            return
+        self.task = loop.create_task(self._breathing(reply))
+
+    async def _breathing(self, reply) -> None:
+        for _ in self._write(reply):
+            await asyncio.sleep(0)  # here the loop hears Stop
+
+    def _write(self, reply):
+        """Follow a reply, redraw now and then, and yield after each draft. Ends with the turn in the session."""
+        self._enable(False)
+        frames = None
+        try:
+            frames = reply()
+            for self.frame in frames:
+                if self.stopping:
+                    break
+                if time.monotonic() - self.drawn >= EVERY:
+                    self._draw()
+                yield
+        except Exception as error:  # the reader sees a sentence; a cell that is long done cannot show a traceback
+            self._tell(str(error) or type(error).__name__, error=True)
+        finally:
+            if frames is not None:
+                frames.close()
+            self.frame, self.looked = None, None
+            if not self.message.value:
+                self._tell(self.session.forgot())
+            self._enable(True)
+            self._draw()
+
+    def _entered(self, widget, content, buffers) -> None:
+        if content.get("event") == "submit":
+            self.say()
+
+    def _use(self, model, settings=None) -> None:
+        """Load a model and keep the scene; what goes wrong is said under the transcript."""
+        self.about.value = "<span class='irann-small'>loading ...</span>"
+        self.halt()
+        try:
+            if self.session is None:
+                self.session = Session(model, device=self.device, **(settings or {}))
+                dropped = []
+            else:
+                dropped = self.session.use(model)
+            self._tell(f"{self.session.name} does not have {', '.join(dropped)}" if dropped else "")
+        except (ValueError, CheckpointError) as error:
+            self._tell(str(error), error=True)
+        self.about.value = f"<span class='irann-small'>{escape(self.session.describe()) if self.session else 'no model yet'}</span>"
+        self._enable(True)
+        self._fill_knobs()
+
+    def _fill_knobs(self) -> None:
+        session = self.session
+        if session is None:
+            self.knobs.children = ()
+            return
+        knobs = [_knob(name, setting, session.get(name)) for name, setting in session.options.items()]
+        knobs.append(w.Text(value="" if session.seed is None else str(session.seed), placeholder="none", description="seed"))
+        knobs.append(w.Dropdown(options=MODES, value=session.mode, description="mode"))
+        knobs += [w.Text(value=getattr(session, name), description=name, continuous_update=False) for name in ("reader", "speaker")]
+        for knob in knobs:
+            knob.style = {"description_width": "90px"}
+            knob.add_class(f"irann-knob-{knob.description}")
+            knob.observe(self._turned, "value")
+        self.knobs.children = tuple(knobs)
+
+    def _turned(self, change) -> None:
+        name, value = change["owner"].description, change["new"]
+        try:
+            self.session.set(name, (value.strip() or None) if name == "seed" else value)
+            self._tell("")
+        except ValueError as error:
+            self._tell(str(error), error=True)
+
+    def _enable(self, on: bool) -> None:
+        for button in (self.send, self.again, self.clear, self.look_at):
+            button.disabled = not on or self.session is None
+        self.names.disabled = not on
+        self.stop.disabled = on
+
+    def _tell(self, message: str, error: bool = False) -> None:
+        kind = "error" if error else "small"
+        self.message.value = f"<span class='irann-{kind}'>{escape(message)}</span>" if message else ""
+
+    def _draw(self) -> None:
+        """Redraw the transcript; between two drafts only the growing reply is new."""
+        self.drawn = time.monotonic()
+        if self.session is None:
+            return
+        self.scene.value = scene_html(self.session, self.frame)
+        if self.frame is None:
+            self.copy.value = self.session.scene()
+            turn = self.session.turns[-1] if self.session.turns else None
+            self.slide.max = max(0, len(turn.frames) - 1) if turn else 0
+            self.slide.value = self.slide.max
+            self._draw_draft()
+
+    def _draw_draft(self) -> None:
+        turn = self.session.turns[-1] if self.session and self.session.turns else None
+        if turn is None or not turn.frames:
+            self.drafts.value = "<span class='irann-small'>models that write a page at once leave their drafts here</span>"
+            return
+        frame = turn.frames[min(self.slide.value, len(turn.frames) - 1)]
+        note = ", ".join(f"{name} {value}" for name, value in frame.note.items() if isinstance(value, (int, float, str)))
+        self.drafts.value = f"<div class='irann-look'>{draft_html(frame)}</div><span class='irann-small'>{escape(note)}</span>"
+
+    def _draw_look(self) -> None:
+        if self.looked is not None and self.kind.value:
+            self.view.value = look_html(self.looked, self.kind.value, self.place.value)
+
+    def _repr_html_(self) -> str:
+        """The transcript as it stands, for pages without widgets."""
+        return STYLE + f"<div class='irann-chat'>{self.scene.value}</div>"
+
+
+def draft_html(frame: Frame) -> str:
+    """-> the settled part in ink and the rest in grey, escaped."""
+    grey = frame.text[frame.settled :]
+    return escape(frame.text[: frame.settled]) + (f"<span class='irann-open'>{escape(grey)}</span>" if grey else "")
+
+
+def turn_html(turn: Turn) -> str:
+    """-> one speech bubble, escaped."""
+    end = {"stopped": "stopped", "length": "cut at its length"}.get(turn.ended, "")
+    small = f"<span class='irann-small'>{end}</span>" if end else ""
+    return _bubble(turn.speaker, escape(turn.text), turn.model) + small
+
+
+def scene_html(session: Session, frame: Frame | None = None) -> str:
+    """-> the transcript, escaped; a `frame` is the reply that is being written. A very long scene shows its end."""
+    parts, room = [], SHOWN
+    if frame is not None:
+        parts.append(_bubble(session.speaker, draft_html(frame), True))
+    for turn in reversed(session.turns):
+        parts.append(turn_html(turn) if len(turn.text) <= room else _bubble(turn.speaker, "... " + escape(turn.text[-room:]), turn.model))
+        room -= len(turn.text)
+        if room <= 0:
+            break
+    inner = "".join(reversed(parts)) or "<span class='irann-small'>The stage is empty.</span>"
+    return f"<div class='irann-scene'><div>{inner}</div></div>"  # the outer box runs upwards, so it stays at its end
+
+
+def _bubble(speaker: str, inner: str, model: bool) -> str:
+    kind = "model" if model else "reader"
+    return f"<div class='irann-turn irann-{kind}'><span class='irann-name'>{escape(speaker)}</span>{inner}</div>"
+
+
+def look_html(look: Look, name: str, place: int = -1) -> str:
+    """-> the text with a number per character as the colour behind it, escaped. For a map, the row of the character at `place`."""
+    values = look.values[name] if name in look.values else look.maps[name][place].tolist()
+    low, high = min(values), max(values)
+    place %= len(values)
+    parts = []
+    for i, (character, value) in enumerate(zip(look.text, values, strict=True)):
+        share = (value - low) / (high - low) if high > low else 0.0
+        mark = ";outline:1px solid #222" if name in look.maps and i == place else ""
+        shown = "\u21b5\n" if character == "\n" else escape(character)
+        style = f"background:rgba(230,159,0,{share:.2f}){mark}"
+        parts.append(f"<span title='{value:.3f}' style='{style}'>{shown}</span>")
+    legend = f"{name}, from {low:.2f} (white) to {high:.2f} (orange)"
+    return f"<div class='irann-look'>{''.join(parts)}</div><span class='irann-small'>{escape(legend)}</span>"
+
+
+def _knob(name: str, setting: Setting, value):
+    """-> the widget for one setting: a list of choices, or a number that the session checks."""
+    if setting.choices is not None:
+        return w.Dropdown(options=setting.choices, value=value, description=name, tooltip=setting.help)
+    if name in SAMPLING and isinstance(setting.default, float):
+        high = 2.0 if name == "temperature" else setting.high
+        return w.FloatSlider(value=min(value, high), min=setting.low, max=high, step=0.05, description=name, tooltip=setting.help)
+    kind = w.IntText if isinstance(setting.default, int) else w.FloatText
+    return kind(value=value, description=name, tooltip=setting.help)
