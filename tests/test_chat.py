@@ -502,3 +502,29 @@ def test_the_widget_with_every_model(here):
         descriptions = [k.description for k in widget.knobs.children]
         assert set(widget.session.model.settings) <= set(descriptions) and "temperature" in descriptions
     assert sum(not turn.model for turn in widget.session.turns) == len(zoo.MODELS)
+
+
+def test_a_page_without_widgets_shows_the_transcript(chat):
+    widget = chat("Ay, madam.\n\n")
+
+    async def cell():  # a cell runs inside a loop, and nbconvert does not wait for tasks
+        widget.say("Who is there?", wait=True)
+        bundle = widget._repr_mimebundle_()
+        assert "Ay, madam." in bundle["text/html"] and "application/vnd.jupyter.widget-view+json" in bundle
+        widget._entered(widget.line, {"event": "submit"}, [])
+        widget.line.value = "typed fast"
+        await asyncio.sleep(0.3)
+        await widget.task
+
+    asyncio.run(cell())
+    assert widget.session.turns[2].text == "typed fast" and len(widget.session.turns) == 4
+
+
+def test_a_model_that_cannot_be_loaded_leaves_the_one_that_talks(chat, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "shipped", list)
+    widget = chat("Ay, madam.\n\n")
+    widget.names.value = "mamba"
+    assert "irann train mamba" in widget.message.value and isinstance(widget.names.value, Parrot)
+    widget.say("Still there?")
+    assert widget.session.turns[-1].text == "Ay, madam."

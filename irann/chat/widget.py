@@ -1,8 +1,9 @@
 """The conversation in a notebook cell: `from irann import Chat; Chat()`.
 
 Ink is settled, grey may still change. Where the cell's event loop runs, a reply is a task that lets the loop breathe
-between two drafts, so Stop works while the model writes. Where none runs (nbconvert, nbval, plain Python) the reply is
-written at once. Whatever a reader or a model wrote is escaped before it becomes HTML.
+between two drafts, so Stop works while the model writes. Where none runs, and with `say(text, wait=True)`, the reply is
+written before Python goes on; a page without widgets shows the transcript. Whatever a reader or a model wrote is escaped
+before it becomes HTML.
 """
 
 import asyncio
@@ -59,10 +60,12 @@ class Chat(w.VBox):
         )
         self.add_class("irann-chat")
         first = model if model is not None else next(iter(available()), next(iter(zoo.MODELS)))
-        if isinstance(first, str) and first in zoo.MODELS:
-            self.names.value = first
+        if not (isinstance(first, str) and first in zoo.MODELS):
+            label = first if isinstance(first, str) else type(first).__name__
+            self.names.options = [(label, first), *((name, name) for name in zoo.MODELS)]
+        self.names.value = self.current = first
         self._use(first, settings)
-        self.names.observe(lambda change: self._use(change["new"]), "value")
+        self.names.observe(lambda change: change["new"] == self.current or self._use(change["new"]), "value")
         self._draw()
 
     def _build(self):
@@ -109,13 +112,13 @@ class Chat(w.VBox):
     def busy(self) -> bool:
         return self.task is not None and not self.task.done()
 
-    def say(self, text: str | None = None) -> None:
-        """Send a text, or what stands on the line, and let the model answer."""
+    def say(self, text: str | None = None, wait: bool = False) -> None:
+        """Send a text, or what stands on the line, and let the model answer; with `wait` before the cell goes on."""
         if self.busy or self.session is None:
             return
         text, self.line.value = self.line.value if text is None else text, ""
         self._tell(self.session.say(text))
-        self._answer(self.session.reply)
+        self._answer(self.session.reply, wait)
 
     def regenerate(self) -> None:
         """Write the last reply anew."""
@@ -148,15 +151,14 @@ class Chat(w.VBox):
         self.kind.options = [*self.looked.values, *self.looked.maps]
         self._draw_look()
 
-    def _answer(self, reply) -> None:
+    def _answer(self, reply, wait: bool = False) -> None:
         self.stopping = False
-        try:
-            loop = asyncio.get_running_loop()
-        except RuntimeError:  # nbconvert and nbval wait for the cell, so the reply is written before they go on
+        loop = None if wait else _loop()
+        if loop is None:
             for _ in self._write(reply):
                 pass
-            return
-        self.task = loop.create_task(self._breathing(reply))
+        else:
+            self.task = loop.create_task(self._breathing(reply))
 
     async def _breathing(self, reply) -> None:
         for _ in self._write(reply):
@@ -186,8 +188,13 @@ class Chat(w.VBox):
             self._draw()
 
     def _entered(self, widget, content, buffers) -> None:
-        if content.get("event") == "submit":
+        if content.get("event") != "submit" or self.busy:
+            return
+        loop = _loop()
+        if loop is None:
             self.say()
+        else:  # the last letters of a fast typist may arrive after Enter does
+            self.waiting = loop.call_later(0.1, self.say)
 
     def _use(self, model, settings=None) -> None:
         """Load a model and keep the scene; what goes wrong is said under the transcript."""
@@ -199,9 +206,12 @@ class Chat(w.VBox):
                 dropped = []
             else:
                 dropped = self.session.use(model)
+            self.current = model
             self._tell(f"{self.session.name} does not have {', '.join(dropped)}" if dropped else "")
         except (ValueError, CheckpointError) as error:
             self._tell(str(error), error=True)
+            if self.session is not None:
+                self.names.value = self.current
         self.about.value = f"<span class='irann-small'>{escape(self.session.describe()) if self.session else 'no model yet'}</span>"
         self._enable(True)
         self._fill_knobs()
@@ -265,9 +275,22 @@ class Chat(w.VBox):
         if self.looked is not None and self.kind.value:
             self.view.value = look_html(self.looked, self.kind.value, self.place.value)
 
+    def _repr_mimebundle_(self, **kwargs):
+        """The live widget, and the transcript for where there are none: a page that nbconvert made, or GitHub."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return None if bundle is None else bundle | {"text/html": self._repr_html_()}
+
     def _repr_html_(self) -> str:
         """The transcript as it stands, for pages without widgets."""
         return STYLE + f"<div class='irann-chat'>{self.scene.value}</div>"
+
+
+def _loop():
+    """-> the event loop that runs here, or None, as in plain Python."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 def draft_html(frame: Frame) -> str:
