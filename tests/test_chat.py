@@ -496,9 +496,11 @@ def test_the_widget_with_every_model(here):
         assert "parameters" in widget.about.value and widget.message.value == ""
         widget.say("Hello there, gentle cousin")
         widget.look()
+        assert "irann-look" in widget.view.value and widget.kind.value == "surprise"
         for kind in widget.kind.options:
             widget.kind.value = kind
             assert kind in widget.view.value
+        widget.kind.value = "surprise"
         descriptions = [k.description for k in widget.knobs.children]
         assert set(widget.session.model.settings) <= set(descriptions) and "temperature" in descriptions
     assert sum(not turn.model for turn in widget.session.turns) == len(zoo.MODELS)

@@ -148,7 +148,10 @@ class Chat(w.VBox):
             return
         self.place.max = len(self.looked.text) - 1
         self.place.value = self.place.max
-        self.kind.options = [*self.looked.values, *self.looked.maps]
+        kinds, before = [*self.looked.values, *self.looked.maps], self.kind.value
+        if list(self.kind.options) != kinds:
+            self.kind.options = kinds
+        self.kind.value = before if before in kinds else kinds[0]
         self._draw_look()
 
     def _answer(self, reply, wait: bool = False) -> None:
@@ -272,7 +275,7 @@ class Chat(w.VBox):
         self.drafts.value = f"<div class='irann-look'>{draft_html(frame)}</div><span class='irann-small'>{escape(note)}</span>"
 
     def _draw_look(self) -> None:
-        if self.looked is not None and self.kind.value:
+        if self.looked is not None and self.kind.value in {**self.looked.values, **self.looked.maps}:
             self.view.value = look_html(self.looked, self.kind.value, self.place.value)
 
     def _repr_mimebundle_(self, **kwargs):
