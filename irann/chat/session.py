@@ -28,6 +28,7 @@ LENGTH = Setting(300, "characters in a reply at most", low=1, high=100_000)
 SEED = Setting(0, "the same seed gives the same conversation; none: a new one each time", low=0, high=2**62)
 MODES = ("play", "plain")
 PLAINER = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--", "\t": " ", "\r": ""})
+KEPT = 400  # frames of a reply for the slider at most
 END = "\n\n"  # an empty line ends a speech
 
 
@@ -221,6 +222,8 @@ class Session:
         """Remember a frame for the slider; a model that never proposes ahead has nothing to slide through."""
         if len(frame.text) > frame.settled or frames:
             frames.append(frame)
+        if len(frames) > KEPT:  # every frame holds a whole draft: of a long reply every other one must do
+            del frames[1:-1:2]
         return frame
 
     def forgot(self) -> str:
