@@ -1,0 +1,60 @@
+"""The chapters: .md and .ipynb hold the same cells, every cell ran in order without an error, and running again prints the same.
+
+A chapter is a complete pair in notebooks/. A .md without its .ipynb is a draft and is left out.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jupytext
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+PAIRS = [page for page in sorted(FOLDER.glob("*.md")) if page.with_suffix(".ipynb").exists()]
+chapters = pytest.mark.parametrize("page", PAIRS, ids=lambda page: page.stem)
+
+
+def executed(page: Path):
+    return nbformat.read(page.with_suffix(".ipynb"), as_version=4)
+
+
+def cells(notebook) -> list[tuple]:
+    return [(cell.cell_type, cell.source, cell.metadata.get("tags", [])) for cell in notebook.cells]
+
+
+def test_the_first_chapter_is_a_complete_pair():
+    assert "01_gpt" in [page.stem for page in PAIRS]
+
+
+@chapters
+def test_both_sides_hold_the_same_cells(page):
+    assert cells(jupytext.read(page)) == cells(executed(page))
+
+
+@chapters
+def test_every_code_cell_ran_in_order_without_an_error(page):
+    code = [cell for cell in executed(page).cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [out.evalue for cell in code for out in cell.outputs if out.output_type == "error"]
+
+
+@chapters
+def test_the_stored_notebook_is_small_and_clean(page):
+    raw = page.with_suffix(".ipynb").read_bytes()
+    assert len(raw) < 500_000
+    notebook = executed(page)
+    assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
+    assert not [cell.metadata for cell in notebook.cells if "execution" in cell.metadata]
+    assert str(Path.home()).encode() + b"/" not in raw and str(FOLDER.parent).encode() not in raw
+
+
+@chapters
+def test_running_it_again_prints_the_same(page, tmp_path):
+    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600", "-q", "-p", "no:cacheprovider"]
+    command += ["-o", "addopts=", str(page.with_suffix(".ipynb"))]
+    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=FOLDER, env=os.environ | quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
