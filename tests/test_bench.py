@@ -1,0 +1,48 @@
+"""The benchmark compares what computes the same, and its arithmetic is right."""
+
+import json
+
+import pytest
+import torch
+
+from irann import bench
+
+
+def test_all_contestants_compute_the_same():
+    inputs, runners = bench.scan_inputs(2, 33, 8), bench.contestants()
+    assert "mambapy, parallel scan" in runners
+    answers, gradients = {}, {}
+    for name, scan in runners.items():
+        bench.forward_backward(scan, inputs)
+        answers[name], gradients[name] = scan(*inputs).detach(), [x.grad.clone() for x in inputs]
+    first = next(iter(runners))
+    for name in runners:
+        torch.testing.assert_close(answers[name], answers[first], rtol=1e-4, atol=1e-5, msg=name)
+        torch.testing.assert_close(gradients[name], gradients[first], rtol=1e-3, atol=1e-3)
+
+
+def test_arithmetic_by_hand():
+    assert bench.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert bench.ratios([4.0, 9.0], [2.0, 3.0]) == [2, 3]
+    assert bench.spread([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
+
+
+def test_quick_report(tmp_path, capsys):
+    threads = torch.get_num_threads()
+    bench.main("scan", quick=True, out=tmp_path)
+    page, numbers = capsys.readouterr().out, json.loads((tmp_path / "scan.json").read_text())
+    assert page.strip() == (tmp_path / "scan.md").read_text().strip()
+    assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["scan"]["rows"].items())
+    assert torch.get_num_threads() == threads
+
+
+def test_models_without_weights_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("irann.zoo.WEIGHTS", tmp_path)
+    bench.main("all", quick=True, out=tmp_path / "report")
+    assert capsys.readouterr().out.count("irann train") == len(bench.zoo.MODELS)
+
+
+def test_another_subject_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="all or scan"):
+        bench.main("everything", out=tmp_path)
