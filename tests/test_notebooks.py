@@ -3,9 +3,12 @@
 A chapter is a complete pair in notebooks/. A .md without its .ipynb is a draft and is left out.
 """
 
+import ast
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import jupytext
@@ -49,6 +52,17 @@ def test_the_stored_notebook_is_small_and_clean(page):
     assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
     assert not [cell.metadata for cell in notebook.cells if "execution" in cell.metadata]
     assert str(Path.home()).encode() + b"/" not in raw and str(FOLDER.parent).encode() not in raw
+
+
+@chapters
+def test_it_needs_nothing_that_the_readme_does_not_install(page):
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["book"]]
+    there = {re.match(r"[\w-]+", name)[0] for name in wanted} | set(sys.stdlib_module_names) | {"irann"}
+    tree = ast.parse("\n".join(cell.source for cell in executed(page).cells if cell.cell_type == "code"))
+    used = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    used |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.split(".")[0] for name in used} <= there
 
 
 @chapters
