@@ -167,11 +167,11 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="all, or scan: the selective scan against other implementations")] = "all",
-    quick: Annotated[bool, typer.Option("--quick", help="three minutes instead of the full report")] = False,
+    what: Annotated[str, typer.Argument(help="scan: the selective scan against others; all: trained models too")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="small sizes, seconds: to see whether it runs")] = False,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes")] = Path("bench-report"),
 ):
-    """Compare the models: likelihood, text quality, speed."""
+    """Time the selective scan against others, and compare the models that are trained: likelihood, speed of writing."""
     from . import bench as benchmark
 
     benchmark.main(what, quick=quick, out=out)
