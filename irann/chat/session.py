@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import zoo
+from ..checkpoint import CheckpointError
 from ..lm import SAMPLING, LanguageModel, Setting, evaluating, stream
 
 LENGTH = Setting(300, "characters in a reply at most", low=1, high=100_000)
@@ -273,5 +274,5 @@ def available() -> list[str]:
 def _has_run(name: str) -> bool:
     try:
         return bool(zoo.newest_run(name))
-    except zoo.CheckpointError:
+    except CheckpointError:
         return False
