@@ -60,12 +60,13 @@ class Schedule:
 
     def at(self, table: Tensor, tau: int | Tensor, x: Tensor) -> Tensor:
         """(T), (b) -> (b 1 ...): each row's entry of a table, in x's dtype, shaped to multiply x."""
-        tau = torch.as_tensor(tau, device=x.device)
+        tau = torch.as_tensor(tau)
         if tau.is_floating_point() or tau.ndim > 1:
             raise ValueError(f"tau is a whole number or a tensor (b) of them; got {tau.dtype} of shape {tuple(tau.shape)}")
-        if tau.numel() and not (0 <= int(tau.min()) and int(tau.max()) < self.steps):
+        here = tau.device.type == "cpu"  # to look at numbers elsewhere would keep a GPU waiting; it checks indices itself
+        if here and tau.numel() and not (0 <= int(tau.min()) and int(tau.max()) < self.steps):
             raise ValueError(f"noise levels of this schedule are 0..{self.steps - 1}; got {int(tau.min())}..{int(tau.max())}")
-        row = table.to(x.device)[tau].to(x.dtype)
+        row = table.to(tau.device)[tau].to(x)
         return row.reshape(row.shape + (1,) * (x.ndim - row.ndim))
 
     def noise(self, x0: Tensor, tau: int | Tensor, eps: Tensor) -> Tensor:

@@ -5,7 +5,7 @@
 Source: Gu and Dao 2023, "Mamba" (arXiv 2312.00752), section 3 and algorithm 2. `delta`, `B` and `C` come from the text
 itself, which is why no fixed convolution can stand in for the recurrence, and why it needs a scan.
 
-The same numbers come five ways, `method`:
+The same numbers come in six ways, `method`:
 
 | method     | how                                                    | depth in t | when it is the right one                     |
 |------------|--------------------------------------------------------|------------|----------------------------------------------|
@@ -13,12 +13,14 @@ The same numbers come five ways, `method`:
 | parallel   | a tree over the associative operator, in place          | 2 log2 t   | many processors and little else to do        |
 | chunked    | time outermost, all else in one row, chunk after chunk  | t          | a CPU without a compiler                     |
 | kernel     | the loop in C (scan.c), the state in registers          | t          | a CPU with a compiler                        |
-| auto       | the kernel, or chunked on a CPU; trees by chunk elsewhere |          | always                                       |
+| triton     | the same loop in Triton (scan_triton.py)                | t          | a CUDA GPU                                   |
+| auto       | kernel or chunked on a CPU, triton or trees on a GPU    |            | always                                       |
 
 A tree does twice the additions of the loop and streams (b t e n) numbers through memory at each of its levels. On a CPU
-the loop therefore wins at every length: b, e and n alone keep the arithmetic busy. On a GPU one place of one text is too
-little work to launch, so there the tree runs inside chunks that bound its memory. All but `sequential` share one
-hand-derived backward that keeps the inputs and one state per chunk, and computes the (b t e n) states anew.
+the loop therefore wins at every length: b, e and n alone keep the arithmetic busy. The same holds inside one kernel of a GPU;
+launched one by one, though, single places are too little work, so without Triton a tree runs inside chunks that bound its
+memory. All but `sequential` share one hand-derived backward that keeps the inputs and one state per chunk, and computes
+the (b t e n) states anew.
 """
 
 import ctypes
@@ -36,7 +38,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
-METHODS = ("auto", "sequential", "parallel", "chunked", "kernel")
+METHODS = ("auto", "sequential", "parallel", "chunked", "kernel", "triton")
 LOG2E = 1 / math.log(2)  # exp(x) = exp2(x log2 e), and exp2 is the cheaper one
 ON_CPU, ELSEWHERE = 1 << 19, 1 << 24  # numbers in one (t b n e) buffer of a chunk: about a cache; about 64 MB
 
@@ -75,14 +77,19 @@ def selective_scan(
     u, delta, A, B, C = (v.to(exact) for v in (u, delta, A, B, C))
     state = u.new_zeros(len(u), *A.shape) if state is None else state.to(exact)
     if method == "auto":
-        method = ("kernel" if _kernel(A.shape[1], exact) else "chunked") if u.device.type == "cpu" else "trees"
+        if u.device.type == "cpu":
+            method = "kernel" if _kernel(A.shape[1], exact) else "chunked"
+        else:
+            method = "triton" if u.device.type == "cuda" and _triton() else "trees"
     if u.numel() == 0 or B.numel() == 0:
         method = "sequential"
     if method == "sequential":
         y, state = _sequential(u, delta, A, B, C, state)
     elif method == "kernel":
         y, state = _Kernel.apply(u, delta, A, B, C, state)
-    else:  # a Triton kernel for CUDA would come in here, as one more autograd.Function with these six arguments
+    elif method == "triton":
+        y, state = _Triton.apply(u, delta, A, B, C, state)
+    else:
         loop = method == "chunked"
         span = u.shape[1] if method == "parallel" else _span(u.shape[1], len(u) * A.numel(), ON_CPU if loop else ELSEWHERE)
         y, state = _Chunks.apply(u, delta, A, B, C, state, span, _loop if loop else _tree)
@@ -306,6 +313,45 @@ def _run(*command, input=None):
     return subprocess.run(command, input=input, check=True, capture_output=True, timeout=60).stdout
 
 
+# ---------------------------------------------------------------------------------- the kernel for GPUs: scan_triton.py
+
+
+class _Triton(torch.autograd.Function):
+    """scan_triton.py, one program for each text and each run of channels."""
+
+    @staticmethod
+    def forward(ctx, u, delta, A, B, C, state):
+        kernels = _triton()
+        u, delta, A2, B, C = (v.contiguous() for v in (u, delta, A.T * LOG2E, B, C))
+        (b, t, e), n = u.shape, len(A2)
+        y, entry = torch.empty_like(u), u.new_empty(b, -(-t // kernels.SPAN) + 1, n, e)
+        entry[:, 0] = state.mT
+        kernels.forward(u, delta, A2, B, C, y, entry)
+        ctx.save_for_backward(u, delta, A2, B, C, entry)
+        return y, entry[:, -1].mT.contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dstate):
+        u, delta, A2, B, C, entry = ctx.saved_tensors
+        (b, t, e), n, kernels = u.shape, len(A2), _triton()
+        dy, carry = dy.contiguous(), dstate.mT.clone(memory_format=torch.contiguous_format)
+        du, ddelta, dA = torch.empty_like(u), torch.empty_like(u), u.new_empty(b, n, e)
+        dB, dC = u.new_empty(b, kernels.parts(e), t, n), u.new_empty(b, kernels.parts(e), t, n)
+        kernels.backward(dy, u, delta, A2, B, C, entry, carry, du, ddelta, dA, dB, dC)
+        return du, ddelta, dA.sum(0).T, dB.sum(1), dC.sum(1), carry.mT
+
+
+@functools.cache
+def _triton():
+    """-> scan_triton, or None where there is no Triton."""
+    try:
+        from . import scan_triton
+    except ImportError:
+        return None
+    return scan_triton
+
+
 def _check(u, delta, A, B, C, D, state, method):
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
@@ -325,3 +371,5 @@ def _check(u, delta, A, B, C, D, state, method):
             raise ValueError(f"{name} is on {v.device} and u on {u.device}; the scan wants one device")
     if method == "kernel" and (u.device.type != "cpu" or not _kernel(n, torch.float64 if u.dtype == torch.float64 else torch.float32)):
         raise ValueError(f"the kernel wants a CPU, a C compiler, IRANN_KERNEL other than 0 and n from 1 to 64; got {u.device}, n {n}")
+    if method == "triton" and not (_triton() and (u.device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")):
+        raise ValueError(f"this method wants a CUDA GPU and Triton (or its interpreter, TRITON_INTERPRET=1); got {u.device}")

@@ -153,14 +153,14 @@ class Diffusion(LanguageModel):
         self.check_ids(ids)
         rows = len(ids)
         mask = cover(*ids.shape, ids.device)
-        tau, odds = self.draw_levels(rows, None, ids.device)
+        tau, odds = self.draw_levels(rows)
         x0 = self.embeddings[ids]
         x = self.schedule.noise(x0, tau, torch.randn_like(x0))
         hint = None
         if self.config.self_condition:
             hint = x0.new_zeros(*ids.shape, self.config.vocabulary)
-            half = torch.rand(rows, device=ids.device) < 0.5
-            if half.any():
+            half = (torch.rand(rows) < 0.5).nonzero()[:, 0]
+            if len(half):
                 with torch.no_grad():
                     hint[half] = self(x[half], tau[half], ids[half], mask[half]).softmax(-1)
         logits = self(x, tau, ids, mask, hint)
@@ -179,7 +179,7 @@ class Diffusion(LanguageModel):
 
     def rounding(self, x0: Tensor, ids: Tensor, eps: Tensor) -> Tensor:
         """(b t c), (b t) -> (b t): -log p(character | its point with the least noise), by Bayes and nothing else."""
-        tau = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
+        tau = torch.zeros(len(ids), dtype=torch.long)
         return F.cross_entropy(self.alone(self.schedule.noise(x0, tau, eps), tau).transpose(1, 2), ids, reduction="none")
 
     # --- which noise levels -------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Diffusion(LanguageModel):
     @torch.no_grad()
     def remember(self, tau: Tensor, nats: Tensor) -> None:
         """(b), (b): take note of the loss at these levels."""
-        bins = tau * BINS // self.config.levels
+        bins = (tau * BINS // self.config.levels).to(nats.device)
         nats = nats.detach().to(self.unsure.dtype)
         count = torch.zeros_like(self.visits).index_add_(0, bins, torch.ones_like(nats))
         total = torch.zeros_like(self.unsure).index_add_(0, bins, nats)
@@ -214,12 +214,14 @@ class Diffusion(LanguageModel):
         odds[0] = 0
         return odds / odds.sum()
 
-    def draw_levels(self, count: int, generator: torch.Generator | None = None, device=None) -> tuple[Tensor, Tensor]:
-        """-> (b) noise levels and (b) their odds: one from each of `count` equal slices of probability, in random order."""
+    def draw_levels(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """-> (b) noise levels, on the CPU like the schedule, and (b) their odds: one from each of `count` equal slices of
+        probability, in random order."""
         odds = self.level_odds()
-        u = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator).double()) / count
+        drawn = {"generator": generator, "device": generator.device if generator else None}
+        u = ((torch.randperm(count, **drawn) + torch.rand(count, **drawn).double()) / count).cpu()
         tau = torch.searchsorted(odds.cumsum(0), u.clamp(max=1 - 1e-12), right=True).clamp(1, self.config.levels - 1)
-        return tau.to(device), odds[tau].to(device, self.points.dtype)
+        return tau, odds[tau].to(self.points)
 
     def timesteps(self, steps: int) -> list[int]:
         """-> `steps` decreasing noise levels, from the darkest down, equally likely apart: small strides where text takes shape."""
@@ -253,7 +255,7 @@ class Diffusion(LanguageModel):
         mask[:, start:] = True
         x0, normal = self.embeddings[ids], noise.normal(generator)
         steps = 0
-        tau, odds = (d.view(draws, -1) for d in self.draw_levels(draws * len(ids), generator, ids.device))
+        tau, odds = (d.view(draws, -1) for d in self.draw_levels(draws * len(ids), generator))
         for level, odd in zip(tau, odds, strict=True):
             x = self.schedule.noise(x0, level, normal(x0))
             guess = self.guess(x, level, ids, mask).softmax(-1) @ self.embeddings
