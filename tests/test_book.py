@@ -3,8 +3,12 @@
 import re
 import subprocess
 import sys
+import tomllib
+from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
+import nbformat
 import pytest
 import yaml
 
@@ -47,3 +51,99 @@ def test_the_notation_page_has_every_letter_of_the_legend():
 def test_the_page_of_promises_names_tests_that_exist():
     for name in re.findall(r"`(test_\w+\.py)`", (ROOT / "book/promises.md").read_text()):
         assert (ROOT / "tests" / name).is_file(), name
+
+
+class Page(HTMLParser):
+    """What a page fetches by itself (scripts, styles, fonts, pictures), where its links lead, its anchors and alt texts."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.fetched, self.links, self.anchors, self.alts = [], [], {""}, []
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        of = dict(attributes)
+        self.anchors |= {of.get("id"), of.get("name")}
+        if tag == "a":
+            self.links.append(of.get("href") or "")
+        elif tag == "link":
+            self.fetched += [of["href"]] if of["rel"] not in ("index", "search", "next", "prev", "canonical") else []
+        elif "src" in of:
+            self.fetched.append(of["src"])
+            self.alts += [of.get("alt")] if tag == "img" else []
+
+
+@pytest.fixture(scope="module")
+def pages(site):
+    return {path: Page(path) for path in sorted(site.rglob("*.html")) if "_static" not in path.parts}
+
+
+def test_no_page_fetches_anything_from_a_network(site, pages):
+    for path, page in pages.items():
+        for address in page.fetched:
+            assert not re.match(r"(\w+:)?//", address), (path.name, address)
+            assert address.startswith("data:") or (path.parent / unquote(urlsplit(address).path)).is_file(), (path.name, address)
+    for style in site.rglob("*.css"):
+        assert not re.search(r"""(url\(|@import)\s*["']?(https?:)?//""", style.read_text()), style.name
+    scripts = "".join(path.read_text() for path in pages)
+    assert not re.search(r"unpkg|jsdelivr|cdnjs|googleapis", scripts)
+
+
+def test_the_maths_comes_with_the_site(site):
+    page = (site / "notebooks" / "01_gpt.html").read_text()
+    assert "_static/mathjax/tex-mml-chtml.js" in page and 'class="math' in page
+    mathjax = site / "_static" / "mathjax"
+    script = (mathjax / "tex-mml-chtml.js").read_text()
+    fonts = set(re.findall(r"MathJax_[\w-]+", script.partition("woff-v2")[2])) & {f.stem for f in mathjax.rglob("*.woff")}
+    assert len(fonts) >= 20 and "Apache License" in (mathjax / "LICENSE").read_text()
+
+
+def test_links_within_the_book_lead_somewhere(pages):
+    by_path = {path.resolve(): page for path, page in pages.items()}
+    for path, page in pages.items():
+        for link in page.links:
+            where = urlsplit(link)
+            if where.scheme or where.netloc or path.name in ("search.html", "genindex.html"):
+                continue
+            target = (path.parent / unquote(where.path)).resolve() if where.path else path.resolve()
+            assert target.is_file(), (path.name, link)
+            assert target not in by_path or where.fragment in by_path[target].anchors, (path.name, link)
+
+
+def test_every_figure_can_be_read_aloud(pages):
+    alts = [(path.name, alt) for path, page in pages.items() if path.parent.name in ("book", "notebooks") for alt in page.alts]
+    assert len(alts) > 15
+    for name, alt in alts:
+        assert alt and len(alt) > 30 and "_images" not in alt, (name, alt)
+
+
+def test_the_reference_shows_docstrings_and_source(site):
+    page = (site / "book" / "api.html").read_text()
+    for name in (
+        *("core.attention.attention", "core.halting.halting_distribution", "core.noise.Schedule", "core.scan.selective_scan"),
+        *("lm.filter_logits", "text.windows", "models.gpt.GPT", "models.mamba.Mamba", "train.train", "zoo.load", "shakespeare.load"),
+    ):
+        assert f'id="irann.{name}"' in page, name
+    assert "stretches of the text that start at random places" in page
+    assert page.count("viewcode-link") > 80
+    assert "system-message" not in page and not re.search(r"<p>[^<]*``", page)
+
+
+def test_execute_stores_a_clean_notebook(tmp_path):
+    page = tmp_path / "page.md"
+    header = (ROOT / "notebooks/01_gpt.md").read_text().partition("# 1")[0]
+    page.write_text(header + "One sum.\n\n```{code-cell} ipython3\nprint(1 + 1)\n```\n")
+    done = subprocess.run([sys.executable, ROOT / "book/execute.py", page], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    notebook = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
+    assert notebook.cells[-1].outputs[0].text == "2\n" and notebook.cells[-1].execution_count == 1
+    stored = nbformat.read(ROOT / "notebooks/01_gpt.ipynb", as_version=4).metadata
+    assert notebook.metadata.keys() == stored.keys() and notebook.metadata.jupytext == stored.jupytext
+    assert not any("execution" in cell.metadata for cell in notebook.cells)
+
+
+def test_the_citation_and_the_licence_agree_with_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    citation = yaml.safe_load((ROOT / "book/CITATION.cff").read_text())
+    assert (citation["version"], citation["license"]) == (project["version"], project["license"])
+    assert "MIT License" in (ROOT / project["license-files"][0]).read_text()

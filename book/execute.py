@@ -1,0 +1,35 @@
+"""python book/execute.py notebooks/01_gpt.md ...: run chapters from a fresh kernel and store the .ipynb beside each .md, clean.
+
+Clean means: no times and no widget states, which would differ at every run, and only the metadata that the .md has.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import jupytext
+import nbformat
+from nbclient import NotebookClient
+
+
+def execute(page: Path) -> Path:
+    """-> the .ipynb beside `page`. An error in a cell is raised, and nothing is stored."""
+    notebook = jupytext.read(page)
+    where = {"metadata": {"path": str(page.parent)}}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, store_widget_state=False, resources=where).execute()
+    keep = {"jupytext": {"default_lexer": "ipython3", "formats": "ipynb,md:myst"}, "language_info": notebook.metadata.language_info}
+    notebook.metadata = nbformat.from_dict(
+        {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, **keep},
+    )
+    target = page.with_suffix(".ipynb")
+    nbformat.write(notebook, target)
+    return target
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("which chapters? python book/execute.py notebooks/*.md")
+    for name in sys.argv[1:]:
+        began = time.perf_counter()
+        target = execute(Path(name))
+        print(f"{target}: {time.perf_counter() - began:.0f} s, {target.stat().st_size:,} bytes")

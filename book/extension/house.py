@@ -1,0 +1,88 @@
+"""What the site needs beyond jupyter-book: maths without a network, docstrings as they are written here, alt texts, launch buttons.
+
+IRANN_REPOSITORY=https://github.com/OWNER/NAME at build time adds the buttons that open a chapter in Colab or Binder: only whoever
+publishes the site knows where its notebooks are.
+"""
+
+import importlib.metadata
+import os
+import re
+import shutil
+from pathlib import Path
+
+from docutils import nodes
+
+MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2/", "input/tex/extensions/")
+
+
+def setup(app):
+    app.connect("config-inited", configure, priority=900)
+    app.connect("autodoc-process-docstring", docstring)
+    app.connect("doctree-resolved", describe_pictures)
+    app.connect("build-finished", bring_mathjax)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
+
+
+def configure(app, config):
+    config.mathjax_path = "mathjax/tex-mml-chtml.js"  # below _static
+    for listeners in app.events.listeners.values():  # thebe would load its code from a network
+        listeners[:] = [one for one in listeners if getattr(one.handler, "__name__", "") not in ("init_thebe_core", "update_thebe_context")]
+    if address := os.environ.get("IRANN_REPOSITORY"):
+        buttons = {
+            "notebook_interface": "jupyterlab",
+            "colab_url": "https://colab.research.google.com",
+            "binderhub_url": "https://mybinder.org",
+        }
+        config.html_theme_options |= {
+            "repository_url": address,
+            "repository_branch": "main",
+            "path_to_docs": ".",
+            "use_repository_button": True,
+            "launch_buttons": buttons,
+        }
+
+
+def bring_mathjax(app, problem):
+    """Copy MathJax, its fonts and its licence out of the installed distribution; its Python code never runs."""
+    if problem or app.builder.format != "html":
+        return
+    to = Path(app.outdir) / "_static" / "mathjax"
+    for file in importlib.metadata.distribution("django-static-mathjax").files:
+        name = str(file).partition("static/mathjax/")[2]
+        if name == "LICENSE" or name.startswith("es5/") and name.removeprefix("es5/").startswith(MATHJAX):
+            target = to / name.removeprefix("es5/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file.locate(), target)
+
+
+def docstring(app, what, name, thing, options, lines):
+    """Our docstrings are Markdown's plainest part: paragraphs, `code`, tables. Make them reStructuredText, in place."""
+    page = []
+    for paragraph in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
+        if re.match(r"\s*\||\s{2,}\S|\s*- ", paragraph) or re.search(r"(?m)^\s{2,}\S", paragraph) or "import irann" in paragraph:
+            page += ["::", "", *("    " + line for line in paragraph.split("\n")), ""]
+        else:
+            page += [prose(" ".join(paragraph.split())), ""]
+    lines[:] = page
+
+
+def prose(paragraph):
+    """A paragraph -> reStructuredText; a shape line in front is set as code."""
+    shapes = re.match(r"(?:(?:\([^)]*\)(?:, | and )?)+ )?-> \([^)]*\)", paragraph)
+    code = f"``{shapes[0]}``\\ " if shapes else ""
+    parts = re.split(r"(`+)(.+?)\1", paragraph[len(shapes[0]) if shapes else 0 :])
+    for i in range(0, len(parts), 3):
+        code += re.sub(r"([\\*_|`])", r"\\\1", parts[i])
+        if i + 2 < len(parts):
+            code += f"\\ ``{parts[i + 2]}``\\ "
+    return code
+
+
+def describe_pictures(app, doctree, page):
+    """A picture without an alt text gets the paragraph that announces it: the text above a cell says what to look at."""
+    above = ""
+    for node in doctree.findall():
+        if isinstance(node, nodes.paragraph):
+            above = node.astext()
+        elif isinstance(node, nodes.image) and not node.get("alt"):
+            node["alt"] = "Figure. " + (above if len(above) < 300 else above[:300].rpartition(" ")[0] + " ...").replace("\n", " ")
