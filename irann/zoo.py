@@ -4,23 +4,24 @@ Nothing else names them all. A new model is one more entry here; trainer, chat, 
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Snapshot
-from .lm import LanguageModel
+from .lm import LanguageModel, stream
 from .models.diffusion import Diffusion, DiffusionConfig
 from .models.gpt import GPT, GPTConfig
 from .models.mamba import Mamba, MambaConfig
 from .models.thinker import PageThinker, Thinker, ThinkerConfig
 from .text import Vocabulary
-from .train import Recipe
+from .train import Recipe, evaluate
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -29,8 +30,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 class Entry:
     """A model: its class, its config, and by recipe's name a pair of config and recipe; `about` is one line.
 
-    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute) and `full` (up to 90 minutes
-    of two CPU cores).
+    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute), `full` (up to 90 minutes
+    of two CPU cores) and `gpu`, which made the weights that ship (minutes of a GPU).
     """
 
     model: type[LanguageModel]
@@ -57,6 +58,10 @@ MODELS: dict[str, Entry] = {
                 GPTConfig.fast(window=256, layers=4, heads=3, width=192, dropout=0.15),
                 Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
             ),
+            "gpu": (
+                GPTConfig.fast(window=256, layers=4, heads=3, width=192, dropout=0.15),
+                Recipe(steps=5000, batch=32, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.998, evaluate_every=500),
+            ),
         },
     ),
     "thinker": Entry(
@@ -75,6 +80,10 @@ MODELS: dict[str, Entry] = {
             "full": (
                 ThinkerConfig(window=256, heads=4, width=256, rounds=6, dropout=0.15),
                 Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+            ),
+            "gpu": (
+                ThinkerConfig(window=256, heads=4, width=256, rounds=6, dropout=0.15),
+                Recipe(steps=5000, batch=32, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.998, evaluate_every=500),
             ),
         },
     ),
@@ -95,6 +104,10 @@ MODELS: dict[str, Entry] = {
                 ThinkerConfig(window=256, heads=4, width=256, rounds=4),
                 Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
             ),
+            "gpu": (
+                ThinkerConfig(window=256, heads=4, width=256, rounds=4, dropout=0.1),
+                Recipe(steps=5000, batch=64, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.998, evaluate_every=1000),
+            ),
         },
     ),
     "diffusion": Entry(
@@ -114,6 +127,10 @@ MODELS: dict[str, Entry] = {
                 DiffusionConfig(window=256, layers=4, heads=3, width=192),
                 Recipe(steps=20_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=2000, save_every=250),
             ),
+            "gpu": (
+                DiffusionConfig(window=256, layers=4, heads=3, width=192),
+                Recipe(steps=6000, batch=64, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=1500),
+            ),
         },
     ),
     "mamba": Entry(
@@ -132,6 +149,10 @@ MODELS: dict[str, Entry] = {
             "full": (
                 MambaConfig.fast(window=256, layers=7, width=192, dropout=0.15),
                 Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+            ),
+            "gpu": (
+                MambaConfig.fast(window=256, layers=7, width=192, dropout=0.2),
+                Recipe(steps=5000, batch=32, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.998, evaluate_every=500),
             ),
         },
     ),
@@ -221,6 +242,35 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
 
 
+def ship(model: LanguageModel, name: str, text, *, folder: Path | None = None, **about) -> dict:
+    """Write a trained model's weights, in half precision, and its card, to where `load(name)` finds them -> the card.
+
+    The card says what `about` says, and what is measured here on the very weights that are written: the likelihood of the
+    whole validation part of `text`, and a sample.
+    """
+    folder = Path(folder or WEIGHTS)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {key: tensor.half().contiguous() for key, tensor in model.state_dict().items()}
+    model.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
+    path = folder / f"{name}.safetensors"
+    save_file(weights, path)
+    said = evaluate(model, text)
+    *_, draft = stream(model, "\n", 300, seed=1, temperature=0.8)
+    card = {
+        "model": type(model).__name__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "validation": said.nats_per_char,
+        "standard_error": said.standard_error,
+        "exact": said.exact,
+        "config": dataclasses.asdict(model.config),
+        "characters_in_order": model.vocabulary.characters,
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        "sample": {"seed": 1, "temperature": 0.8, "text": model.vocabulary.decode(draft.ids[0, 1:])},
+    }
+    (folder / f"{name}.json").write_text(json.dumps(about | card, indent=1) + "\n")
+    return about | card
+
+
 def newest_run(name: str, runs: str | Path = "runs") -> Path:
     """-> the run of this model under `runs` that saved last. Raises CheckpointError that says how to train one."""
     kind = entry(name).model.__name__
@@ -279,6 +329,6 @@ def _load_shipped(name: str) -> LanguageModel:
         checkpoint.check_file(path, card["sha256"])
         weights = {key: tensor.float() for key, tensor in load_file(path).items()}
         kind = {e.model.__name__: e for e in MODELS.values()}[card["model"]]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, CheckpointError) as error:
         raise CheckpointError(f"the weights of {name} that came with this package cannot be used ({error}); install irann again") from None
     return _assemble(kind, card["config"], weights, card["characters_in_order"], card, path)

@@ -299,3 +299,36 @@ def test_what_does_not_fit_is_named():
     ):
         with pytest.raises(ValueError, match=words):
             selective_scan(**({"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "state": state} | change))
+
+
+@pytest.mark.parametrize("b, t, e, n", [(2, 1, 3, 1), (2, 7, 4, 5), (1, 33, 35, 2)])
+def test_triton_agrees_in_value_and_slope(b, t, e, n):
+    """On a GPU, or in Triton's interpreter (conftest.py)."""
+    given = [v.requires_grad_() for v in draw(b, t, e, n, decay=0.5)]
+
+    def everything(method):
+        y, h = selective_scan(*given[:6], state=given[6], method=method)
+        return y, h, *torch.autograd.grad(y.sin().sum() + h.cos().sum(), given)
+
+    for ours, oracle in zip(everything("triton"), everything("sequential"), strict=True):
+        close(ours, oracle)
+
+
+def test_triton_s_slopes_are_those_of_finite_differences():
+    given = tuple(v.requires_grad_() for v in draw(1, 18, 2, 2))
+    assert torch.autograd.gradcheck(lambda *v: selective_scan(*v[:6], state=v[6], method="triton"), given, fast_mode=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_auto_is_right_on_every_device_there_is(device):
+    given = draw(2, 70, 40, 16)
+    theirs = selective_scan(*given[:6], state=given[6], method="sequential")
+    moved = [v.to(device) for v in given]
+    for ours, oracle in zip(selective_scan(*moved[:6], state=moved[6]), theirs, strict=True):
+        close(ours.cpu(), oracle)
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="CUDA"):
+        selective_scan(*draw(1, 2, 1, 1)[:5], method="triton")

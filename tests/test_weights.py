@@ -1,0 +1,82 @@
+"""The weights that ship are what their cards say."""
+
+import json
+
+import pytest
+import torch
+
+from irann import lm, shakespeare, zoo
+from irann.checkpoint import CheckpointError
+from irann.train import evaluate
+
+NAMES = sorted(zoo.MODELS)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return shakespeare.load()
+
+
+def card(name):
+    return json.loads((zoo.WEIGHTS / f"{name}.json").read_text())
+
+
+def test_every_model_ships_and_is_small():
+    sizes = [path.stat().st_size for path in zoo.WEIGHTS.glob("*.safetensors")]
+    assert zoo.shipped() == NAMES
+    assert max(sizes) <= 16e6 and sum(sizes) <= 50e6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_card_tells_how_it_was_made(name):
+    told, model = card(name), zoo.load(name)
+    config, recipe = zoo.recipe(name, "gpu")
+    assert told["command"] == f"irann train {name} --recipe gpu"
+    assert model.config == config and zoo.Recipe(**told["recipe"]) == recipe and told["seed"] == recipe.seed
+    assert told["characters"] == told["step"] * recipe.batch * config.window and told["hardware"] and told["hours"] > 0
+    assert told["parameters"] == sum(p.numel() for p in model.parameters()) and told["exact"] == model.exact
+
+
+@pytest.mark.parametrize("name", ["gpt", "mamba", "thinker"])
+def test_the_likelihood_is_the_card_s(name, text):
+    ours = evaluate(zoo.load(name), text)
+    assert ours.characters == 111_540
+    assert ours.nats_per_char == pytest.approx(card(name)["validation"], abs=2e-4)
+
+
+@pytest.mark.parametrize("name", ["diffusion", "thinker-page"])
+def test_the_bound_is_near_the_card_s(name, text):
+    """A part of the text and few draws: far from the card's number would be a fault, beside it is chance."""
+    model, told = zoo.load(name), card(name)
+    part = text.val[: 12 * model.config.window + 1]
+    row = model.surprise(part.unfold(0, model.config.window + 1, model.config.window), generator=torch.Generator().manual_seed(0))
+    assert row.mean().item() == pytest.approx(told["validation"], abs=0.25) and 0 < told["standard_error"] < 0.03
+
+
+@pytest.mark.parametrize("name", ["gpt", "mamba"])
+def test_the_sample_can_be_had_again(name):
+    told = card(name)["sample"]
+    *_, draft = lm.stream(zoo.load(name), "\n", 60, seed=told["seed"], temperature=told["temperature"])
+    assert zoo.load(name).vocabulary.decode(draft.ids[0, 1:]) == told["text"][:60]
+
+
+def test_damaged_weights_are_refused(tmp_path, monkeypatch):
+    for kind in ("safetensors", "json"):
+        (tmp_path / f"gpt.{kind}").write_bytes((zoo.WEIGHTS / f"gpt.{kind}").read_bytes())
+    broken = bytearray((tmp_path / "gpt.safetensors").read_bytes())
+    broken[-1] ^= 1
+    (tmp_path / "gpt.safetensors").write_bytes(broken)
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    with pytest.raises(CheckpointError, match="install irann again"):
+        zoo.load("gpt")
+
+
+def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    model.vocabulary = text.vocabulary
+    small = type(text)(text.train[:2000], text.val[:600], text.vocabulary, text.source, text.sha256)
+    told = zoo.ship(model, "gpt", small, folder=tmp_path, hardware="a slate")
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    again = zoo.load("gpt")
+    assert again.card == told and told["hardware"] == "a slate"
+    assert evaluate(again, small).nats_per_char == told["validation"]
