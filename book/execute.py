@@ -15,8 +15,8 @@ from nbclient import NotebookClient
 def execute(page: Path) -> Path:
     """-> the .ipynb beside `page`. An error in a cell is raised, and nothing is stored."""
     notebook = jupytext.read(page)
-    where = {"metadata": {"path": str(page.parent)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", record_timing=False, store_widget_state=False, resources=where).execute()
+    clean = {"record_timing": False, "store_widget_state": False, "coalesce_streams": True}
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(page.parent)}}, **clean).execute()
     keep = {"jupytext": {"default_lexer": "ipython3", "formats": "ipynb,md:myst"}, "language_info": notebook.metadata.language_info}
     notebook.metadata = nbformat.from_dict(
         {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, **keep},

@@ -125,6 +125,7 @@ def test_the_reference_shows_docstrings_and_source(site):
     ):
         assert f'id="irann.{name}"' in page, name
     assert "stretches of the text that start at random places" in page
+    assert ">(b t (h c)) -&gt; (b h t c)<" in re.sub("</?span[^>]*>", "", page)  # a shape line is set as code
     assert page.count("viewcode-link") > 80
     assert "system-message" not in page and not re.search(r"<p>[^<]*``", page)
 

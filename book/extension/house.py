@@ -36,7 +36,7 @@ def configure(app, config):
         config.html_theme_options |= {
             "repository_url": address,
             "repository_branch": "main",
-            "path_to_docs": ".",
+            "path_to_docs": "",
             "use_repository_button": True,
             "launch_buttons": buttons,
         }
@@ -68,7 +68,8 @@ def docstring(app, what, name, thing, options, lines):
 
 def prose(paragraph):
     """A paragraph -> reStructuredText; a shape line in front is set as code."""
-    shapes = re.match(r"(?:(?:\([^)]*\)(?:, | and )?)+ )?-> \([^)]*\)", paragraph)
+    shape = r"\((?:[^()]|\([^()]*\))*\)"
+    shapes = re.match(rf"(?:(?:{shape}(?:, | and )?)+ )?-> {shape}", paragraph)
     code = f"``{shapes[0]}``\\ " if shapes else ""
     parts = re.split(r"(`+)(.+?)\1", paragraph[len(shapes[0]) if shapes else 0 :])
     for i in range(0, len(parts), 3):
