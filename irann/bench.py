@@ -1,22 +1,28 @@
-"""The benchmark: `scan` times the selective scan against other implementations; `all` adds the trained models.
+"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models.
 
 Times are ratios: every round runs all contestants one after the other in the same process, on one thread, and a ratio is
-the median over rounds, given with its smallest and largest value.
+the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh process's peak. Of the
+models: likelihood over the whole validation part, what their text looks like from outside (quality.py), speed of writing.
+With `out`, what was measured is kept after each part, and a second start goes on from there.
 """
 
 import json
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from . import shakespeare, zoo
+from . import quality, shakespeare, zoo
 from .checkpoint import CheckpointError
 from .core.scan import selective_scan
-from .lm import stream
+from .lm import evaluating
+from .models.gpt import GPT
+from .models.mamba import Mamba, MambaConfig
 from .train import evaluate
 
 STATE = 16
@@ -26,19 +32,29 @@ def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-repo
     """Run, print the report as Markdown, and write it and the numbers under `out`. Raises ValueError for another `what`."""
     if what not in ("all", "scan"):
         raise ValueError(f"bench takes all or scan; got {what!r}")
+    parts = {"scan": scan_times, "growth": scan_growth, "memory": scan_memory, "step": training_step, "writing": writing}
+    if what == "all":
+        parts |= {"cache": cache_gain, "models": trained_models}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    numbers = out / f"{what}.json"
+    report = {"torch": torch.__version__, "threads": 1, "quick": quick}
+    if numbers.exists():
+        before = json.loads(numbers.read_text())
+        if {k: before.get(k) for k in report} == report and set(parts) - set(before):  # one that was cut off
+            report = before
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        report = {"torch": torch.__version__, "threads": 1, "quick": quick, "scan": scan_times(quick), "growth": scan_growth(quick)}
-        if what == "all":
-            report["models"] = trained_models(quick)
+        for name, part in parts.items():
+            if name not in report:
+                print(f"measuring: {name}", file=sys.stderr)
+                report[name] = part(quick)
+                numbers.write_text(json.dumps(report, indent=2) + "\n")
     finally:
         torch.set_num_threads(threads)
     page = markdown(report)
     print(page)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{what}.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / f"{what}.md").write_text(page + "\n")
     return report
 
@@ -111,25 +127,207 @@ def scan_growth(quick: bool) -> dict:
     return {"b": 1, "e": e, "lengths": lengths, "exponents": exponents}
 
 
+MEMORY = """
+import resource, sys, torch
+from irann import bench
+torch.set_num_threads(1)
+name, b, t, e = sys.argv[1], *map(int, sys.argv[2:])
+scan = bench.contestants()[name]
+bench.forward_backward(scan, bench.scan_inputs(1, 8, 8))
+inputs = bench.scan_inputs(b, t, e)
+for x in inputs:
+    x.grad = torch.zeros_like(x) + 0
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+scan(*inputs).sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def scan_memory(quick: bool) -> dict:
+    """Peak memory above the inputs of one forward and backward pass, in MB, each in a process of its own; by length too."""
+    b, t, e = (4, 256, 128) if quick else (8, 256, 256)
+    peak = {name: memory_of(name, b, t, e) for name in contestants()}
+    lengths = (t, 2 * t, 4 * t)
+    ours = next(iter(peak))
+    return {"b": b, "t": t, "e": e, "MB": peak, "lengths": lengths, "grown": [memory_of(ours, b, length, e) for length in lengths]}
+
+
+def memory_of(name: str, b: int, t: int, e: int) -> float:
+    """-> MB; Linux counts ru_maxrss in kB, macOS in bytes."""
+    grown = int(subprocess.run([sys.executable, "-c", MEMORY, name, *map(str, (b, t, e))], check=True, capture_output=True).stdout)
+    return grown / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def training_step(quick: bool) -> dict:
+    """Loss and gradients of a Mamba of 4 layers, width 128 (quick: 2 of 32), b 16, t 256: ours twice, and mambapy's."""
+    import os
+
+    layers, width, b, t, rounds = (2, 32, 2, 64, 2) if quick else (4, 128, 16, 256, 3)
+    ours = Mamba(MambaConfig(layers=layers, width=width, window=t))
+    ids = torch.randint(65, (b, t + 1), generator=torch.Generator().manual_seed(0))
+
+    def with_kernel(switch: str) -> Callable:
+        def run():
+            before = os.environ.get("IRANN_KERNEL")
+            os.environ["IRANN_KERNEL"] = switch
+            try:
+                ours.loss(ids)[0].backward()
+            finally:
+                os.environ.pop("IRANN_KERNEL") if before is None else os.environ.update(IRANN_KERNEL=before)
+
+        return run
+
+    runners = {"irann, kernel where there is one": with_kernel("1"), "irann, plain torch": with_kernel("0")}
+    try:
+        from mambapy.mamba import Mamba as Theirs
+        from mambapy.mamba import MambaConfig as TheirConfig
+
+        theirs, embed = Theirs(TheirConfig(d_model=width, n_layers=layers)), torch.nn.Embedding(65, width)
+
+        def peer():
+            logits = theirs(embed(ids[:, :-1])) @ embed.weight.T
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+        runners["mambapy"] = peer
+    except ImportError:
+        pass
+    return {"layers": layers, "width": width, "b": b, "t": t, **in_turn(runners, rounds)}
+
+
+def in_turn(runners: dict[str, Callable], rounds: int) -> dict:
+    """Everyone in turn, after one round that does not count -> ms, and times as long as the first."""
+    seconds = {name: [] for name in runners}
+    for _ in range(rounds + 1):
+        for name, run in runners.items():
+            began = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - began)
+    first = next(iter(runners))
+    rows = {
+        name: {"ms": spread([1000 * s for s in taken[1:]]), "times": spread(ratios(taken[1:], seconds[first][1:]))}
+        for name, taken in seconds.items()
+    }
+    return {"rounds": rounds, "rows": rows}
+
+
+def write_on(model, prompt: torch.Tensor, n: int) -> float:
+    """-> characters per second of the n characters after the first one that follows the prompt."""
+    drafts = model.generate(prompt, n + 1, generator=torch.Generator().manual_seed(0))
+    seen = 0
+    for draft in drafts:
+        if not seen and draft.settled > prompt.shape[1]:
+            began, seen = time.perf_counter(), draft.settled
+    return (draft.settled - seen) / (time.perf_counter() - began)
+
+
+def writing(quick: bool) -> dict:
+    """Mamba of 4 layers, width 128, batch 1: characters per second after 100 and after 10,000 read, and transformers' beside it."""
+    n, long, rounds = (20, 1000, 2) if quick else (200, 10_000, 3)
+    model = Mamba(MambaConfig(layers=4, width=128)).eval()
+    text = torch.randint(65, (1, long), generator=torch.Generator().manual_seed(0))
+    speeds: dict[str, list[float]] = {"irann, after 100": [], f"irann, after {long:,}": []}
+    try:
+        from transformers import MambaConfig as TheirConfig
+        from transformers import MambaForCausalLM
+
+        size = {"vocab_size": 65, "hidden_size": 128, "num_hidden_layers": 4, "state_size": 16}
+        theirs = MambaForCausalLM(TheirConfig(**size, bos_token_id=0, eos_token_id=None, pad_token_id=0)).eval()
+        speeds["transformers, cached, after 100"] = []
+    except ImportError:
+        theirs = None
+    for _ in range(rounds):
+        speeds["irann, after 100"].append(write_on(model, text[:, :100], n))
+        speeds[f"irann, after {long:,}"].append(write_on(model, text, n))
+        if theirs is not None:
+            began = time.perf_counter()
+            theirs.generate(text[:, :100], max_new_tokens=1, do_sample=True)
+            middle = time.perf_counter()
+            theirs.generate(text[:, :100], max_new_tokens=n + 1, do_sample=True)
+            speeds["transformers, cached, after 100"].append(n / (time.perf_counter() - middle - (middle - began)))
+    return {name: spread(values) for name, values in speeds.items()}
+
+
+def cache_gain(quick: bool) -> dict:
+    """GPT of the recipe `full`: 500 characters with the KV cache, and with the whole window computed for each -> times as fast."""
+    n, rounds = (40, 1) if quick else (500, 3)
+    model = GPT(zoo.recipe("gpt", "full")[0]).eval()
+
+    @torch.no_grad()
+    def anew():
+        ids, dice = torch.zeros(1, 1, dtype=torch.long), torch.Generator().manual_seed(0)
+        for _ in range(n):
+            odds = model(ids[:, -model.config.window :])[:, -1].softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(odds, 1, generator=dice)], 1)
+
+    def cached():
+        for _ in model.generate(torch.zeros(1, 1, dtype=torch.long), n, generator=torch.Generator().manual_seed(0)):
+            pass
+
+    return {"n": n, "window": model.config.window, **in_turn({"with the cache": cached, "without": anew}, rounds)}
+
+
+SAMPLES, LENGTH = 8, 400
+
+
 def trained_models(quick: bool) -> dict:
-    """-> by name, for each model with weights or a run: parameters, nats per character, characters written per second."""
+    """-> by name, each model with weights or a run: parameters, likelihood, text quality, characters written per second.
+
+    And `validation text`, pieces of the real thing measured like a model's: what the measures say of Shakespeare.
+    """
     text, rows = shakespeare.load(), {}
+    corpus, reference = quality.Corpus(text.vocabulary.decode(text.train)), text.vocabulary.decode(text.val)
+    count, n = (2, 100) if quick else (SAMPLES, LENGTH)
+    pieces = [reference[i * len(reference) // count :][:n] for i in range(count)]
+    real = quality.report(pieces, corpus, reference)
+    rows["validation text"] = {"quality": {"0.8": real, "1.0": real}}
     for name in zoo.MODELS:
         try:
             model = zoo.load(name)
         except CheckpointError as error:
             rows[name] = {"missing": str(error)}
             continue
-        n, speeds = 100 if quick else 400, []
-        for seed in range(3):
+        row: dict = {"parameters": sum(p.numel() for p in model.parameters()), "exact": model.exact}
+        card = model.card or {}
+        row |= {key: card[key] for key in ("characters", "curve") if key in card}
+        if quick:
+            row["nats_per_char"] = card.get("validation")
+        else:
+            said = evaluate(model, text)
+            row |= {"nats_per_char": said.nats_per_char, "standard_error": said.standard_error}
+        if not quick:
+            row["by_place"] = by_place(model, text)
+        row["quality"], row["samples"] = {}, {}
+        for temperature in (0.8, 1.0):
             began = time.perf_counter()
-            for _ in stream(model, "\n", n, seed=seed):
-                pass
-            speeds.append(n / (time.perf_counter() - began))
-        said = None if quick else evaluate(model, text).nats_per_char
-        rows[name] = {"parameters": sum(p.numel() for p in model.parameters()), "exact": model.exact, "chars_per_second": spread(speeds)}
-        rows[name]["nats_per_char"] = said if said is not None else (model.card or {}).get("validation")
+            samples = samples_of(model, text.vocabulary, count, n, temperature)
+            seconds = time.perf_counter() - began
+            row["quality"][str(temperature)] = quality.report(samples, corpus, reference)
+            row["samples"][str(temperature)] = samples[0]
+        row["chars_per_second_of_a_batch"] = count * n / seconds
+        speeds = []
+        for seed in range(1 if quick else 3):
+            began = time.perf_counter()
+            samples_of(model, text.vocabulary, 1, 200, 1.0, seed)
+            speeds.append(200 / (time.perf_counter() - began))
+        rows[name] = row | {"chars_per_second": spread(speeds)}
     return rows
+
+
+def samples_of(model, vocabulary, count: int, n: int, temperature: float, seed: int = 0) -> list[str]:
+    """-> `count` texts of n characters, each begun from a newline."""
+    start = vocabulary.encode("\n").expand(count, 1)
+    *_, draft = model.generate(start, n, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    return [vocabulary.decode(row[1:]) for row in draft.ids]
+
+
+def by_place(model, text, pages: int = 60) -> list[list[float]]:
+    """-> pairs of a place in the window and the mean nats of the characters from there to the next, over some windows."""
+    window = model.config.window
+    ids = text.val[: pages * window + 1].unfold(0, window + 1, window)
+    with torch.no_grad(), evaluating(model):
+        nats = torch.cat([model.surprise(part, generator=torch.Generator().manual_seed(0)) for part in ids.split(20)]).mean(0)
+    edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
+    return [[a, nats[a:b].mean().item()] for a, b in zip(edges, edges[1:], strict=False) if a < len(nats)]
 
 
 def ratios(a: list[float], b: list[float]) -> list[float]:
@@ -165,12 +363,52 @@ def markdown(report: dict) -> str:
         page += ["", "mambapy is not installed, so it is not compared: pip install 'irann[test]'"]
     grown = ", ".join(f"{name} {value:.2f}" for name, value in g["exponents"].items())
     page += ["", f"Time grows with length to the power of: {grown} (t {g['lengths'][0]} to {g['lengths'][-1]}, b 1, e {g['e']})."]
+    m, step = report["memory"], report["step"]
+    page += ["", f"## Memory above the inputs (b {m['b']}, t {m['t']}, e {m['e']}; MB)", "", "| implementation | MB |", "|---|---|"]
+    page += [f"| {name} | {mb:.0f} |" for name, mb in m["MB"].items()]
+    page += ["", "Of the first, by length: " + ", ".join(f"t {t}: {mb:.0f}" for t, mb in zip(m["lengths"], m["grown"], strict=True)) + "."]
+    page += _table(f"A training step of Mamba ({step['layers']} layers, width {step['width']}, b {step['b']}, t {step['t']})", step)
+    page += ["", "## Mamba writes, batch 1 (characters per second, median, lowest, highest)", "", "| who | characters/s |", "|---|---|"]
+    page += [f"| {name} | {v['median']:.0f} ({v['low']:.0f}, {v['high']:.0f}) |" for name, v in report["writing"].items()]
+    if "cache" in report:
+        cache = report["cache"]
+        page += _table(f"GPT writes {cache['n']} characters, window {cache['window']}", cache)
     if "models" in report:
-        page += ["", "## Models", "", "| model | parameters | nats per character | characters per second |", "|---|---|---|---|"]
-        for name, row in report["models"].items():
-            if "missing" in row:
-                page.append(f"| {name} | {row['missing']} | | |")
-                continue
-            nats = "not measured" if row["nats_per_char"] is None else f"{'' if row['exact'] else 'at most '}{row['nats_per_char']:.4f}"
-            page.append(f"| {name} | {row['parameters']:,} | {nats} | {row['chars_per_second']['median']:.0f} |")
+        page += _models(report["models"])
     return "\n".join(page)
+
+
+def _table(title: str, measured: dict) -> list[str]:
+    page = ["", f"## {title}", "", "| implementation | ms, median | times as long as the first (lowest, highest) |", "|---|---|---|"]
+    for name, row in measured["rows"].items():
+        times = row["times"]
+        page.append(f"| {name} | {row['ms']['median']:.1f} | {times['median']:.2f} ({times['low']:.2f}, {times['high']:.2f}) |")
+    return page
+
+
+def _models(rows: dict) -> list[str]:
+    page = ["", "## Models", "", "| model | parameters | nats per character | characters/s, batch 1 | of a batch |", "|---|---|---|---|---|"]
+    trained = {name: row for name, row in rows.items() if "parameters" in row}
+    for name, row in rows.items():
+        if "missing" in row:
+            page.append(f"| {name} | {row['missing']} | | | |")
+        elif name in trained:
+            nats = "not measured" if row["nats_per_char"] is None else f"{'' if row['exact'] else 'at most '}{row['nats_per_char']:.4f}"
+            if row.get("standard_error"):
+                nats += f" ± {row['standard_error']:.4f}"
+            speed, many = row["chars_per_second"]["median"], row["chars_per_second_of_a_batch"]
+            page.append(f"| {name} | {row['parameters']:,} | {nats} | {speed:.0f} | {many:.0f} |")
+    for temperature in ("0.8", "1.0"):
+        told = {name: row["quality"][temperature] for name, row in rows.items() if temperature in row.get("quality", {})}
+        page += ["", f"## Text at temperature {temperature} (means, 95 % intervals)", ""]
+        measures = list(next(iter(told.values()), {}))
+        page += ["| text of | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
+        for name, row in told.items():
+            page.append(f"| {name} | " + " | ".join(_cell(row[measure]) for measure in measures) + " |")
+    return page
+
+
+def _cell(value) -> str:
+    if isinstance(value, dict):
+        return f"{value['mean']:.3f} ({value['low']:.3f}, {value['high']:.3f})"
+    return str(value) if isinstance(value, int) else f"{value:.3f}"

@@ -35,6 +35,9 @@ def test_quick_report(tmp_path, capsys):
     page, numbers = capsys.readouterr().out, json.loads((tmp_path / "scan.json").read_text())
     assert page.strip() == (tmp_path / "scan.md").read_text().strip()
     assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["scan"]["rows"].items())
+    assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["step"]["rows"].items())
+    assert all(speed["median"] > 0 and name in page for name, speed in numbers["writing"].items())
+    assert numbers["memory"]["MB"]["mambapy, parallel scan"] > 0
     assert torch.get_num_threads() == threads
 
 
@@ -43,6 +46,25 @@ def test_models_without_weights_are_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("irann.zoo.WEIGHTS", tmp_path)
     bench.main("all", quick=True, out=tmp_path / "report")
     assert capsys.readouterr().out.count("irann train") == len(bench.zoo.MODELS)
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
+    bench.main("scan", quick=True, out=tmp_path)
+    kept = json.loads((tmp_path / "scan.json").read_text())
+    del kept["writing"]
+    (tmp_path / "scan.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(bench, "scan_times", lambda quick: pytest.fail("measured again"))
+    assert bench.main("scan", quick=True, out=tmp_path)["scan"] == kept["scan"]
+
+
+def test_shipped_models_are_compared_with_the_real_thing(tmp_path, capsys):
+    rows = bench.main("all", quick=True, out=tmp_path)["models"]
+    page = capsys.readouterr().out
+    assert set(rows) == {"validation text", *bench.zoo.MODELS}
+    for name in bench.zoo.MODELS:
+        assert rows[name]["chars_per_second"]["median"] > 0 and f"| {name} |" in page
+        assert 0 < rows[name]["quality"]["0.8"]["words that exist"]["mean"] <= 1
+    assert "at most" in page
 
 
 def test_another_subject_is_refused(tmp_path):

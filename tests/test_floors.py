@@ -12,7 +12,7 @@ import irann
 ROOT = Path(irann.__file__).parent
 FILES = sorted(path.relative_to(ROOT) for path in ROOT.rglob("*.py"))
 FLOORS = [
-    ("core", "text", "shakespeare"),
+    ("core", "text", "shakespeare", "quality"),
     ("lm", "layers"),
     ("models",),
     ("train", "checkpoint", "zoo", "muon"),

@@ -1,0 +1,67 @@
+"""Measures of text, by hand and against scipy."""
+
+import math
+from collections import Counter
+
+import pytest
+from scipy.spatial.distance import jensenshannon
+
+from irann import quality
+
+CORPUS = quality.Corpus("the cat sat on the mat.\nthe dog sat on the log.\n" * 3)
+
+
+def test_words_by_hand():
+    assert CORPUS.existing("xx the zebra SAT on yy") == pytest.approx(3 / 4)  # the first and the last do not count
+    assert CORPUS.existing("one two") == 0.0
+
+
+def test_copies_by_hand():
+    assert CORPUS.longest_copy("zzz cat sat on zz") == len(" cat sat on ")
+    text = "the cat sat on the mat"
+    assert CORPUS.copied(text) == 1.0 and CORPUS.copied("Q" * 30) == 0.0
+    assert CORPUS.copied(text[:20] + "Q") == 0.5
+
+
+def test_the_judge_is_a_distribution():
+    """Its probabilities after any context sum to one, and a seen text is likelier than its reverse."""
+    alphabet = sorted(set(CORPUS.text))
+    for context in ("the c", "zz", "", "sat on the "):
+        total = sum(math.exp(-CORPUS.judge(context + c, len(context))) for c in alphabet)
+        assert total == pytest.approx(1)
+    assert CORPUS.judge("the cat sat") < CORPUS.judge("tas tac eht")
+
+
+def test_the_judge_by_hand():
+    """Corpus aab: p(a) by Witten and Bell from uniform 1/2: (2 + 2/2) / (3 + 2); then after a: (1 + 2 p) / (2 + 2)."""
+    corpus = quality.Corpus("aab")
+    p = (2 + 2 * 0.5) / (3 + 2)
+    assert corpus.judge("a") == pytest.approx(-math.log(p))
+    assert corpus.judge("qa", 1) == pytest.approx(-math.log(p))
+    assert corpus.judge("ba", 1) == pytest.approx(-math.log(p))  # nothing was ever seen after b
+
+
+def test_divergence_is_scipy_s():
+    a, b = Counter("abracadabra"), Counter("alakazam")
+    keys = sorted(a | b)
+    theirs = jensenshannon([a[k] for k in keys], [b[k] for k in keys]) ** 2
+    assert quality.divergence(a, b) == pytest.approx(theirs)
+    assert quality.divergence(a, a) == 0 and quality.divergence(Counter("a"), Counter("b")) == pytest.approx(math.log(2))
+
+
+def test_repetition_and_form_by_hand():
+    assert quality.repeated("a b c d a b c d") == pytest.approx(1 - 4 / 5)
+    assert quality.repeated("a b") == 0
+    assert quality.in_form("cut\nROMEO:\nA line.\n  indented\n" + "x" * 80 + "\ncut") == 0.5
+
+
+def test_the_interval_holds_the_mean():
+    given = quality.interval([0.0, 1.0] * 50)
+    assert given["mean"] == 0.5 and 0.38 < given["low"] < 0.43 and 0.57 < given["high"] < 0.62
+    assert quality.interval([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_a_report_of_the_corpus_itself_is_perfect():
+    rows = quality.report([CORPUS.text], CORPUS, CORPUS.text)
+    assert rows["words that exist"]["mean"] == 1 and rows["copied runs of 20"]["mean"] == 1 and rows["trigram divergence"] == 0
+    assert rows["longest copy"] == len(CORPUS.text) and rows["lines in form"]["mean"] == 1
