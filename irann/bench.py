@@ -128,18 +128,29 @@ def scan_growth(quick: bool) -> dict:
 
 
 MEMORY = """
-import resource, sys, torch
+import re, resource, sys, torch
 from irann import bench
+
+def peak():
+    try:
+        return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+    except OSError:  # not Linux: the peak since the process began, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+
 torch.set_num_threads(1)
 name, b, t, e = sys.argv[1], *map(int, sys.argv[2:])
 scan = bench.contestants()[name]
 bench.forward_backward(scan, bench.scan_inputs(1, 8, 8))
 inputs = bench.scan_inputs(b, t, e)
 for x in inputs:
-    x.grad = torch.zeros_like(x) + 0
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x.grad = torch.ones_like(x)
+try:
+    open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+except OSError:
+    pass
+before = peak()
 scan(*inputs).sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(peak() - before)
 """
 
 
@@ -153,9 +164,9 @@ def scan_memory(quick: bool) -> dict:
 
 
 def memory_of(name: str, b: int, t: int, e: int) -> float:
-    """-> MB; Linux counts ru_maxrss in kB, macOS in bytes."""
-    grown = int(subprocess.run([sys.executable, "-c", MEMORY, name, *map(str, (b, t, e))], check=True, capture_output=True).stdout)
-    return grown / (1e6 if sys.platform == "darwin" else 1e3)
+    """-> MB."""
+    command = [sys.executable, "-c", MEMORY, name, *map(str, (b, t, e))]
+    return float(subprocess.run(command, check=True, capture_output=True).stdout) / 1000
 
 
 def training_step(quick: bool) -> dict:
@@ -387,7 +398,8 @@ def _table(title: str, measured: dict) -> list[str]:
 
 
 def _models(rows: dict) -> list[str]:
-    page = ["", "## Models", "", "| model | parameters | nats per character | characters/s, batch 1 | of a batch |", "|---|---|---|---|---|"]
+    page = ["", "## Models", "", "| model | parameters | nats per character | characters/s, batch 1 | of a batch |"]
+    page.append("|---|---|---|---|---|")
     trained = {name: row for name, row in rows.items() if "parameters" in row}
     for name, row in rows.items():
         if "missing" in row:
