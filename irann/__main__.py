@@ -167,14 +167,17 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
 
 @app.command()
 def bench(
-    what: Annotated[str, typer.Argument(help="scan: the selective scan against others; all: trained models too")] = "all",
+    what: Annotated[
+        str, typer.Argument(help="scan: the selective scan against others; all: trained models too; thinker, nanogpt: races, trained anew")
+    ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="small sizes, seconds: to see whether it runs")] = False,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes")] = Path("bench-report"),
+    seeds: Annotated[int, typer.Option(min=1, help="how often a race is run")] = 3,
 ):
-    """Time the selective scan against others, and compare the models that are trained: likelihood, speed of writing."""
+    """Time the selective scan against others, compare the trained models, or train models side by side. Goes on where it stopped."""
     from . import bench as benchmark
 
-    benchmark.main(what, quick=quick, out=out)
+    benchmark.main(what, quick=quick, out=out, seeds=seeds)
 
 
 def _pair(change: str) -> tuple[str, str]:

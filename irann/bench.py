@@ -1,4 +1,5 @@
-"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models.
+"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models;
+`thinker` and `nanogpt` train models side by side (races.py).
 
 Times are ratios: every round runs all contestants one after the other in the same process, on one thread, and a ratio is
 the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh process's peak. Of the
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from . import quality, shakespeare, zoo
+from . import quality, races, shakespeare, zoo
 from .checkpoint import CheckpointError
 from .core.scan import selective_scan
 from .lm import evaluating
@@ -28,14 +29,25 @@ from .train import evaluate
 STATE = 16
 
 
-def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-report")) -> dict:
-    """Run, print the report as Markdown, and write it and the numbers under `out`. Raises ValueError for another `what`."""
-    if what not in ("all", "scan"):
-        raise ValueError(f"bench takes all or scan; got {what!r}")
+def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-report"), seeds: int = 3) -> dict:
+    """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` are those of a race.
+
+    Raises ValueError for another `what`.
+    """
+    if what not in ("all", "scan", *races.RACES):
+        raise ValueError(f"bench takes all, scan, {' or '.join(races.RACES)}; got {what!r}")
+    report = races.run(what, seeds=seeds, quick=quick, out=out) if what in races.RACES else measure(what, quick, Path(out))
+    page = races.markdown(report) if what in races.RACES else markdown(report)
+    print(page)
+    (Path(out) / f"{what}.md").write_text(page + "\n")
+    return report
+
+
+def measure(what: str, quick: bool, out: Path) -> dict:
+    """Part after part, each kept in `out` when it is done -> the report. One thread."""
     parts = {"scan": scan_times, "growth": scan_growth, "memory": scan_memory, "step": training_step, "writing": writing}
     if what == "all":
         parts |= {"cache": cache_gain, "models": trained_models}
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     numbers = out / f"{what}.json"
     report = {"torch": torch.__version__, "threads": 1, "quick": quick}
@@ -53,9 +65,6 @@ def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-repo
                 numbers.write_text(json.dumps(report, indent=2) + "\n")
     finally:
         torch.set_num_threads(threads)
-    page = markdown(report)
-    print(page)
-    (out / f"{what}.md").write_text(page + "\n")
     return report
 
 

@@ -1,0 +1,185 @@
+"""Races: models trained side by side on the same text, to see what a design is worth.
+
+| race    | the question                                                                                                   |
+|---------|----------------------------------------------------------------------------------------------------------------|
+| thinker | what do rounds of one shared block buy, beside a plain GPT of as many parameters and one of as many layers?     |
+| nanogpt | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?         |
+
+Within a race and a seed all arms read their windows from the same generator; the thinker's three see the very same
+characters. Losses are over the whole validation part, every character once. An arm that was interrupted goes on where it
+stopped, and an arm that is done is not run again.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from . import shakespeare, zoo
+from .models.gpt import GPTConfig
+from .models.thinker import ThinkerConfig
+from .text import Text
+from .train import Recipe, evaluate, progress, train
+
+ROUNDS = (1, 2, 3, 4, 6, 8, 12)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of a race: its name in the zoo, its sizes, how it is trained, and what to measure when it is."""
+
+    model: str
+    config: object
+    recipe: Recipe
+    look: Callable[[object, Text], dict] | None = None
+
+
+def thinker_arms(quick: bool) -> dict[str, Arm]:
+    """A thinker of one block before and one block in its core; a GPT of these two blocks; one of as many as the thinker passes."""
+    window, width, rounds, steps = (32, 32, 3, 20) if quick else (128, 128, 6, 1200)
+    recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=steps // 3)
+    plain = GPTConfig.fast(window=window, width=width, heads=2)
+    return {
+        "thinker": Arm("thinker", ThinkerConfig(window=window, width=width, rounds=rounds), recipe, look_at_rounds),
+        "gpt, equal parameters": Arm("gpt", replace(plain, layers=2), recipe),
+        "gpt, equal depth": Arm("gpt", replace(plain, layers=1 + rounds), recipe),
+    }
+
+
+def nanogpt_arms(quick: bool) -> dict[str, Arm]:
+    """nanoGPT's recipe for a CPU, as its repository's readme and defaults give it, in our code; and ours, short and long.
+
+    4 layers, 4 heads, width 128, block 64, batch 12, 2,000 steps of AdamW at 1e-3 (betas .9, .99, decay .1) down to 1e-4
+    on a cosine after 100 steps of warm-up, no dropout, no biases.
+    """
+    scale = 100 if quick else 1
+    theirs = GPTConfig(window=64, layers=4, heads=4, width=128, bias=False)
+    slow = Recipe(steps=2000 // scale, batch=12, lr=1e-3, decay="cosine", warmup=100 // scale, final_lr=0.1)
+    ours, fast = zoo.recipe("gpt", "demo")
+    return {
+        "nanoGPT's recipe": Arm("gpt", theirs, slow),
+        "ours, short": Arm("gpt", ours, replace(fast, steps=200 // scale)),
+        "ours, long": Arm("gpt", ours, replace(fast, steps=1000 // scale)),
+    }
+
+
+RACES = {"thinker": thinker_arms, "nanogpt": nanogpt_arms}
+
+
+def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
+    """Run a race -> {"race", "threads", "seeds", "rows": by arm {"parameters", "characters", "nats", "seconds", "curve", ...}}.
+
+    One number per seed in `nats` and `seconds` (of training, without validation). Written to `out`/NAME.json after each arm.
+    """
+    arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / f"{name}.json"
+    report = {"race": name, "quick": quick, "torch": torch.__version__, "threads": torch.get_num_threads(), "seeds": seeds, "rows": {}}
+    if page.exists():
+        before = json.loads(page.read_text())
+        if {k: before.get(k) for k in ("race", "quick")} == {k: report[k] for k in ("race", "quick")}:
+            report["rows"] = before["rows"]
+    for seed in range(seeds):
+        for arm_name, arm in arms.items():
+            row = report["rows"].setdefault(arm_name, {"nats": [], "seconds": [], "curves": [], "looks": []})
+            if len(row["nats"]) > seed:
+                continue
+            print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
+            folder = out / "runs" / f"{name}-{arm_name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            run_arm(arm, text, seed, folder, row)
+            page.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
+    """Train one arm, or the rest of it, and add what it reached to its row."""
+    model = zoo.build(arm.model, arm.config, seed=seed)
+    recipe = replace(arm.recipe, seed=seed)
+    for tick in progress(train(model, text, recipe, run=folder, resume=True), recipe.steps):
+        if tick.interrupted:
+            raise KeyboardInterrupt
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    each = recipe.batch * arm.config.window
+    row["parameters"], row["characters"] = sum(p.numel() for p in model.parameters()), recipe.steps * each
+    row["nats"].append(log[-1]["validation"])
+    row["seconds"].append(round(training_seconds(log), 1))
+    row["curves"].append([[line["step"] * each, line["validation"]] for line in log if "validation" in line])
+    if arm.look:
+        row["looks"].append(arm.look(zoo.load(folder), text))
+
+
+def training_seconds(log: list[dict]) -> float:
+    """Lines of metrics.jsonl -> what the steps took, without validation: the mean of those that did not validate, times all."""
+    spent = [b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0.0}, *log], log, strict=False) if "validation" not in b]
+    return statistics.mean(spent) * len(log)
+
+
+def look_at_rounds(model, text: Text) -> dict:
+    """-> nats per character after a fixed number of rounds, and the learned rule's: its nats and its mean number of rounds."""
+    fixed = {}
+    for rounds in ROUNDS:
+        fixed[rounds] = evaluate(_With(model, stop="fixed", rounds=rounds), text).nats_per_char
+    learned = _With(model)
+    return {"fixed": fixed, "learned": evaluate(learned, text).nats_per_char, "rounds": learned.rounds / learned.places}
+
+
+class _With:
+    """A thinker that is asked by chosen settings, and that counts the rounds it took."""
+
+    def __init__(self, model, **settings):
+        self.model, self.settings, self.rounds, self.places = model, settings, 0, 0
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+    def surprise(self, ids, *, generator=None):
+        logits, state = self.model.read(ids[:, :-1], packed=True, generator=generator, **self.settings)
+        self.rounds, self.places = self.rounds + int(state.rounds.sum()), self.places + state.rounds.numel()
+        return torch.nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none")
+
+
+def markdown(report: dict) -> str:
+    """A race as a page: every arm's losses, and what the question's answer comes to."""
+    rows, seeds = report["rows"], len(next(iter(report["rows"].values()))["nats"])
+    page = [f"## {report['race']}: {seeds} seeds, {report['threads']} threads, torch {report['torch']}", ""]
+    page += ["| arm | parameters | characters | nats per character (lowest, highest) | seconds of training |", "|---|---|---|---|---|"]
+    for name, row in rows.items():
+        nats, seconds = row["nats"], statistics.median(row["seconds"])
+        told = f"{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
+        page.append(f"| {name} | {row['parameters']:,} | {row['characters']:,} | {told} | {seconds:.0f} |")
+    return "\n".join([*page, "", *{"thinker": _gap, "nanogpt": _sooner}[report["race"]](rows)])
+
+
+def gap(rows: dict) -> tuple[list[float], list[float]]:
+    """-> by seed, the share of the gap between equal parameters and equal depth that the thinker closes, and its lead on the former."""
+    thinker, small, deep = (rows[name]["nats"] for name in ("thinker", "gpt, equal parameters", "gpt, equal depth"))
+    closed = [(b - a) / (b - c) for a, b, c in zip(thinker, small, deep, strict=False)]
+    return closed, [b - a for a, b in zip(thinker, small, strict=False)]
+
+
+def _gap(rows: dict) -> list[str]:
+    closed, lead = gap(rows)
+    told = [f"The thinker closes {statistics.mean(closed):.0%} of the gap ({min(closed):.0%} to {max(closed):.0%} by seed)"]
+    told[0] += f" and is {statistics.mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f})."
+    looks = rows["thinker"]["looks"]
+    fixed = {r: statistics.mean(look["fixed"][r] for look in looks) for r in looks[0]["fixed"]}
+    told += ["", "Its loss after a fixed number of rounds: " + ", ".join(f"{r}: {nats:.4f}" for r, nats in fixed.items()) + "."]
+    learned, rounds = (statistics.mean(look[key] for look in looks) for key in ("learned", "rounds"))
+    return [*told, "", f"By its learned rule: {learned:.4f} with {rounds:.2f} rounds on average."]
+
+
+def _sooner(rows: dict) -> list[str]:
+    theirs, short, long = (rows[name] for name in ("nanoGPT's recipe", "ours, short", "ours, long"))
+    times = [a / b for a, b in zip(theirs["seconds"], short["seconds"], strict=False)]
+    below = [a - b for a, b in zip(theirs["nats"], short["nats"], strict=False)]
+    lower = [a - b for a, b in zip(theirs["nats"], long["nats"], strict=False)]
+    took = [b / a for a, b in zip(theirs["seconds"], long["seconds"], strict=False)]
+    return [
+        f"Ours, short, takes 1/{statistics.median(times):.1f} of its time ({min(times):.1f} to {max(times):.1f}) and ends "
+        f"{statistics.median(below):.3f} nats lower ({min(below):.3f} to {max(below):.3f}); ours, long, takes "
+        f"{statistics.median(took):.2f} times its time and ends {statistics.median(lower):.3f} nats lower.",
+    ]

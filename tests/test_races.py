@@ -1,0 +1,80 @@
+"""Races are fair, go on where they stopped, and their arithmetic is right."""
+
+import json
+
+import pytest
+import torch
+from conftest import excite
+
+from irann import bench, races, zoo
+from irann.text import Text, windows
+from irann.train import Trainer
+
+
+@pytest.fixture
+def short(small, monkeypatch):
+    """Races read an excerpt, quick to validate with."""
+    monkeypatch.setattr("irann.shakespeare.load", lambda: small)
+    return small
+
+
+def test_a_race_is_run_once_and_goes_on_where_it_stopped(short, tmp_path, monkeypatch, capsys):
+    report = bench.main("thinker", quick=True, out=tmp_path, seeds=1)
+    page = capsys.readouterr().out
+    assert page.strip() == (tmp_path / "thinker.md").read_text().strip() and "of the gap" in page
+    rows = report["rows"]
+    assert {len(row["nats"]) for row in rows.values()} == {1}
+    assert all(name in page and row["seconds"][0] > 0 and 2 < row["nats"][0] < 4.5 for name, row in rows.items())
+
+    kept = json.loads((tmp_path / "thinker.json").read_text())
+    lost = kept["rows"].pop("gpt, equal depth")
+    (tmp_path / "thinker.json").write_text(json.dumps(kept))
+    ran = []
+    real = races.run_arm
+    monkeypatch.setattr(races, "run_arm", lambda *arguments: ran.append(arguments[3].name) or real(*arguments))
+    again = races.run("thinker", seeds=1, quick=True, out=tmp_path)["rows"]
+    assert ran == ["thinker-gpt-equal-depth-0"] and again["gpt, equal depth"]["nats"] == lost["nats"]
+
+
+def test_the_race_against_nanogpt(short, tmp_path, capsys):
+    bench.main("nanogpt", quick=True, out=tmp_path, seeds=1)
+    assert "of its time" in capsys.readouterr().out
+
+
+def test_the_arms_are_what_they_are_called(small):
+    arms = races.thinker_arms(quick=False)
+    sizes = {name: sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for name, arm in arms.items()}
+    assert abs(sizes["thinker"] / sizes["gpt, equal parameters"] - 1) < 0.001
+    thinker, deep = arms["thinker"].config, arms["gpt, equal depth"].config
+    assert deep.layers == thinker.prelude + thinker.core * thinker.rounds
+    orders = [Trainer(zoo.build(arm.model, arm.config), small, arm.recipe).order for arm in arms.values()]
+    seen = [windows(small.train, arm.config.window, arm.recipe.batch, order) for arm, order in zip(arms.values(), orders, strict=True)]
+    assert all(torch.equal(ids, seen[0]) for ids in seen)  # the very same characters
+
+    theirs = races.nanogpt_arms(quick=False)["nanoGPT's recipe"]
+    model = zoo.build("gpt", theirs.config)
+    assert round((sum(p.numel() for p in model.parameters()) - model.place.weight.numel()) / 1e6, 2) == 0.80  # as nanoGPT prints it
+    assert [theirs.recipe.rate(step) * 1e-3 for step in (99, 1999)] == pytest.approx([1e-3, 1e-4], rel=1e-4)
+
+
+def test_the_look_at_rounds_is_the_likelihood_by_round(short):
+    model = excite(zoo.build("thinker", zoo.recipe("thinker", "tiny")[0]).eval())
+    short = Text(short.train, short.val[:320], short.vocabulary, short.source, short.sha256)
+    look = races.look_at_rounds(model, short)
+    ids = torch.cat([short.train[-1:], short.val]).unfold(0, 33, 32)
+    with torch.no_grad():
+        logits, _, _ = model.every_round(ids[:, :-1], 12)
+        taken = model.read(ids[:, :-1])[1].rounds
+    for rounds, nats in look["fixed"].items():
+        want = torch.nn.functional.cross_entropy(logits[..., rounds - 1].mT, ids[:, 1:])
+        assert nats == pytest.approx(want.item(), abs=1e-4), rounds
+    assert look["learned"] == pytest.approx(model.surprise(ids).mean().item(), abs=1e-4)
+    assert look["rounds"] == pytest.approx(taken.double().mean().item())
+
+
+def test_arithmetic_by_hand():
+    rows = {"thinker": {"nats": [1.5]}, "gpt, equal parameters": {"nats": [1.6]}, "gpt, equal depth": {"nats": [1.475]}}
+    closed, lead = races.gap(rows)
+    assert closed == pytest.approx([0.8]) and lead == pytest.approx([0.1])
+    log = [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0, "validation": 2.0}, {"seconds": 11.5}]
+    assert races.training_seconds(log) == pytest.approx(4 * 1.5)
