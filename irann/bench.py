@@ -1,5 +1,5 @@
 """The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models;
-`thinker` and `nanogpt` train models side by side (races.py).
+`models`, `thinker` and `nanogpt` train models side by side (races.py).
 
 Times are ratios: every round runs all contestants one after the other in the same process, on one thread, and a ratio is
 the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh process's peak. Of the
@@ -35,7 +35,7 @@ def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-repo
     Raises ValueError for another `what`.
     """
     if what not in ("all", "scan", *races.RACES):
-        raise ValueError(f"bench takes all, scan, {' or '.join(races.RACES)}; got {what!r}")
+        raise ValueError(f"bench takes one of all, scan, {', '.join(races.RACES)}; got {what!r}")
     report = races.run(what, seeds=seeds, quick=quick, out=out) if what in races.RACES else measure(what, quick, Path(out))
     page = races.markdown(report) if what in races.RACES else markdown(report)
     print(page)

@@ -2,15 +2,16 @@
 
 | race    | the question                                                                                                   |
 |---------|----------------------------------------------------------------------------------------------------------------|
+| models  | how well do all five learn, with as many parameters, from as many characters, and in as many seconds?           |
 | thinker | what do rounds of one shared block buy, beside a plain GPT of as many parameters and one of as many layers?     |
 | nanogpt | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?         |
 
-Within a race and a seed all arms read their windows from the same generator; the thinker's three see the very same
-characters. Losses are over the whole validation part, every character once. An arm that was interrupted goes on where it
-stopped, and an arm that is done is not run again.
+Within a race and a seed, arms of one window and batch see the very same characters. Losses are over the whole validation
+part, every character once. An arm that was interrupted goes on where it stopped, and an arm that is done is not run again.
 """
 
 import json
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from pathlib import Path
 import torch
 
 from . import shakespeare, zoo
+from .models.diffusion import DiffusionConfig
 from .models.gpt import GPTConfig
+from .models.mamba import MambaConfig
 from .models.thinker import ThinkerConfig
 from .text import Text
 from .train import Recipe, evaluate, progress, train
@@ -36,6 +39,21 @@ class Arm:
     config: object
     recipe: Recipe
     look: Callable[[object, Text], dict] | None = None
+
+
+def model_arms(quick: bool) -> dict[str, Arm]:
+    """All five at 0.8 million parameters (within 4 %), 1.5 million characters each, by the same optimizer."""
+    window, width, steps = (32, 32, 20) if quick else (128, 128, 1000)
+    recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=steps // 5)
+    wide, narrow = round(width * 1.4 / 4) * 4, round(width * 0.94 / 4) * 4
+    page = DiffusionConfig(window=window, page=window // 2, layers=4, heads=2, width=narrow)
+    return {
+        "gpt": Arm("gpt", GPTConfig.fast(window=window, layers=4, heads=2, width=width), recipe),
+        "mamba": Arm("mamba", MambaConfig.fast(window=window, layers=7, width=width), recipe),
+        "thinker": Arm("thinker", ThinkerConfig(window=window, width=wide, rounds=6), recipe),
+        "thinker-page": Arm("thinker-page", ThinkerConfig(window=window, width=wide, rounds=4), recipe),
+        "diffusion": Arm("diffusion", page, replace(recipe, average=0.99)),
+    }
 
 
 def thinker_arms(quick: bool) -> dict[str, Arm]:
@@ -67,13 +85,14 @@ def nanogpt_arms(quick: bool) -> dict[str, Arm]:
     }
 
 
-RACES = {"thinker": thinker_arms, "nanogpt": nanogpt_arms}
+RACES = {"models": model_arms, "thinker": thinker_arms, "nanogpt": nanogpt_arms}
 
 
 def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
-    """Run a race -> {"race", "threads", "seeds", "rows": by arm {"parameters", "characters", "nats", "seconds", "curve", ...}}.
+    """Run a race -> what it ran on, and `rows`: by arm its parameters, characters, whether its nats are `exact`, and lists.
 
-    One number per seed in `nats` and `seconds` (of training, without validation). Written to `out`/NAME.json after each arm.
+    One entry per seed in `nats`, `seconds` (of training, without validation), `curves` (points of characters, seconds,
+    nats) and `looks`. Written to `out`/NAME.json after each arm.
     """
     arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -105,9 +124,11 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     each = recipe.batch * arm.config.window
     row["parameters"], row["characters"] = sum(p.numel() for p in model.parameters()), recipe.steps * each
+    row["exact"], seconds = model.exact, training_seconds(log)
     row["nats"].append(log[-1]["validation"])
-    row["seconds"].append(round(training_seconds(log), 1))
-    row["curves"].append([[line["step"] * each, line["validation"]] for line in log if "validation" in line])
+    row["seconds"].append(round(seconds, 1))
+    met = [line for line in log if "validation" in line]
+    row["curves"].append([[line["step"] * each, round(seconds * line["step"] / len(log), 1), line["validation"]] for line in met])
     if arm.look:
         row["looks"].append(arm.look(zoo.load(folder), text))
 
@@ -149,9 +170,9 @@ def markdown(report: dict) -> str:
     page += ["| arm | parameters | characters | nats per character (lowest, highest) | seconds of training |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         nats, seconds = row["nats"], statistics.median(row["seconds"])
-        told = f"{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
+        told = f"{'' if row['exact'] else 'at most '}{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
         page.append(f"| {name} | {row['parameters']:,} | {row['characters']:,} | {told} | {seconds:.0f} |")
-    return "\n".join([*page, "", *{"thinker": _gap, "nanogpt": _sooner}[report["race"]](rows)])
+    return "\n".join([*page, "", *{"models": _at_equal_time, "thinker": _gap, "nanogpt": _sooner}[report["race"]](rows)])
 
 
 def gap(rows: dict) -> tuple[list[float], list[float]]:
@@ -159,6 +180,23 @@ def gap(rows: dict) -> tuple[list[float], list[float]]:
     thinker, small, deep = (rows[name]["nats"] for name in ("thinker", "gpt, equal parameters", "gpt, equal depth"))
     closed = [(b - a) / (b - c) for a, b, c in zip(thinker, small, deep, strict=False)]
     return closed, [b - a for a, b in zip(thinker, small, strict=False)]
+
+
+def at_seconds(curve: list[list[float]], seconds: float) -> float:
+    """-> nats after so many seconds, on a line between the two measurements around them; NaN before the first and after the last."""
+    for (_, a, nats), (_, b, later) in zip(curve, curve[1:], strict=False):
+        if a <= seconds <= b:
+            return nats + (later - nats) * (seconds - a) / (b - a)
+    return math.nan
+
+
+def _at_equal_time(rows: dict) -> list[str]:
+    fastest = min(statistics.median(row["seconds"]) for row in rows.values())
+    told = []
+    for name, row in rows.items():
+        there = statistics.mean(at_seconds(curve, min(fastest, curve[-1][1])) for curve in row["curves"])
+        told.append(f"{name} {'' if row['exact'] else 'at most '}{there:.3f}")
+    return [f"When the fastest of them is done, after {fastest:.0f} s of training, they stand at: {', '.join(told)}."]
 
 
 def _gap(rows: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """Races are fair, go on where they stopped, and their arithmetic is right."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -41,6 +42,16 @@ def test_the_race_against_nanogpt(short, tmp_path, capsys):
     assert "of its time" in capsys.readouterr().out
 
 
+def test_the_race_of_all_models(short, tmp_path, capsys):
+    rows = bench.main("models", quick=True, out=tmp_path, seeds=1)["rows"]
+    page = capsys.readouterr().out
+    assert list(rows) == ["gpt", "mamba", "thinker", "thinker-page", "diffusion"] and page.count("| at most") == 2
+    for row in rows.values():
+        assert [point[0] for point in row["curves"][0]] == [12 * 32 * step for step in (4, 8, 12, 16, 20)]
+    sizes = [sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for arm in races.model_arms(quick=False).values()]
+    assert max(sizes) / min(sizes) < 1.1
+
+
 def test_the_arms_are_what_they_are_called(small):
     arms = races.thinker_arms(quick=False)
     sizes = {name: sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for name, arm in arms.items()}
@@ -77,4 +88,6 @@ def test_arithmetic_by_hand():
     closed, lead = races.gap(rows)
     assert closed == pytest.approx([0.8]) and lead == pytest.approx([0.1])
     log = [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0, "validation": 2.0}, {"seconds": 11.5}]
+    curve = [[10, 1.0, 3.0], [20, 2.0, 2.0], [30, 3.0, 1.8]]
+    assert races.at_seconds(curve, 1.25) == pytest.approx(2.75) and math.isnan(races.at_seconds(curve, 0.5))
     assert races.training_seconds(log) == pytest.approx(4 * 1.5)
