@@ -1,6 +1,6 @@
 """The command line: irann data | train | sample | chat | eval | bench.
 
-Exit codes: 0 done, 1 the disk failed, 2 bad input, 3 bad checkpoint, 4 data not what it should be, 5 loss not finite,
+Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4 data not what it should be, 5 loss not finite,
 6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a checkpoint saved.
 """
 
@@ -168,7 +168,8 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
 @app.command()
 def bench(
     what: Annotated[
-        str, typer.Argument(help="scan: the selective scan against others; all: trained models too; thinker, nanogpt: races, trained anew")
+        str,
+        typer.Argument(help="scan: the scan against others; all: trained models too; models, thinker, nanogpt: trained side by side"),
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="small sizes, seconds: to see whether it runs")] = False,
     out: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes")] = Path("bench-report"),
@@ -291,8 +292,11 @@ def main(arguments: list[str] | None = None) -> None:
         code = _code_of(error)
         if code is None:
             raise
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        _warn(message.rstrip("."))
+        _warn(_words(error).rstrip("."))
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was our own output that could not be written, and Python would try again while it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(code)
 
 
@@ -302,10 +306,29 @@ def _code_of(error: Exception) -> int | None:
     from .shakespeare import CorpusError
     from .train import InUse, NotFinite
 
-    codes = {CheckpointError: 3, CorpusError: 4, NotFinite: 5, InUse: 6, ValueError: 2, DiskError: 1}
+    codes = {CheckpointError: 3, CorpusError: 4, NotFinite: 5, InUse: 6, ValueError: 2, DiskError: 1, OSError: 1}
     if hasattr(error, "format_message"):  # click's own: a wrong option or value
         return 2
+    if _no_memory(error):
+        return 1
     return next((code for kind, code in codes.items() if isinstance(error, kind)), None)
+
+
+def _no_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error) and "memory" in str(error))
+
+
+def _words(error: Exception) -> str:
+    """-> an expected failure in one sentence."""
+    from .checkpoint import why
+
+    if hasattr(error, "format_message"):
+        return error.format_message()
+    if _no_memory(error):
+        return "the memory of this machine is too small for that: try a smaller batch, window, width or length"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the output'} cannot be written or read ({why(error)})"
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     except OSError as error:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
-        raise DiskError(f"the checkpoint {folder} could not be written ({why(error)}); older checkpoints are intact") from None
+        raise DiskError(f"the checkpoint {folder} could not be written ({why(error)}); the older ones are intact") from None
     except BaseException:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
@@ -101,7 +101,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
 def why(error: OSError) -> str:
     """-> the reason of a failed write, in words."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "the disk is full: free some space and resume"
+        return "the disk is full: free some space"
     return error.strerror or str(error)
 
 
@@ -118,20 +118,24 @@ def load(folder: Path) -> Snapshot:
     manifest = _read_manifest(folder / "manifest.json")
     data = {}
     for name in FILES:
-        if name not in manifest["files"]:
-            raise CheckpointError(f"{folder / 'manifest.json'} does not list {name}")
         data[name] = _read(folder / name)
-        size, digest = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
+        try:
+            size, digest = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
+        except (KeyError, TypeError):
+            raise CheckpointError(f"{folder / 'manifest.json'} does not list {name}") from None
         if len(data[name]) != size:
             raise CheckpointError(f"{folder / name} has {len(data[name]):,} bytes, its manifest says {size:,}: it was cut off or padded")
         if hashlib.sha256(data[name]).hexdigest() != digest:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in its manifest")
     try:
         tensors = {part: tensors_from_bytes(data[f"{part}.safetensors"]) for part in TENSORS}
-        config, vocabulary = json.loads(data["config.json"]), "".join(json.loads(data["vocabulary.json"]))
+        config, characters = json.loads(data["config.json"]), json.loads(data["vocabulary.json"])
+        vocabulary = "".join(characters)
     except (SafetensorError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error})") from None
-    return Snapshot(**tensors, config=config, vocabulary=vocabulary, environment=manifest["environment"])
+    if not isinstance(config, dict) or sorted(set(vocabulary)) != characters:  # well hashed, and yet not what `save` writes
+        raise CheckpointError(f"{folder} cannot be read (its config or its vocabulary is not one)")
+    return Snapshot(**tensors, config=config, vocabulary=vocabulary, environment=manifest.get("environment"))
 
 
 def listed(run: Path) -> list[Path]:
@@ -181,6 +185,20 @@ def tidy(run: Path, keep: int = 2) -> None:
     for folder in folders:
         if folder not in spared:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> str:
+    """Rename a checkpoint that had to be skipped, so that it counts no more and stays for whoever wants to look -> its new name.
+
+    Its steps are trained again; under its old name `tidy` would take it for the newest, and remove the valid ones behind it.
+    """
+    aside = folder.with_name("skipped-" + folder.name)
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    except OSError as error:
+        raise DiskError(f"{folder} cannot be renamed ({why(error)})") from None
+    return aside.name
 
 
 def sweep(run: Path) -> int:

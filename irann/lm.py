@@ -6,6 +6,7 @@ once can stand behind the same screen.
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -54,7 +55,7 @@ class Setting:
             fits = False
         if not fits or (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
             kind = "a whole number" if isinstance(self.default, int) else "a number"
-            top = "up" if self.high is None else f"to {self.high:g}"
+            top = "up" if self.high is None else f"to {self.high:,}" if isinstance(self.high, int) else f"to {self.high:g}"
             raise ValueError(f"{name} is {kind} from {self.low if self.low is not None else '-inf'} {top}; got {value!r}")
         return number
 
@@ -64,6 +65,10 @@ SAMPLING = {
     "top_k": Setting(0, "only the k likeliest characters; 0: all", low=0),
     "top_p": Setting(1.0, "only the likeliest characters that together hold this probability", low=0.0, high=1.0),
 }
+
+
+LENGTH = Setting(0, "characters to write", low=0, high=10_000_000)
+SEED = Setting(0, "the same seed gives the same text", low=0, high=2**62)
 
 
 class LanguageModel(nn.Module):
@@ -174,7 +179,7 @@ def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
 def check_length(n: int) -> int:
     """-> n, or a ValueError: how many characters to write is a whole number, zero or more."""
-    return Setting(0, "characters to write", low=0).check("length", n)
+    return LENGTH.check("length", n)
 
 
 PIECE = 2048  # a long prompt is read in pieces of this many characters, so that its logits never fill the memory
@@ -238,10 +243,18 @@ def generate(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | Non
     """Text in, text out: the prompt and `n` more characters by a model that has its `vocabulary`.
 
     `settings` are temperature, top_k, top_p and what the model itself offers. With a `seed` the text is always the same.
+    Ctrl-C, or an interrupted kernel: what has settled by then is returned, with a warning that says so.
     Raises ValueError for characters outside the vocabulary and for settings out of range.
     """
-    *_, last = stream(model, prompt, n, seed=seed, **settings)
-    return model.vocabulary.decode(last.ids[0])
+    last = None
+    try:
+        for draft in stream(model, prompt, n, seed=seed, **settings):
+            last = draft
+    except KeyboardInterrupt:
+        if last is None:
+            raise
+        warnings.warn(f"interrupted: the text ends after {last.settled:,} characters, prompt included", stacklevel=2)
+    return model.vocabulary.decode(last.ids[0, : last.settled])
 
 
 def stream(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None = None, **settings) -> Iterator[Draft]:
@@ -251,7 +264,7 @@ def stream(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None 
     settings = check_settings(model, settings)
     generator = None
     if seed is not None:
-        generator = torch.Generator(model.device).manual_seed(Setting(0, "seed", low=0).check("seed", seed))
+        generator = torch.Generator(model.device).manual_seed(SEED.check("seed", seed))
     ids = model.vocabulary.encode(prompt or ("\n" if "\n" in model.vocabulary.characters else model.vocabulary.characters[0]))
     return model.generate(ids[None], n, generator=generator, **settings)
 

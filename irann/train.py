@@ -36,7 +36,10 @@ from .text import Text, windows
 
 
 class NotFinite(Exception):
-    """Loss or gradient became infinite or NaN; training stopped before the step that would have used it."""
+    """Loss, gradient or weights became infinite or NaN; training stopped before using or saving them."""
+
+
+NOT_FINITE = "the newest checkpoint is from before. Try a lower lr, a longer warmup or a smaller clip"
 
 
 class RunError(ValueError):
@@ -190,15 +193,19 @@ def _train(model, text, recipe, run, resume, overwrite):
         notes = trainer.resume(run) if run and resume else ()
         metrics = _Metrics(run / "metrics.jsonl", trainer.step) if run and trainer.rank == 0 else None
         saved_at = trainer.step if notes or trainer.step else None
+        if trainer.step == recipe.steps:  # resumed when there was nothing left to do
+            trainer.use_average()
         try:
             while trainer.step < recipe.steps:
                 tick = trainer.advance()
                 last = trainer.step == recipe.steps
                 stop = trainer.agree(caught[0] if caught else 0)
                 validate = last or (recipe.evaluate_every and trainer.step % recipe.evaluate_every == 0)
+                due = recipe.save_every and trainer.step % recipe.save_every == 0
+                if validate or due or stop:
+                    trainer.check_finite(tick.lr)
                 if validate and (last or not stop):
                     tick = dataclasses.replace(tick, validation=trainer.validate())
-                due = recipe.save_every and trainer.step % recipe.save_every == 0
                 if run and (validate or due or stop):
                     folder = trainer.save(run)
                     saved_at = trainer.step
@@ -215,7 +222,8 @@ def _train(model, text, recipe, run, resume, overwrite):
         finally:
             abandoned = isinstance(sys.exc_info()[1], (GeneratorExit, KeyboardInterrupt))
             if run and abandoned and trainer.world == 1 and trainer.step and not trainer.midstep and saved_at != trainer.step:
-                trainer.save(run)
+                if trainer.finite():
+                    trainer.save(run)
             if metrics:
                 metrics.close()
 
@@ -262,7 +270,7 @@ class Trainer:
                 optimizer.zero_grad(set_to_none=True)
             raise NotFinite(
                 f"at step {self.step} the loss is {loss:g} and the gradient's norm {gradient:g}, learning rate {recipe.lr * rate:g}: "
-                "stopped before the update; the newest checkpoint is from before. Try a lower lr, a longer warmup or a smaller clip"
+                f"stopped before the update; {NOT_FINITE}"
             )
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -290,7 +298,10 @@ class Trainer:
         """-> nats per character over the whole validation part, with the averaged weights if the recipe keeps them."""
         began = time.perf_counter()
         with self.averaged():
-            self.validation = evaluate(self.model, self.text).nats_per_char
+            nats = evaluate(self.model, self.text).nats_per_char
+        if not math.isfinite(nats):
+            raise NotFinite(f"after step {self.step} the validation loss is {nats:g}: not saved; {NOT_FINITE}")
+        self.validation = nats
         self.seconds += time.perf_counter() - began
         return self.validation
 
@@ -306,6 +317,14 @@ class Trainer:
             yield
         finally:
             self._put(raw)
+
+    def finite(self) -> bool:
+        return all(bool(w.isfinite().all()) for w in (*self.model.parameters(), *self.average.values()))
+
+    def check_finite(self, lr: float) -> None:
+        """Raises NotFinite before weights that are not finite could be measured or saved: a finite gradient times a huge rate."""
+        if not self.finite():
+            raise NotFinite(f"after step {self.step} the weights are not finite, learning rate {lr:g}: not saved; {NOT_FINITE}")
 
     def use_average(self) -> None:
         if self.average:
@@ -355,11 +374,12 @@ class Trainer:
 
     def resume(self, run: Path) -> tuple[str, ...]:
         """Go on from the newest valid checkpoint, if there is any -> what there is to say. Raises CheckpointError."""
-        if not checkpoint.listed(run):
-            return ()
+        found = checkpoint.listed(run)
+        if not found:
+            return (f"there is no checkpoint in {run} yet: beginning with step 1",)
         folder, saved, skipped = checkpoint.newest(run)
-        self.fit(folder, saved)
         try:
+            self.fit(folder, saved)
             self.model.load_state_dict(saved.model)
             for i, optimizer in enumerate(self.optimizers):
                 state: dict[int, dict] = {}
@@ -373,14 +393,17 @@ class Trainer:
                 self.average[name] = saved.optimizer[f"average.{name}"].to(self.device)
             self.order.set_state(saved.rng["order"])
             self.rng.restore(saved.rng, self.rank)
-        except (RuntimeError, KeyError, ValueError) as error:
+            self.step, self.seconds, self.validation = (saved.config[name] for name in ("step", "seconds", "validation"))
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder} does not fit: {error}") from None
-        self.step, self.seconds, self.validation = saved.config["step"], saved.config["seconds"], saved.config["validation"]
-        here = checkpoint.environment()
-        for name, then in saved.environment.items():
-            if here[name] != then:
-                warnings.warn(f"{folder} was saved with {name} {then}, here it is {here[name]}: not bitwise from here on", stacklevel=2)
-        return (*(f"skipped: {reason}" for reason in skipped), f"resumed from {folder} at step {self.step}")
+        for name, here in checkpoint.environment().items():
+            then = (saved.environment or {}).get(name, "unknown")
+            if here != then:
+                warnings.warn(f"{folder} was saved with {name} {then}, here it is {here}: not bitwise from here on", stacklevel=2)
+        newer = found[: found.index(folder)] if self.rank == 0 else []
+        names = [checkpoint.set_aside(damaged) for damaged in newer]
+        notes = [f"skipped, and set aside as {name}: {reason}" for name, reason in zip(names, skipped)]
+        return (*notes, f"resumed from {folder} at step {self.step}")
 
     def fit(self, folder: Path, saved: Snapshot) -> None:
         """Raises CheckpointError that names both values if the checkpoint belongs to another model, text or recipe."""
@@ -535,7 +558,7 @@ def _claimed(run: Path | None, resume: bool, overwrite: bool):
         return
     try:
         run.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(run / ".lock")
+        lock = filelock.FileLock(run / ".lock", thread_local=False)  # whichever thread ends the run frees it
         lock.acquire(timeout=0)
     except filelock.Timeout:
         try:
@@ -572,17 +595,27 @@ def _signals():
         return
 
     def note(signum, frame):
-        if caught and signum == signal.SIGINT:
+        if over:  # a run that began later put us back after we were done
+            signal.signal(signum, before[signum])
+            signal.raise_signal(signum)
+        elif caught and signum == signal.SIGINT:
             raise KeyboardInterrupt
-        caught.append(signum)
-        os.write(2, b"\nstopping after this step; interrupt again to quit at once\n")
+        else:
+            caught.append(signum)
+            os.write(2, b"\nstopping after this step; interrupt again to quit at once\n")
 
-    before = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    over = False
+    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in (signal.SIGINT, signal.SIGTERM)}
+    for signum in before:
+        signal.signal(signum, note)
     try:
         yield caught
     finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+        over = True
+        if threading.current_thread() is threading.main_thread():  # elsewhere it may not be set, and `note` steps aside
+            for signum, handler in before.items():
+                if signal.getsignal(signum) is note:
+                    signal.signal(signum, handler)
 
 
 def progress(ticks: Iterator[Tick], steps: int, **options) -> Iterator[Tick]:

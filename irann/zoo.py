@@ -6,6 +6,8 @@ Nothing else names them all. A new model is one more entry here; trainer, chat, 
 import dataclasses
 import hashlib
 import json
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,12 +189,14 @@ def recipe(name: str, which: str = "demo", **changes) -> tuple[object, Recipe]:
 
 def _read(field: str, value, current):
     """A value, perhaps as text -> the type of the current one."""
-    if current is None or isinstance(current, (tuple, list)):
+    if current is None:
         try:
-            value = json.loads(value) if isinstance(value, str) else value
-        except ValueError:
-            raise ValueError(f"{field} takes a number, a list or null; got {value!r}") from None
-        return tuple(value) if isinstance(value, list) else value
+            read = json.loads(value) if isinstance(value, str) else value
+            if read is None or (1 <= read < 2**31 and read == int(read)):
+                return read if read is None else int(read)
+        except (TypeError, ValueError, OverflowError):
+            pass
+        raise ValueError(f"{field} is a whole number from 1 up, or null; got {value!r}")
     if isinstance(current, bool):
         spoken = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         if str(value).lower() in spoken:
@@ -203,9 +207,12 @@ def _read(field: str, value, current):
         read = type(current)(value)
         if isinstance(current, int) and read != float(value):
             raise ValueError
-        return read
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"{field} is {kinds.get(type(current), type(current).__name__)}; got {value!r}") from None
+    high = 1 if field.endswith("dropout") else 2**31 if isinstance(read, int) else math.inf
+    if not isinstance(read, str) and not 0 <= read < high:  # NaN is not either
+        raise ValueError(f"{field} is a number from 0 {'up' if high == math.inf else f'to below {high:,}'}; got {read!r}")
+    return read
 
 
 def build(name: str, config=None, *, seed: int = 1337) -> LanguageModel:
@@ -220,7 +227,7 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", say: Callable[
     """A model's name, a run directory or a checkpoint -> the trained model, in eval mode, with its `vocabulary` and `card`.
 
     A name finds the weights that come with this package, else the newest run under runs/. Of a run, the best checkpoint by
-    validation loss is taken; `say` hears of checkpoints that had to be skipped.
+    validation loss is taken; `say` hears of checkpoints that had to be skipped, or a warning tells of them.
     Raises CheckpointError with the reason, ValueError for a name that is neither.
     """
     path = Path(name)
@@ -317,8 +324,7 @@ def _assemble(entry: Entry, config, weights, characters: str, card: dict, path) 
 def _load_run(run: Path, say) -> LanguageModel:
     folder, saved, skipped = checkpoint.best(run)
     for reason in skipped:
-        if say:
-            say(f"skipped: {reason}")
+        (say or warnings.warn)(f"skipped: {reason}")
     return restore(saved, folder)
 
 
