@@ -61,6 +61,7 @@ class Look:
     text: str
     values: dict[str, list[float]]
     maps: dict[str, Tensor]
+    exact: bool = True  # or is the surprise a bound?
 
 
 class Session:
@@ -248,7 +249,7 @@ class Session:
         values = {"surprise": [0.0, *nats.float().tolist()]}  # nothing comes before the first character
         values |= {name: t.float().tolist() for name, t in inside.items() if t.ndim == 1}
         maps = {name: t.float().flatten(0, -3).mean(0).cpu() for name, t in inside.items() if t.ndim > 2 and t.shape[-1] == t.shape[-2]}
-        return Look(text, values, maps)
+        return Look(text, values, maps, self.model.exact)
 
 
 def _speech_end(text: str) -> int | None:

@@ -7,32 +7,51 @@ before it becomes HTML.
 """
 
 import asyncio
+import os
 import time
 from html import escape
 
 import ipywidgets as w
+from IPython import get_ipython
 
 from .. import zoo
 from ..checkpoint import CheckpointError
-from ..figures import INK, PALE
+from ..figures import ACCENT, INK, PALE
 from ..lm import SAMPLING, LanguageModel, Setting
 from .session import MODES, Frame, Look, Session, Turn, available
 
 EVERY = 0.05  # seconds between two redraws at least
 SHOWN = 20_000  # characters of a long scene on the screen
 STYLE = f"""<style>
-.irann-chat .irann-scene {{font: 13px/1.45 ui-monospace, Menlo, Consolas, monospace; color: {INK}; background: #fff;
-  max-height: 420px; overflow-y: auto; padding: 8px; display: flex; flex-direction: column-reverse}}
+.irann-chat .irann-scene, .irann-chat .irann-look {{font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; padding: 8px;
+  color: var(--jp-content-font-color1, inherit)}}
+.irann-chat .irann-scene {{max-height: 420px; overflow-y: auto; display: flex; flex-direction: column-reverse}}
 .irann-chat .irann-turn {{border-radius: 10px; padding: 6px 10px; margin: 4px 0; max-width: 85%; width: fit-content;
   white-space: pre-wrap; overflow-wrap: anywhere; user-select: text}}
-.irann-chat .irann-reader {{background: #e8f1f8; margin-left: auto}}
-.irann-chat .irann-model {{background: #f5f5f2}}
-.irann-chat .irann-name, .irann-chat .irann-small {{color: #6a6a6a; font-size: 11px; display: block}}
+.irann-chat .irann-reader {{background: rgba(0, 114, 178, .16); margin-left: auto}}
+.irann-chat .irann-model {{background: rgba(128, 128, 128, .13)}}
+.irann-chat .irann-name, .irann-chat .irann-small {{opacity: .7; font-size: 11px; line-height: 1.5; display: block}}
 .irann-chat .irann-open {{color: {PALE}}}
-.irann-chat .irann-error {{color: #a11; white-space: pre-wrap}}
-.irann-chat .irann-look {{font: 13px/1.7 ui-monospace, Menlo, Consolas, monospace; color: {INK}; background: #fff; white-space: pre-wrap;
-  overflow-wrap: anywhere; padding: 8px}}
+.irann-chat .irann-error {{color: var(--jp-error-color1, #c22); white-space: pre-wrap}}
+.irann-chat .irann-look {{line-height: 1.7; white-space: pre-wrap; overflow-wrap: anywhere}}
+.irann-chat .irann-look span {{border-radius: 2px}}
+.irann-chat progress {{width: 120px; height: 8px; accent-color: {ACCENT}; vertical-align: middle; margin-right: 6px}}
+.irann-chat .widget-html-content {{line-height: 1.5}}
 </style>"""
+# The text is in the page already; where a page may not write to the clipboard, the words say where to find it.
+COPY = """<button class="jupyter-widgets jupyter-button widget-button irann-copy" title="copy the scene" style="width: auto" onclick="
+  const text = this.closest('.irann-chat').querySelector('.irann-text textarea').value;
+  const say = words => { this.textContent = words; setTimeout(() => this.textContent = 'Copy', 2000) };
+  (navigator.clipboard?.writeText(text) ?? Promise.reject()).then(() => say('Copied'), () => say('Below, as text'))">Copy</button>"""
+MEANINGS = {
+    "surprise": "nats that each character cost",
+    "rounds": "rounds of thought for what comes after each character",
+    "expected_rounds": "rounds that the learned odds expect",
+    "delta": "how much of its state the model rewrites at each character",
+    "attention": "where the framed character looks, the mean of all layers and heads",
+}
+WRAP = w.Layout(flex_flow="row wrap", align_items="center", grid_gap="0 4px")
+INSIDE = 1  # its place in the accordion
 
 
 class Chat(w.VBox):
@@ -44,17 +63,19 @@ class Chat(w.VBox):
 
     def __init__(self, model: LanguageModel | str | None = None, *, device="cpu", **settings):
         self.session: Session | None = None
-        self.device, self.task, self.stopping, self.drawn = device, None, False, 0.0
+        self.device, self.task, self.stopping = device, None, False
         self.frame: Frame | None = None
+        self.began = self.drawn = 0.0
+        self.heard: list[str] = []  # what loading had to say
         self._build()
         super().__init__(
             [
                 w.HTML(STYLE),
-                w.HBox([self.names, self.about]),
+                w.HBox([self.names, self.about], layout=WRAP),
                 self.scene,
                 self.message,
                 self.line,
-                w.HBox([self.send, self.stop, self.again, self.clear]),
+                w.HBox([self.send, self.stop, self.again, self.clear, w.HTML(COPY), self.pace], layout=WRAP),
                 self.more,
             ]
         )
@@ -69,11 +90,12 @@ class Chat(w.VBox):
         self._draw()
 
     def _build(self):
-        self.names = w.Dropdown(options=list(zoo.MODELS), description="model")
-        self.about, self.scene, self.message = w.HTML(), w.HTML(), w.HTML()
+        narrow = {"style": {"description_width": "auto"}, "layout": w.Layout(width="auto")}
+        self.names = w.Dropdown(options=list(zoo.MODELS), description="model", **narrow)
+        self.about, self.scene, self.message, self.pace = w.HTML(), w.HTML(), w.HTML(), w.HTML()
         self.line = w.Text(placeholder="Say something and press Enter", continuous_update=True, layout=w.Layout(width="98%"))
         self.send, self.stop, self.again, self.clear = (
-            w.Button(description=name, tooltip=tip, layout=w.Layout(width="auto"))
+            w.Button(description=name, tooltip=tip, layout=w.Layout(width="auto", flex="0 0 auto"))
             for name, tip in (
                 ("Send", "let the model answer; with an empty line it speaks again"),
                 ("Stop", "end the reply; what has settled stays"),
@@ -92,21 +114,23 @@ class Chat(w.VBox):
         self.clear.on_click(lambda _: self.begin())
         self.knobs = w.VBox()
         self.copy = w.Textarea(layout=w.Layout(width="98%", height="180px"))
-        self.kind = w.Dropdown(description="show")
+        self.copy.add_class("irann-text")
+        self.kind = w.Dropdown(description="show", **narrow)
         self.place = w.IntSlider(description="character", min=0, max=0, continuous_update=True)
         self.view, self.looked = w.HTML(), None
-        self.slide = w.IntSlider(description="draft", min=0, max=0, layout=w.Layout(width="98%"))
+        self.film = w.Play(min=0, max=0, interval=100, show_repeat=False)
+        self.slide = w.IntSlider(description="draft", min=0, max=0, layout=w.Layout(flex="1 1 200px"))
+        w.jslink((self.film, "value"), (self.slide, "value"))
         self.drafts = w.HTML()
-        self.look_at = w.Button(description="Look inside", layout=w.Layout(width="auto"))
-        self.look_at.add_class("irann-inside")
-        self.look_at.on_click(lambda _: self.look())
         self.kind.observe(lambda _: self._draw_look(), "value")
         self.place.observe(lambda _: self._draw_look(), "value")
         self.slide.observe(lambda _: self._draw_draft(), "value")
-        inside = w.VBox([w.HBox([self.look_at, self.kind, self.place]), self.view])
-        self.more = w.Accordion([self.knobs, inside, w.VBox([self.slide, self.drafts]), self.copy], selected_index=None)
-        for i, title in enumerate(("Settings", "Inside the model", "Drafts of the last reply", "Copy the scene")):
+        inside = w.VBox([w.HBox([self.kind, self.place], layout=WRAP), self.view])
+        drafts = w.VBox([w.HBox([self.film, self.slide], layout=WRAP), self.drafts])
+        self.more = w.Accordion([self.knobs, inside, drafts, self.copy], selected_index=None)
+        for i, title in enumerate(("Settings", "Inside the model", "Drafts of the last reply", "The scene as text")):
             self.more.set_title(i, title)
+        self.more.observe(lambda change: change["new"] == INSIDE and self.look(), "selected_index")
 
     @property
     def busy(self) -> bool:
@@ -138,13 +162,15 @@ class Chat(w.VBox):
         self.stopping = True
 
     def look(self) -> None:
-        """Show the model's inside on the last window of the scene."""
-        if self.busy or self.session is None:
-            return
+        """Show the model's inside on the last window of the scene; an open panel is kept up to date."""
+        if not self.busy and self.session is not None:
+            self._look()
+
+    def _look(self) -> None:
         try:
             self.looked = self.session.look()
-        except ValueError as error:
-            self.looked, self.view.value = None, f"<span class='irann-error'>{escape(str(error))}</span>"
+        except Exception as error:
+            self.looked, self.view.value = None, f"<span class='irann-small'>{escape(str(error) or type(error).__name__)}</span>"
             return
         self.place.max = len(self.looked.text) - 1
         self.place.value = self.place.max
@@ -156,7 +182,7 @@ class Chat(w.VBox):
 
     def _answer(self, reply, wait: bool = False) -> None:
         self.stopping = False
-        loop = None if wait else _loop()
+        loop = None if wait or _static() else _loop()
         if loop is None:
             for _ in self._write(reply):
                 pass
@@ -170,10 +196,11 @@ class Chat(w.VBox):
     def _write(self, reply):
         """Follow a reply, redraw now and then, and yield after each draft. Ends with the turn in the session."""
         self._enable(False)
-        frames = None
+        self.began, frames, last = time.monotonic(), None, None
         try:
             frames = reply()
             for self.frame in frames:
+                last = self.frame
                 if self.stopping:
                     break
                 if time.monotonic() - self.drawn >= EVERY:
@@ -185,8 +212,11 @@ class Chat(w.VBox):
             if frames is not None:
                 frames.close()
             self.frame, self.looked = None, None
+            self._say_pace(last)
             if not self.message.value:
                 self._tell(self.session.forgot())
+            if self.more.selected_index == INSIDE:
+                self._look()
             self._enable(True)
             self._draw()
 
@@ -201,23 +231,28 @@ class Chat(w.VBox):
 
     def _use(self, model, settings=None) -> None:
         """Load a model and keep the scene; what goes wrong is said under the transcript."""
-        self.about.value = "<span class='irann-small'>loading ...</span>"
+        self.about.value = f"<span class='irann-small'><progress></progress>loading {escape(str(model))[:200]}</span>"
         self.halt()
         try:
             if self.session is None:
-                self.session = Session(model, device=self.device, **(settings or {}))
+                self.session = Session(model, device=self.device, say=self.heard.append, **(settings or {}))
                 dropped = []
             else:
                 dropped = self.session.use(model)
             self.current = model
-            self._tell(f"{self.session.name} does not have {', '.join(dropped)}" if dropped else "")
+            self.heard += [f"{self.session.name} does not have {', '.join(dropped)}"] if dropped else []
+            self._tell("; ".join(self.heard))
         except (ValueError, CheckpointError) as error:
             self._tell(str(error), error=True)
             if self.session is not None:
                 self.names.value = self.current
         self.about.value = f"<span class='irann-small'>{escape(self.session.describe()) if self.session else 'no model yet'}</span>"
+        self.heard.clear()
+        self.pace.value = ""
         self._enable(True)
         self._fill_knobs()
+        if self.session is not None and self.more.selected_index == INSIDE:
+            self._look()
 
     def _fill_knobs(self) -> None:
         session = self.session
@@ -243,7 +278,7 @@ class Chat(w.VBox):
             self._tell(str(error), error=True)
 
     def _enable(self, on: bool) -> None:
-        for button in (self.send, self.again, self.clear, self.look_at):
+        for button in (self.send, self.again, self.clear):
             button.disabled = not on or self.session is None
         self.names.disabled = not on
         self.stop.disabled = on
@@ -258,10 +293,12 @@ class Chat(w.VBox):
         if self.session is None:
             return
         self.scene.value = scene_html(self.session, self.frame)
-        if self.frame is None:
+        if self.frame is not None:
+            self._say_pace(self.frame)
+        else:
             self.copy.value = self.session.scene()
             turn = self.session.turns[-1] if self.session.turns else None
-            self.slide.max = max(0, len(turn.frames) - 1) if turn else 0
+            self.film.max = self.slide.max = max(0, len(turn.frames) - 1) if turn else 0
             self.slide.value = self.slide.max
             self._draw_draft()
 
@@ -271,21 +308,33 @@ class Chat(w.VBox):
             self.drafts.value = "<span class='irann-small'>models that write a page at once leave their drafts here</span>"
             return
         frame = turn.frames[min(self.slide.value, len(turn.frames) - 1)]
-        note = ", ".join(f"{name} {value}" for name, value in frame.note.items() if isinstance(value, (int, float, str)))
-        self.drafts.value = f"<div class='irann-look'>{draft_html(frame)}</div><span class='irann-small'>{escape(note)}</span>"
+        self.drafts.value = f"<div class='irann-look'>{draft_html(frame)}</div><span class='irann-small'>{escape(note_of(frame))}</span>"
 
     def _draw_look(self) -> None:
         if self.looked is not None and self.kind.value in {**self.looked.values, **self.looked.maps}:
+            self.place.layout.display = "" if self.kind.value in self.looked.maps else "none"
             self.view.value = look_html(self.looked, self.kind.value, self.place.value)
+
+    def _say_pace(self, frame: Frame | None) -> None:
+        """How far the reply is; once it is written, how long it took."""
+        if frame is None:
+            self.pace.value = ""
+        elif self.frame is None:
+            words = f"{frame.settled:,} characters in {time.monotonic() - self.began:.1f} s"
+            self.pace.value = f"<span class='irann-small'>{words}</span>"
+        else:
+            words = ", ".join(filter(None, (f"{frame.settled:,} characters", note_of(frame))))
+            bar = f"<progress value={frame.settled} max={self.session.get('length')}></progress>"
+            self.pace.value = f"<span class='irann-small'>{bar}{escape(words)}</span>"
 
     def _repr_mimebundle_(self, **kwargs):
         """The live widget, and the transcript for where there are none: a page that nbconvert made, or GitHub."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        return None if bundle is None else bundle | {"text/html": self._repr_html_()}
+        plain = {"text/plain": (self.session and self.session.scene()) or "an empty stage", "text/html": self._repr_html_()}
+        return plain if _static() else (super()._repr_mimebundle_(**kwargs) or {}) | plain
 
     def _repr_html_(self) -> str:
-        """The transcript as it stands, for pages without widgets."""
-        return STYLE + f"<div class='irann-chat'>{self.scene.value}</div>"
+        """The transcript as it stands, for pages without widgets; they may drop the style, so line breaks are elements."""
+        return STYLE + f"<div class='irann-chat'>{self.scene.value}</div>".replace("\n", "<br>")
 
 
 def _loop():
@@ -294,6 +343,24 @@ def _loop():
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def _static() -> bool:
+    """-> whether this cell's output will be stored and nobody will click: nbconvert and nbval run cells that cannot ask for input.
+
+    Voila runs them in the same way, but for a reader.
+    """
+    try:
+        kernel = get_ipython().kernel
+    except AttributeError:  # plain Python, or IPython without a kernel
+        return False
+    return not getattr(kernel, "_allow_stdin", True) and "voila" not in os.environ.get("SERVER_SOFTWARE", "")
+
+
+def note_of(frame: Frame) -> str:
+    """-> what the model said beside a draft, in words: its numbers, one per name."""
+    singles = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in frame.note.items()}
+    return ", ".join(f"{name} {value:.3g}" for name, value in singles.items() if isinstance(value, (int, float)) and name != "forgotten")
 
 
 def draft_html(frame: Frame) -> str:
@@ -330,17 +397,20 @@ def _bubble(speaker: str, inner: str, model: bool) -> str:
 
 def look_html(look: Look, name: str, place: int = -1) -> str:
     """-> the text with a number per character as the colour behind it, escaped. For a map, the row of the character at `place`."""
-    values = look.values[name] if name in look.values else look.maps[name][place].tolist()
-    low, high = min(values), max(values)
+    is_map = name in look.maps
+    values = look.maps[name][place].tolist() if is_map else look.values[name]
     place %= len(values)
+    others = values[:place] if is_map and place else values  # a character looks at itself most, which would outshine the rest
+    low, high = min(others), max(others)
     parts = []
     for i, (character, value) in enumerate(zip(look.text, values, strict=True)):
-        share = (value - low) / (high - low) if high > low else 0.0
-        mark = ";outline:1px solid #222" if name in look.maps and i == place else ""
+        share = min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.0
+        style = f"background:rgba(230,159,0,{share:.2f})" + (f";color:{INK}" if share > 0.7 else "")
+        style += ";outline:1px solid" if is_map and i == place else ""
         shown = "\u21b5\n" if character == "\n" else escape(character)
-        style = f"background:rgba(230,159,0,{share:.2f}){mark}"
         parts.append(f"<span title='{value:.3f}' style='{style}'>{shown}</span>")
-    legend = f"{name}, from {low:.2f} (white) to {high:.2f} (orange)"
+    bound = "at most, " if name == "surprise" and not look.exact else ""
+    legend = f"{name}: {bound}{MEANINGS.get(name, 'a number')}, from {low:.2f} (plain) to {high:.2f} (orange)"
     return f"<div class='irann-look'>{''.join(parts)}</div><span class='irann-small'>{escape(legend)}</span>"
 
 
