@@ -50,7 +50,7 @@ MEANINGS = {
     "delta": "how much of its state the model rewrites at each character",
     "attention": "where the framed character looks, the mean of all layers and heads",
 }
-WRAP = w.Layout(flex_flow="row wrap", align_items="center", grid_gap="0 4px")
+WRAP = {"flex_flow": "row wrap", "align_items": "center", "grid_gap": "0 4px"}
 INSIDE = 1  # its place in the accordion
 
 
