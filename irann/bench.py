@@ -3,10 +3,11 @@
 
 Times are ratios: every round runs all contestants one after the other in the same process, on one thread, and a ratio is
 the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh process's peak. Of the
-models: likelihood over the whole validation part, what their text looks like from outside (quality.py), speed of writing.
+models: likelihood over the whole validation part, what their text looks like from outside (quality.py), what they cost (speed.py).
 With `out`, what was measured is kept after each part, and a second start goes on from there.
 """
 
+import functools
 import json
 import math
 import statistics
@@ -18,12 +19,13 @@ from pathlib import Path
 
 import torch
 
-from . import quality, races, shakespeare, zoo
+from . import quality, races, shakespeare, speed, zoo
 from .checkpoint import CheckpointError
 from .core.scan import selective_scan
 from .lm import evaluating
 from .models.gpt import GPT
 from .models.mamba import Mamba, MambaConfig
+from .speed import in_turn, ratios, spread
 from .train import evaluate
 
 STATE = 16
@@ -40,14 +42,37 @@ def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-repo
     page = races.markdown(report) if what in races.RACES else markdown(report)
     print(page)
     (Path(out) / f"{what}.md").write_text(page + "\n")
+    draw(report, what, Path(out))
     return report
+
+
+def draw(report: dict, what: str, out: Path) -> None:
+    """The report's figures, beside it: WHAT-NAME.png. Without matplotlib there are none, and that is said."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no figures without matplotlib: pip install 'irann[book]'", file=sys.stderr)
+        return
+    from . import figures
+
+    figures.use()
+    plots = {"curves": lambda ax: figures.race(report, ax=ax)} if what in races.RACES else {}
+    if "windows" in report:
+        plots = {name: lambda ax, name=name: getattr(figures, name)(report[name], ax=ax) for name in ("windows", "lengths", "parallel")}
+    for name, plot in plots.items():
+        figure, ax = plt.subplots()
+        plot(ax)
+        figure.savefig(out / f"{what}-{name}.png")
+        plt.close(figure)
 
 
 def measure(what: str, quick: bool, out: Path) -> dict:
     """Part after part, each kept in `out` when it is done -> the report. One thread."""
     parts = {"scan": scan_times, "growth": scan_growth, "memory": scan_memory, "step": training_step, "writing": writing}
     if what == "all":
-        parts |= {"cache": cache_gain, "models": trained_models}
+        parts |= {"cache": cache_gain, "steps": speed.steps_of_all, "step_memory": step_memory, "gpt": speed.gpt_beside_transformers}
+        parts |= {"windows": speed.cost_against_window, "lengths": speed.writing_by_length}
+        parts |= {"parallel": parallel_writing, "models": trained_models}
     out.mkdir(parents=True, exist_ok=True)
     numbers = out / f"{what}.json"
     report = {"torch": torch.__version__, "threads": 1, "quick": quick}
@@ -147,18 +172,13 @@ def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 torch.set_num_threads(1)
-name, b, t, e = sys.argv[1], *map(int, sys.argv[2:])
-scan = bench.contestants()[name]
-bench.forward_backward(scan, bench.scan_inputs(1, 8, 8))
-inputs = bench.scan_inputs(b, t, e)
-for x in inputs:
-    x.grad = torch.ones_like(x)
+run = bench.prepared(sys.argv[1], *map(int, sys.argv[2:]))
 try:
     open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 except OSError:
     pass
 before = peak()
-scan(*inputs).sum().backward()
+run()
 print(peak() - before)
 """
 
@@ -172,10 +192,34 @@ def scan_memory(quick: bool) -> dict:
     return {"b": b, "t": t, "e": e, "MB": peak, "lengths": lengths, "grown": [memory_of(ours, b, length, e) for length in lengths]}
 
 
-def memory_of(name: str, b: int, t: int, e: int) -> float:
+def step_memory(quick: bool) -> dict:
+    """Peak memory above weights and gradients of one training step of each model, in MB, each in a process of its own."""
+    which, b = ("tiny", 4) if quick else ("gpu", 4)
+    sizes = {name: zoo.recipe(name, which)[0].window for name in zoo.MODELS}
+    return {"b": b, "recipe": which, "MB": {name: memory_of(f"{name} {which}", b, t, 0) for name, t in sizes.items()}}
+
+
+def memory_of(subject: str, b: int, t: int, e: int) -> float:
     """-> MB."""
-    command = [sys.executable, "-c", MEMORY, name, *map(str, (b, t, e))]
+    command = [sys.executable, "-c", MEMORY, subject, *map(str, (b, t, e))]
     return float(subprocess.run(command, check=True, capture_output=True).stdout) / 1000
+
+
+def prepared(subject: str, b: int, t: int, e: int) -> Callable:
+    """-> one pass forward and backward, of a contestant or of "MODEL RECIPE", with all that it starts from already in memory."""
+    if subject in (runners := contestants()):
+        forward_backward(runners[subject], scan_inputs(1, 8, 8))
+        inputs = scan_inputs(b, t, e)
+        for x in inputs:
+            x.grad = torch.ones_like(x)
+        return lambda: runners[subject](*inputs).sum().backward()
+    name, which = subject.split()
+    config = zoo.recipe(name, which)[0]
+    model, ids = zoo.build(name, config).train(), torch.zeros(b, t + 1, dtype=torch.long)
+    model.loss(ids[:1, :9])[0].backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return lambda: model.loss(ids)[0].backward()
 
 
 def training_step(quick: bool) -> dict:
@@ -212,22 +256,6 @@ def training_step(quick: bool) -> dict:
     except ImportError:
         pass
     return {"layers": layers, "width": width, "b": b, "t": t, **in_turn(runners, rounds)}
-
-
-def in_turn(runners: dict[str, Callable], rounds: int) -> dict:
-    """Everyone in turn, after one round that does not count -> ms, and times as long as the first."""
-    seconds = {name: [] for name in runners}
-    for _ in range(rounds + 1):
-        for name, run in runners.items():
-            began = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - began)
-    first = next(iter(runners))
-    rows = {
-        name: {"ms": spread([1000 * s for s in taken[1:]]), "times": spread(ratios(taken[1:], seconds[first][1:]))}
-        for name, taken in seconds.items()
-    }
-    return {"rounds": rounds, "rows": rows}
 
 
 def write_on(model, prompt: torch.Tensor, n: int) -> float:
@@ -286,6 +314,17 @@ def cache_gain(quick: bool) -> dict:
     return {"n": n, "window": model.config.window, **in_turn({"with the cache": cached, "without": anew}, rounds)}
 
 
+def parallel_writing(quick: bool) -> dict:
+    text = shakespeare.load()
+    return speed.speed_against_quality(quick, counted(text.vocabulary.decode(text.train)), text.vocabulary)
+
+
+@functools.lru_cache(1)
+def counted(train: str) -> quality.Corpus:
+    """To count all runs of a text takes ten seconds; two parts of the report ask for it."""
+    return quality.Corpus(train)
+
+
 SAMPLES, LENGTH = 8, 400
 
 
@@ -295,7 +334,7 @@ def trained_models(quick: bool) -> dict:
     And `validation text`, pieces of the real thing measured like a model's: what the measures say of Shakespeare.
     """
     text, rows = shakespeare.load(), {}
-    corpus, reference = quality.Corpus(text.vocabulary.decode(text.train)), text.vocabulary.decode(text.val)
+    corpus, reference = counted(text.vocabulary.decode(text.train)), text.vocabulary.decode(text.val)
     count, n = (2, 100) if quick else (SAMPLES, LENGTH)
     pieces = [reference[i * len(reference) // count :][:n] for i in range(count)]
     real = quality.report(pieces, corpus, reference)
@@ -350,16 +389,6 @@ def by_place(model, text, pages: int = 60) -> list[list[float]]:
     return [[a, nats[a:b].mean().item()] for a, b in zip(edges, edges[1:], strict=False) if a < len(nats)]
 
 
-def ratios(a: list[float], b: list[float]) -> list[float]:
-    """How many times as long a took as b, round by round."""
-    return [x / y for x, y in zip(a, b, strict=True)]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """-> median, smallest, largest."""
-    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
-
-
 def exponent(lengths, seconds) -> float:
     """Lengths, seconds -> p of the best fit seconds = constant * length^p."""
     x, y = [math.log(v) for v in lengths], [math.log(v) for v in seconds]
@@ -393,6 +422,8 @@ def markdown(report: dict) -> str:
     if "cache" in report:
         cache = report["cache"]
         page += _table(f"GPT writes {cache['n']} characters, window {cache['window']}", cache)
+    if "steps" in report:
+        page += _speed(report)
     if "models" in report:
         page += _models(report["models"])
     return "\n".join(page)
@@ -403,6 +434,40 @@ def _table(title: str, measured: dict) -> list[str]:
     for name, row in measured["rows"].items():
         times = row["times"]
         page.append(f"| {name} | {row['ms']['median']:.1f} | {times['median']:.2f} ({times['low']:.2f}, {times['high']:.2f}) |")
+    return page
+
+
+def _speed(report: dict) -> list[str]:
+    steps, memory, gpt, windows = report["steps"], report["step_memory"]["MB"], report["gpt"], report["windows"]
+    page = _table(f"A training step of every model, at its size (b {steps['b']}, t {steps['t']})", steps)
+    page += ["", "Memory above weights and gradients, MB: " + ", ".join(f"{name} {mb:.0f}" for name, mb in memory.items()) + "."]
+    page += _table(f"GPT-2 of the same shape: a training step (b {gpt['b']}, t {gpt['t']})", gpt["step"])
+    page += _table(f"GPT-2 of the same shape: {gpt['n']} characters, batch 1, with the cache", gpt["write"])
+    page += ["", "## One layer, width 192, forward and backward, by window (ms, median)", ""]
+    page += ["| t | " + " | ".join(map(str, windows["lengths"])) + " |", "|---" * (len(windows["lengths"]) + 1) + "|"]
+    page += [f"| {name} | " + " | ".join(f"{ms['median']:.1f}" for ms in row) + " |" for name, row in windows["rows"].items()]
+    page += [
+        "",
+        "## Writing, batch 1 (medians)",
+        "",
+        "| model | prompt | reply | s to the first character | characters/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in report["lengths"].items():
+        for one in row:
+            first, rate = one["first"]["median"], one["chars_per_second"]["median"]
+            page.append(f"| {name} | {one['prompt']:,} | {one['reply']} | {first:.3f} | {rate:.0f} |")
+    page += [
+        "",
+        "## Speed against quality (temperature 0.8, medians)",
+        "",
+        "| model | steps | words that exist | judge | characters/s |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in report["parallel"].items():
+        for one in row:
+            words, judge, rate = (one[key]["median"] for key in ("words", "judge", "chars_per_second"))
+            page.append(f"| {name} | {one.get('steps', 'one a character')} | {words:.2f} | {judge:.2f} | {rate:.0f} |")
     return page
 
 

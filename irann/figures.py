@@ -158,3 +158,72 @@ def on_text(text: str, values, *, cmap: str = "YlOrRd", low=None, high=None, wid
     if label:
         ax.figure.colorbar(plt.cm.ScalarMappable(norm, shades), ax=ax, label=label, fraction=0.03, pad=0.01)
     return ax
+
+
+# -------------------------------------------------------------------- what `irann bench` measured, as its report holds it
+
+
+def race(report: dict, *, against: str = "characters", ax=None):
+    """Draw the validation curves of a race, one thin line per seed, bounds dashed -> the axes. `against` is characters or seconds."""
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots()[1]
+    place = {"characters": 0, "seconds": 1}[against]
+    for i, (name, row) in enumerate(report["rows"].items()):
+        hue = HUES.get(name.split("-")[0], [*HUES.values(), ACCENT][i])
+        for k, curve in enumerate(row["curves"]):
+            x, y = [point[place] for point in curve], [point[2] for point in curve]
+            ax.plot(x, y, marker=".", lw=1, color=hue, ls="-" if row["exact"] else "--", label=None if k else name)
+    ax.set(
+        xlabel={"characters": "characters trained on", "seconds": "seconds of training"}[against], ylabel="validation, nats per character"
+    )
+    ax.legend()
+    return ax
+
+
+def windows(measured: dict, *, ax=None):
+    """Draw what one layer costs, forward and backward, against the window -> the axes, both logarithmic."""
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots()[1]
+    for name, hue in (("attention", HUES["gpt"]), ("mamba", HUES["mamba"])):
+        times = measured["rows"][name]
+        ax.plot(measured["lengths"], [ms["median"] for ms in times], "o-", color=hue, label=name)
+        ax.fill_between(measured["lengths"], [ms["low"] for ms in times], [ms["high"] for ms in times], color=hue, alpha=0.2, lw=0)
+    ax.set(xscale="log", yscale="log", xlabel="characters in the window", ylabel="ms", title="One layer, forward and backward")
+    ax.set_xticks(measured["lengths"], measured["lengths"])
+    ax.minorticks_off()
+    ax.legend()
+    return ax
+
+
+def lengths(measured: dict, *, ax=None):
+    """Draw characters per second against the length of the prompt, for the longest reply, bounds of the spread shaded -> the axes."""
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots()[1]
+    longest = max(one["reply"] for row in measured.values() for one in row)
+    for name, row in measured.items():
+        kept = [one for one in row if one["reply"] == longest]
+        x, speeds = [one["prompt"] for one in kept], [one["chars_per_second"] for one in kept]
+        ax.plot(x, [s["median"] for s in speeds], marker="o", color=colour(name), ls="--" if name == "thinker-page" else "-", label=name)
+        ax.fill_between(x, [s["low"] for s in speeds], [s["high"] for s in speeds], color=colour(name), alpha=0.15, lw=0)
+    ax.set(xscale="log", yscale="log", xlabel="characters in the prompt", ylabel="characters per second", title=f"Replies of {longest}")
+    ax.legend(fontsize=8)
+    return ax
+
+
+def parallel(measured: dict, *, ax=None):
+    """Draw words that exist against characters per second; the page models by their steps -> the axes."""
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots()[1]
+    for name, row in measured.items():
+        x, y = [one["chars_per_second"]["median"] for one in row], [one["words"]["median"] for one in row]
+        ax.plot(x, y, marker="s" if name == "thinker-page" else "o", lw=1, color=colour(name), label=name)
+        for one, a, b in zip(row, x, y, strict=True):
+            if "steps" in one:
+                ax.annotate(f"{one['steps']}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour(name))
+    ax.set(xscale="log", xlabel="characters per second, batch 1", ylabel="words that exist", title="Numbers: steps for a page")
+    ax.legend(fontsize=8)
+    return ax

@@ -1,11 +1,14 @@
 """The benchmark compares what computes the same, and its arithmetic is right."""
 
 import json
+import time
 
 import pytest
 import torch
 
 from irann import bench
+from irann.lm import Draft
+from irann.speed import write_once
 
 
 def test_all_contestants_compute_the_same():
@@ -29,42 +32,61 @@ def test_arithmetic_by_hand():
     assert bench.spread([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
 
 
-def test_quick_report(tmp_path, capsys):
-    threads = torch.get_num_threads()
-    bench.main("scan", quick=True, out=tmp_path)
-    page, numbers = capsys.readouterr().out, json.loads((tmp_path / "scan.json").read_text())
-    assert page.strip() == (tmp_path / "scan.md").read_text().strip()
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """`irann bench all --quick`, once -> its folder, its numbers, its page."""
+    out, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    bench.main("all", quick=True, out=out)
+    assert torch.get_num_threads() == threads
+    return out, json.loads((out / "all.json").read_text()), (out / "all.md").read_text()
+
+
+def test_quick_report(quick):
+    _, numbers, page = quick
     assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["scan"]["rows"].items())
     assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["step"]["rows"].items())
     assert all(speed["median"] > 0 and name in page for name, speed in numbers["writing"].items())
     assert numbers["memory"]["MB"]["mambapy, parallel scan"] > 0
-    assert torch.get_num_threads() == threads
 
 
-def test_models_without_weights_are_named(tmp_path, monkeypatch, capsys):
+def test_models_without_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("irann.zoo.WEIGHTS", tmp_path)
-    bench.main("all", quick=True, out=tmp_path / "report")
-    assert capsys.readouterr().out.count("irann train") == len(bench.zoo.MODELS)
+    page = "\n".join(bench._models(bench.trained_models(quick=True)))
+    assert page.count("irann train") == len(bench.zoo.MODELS)
 
 
-def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch, capsys):
-    bench.main("scan", quick=True, out=tmp_path)
-    kept = json.loads((tmp_path / "scan.json").read_text())
-    del kept["writing"]
+def test_what_was_measured_is_not_measured_again(quick, tmp_path, monkeypatch):
+    kept = {name: part for name, part in quick[1].items() if name in ("torch", "threads", "quick", "growth", "memory", "step", "scan")}
     (tmp_path / "scan.json").write_text(json.dumps(kept))
     monkeypatch.setattr(bench, "scan_times", lambda quick: pytest.fail("measured again"))
-    assert bench.main("scan", quick=True, out=tmp_path)["scan"] == kept["scan"]
+    report = bench.main("scan", quick=True, out=tmp_path)
+    assert report["scan"] == kept["scan"] and report["writing"]["irann, after 100"]["median"] > 0
 
 
-def test_shipped_models_are_compared_with_the_real_thing(tmp_path, capsys):
-    rows = bench.main("all", quick=True, out=tmp_path)["models"]
-    page = capsys.readouterr().out
-    assert set(rows) == {"validation text", *bench.zoo.MODELS}
+def test_shipped_models_are_compared_with_the_real_thing(quick):
+    out, report, page = quick
+    assert set(report["models"]) == {"validation text", *bench.zoo.MODELS}
     for name in bench.zoo.MODELS:
-        assert rows[name]["chars_per_second"]["median"] > 0 and f"| {name} |" in page
-        assert 0 < rows[name]["quality"]["0.8"]["words that exist"]["mean"] <= 1
+        assert report["models"][name]["chars_per_second"]["median"] > 0 and f"| {name} |" in page
+        assert 0 < report["models"][name]["quality"]["0.8"]["words that exist"]["mean"] <= 1
     assert "at most" in page
+    assert set(report["steps"]["rows"]) == set(report["step_memory"]["MB"]) == set(report["lengths"]) == set(bench.zoo.MODELS)
+    assert all(one["first"]["median"] > 0 and one["chars_per_second"]["low"] > 0 for row in report["lengths"].values() for one in row)
+    assert len(report["parallel"]["diffusion"]) > 1 and "steps" not in report["parallel"]["gpt"][0]
+    assert {path.name for path in out.glob("*.png")} == {f"all-{name}.png" for name in ("windows", "lengths", "parallel")}
+
+
+def test_speed_is_counted_from_the_first_draft_beyond_the_prompt():
+    class Slow:
+        def generate(self, prompt, n, generator=None):
+            yield Draft(prompt, prompt.shape[1])
+            time.sleep(0.05)
+            yield Draft(torch.cat([prompt, prompt.new_zeros(1, n)], 1), prompt.shape[1] + n)
+            time.sleep(0.05)
+
+    first, speed = write_once(Slow(), torch.zeros(1, 3, dtype=torch.long), 10, 0)
+    assert 0.05 <= first < 0.1 and 10 / 0.2 < speed < 10 / 0.1
 
 
 def test_another_subject_is_refused(tmp_path):

@@ -16,7 +16,7 @@ FLOORS = [
     ("lm", "layers"),
     ("models",),
     ("train", "checkpoint", "zoo", "muon"),
-    ("chat", "figures", "bench", "races", "__main__"),
+    ("chat", "figures", "bench", "races", "speed", "__main__"),
 ]
 
 
