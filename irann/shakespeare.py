@@ -98,6 +98,7 @@ def download(url: str = URL) -> bytes:
     """-> the bytes behind `url`, through pooch, without a trace in the cache if they are wrong."""
     import pooch
 
+    pooch.get_logger().setLevel("WARNING")  # one sentence is enough, ours
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = pooch.retrieve(url, known_hash=f"sha256:{SHA256}", path=folder, downloader=pooch.HTTPDownloader(timeout=20))

@@ -393,7 +393,8 @@ class Trainer:
                 self.average[name] = saved.optimizer[f"average.{name}"].to(self.device)
             self.order.set_state(saved.rng["order"])
             self.rng.restore(saved.rng, self.rank)
-            self.step, self.seconds, self.validation = (saved.config[name] for name in ("step", "seconds", "validation"))
+            self.step, self.seconds = int(saved.config["step"]), float(saved.config["seconds"])
+            self.validation = None if saved.config["validation"] is None else float(saved.config["validation"])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder} does not fit: {error}") from None
         for name, here in checkpoint.environment().items():
