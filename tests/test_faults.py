@@ -583,7 +583,7 @@ for frame in session.reply():
     assert reply["status"] == "ok" and printed.split()[1] == "length"
 
 
-def test_a_notebook_with_a_failing_cell_is_not_stored_and_not_passed(tmp_path):
+def test_a_notebook_with_a_failing_cell_is_not_stored_not_passed_and_not_built(tmp_path):
     import nbformat
     from nbclient.exceptions import CellExecutionError
 
@@ -605,6 +605,15 @@ def test_a_notebook_with_a_failing_cell_is_not_stored_and_not_passed(tmp_path):
 
     with pytest.raises(AssertionError):
         check(page)
+    for folder in ("extension", "static"):
+        shutil.copytree(ROOT / "book" / folder, tmp_path / "book" / folder)
+    shutil.copy(ROOT / "book" / "_config.yml", tmp_path / "book")
+    (tmp_path / "book" / "_toc.yml").write_text("format: jb-book\nroot: book/first\nchapters:\n  - file: 99_broken\n")
+    (tmp_path / "book" / "first.md").write_text("# First\n")
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--path-output", "."]
+    command += ["--config", "book/_config.yml", "--toc", "book/_toc.yml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode and "code cell 1 failed (1 == 2)" in done.stdout + done.stderr
 
 
 # ---- The network, and what is never loosened ----------------------------------------------------------------------------------

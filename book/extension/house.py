@@ -1,22 +1,26 @@
-"""What the site needs beyond jupyter-book: maths without a network, docstrings as they are written here, alt texts, launch buttons.
+"""What the site needs beyond jupyter-book: maths without a network, docstrings as they are written here, alt texts, launch buttons,
+and a refusal to show a chapter in which a cell failed.
 
 IRANN_REPOSITORY=https://github.com/OWNER/NAME at build time adds the buttons that open a chapter in Colab or Binder: only whoever
 publishes the site knows where its notebooks are.
 """
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
 from pathlib import Path
 
 from docutils import nodes
+from sphinx.errors import ExtensionError
 
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2/", "input/tex/extensions/")
 
 
 def setup(app):
     app.connect("config-inited", configure, priority=900)
+    app.connect("env-before-read-docs", refuse_failures)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("doctree-resolved", describe_pictures)
     app.connect("build-finished", bring_mathjax)
@@ -40,6 +44,18 @@ def configure(app, config):
             "use_repository_button": True,
             "launch_buttons": buttons,
         }
+
+
+def refuse_failures(app, env, pages):
+    """The site shows stored outputs. A chapter with a cell that failed, or never ran, ends the build."""
+    for page in pages:
+        path = Path(env.doc2path(page))
+        if path.suffix == ".ipynb":
+            cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+            for number, cell in enumerate(cells, start=1):
+                failed = [out["evalue"] for out in cell["outputs"] if out["output_type"] == "error"]
+                if failed or cell["execution_count"] is None:
+                    raise ExtensionError(f"{path}: code cell {number} {f'failed ({failed[0]})' if failed else 'never ran'}; run it anew")
 
 
 def bring_mathjax(app, problem):
