@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+import nbclient
+import nbformat
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from irann import zoo
 from irann.__main__ import main as command_line
 from irann.chat.session import Frame, Look, Session, _speech_end, available
 from irann.chat.terminal import Terminal, _visible
-from irann.chat.widget import Chat, draft_html, look_html
+from irann.chat.widget import Chat, draft_html, look_html, note_of
 from irann.lm import Draft, LanguageModel
 from irann.text import Vocabulary
 from irann.train import train
@@ -343,6 +345,16 @@ def test_control_characters_do_not_reach_the_terminal():
     assert _visible("a\x1b[2J\nb\x07") == "a\ufffd[2J\nb\ufffd"
 
 
+def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c(corpus, monkeypatch):
+    terminal = Terminal(parrot(corpus, "Ay."))
+    monkeypatch.setattr(terminal, "colours", True)
+    monkeypatch.setattr("irann.chat.terminal.shutil.get_terminal_size", lambda: os.terminal_size((20, 24)))
+    for column in range(50):
+        tail = terminal.tail("so many words that no line could hold them\nand more", column)
+        assert column % 20 + len("^C" + tail) < 20 or not tail
+        assert len(tail) == max(0, 17 - column % 20) or (column and column % 20 == 0)
+
+
 def test_in_a_real_terminal_ctrl_c_stops_the_reply_and_not_the_session(runs):
     screen, child = pty.openpty()
     arguments = [sys.executable, "-m", "irann", "chat", str(runs / "runs" / "gpt-tiny"), "--length", "100000", "--mode", "plain"]
@@ -446,7 +458,7 @@ def test_redraws_are_throttled(chat, monkeypatch):
     monkeypatch.setattr(widget, "_draw", lambda: (drawn.append(1), original()))
     begin = time.monotonic()
     widget.say("Speak.")
-    assert len(drawn) <= (time.monotonic() - begin) / 0.05 + 2
+    assert len(drawn) <= (time.monotonic() - begin) / 0.08 + 2
 
 
 EVIL = "<img src=x onerror=alert(1)> & '\"</div>"
@@ -533,3 +545,90 @@ def test_a_model_that_cannot_be_loaded_leaves_the_one_that_talks(chat, tmp_path,
     assert "irann train mamba" in widget.message.value and isinstance(widget.names.value, Parrot)
     widget.say("Still there?")
     assert widget.session.turns[-1].text == "Ay, madam."
+
+
+def test_loading_and_writing_show_how_far_they_are(here, monkeypatch):
+    monkeypatch.setattr("irann.chat.widget.EVERY", 0.0)
+    widget, load, seen = Chat("gpt", length=6, mode="plain"), zoo.load, []
+
+    def loading(*args, say, **settings):
+        seen.append(widget.about.value)
+        say("step-2 was skipped: it is damaged")
+        return load(*args, say=say, **settings)
+
+    monkeypatch.setattr(zoo, "load", loading)
+    widget.names.value = "mamba"
+    assert "<progress>" in seen[0] and "loading mamba" in seen[0]
+    assert "progress" not in widget.about.value and "parameters" in widget.about.value
+    assert "step-2 was skipped" in widget.message.value
+    paces = []
+    widget.pace.observe(lambda change: paces.append(change["new"]), "value")
+    widget.say("Speak.")
+    assert any("<progress value=3 max=6>" in pace and "3 characters, delta " in pace for pace in paces)
+    assert "6 characters in " in paces[-1] and "progress" not in paces[-1]
+
+
+def test_the_note_beside_a_draft_is_its_numbers():
+    note = {"forgotten": 7, "level": 412, "sure": 0.91666, "rounds": [3], "halted": [0.5, 0.2], "word": "<b>"}
+    assert note_of(Frame("Ay", 1, note)) == "level 412, sure 0.917, rounds 3"
+
+
+def test_an_open_inside_keeps_up_with_the_scene_and_the_model(here):
+    widget = Chat("gpt", length=8, seed=1)
+    widget.more.selected_index = 1
+    assert "say something first" in widget.view.value
+    widget.say("Hello there, gentle cousin")
+    first = widget.view.value
+    assert "nats that each character cost" in first and "at most" not in first and widget.place.layout.display == "none"
+    widget.kind.value = "attention"
+    assert widget.place.layout.display == "" and "where the framed character looks" in widget.view.value
+    widget.say("What news from the town?")
+    assert widget.view.value != first and widget.kind.value == "attention"
+    widget.names.value = "diffusion"
+    assert widget.kind.options == ("surprise",) and "at most" in widget.view.value
+    widget.more.selected_index = None
+    stale = widget.view.value
+    widget.say("And then?")
+    assert widget.view.value == stale  # nobody looks: nothing is computed
+
+
+def test_a_map_is_coloured_by_what_comes_before_the_character():
+    rows = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.1, 0.3, 0.6, 0], [0.1, 0.1, 0.2, 0.6]])
+    page = look_html(Look("abcd", {}, {"attention": rows}), "attention", 2)
+    shades = [float(part.split(")")[0]) for part in page.split("rgba(230,159,0,")[1:]]
+    assert shades == [0.0, 1.0, 1.0, 0.0]  # b is the strongest before c; c itself is no measure, and d is not seen
+    assert [part.split(">")[1][0] for part in page.split("<span")[1:] if "outline" in part] == ["c"]
+    assert "at most" in look_html(Look("ab", {"surprise": [0.0, 1.0]}, {}, exact=False), "surprise")
+
+
+def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_replies(chat, monkeypatch):
+    kernel = type("Kernel", (), {"_allow_stdin": True})
+    monkeypatch.setattr("irann.chat.widget.get_ipython", lambda: type("Shell", (), {"kernel": kernel}))
+    widget = chat("Ay,\nmadam.\n\n")
+    view = "application/vnd.jupyter.widget-view+json"
+    assert view in widget._repr_mimebundle_() and widget._repr_mimebundle_()["text/plain"] == "an empty stage"
+    kernel._allow_stdin = False
+
+    async def cell():
+        widget.say("Who is there?")
+        assert widget.session.turns[-1].text == "Ay,\nmadam." and not widget.busy
+
+    asyncio.run(cell())
+    bundle = widget._repr_mimebundle_()
+    assert view not in bundle and "Ay,<br>madam." in bundle["text/html"]
+    assert bundle["text/plain"] == "ROMEO:\nWho is there?\n\nJULIET:\nAy,\nmadam."
+    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5")
+    assert view in widget._repr_mimebundle_()
+
+
+def test_a_notebook_that_is_executed_without_a_reader_stores_the_transcript(here):
+    cell = "from irann import Chat\nchat = Chat('runs/gpt-tiny', length=20, seed=3)\nchat.say('Who is there?')\nchat"
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
+    client = nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(here)}})
+    client.execute(env=ENV)
+    outputs = [out for out in notebook.cells[0].outputs if out.output_type == "execute_result"]
+    session = Session(here / "runs" / "gpt-tiny", length=20, seed=3)
+    session.say("Who is there?")
+    finish(session.reply())
+    assert [set(out.data) for out in outputs] == [{"text/plain", "text/html"}]
+    assert outputs[0].data["text/plain"] == session.scene() and "irann-reader" in outputs[0].data["text/html"]

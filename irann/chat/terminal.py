@@ -17,12 +17,15 @@ from ..checkpoint import CheckpointError
 from ..lm import SAMPLING
 from .session import LENGTH, MODES, SEED, Session
 
-HELP = """Write a line and press Enter; the model answers. An empty line lets it speak again. Ctrl-C stops a reply, Ctrl-D leaves.
-  /temp N  /topk N  /topp N  /length N  /seed N     how it writes; without a value: what is set
-  /as NAME  /to NAME                                who you are, and who answers
-  /mode play|plain                                  a scene of a play, or going on with the text itself
-  /model NAME                                       another model, the same scene
-  /again  /clear  /scene  /save FILE                the last reply anew, a new scene, show it, write it to a file
+HELP = """Write a line and press Enter; the model answers. An empty line lets it speak
+again. Ctrl-C stops a reply, Ctrl-D leaves. Without a value: what is set.
+  /temp N  /topk N  /topp N        how bold, how many characters, how much
+  /length N  /seed N               how long, and the dice
+  /as NAME  /to NAME               who you are, and who answers
+  /mode play|plain                 a scene, or going on with the text itself
+  /model NAME                      another model, the same scene
+  /again  /clear                   the last reply anew, a new scene
+  /scene  /save FILE               show the scene, write it to a file
   /help  /quit"""
 SHORT = {"temp": "temperature", "topk": "top_k", "topp": "top_p", "as": "reader", "to": "speaker"}
 
@@ -116,10 +119,10 @@ class Terminal:
 
     def tail(self, proposed: str, column: int) -> str:
         """-> as much of the unsettled text as fits on the rest of the cursor's line; only there can it be written over."""
-        room = shutil.get_terminal_size().columns - column % shutil.get_terminal_size().columns - 1
-        if not self.colours or (column and room == shutil.get_terminal_size().columns - 1):
+        width = shutil.get_terminal_size().columns
+        if not self.colours or (column and column % width == 0):
             return ""
-        return _visible(proposed).split("\n")[0][:room]
+        return _visible(proposed).split("\n")[0][: max(0, width - column % width - 3)]  # the terminal may write ^C there
 
     def command(self, line: str) -> bool:
         """Do what follows a slash -> whether to go on. What cannot be done is said in a sentence."""

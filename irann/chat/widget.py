@@ -20,7 +20,7 @@ from ..figures import ACCENT, INK, PALE
 from ..lm import SAMPLING, LanguageModel, Setting
 from .session import MODES, Frame, Look, Session, Turn, available
 
-EVERY = 0.05  # seconds between two redraws at least
+EVERY = 0.08  # seconds between two redraws at least: drawing takes the browser more time than Python
 SHOWN = 20_000  # characters of a long scene on the screen
 STYLE = f"""<style>
 .irann-chat .irann-scene, .irann-chat .irann-look {{font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; padding: 8px;

@@ -150,3 +150,134 @@ def test_another_model_goes_on_with_the_scene(reader, settings):
         reader.done()
     finally:
         reader.choose("gpt")
+
+
+def test_loading_shows_progress_and_a_reply_how_far_it_is(reader, settings):
+    reader.set("length", 60)
+    reader.page.evaluate("""() => {
+        window.bars = [];
+        const note = part => part.querySelectorAll && part.querySelectorAll('progress').forEach(
+            bar => bars.push(bar.closest('.irann-small').textContent));
+        new MutationObserver(seen => seen.forEach(change => change.addedNodes.forEach(part => note(part.parentElement ?? part)))).observe(
+            document.querySelector('.irann-chat'), {childList: true, subtree: true});
+    }""")
+    reader.type("What news?")
+    reader.enter()
+    reader.wait(".irann-model")
+    reader.done()
+    assert reader.page.locator(".irann-small", has_text=re.compile(r"^60 characters in [\d.]+ s$")).count() == 1
+    reader.choose("diffusion")
+    reader.choose("gpt")
+    bars = reader.page.evaluate("window.bars")
+    assert "loading diffusion" in bars and "loading gpt" in bars
+    assert any(re.match(r"\d+ characters", bar) for bar in bars)
+    assert reader.page.locator(".irann-chat progress").count() == 0
+
+
+def test_copy_hands_over_the_scene(reader, settings):
+    reader.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    reader.set("length", 20)
+    reader.type(EVIL)
+    reader.enter()
+    reader.wait(".irann-model")
+    reader.done()
+    reader.page.locator(".irann-copy").click()
+    reader.page.wait_for_selector(".irann-copy:has-text('Copied')", timeout=WAIT)
+    copied = reader.page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith(EVIL) and len(copied) == len(EVIL) + 20  # plain mode: the text itself
+
+
+def test_the_inside_keeps_up_and_shows_where_a_character_looks(reader, settings):
+    reader.set("length", 20)
+    reader.type("What news?")
+    reader.enter()
+    reader.wait(".irann-model")
+    reader.done()
+    reader.open("Inside")
+    reader.wait(".irann-look span", 30)
+    before = reader.page.locator(".irann-look").first.inner_text()
+    reader.written()
+    reader.page.wait_for_function("old => document.querySelector('.irann-look').innerText != old", arg=before, timeout=WAIT)
+    reader.page.locator(".irann-chat select").last.select_option("attention")
+    framed = reader.page.locator(".irann-look span[style*=outline]")
+    framed.wait_for(timeout=WAIT)
+    place = "[...document.querySelectorAll('.irann-look span')].findIndex(letter => letter.style.outlineStyle)"
+    last = reader.page.evaluate(place)
+    reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
+    reader.page.keyboard.press("ArrowLeft")
+    reader.page.wait_for_function(f"{place} == {last - 1}", timeout=WAIT)
+    reader.open("Settings")  # the accordion opens one part at a time; the fixture closes this one
+
+
+def test_a_page_leaves_a_film_of_its_drafts(reader, settings):
+    reader.set("length", 30)
+    reader.choose("diffusion")
+    try:
+        reader.set("steps", 12)
+        reader.type("What news?")
+        reader.enter()
+        reader.wait(".irann-model")
+        final = reader.done()
+        reader.open("Drafts")
+        look = reader.page.locator(".irann-look:visible")
+        assert look.inner_text().strip() and look.locator(".irann-open").count() == 0
+        reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
+        reader.page.keyboard.press("Home")
+        reader.page.locator(".irann-look:visible .irann-open").wait_for(timeout=WAIT)
+        reader.page.locator(".irann-chat .widget-play button").first.click()  # and from there it runs by itself
+        reader.page.locator(".irann-look:visible .irann-open").wait_for(state="detached", timeout=WAIT)
+        assert look.inner_text().strip() in final
+        reader.open("Settings")
+    finally:
+        reader.choose("gpt")
+
+
+CONTRAST = """() => {
+    const light = colour => colour.map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+    const parse = text => text.match(/[\\d.]+/g).map(Number);
+    const over = ([r, g, b, a = 1], below) => [r, g, b].map((c, i) => a * c + (1 - a) * below[i]);
+    const ground = part => part ? over(parse(getComputedStyle(part).backgroundColor), ground(part.parentElement)) : [255, 255, 255];
+    const ratio = part => {
+        const style = getComputedStyle(part), below = ground(part), text = parse(style.color);
+        const ink = over([...text.slice(0, 3), (text[3] ?? 1) * style.opacity], below);
+        const [a, b] = [light(ink), light(below)].sort((x, y) => y - x);
+        return (a + .05) / (b + .05);
+    };
+    return [...document.querySelectorAll('.irann-chat .irann-turn, .irann-chat .irann-name, .irann-chat .irann-small')].map(ratio);
+}"""
+
+
+def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
+    page, theme = reader.page, lambda: reader.page.evaluate("document.body.dataset.jpThemeName")
+
+    def change(name):
+        page.locator(".jp-MenuBar-item, .lm-MenuBar-item", has_text="Settings").first.click()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Theme$")).hover()
+        page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{name}$")).click()
+        page.wait_for_function(f"document.body.dataset.jpThemeName == '{name}'", timeout=WAIT)
+        time.sleep(1)  # colours fade over
+
+    reader.set("length", 20)
+    reader.type("What news?")
+    reader.enter()
+    reader.wait(".irann-model")
+    reader.done()
+    before = theme()
+    try:
+        for name in ("JupyterLab Dark", "JupyterLab Light"):
+            change(name)
+            ratios = page.evaluate(CONTRAST)
+            assert len(ratios) > 5 and min(ratios) > 4.5, (name, ratios)
+    finally:
+        if theme() != before:
+            change(before)
+    size = page.viewport_size
+    page.set_viewport_size({"width": 620, "height": size["height"]})
+    try:
+        time.sleep(1)
+        cut = page.evaluate("""[...document.querySelectorAll('.irann-chat button, .irann-chat .widget-hbox')]
+            .filter(part => part.offsetParent && part.scrollWidth > part.clientWidth + 1).map(part => part.textContent)""")
+        assert cut == []
+    finally:
+        page.set_viewport_size(size)
