@@ -238,7 +238,8 @@ def test_well_signed_nonsense_is_refused(runs, excerpt, irann, tmp_path):
         sign(copy)
         assert irann("sample", copy, "--length", 1)[0] in (0, 3)
         assert irann("train", "gpt", *SHORT, "--corpus", excerpt, "--run", tmp_path / f"c{i}", "--resume")[0] in (0, 3)
-    for i, characters in enumerate(([], {}, ["ab"], ["b", "a"], ["a", "a"], "ab", 3, ["a", 3])):
+    shuffled = json.loads((whole / "vocabulary.json").read_bytes())[::-1]  # as many as there should be, and all the wrong ids
+    for i, characters in enumerate((shuffled, [], {}, ["ab"], ["b", "a"], ["a", "a"], "ab", 3, ["a", 3])):
         copy = tmp_path / f"v{i}"
         shutil.copytree(whole, copy)
         (copy / "vocabulary.json").write_text(json.dumps(characters))
