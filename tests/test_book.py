@@ -1,6 +1,7 @@
 """The book builds from the stored notebooks without a warning, and its pages say what is true."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -115,6 +116,31 @@ def test_every_figure_can_be_read_aloud(pages):
     assert len(alts) > 15
     for name, alt in alts:
         assert alt and len(alt) > 30 and "_images" not in alt, (name, alt)
+
+
+def test_every_figure_is_in_the_index(site, pages):
+    index = pages[site / "book" / "figures.html"]
+    chapters = [page for path, page in pages.items() if path.parent.name == "notebooks"]
+    assert len(index.alts) == sum(len(page.alts) for page in chapters) > 40
+    assert len({link for link in index.links if link.startswith("../notebooks/") and "#" in link}) > 30
+
+
+def test_a_phone_sets_every_equation_and_nothing_sticks_out(site):
+    from playwright.sync_api import sync_playwright
+
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+    quiet += ["--disable-component-update", "--disable-sync"]
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=quiet)
+        phone = browser.new_page(viewport={"width": 390, "height": 800})
+        for path in [*sorted(site.glob("notebooks/*.html")), site / "book/figures.html", site / "book/api.html"]:
+            phone.goto(path.as_uri(), timeout=120_000)
+            if 'class="math' in path.read_text():
+                phone.wait_for_function("window.MathJax?.startup?.promise", timeout=120_000)
+                phone.evaluate("MathJax.startup.promise.then(() => true)")
+                assert phone.locator("mjx-container").count() > 0 and phone.locator("mjx-merror").count() == 0, path.name
+            assert phone.evaluate("document.documentElement.scrollWidth") <= 390, path.name
+        browser.close()
 
 
 def test_the_reference_shows_docstrings_and_source(site):

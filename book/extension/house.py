@@ -22,6 +22,7 @@ def setup(app):
     app.connect("config-inited", configure, priority=900)
     app.connect("env-before-read-docs", refuse_failures)
     app.connect("autodoc-process-docstring", docstring)
+    app.connect("doctree-resolved", index_pictures, priority=400)
     app.connect("doctree-resolved", describe_pictures)
     app.connect("build-finished", bring_mathjax)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
@@ -103,3 +104,32 @@ def describe_pictures(app, doctree, page):
             above = node.astext()
         elif isinstance(node, nodes.image) and not node.get("alt"):
             node["alt"] = "Figure. " + (above if len(above) < 300 else above[:300].rpartition(" ")[0] + " ...").replace("\n", " ")
+
+
+def index_pictures(app, doctree, page):
+    """Fill the page book/figures: every picture of every chapter, small, with what it shows and a link to where it stands."""
+    if page != "book/figures":
+        return
+    here = next(doctree.findall(nodes.section))
+    for chapter in sorted(name for name in app.env.found_docs if name.startswith("notebooks/")):
+        tree = app.env.get_doctree(chapter)
+        describe_pictures(app, tree, chapter)
+        rows = nodes.bullet_list(classes=["irann-figures"])
+        for picture in tree.findall(nodes.image):
+            section = picture.parent
+            while not isinstance(section, nodes.section):
+                section = section.parent
+            link = nodes.reference(refuri=f"{app.builder.get_relative_uri(page, chapter)}#{section['ids'][0]}", internal=True)
+            link += nodes.Text(section.next_node(nodes.title).astext())
+            small = picture.deepcopy()
+            small["width"] = "180px"
+            words = nodes.paragraph("", "", link, nodes.Text(". " + said(picture["alt"])))
+            rows += nodes.list_item("", nodes.paragraph("", "", small), words)
+        if rows.children:
+            here += [nodes.rubric("", tree.next_node(nodes.title).astext()), rows]
+
+
+def said(alt, most=140):
+    """-> an alt text's beginning, whole words."""
+    alt = alt.removeprefix("Figure. ").replace("\n", " ")
+    return alt if len(alt) <= most else alt[:most].rpartition(" ")[0] + " ..."
