@@ -57,12 +57,19 @@ def model_arms(quick: bool) -> dict[str, Arm]:
 
 
 def thinker_arms(quick: bool) -> dict[str, Arm]:
-    """A thinker of one block before and one block in its core; a GPT of these two blocks; one of as many as the thinker passes."""
+    """Two thinkers of two blocks, a GPT of two blocks, and a GPT of as many blocks as a thinker passes.
+
+    One thinker is made as the one that ships: a block before, a block in its core, every round trained. The other has both
+    blocks in its core and only its last round trained.
+    """
     window, width, rounds, steps = (32, 32, 3, 20) if quick else (128, 128, 6, 1200)
     recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=steps // 3)
     plain = GPTConfig.fast(window=window, width=width, heads=2)
+    thinker = ThinkerConfig(window=window, width=width, rounds=rounds)
+    two = replace(thinker, prelude=0, core=2, rounds=(1 + rounds) // 2, supervision="last")
     return {
-        "thinker": Arm("thinker", ThinkerConfig(window=window, width=width, rounds=rounds), recipe, look_at_rounds),
+        "thinker": Arm("thinker", thinker, recipe, look_at_rounds),
+        "thinker, two blocks": Arm("thinker", two, recipe, look_at_rounds),
         "gpt, equal parameters": Arm("gpt", replace(plain, layers=2), recipe),
         "gpt, equal depth": Arm("gpt", replace(plain, layers=1 + rounds), recipe),
     }
@@ -140,12 +147,12 @@ def training_seconds(log: list[dict]) -> float:
 
 
 def look_at_rounds(model, text: Text) -> dict:
-    """-> nats per character after a fixed number of rounds, and the learned rule's: its nats and its mean number of rounds."""
+    """-> nats per character with all rounds, after a fixed number of them, and by the learned rule, with its mean number of rounds."""
     fixed = {}
     for rounds in ROUNDS:
         fixed[rounds] = evaluate(_With(model, stop="fixed", rounds=rounds), text).nats_per_char
-    learned = _With(model)
-    return {"fixed": fixed, "learned": evaluate(learned, text).nats_per_char, "rounds": learned.rounds / learned.places}
+    learned, everyone = _With(model), evaluate(_With(model, stop="fixed"), text).nats_per_char
+    return {"all": everyone, "fixed": fixed, "learned": evaluate(learned, text).nats_per_char, "rounds": learned.rounds / learned.places}
 
 
 class _With:
@@ -175,9 +182,13 @@ def markdown(report: dict) -> str:
     return "\n".join([*page, "", *{"models": _at_equal_time, "thinker": _gap, "nanogpt": _sooner}[report["race"]](rows)])
 
 
-def gap(rows: dict) -> tuple[list[float], list[float]]:
-    """-> by seed, the share of the gap between equal parameters and equal depth that the thinker closes, and its lead on the former."""
-    thinker, small, deep = (rows[name]["nats"] for name in ("thinker", "gpt, equal parameters", "gpt, equal depth"))
+def gap(rows: dict, arm: str = "thinker") -> tuple[list[float], list[float]]:
+    """-> by seed, the share of the gap between equal parameters and equal depth that a thinker closes, and its lead on the former.
+
+    Of a thinker, its loss with all rounds.
+    """
+    thinker = [look["all"] for look in rows[arm]["looks"]]
+    small, deep = (rows[name]["nats"] for name in ("gpt, equal parameters", "gpt, equal depth"))
     closed = [(b - a) / (b - c) for a, b, c in zip(thinker, small, deep, strict=False)]
     return closed, [b - a for a, b in zip(thinker, small, strict=False)]
 
@@ -200,14 +211,21 @@ def _at_equal_time(rows: dict) -> list[str]:
 
 
 def _gap(rows: dict) -> list[str]:
-    closed, lead = gap(rows)
-    told = [f"The thinker closes {statistics.mean(closed):.0%} of the gap ({min(closed):.0%} to {max(closed):.0%} by seed)"]
-    told[0] += f" and is {statistics.mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f})."
-    looks = rows["thinker"]["looks"]
-    fixed = {r: statistics.mean(look["fixed"][r] for look in looks) for r in looks[0]["fixed"]}
-    told += ["", "Its loss after a fixed number of rounds: " + ", ".join(f"{r}: {nats:.4f}" for r, nats in fixed.items()) + "."]
-    learned, rounds = (statistics.mean(look[key] for look in looks) for key in ("learned", "rounds"))
-    return [*told, "", f"By its learned rule: {learned:.4f} with {rounds:.2f} rounds on average."]
+    told = []
+    for arm, row in rows.items():
+        if not row["looks"]:
+            continue
+        closed, lead = gap(rows, arm)
+        fixed = {r: statistics.mean(look["fixed"][r] for look in row["looks"]) for r in row["looks"][0]["fixed"]}
+        learned, rounds = (statistics.mean(look[key] for look in row["looks"]) for key in ("learned", "rounds"))
+        told += [
+            f"{arm}: closes {statistics.mean(closed):.0%} of the gap ({min(closed):.0%} to {max(closed):.0%} by seed) and is "
+            f"{statistics.mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f}), with all rounds. "
+            f"By rounds: {', '.join(f'{r}: {nats:.4f}' for r, nats in fixed.items())}. "
+            f"By its learned rule: {learned:.4f} with {rounds:.2f} rounds on average.",
+            "",
+        ]
+    return told[:-1]
 
 
 def _sooner(rows: dict) -> list[str]:

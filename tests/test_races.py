@@ -58,6 +58,8 @@ def test_the_arms_are_what_they_are_called(small):
     assert abs(sizes["thinker"] / sizes["gpt, equal parameters"] - 1) < 0.001
     thinker, deep = arms["thinker"].config, arms["gpt, equal depth"].config
     assert deep.layers == thinker.prelude + thinker.core * thinker.rounds
+    two = arms["thinker, two blocks"].config
+    assert two.prelude + two.core * two.rounds <= deep.layers and abs(sizes["thinker, two blocks"] / sizes["thinker"] - 1) < 0.001
     orders = [Trainer(zoo.build(arm.model, arm.config), small, arm.recipe).order for arm in arms.values()]
     seen = [windows(small.train, arm.config.window, arm.recipe.batch, order) for arm, order in zip(arms.values(), orders, strict=True)]
     assert all(torch.equal(ids, seen[0]) for ids in seen)  # the very same characters
@@ -79,12 +81,13 @@ def test_the_look_at_rounds_is_the_likelihood_by_round(short):
     for rounds, nats in look["fixed"].items():
         want = torch.nn.functional.cross_entropy(logits[..., rounds - 1].mT, ids[:, 1:])
         assert nats == pytest.approx(want.item(), abs=1e-4), rounds
+    assert look["all"] == look["fixed"][3] != look["fixed"][2]
     assert look["learned"] == pytest.approx(model.surprise(ids).mean().item(), abs=1e-4)
     assert look["rounds"] == pytest.approx(taken.double().mean().item())
 
 
 def test_arithmetic_by_hand():
-    rows = {"thinker": {"nats": [1.5]}, "gpt, equal parameters": {"nats": [1.6]}, "gpt, equal depth": {"nats": [1.475]}}
+    rows = {"thinker": {"looks": [{"all": 1.5}]}, "gpt, equal parameters": {"nats": [1.6]}, "gpt, equal depth": {"nats": [1.475]}}
     closed, lead = races.gap(rows)
     assert closed == pytest.approx([0.8]) and lead == pytest.approx([0.1])
     log = [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0, "validation": 2.0}, {"seconds": 11.5}]
