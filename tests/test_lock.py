@@ -74,7 +74,7 @@ def test_names_are_locked_once_and_no_address_is_written_down():
     [
         ("torch", "2.9.1"),  # CVE-2026-24747, in the loading of pickles, which this project never does
         ("safetensors", "0.7.0"),
-        ("filelock", "3.19.1"),  # CVE-2025-68146: it follows a link put in the lock's place
+        ("filelock", "3.20.2"),  # CVE-2025-68146: it follows a link put in the lock's place
         ("numpy", "1.26.4"),
     ],
 )
