@@ -88,7 +88,7 @@ def nanogpt_arms(quick: bool) -> dict[str, Arm]:
     return {
         "nanoGPT's recipe": Arm("gpt", theirs, slow),
         "ours, short": Arm("gpt", ours, replace(fast, steps=200 // scale)),
-        "ours, long": Arm("gpt", ours, replace(fast, steps=1000 // scale)),
+        "ours, long": Arm("gpt", ours, replace(fast, steps=700 // scale)),
     }
 
 
