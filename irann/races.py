@@ -57,16 +57,16 @@ def model_arms(quick: bool) -> dict[str, Arm]:
 
 
 def thinker_arms(quick: bool) -> dict[str, Arm]:
-    """Two thinkers of two blocks, a GPT of two blocks, and a GPT of as many blocks as a thinker passes.
+    """Two thinkers of two blocks, a GPT of two blocks, and a GPT of as many blocks as the first thinker passes.
 
     One thinker is made as the one that ships: a block before, a block in its core, every round trained. The other has both
-    blocks in its core and only its last round trained.
+    blocks in its core, only its last round trained, and passes one block more.
     """
     window, width, rounds, steps = (32, 32, 3, 20) if quick else (128, 128, 6, 1200)
     recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=steps // 3)
     plain = GPTConfig.fast(window=window, width=width, heads=2)
     thinker = ThinkerConfig(window=window, width=width, rounds=rounds)
-    two = replace(thinker, prelude=0, core=2, rounds=(1 + rounds) // 2, supervision="last")
+    two = replace(thinker, prelude=0, core=2, rounds=1 + rounds // 2, supervision="last")
     return {
         "thinker": Arm("thinker", thinker, recipe, look_at_rounds),
         "thinker, two blocks": Arm("thinker", two, recipe, look_at_rounds),

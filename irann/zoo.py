@@ -54,7 +54,7 @@ MODELS: dict[str, Entry] = {
             ),
             "demo": (
                 GPTConfig.fast(window=128, layers=4, heads=2, width=128),
-                Recipe(steps=600, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02),
+                Recipe(steps=400, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02),
             ),
             "full": (
                 GPTConfig.fast(window=256, layers=4, heads=3, width=192, dropout=0.15),

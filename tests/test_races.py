@@ -59,7 +59,7 @@ def test_the_arms_are_what_they_are_called(small):
     thinker, deep = arms["thinker"].config, arms["gpt, equal depth"].config
     assert deep.layers == thinker.prelude + thinker.core * thinker.rounds
     two = arms["thinker, two blocks"].config
-    assert two.prelude + two.core * two.rounds <= deep.layers and abs(sizes["thinker, two blocks"] / sizes["thinker"] - 1) < 0.001
+    assert two.prelude + two.core * two.rounds == deep.layers + 1 and abs(sizes["thinker, two blocks"] / sizes["thinker"] - 1) < 0.001
     orders = [Trainer(zoo.build(arm.model, arm.config), small, arm.recipe).order for arm in arms.values()]
     seen = [windows(small.train, arm.config.window, arm.recipe.batch, order) for arm, order in zip(arms.values(), orders, strict=True)]
     assert all(torch.equal(ids, seen[0]) for ids in seen)  # the very same characters
