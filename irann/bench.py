@@ -270,7 +270,7 @@ def write_on(model, prompt: torch.Tensor, n: int) -> float:
 
 def writing(quick: bool) -> dict:
     """Mamba of 4 layers, width 128, batch 1: characters per second after 100 and after 10,000 read, and transformers' beside it."""
-    n, long, rounds = (20, 1000, 2) if quick else (200, 10_000, 3)
+    n, long, rounds = (20, 1000, 2) if quick else (400, 10_000, 7)
     model = Mamba(MambaConfig(layers=4, width=128)).eval()
     text = torch.randint(65, (1, long), generator=torch.Generator().manual_seed(0))
     speeds: dict[str, list[float]] = {"irann, after 100": [], f"irann, after {long:,}": []}
