@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,10 @@ class Arm:
     config: object
     recipe: Recipe
     look: Callable[[object, Text], dict] | None = None
+
+    def settings(self) -> dict:
+        """-> sizes and recipe, flat, as a report keeps them beside what they gave."""
+        return {"model": self.model, **asdict(self.config), **asdict(self.recipe)}
 
 
 def model_arms(quick: bool) -> dict[str, Arm]:
@@ -111,11 +115,16 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
             report["rows"] = before["rows"]
     for seed in range(seeds):
         for arm_name, arm in arms.items():
-            row = report["rows"].setdefault(arm_name, {"nats": [], "seconds": [], "curves": [], "looks": []})
+            row = report["rows"].setdefault(arm_name, {"arm": arm.settings(), "nats": [], "seconds": [], "curves": [], "looks": []})
+            folder = out / "runs" / f"{name}-{arm_name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            if row["arm"] != arm.settings():
+                changed = ", ".join(key for key, value in arm.settings().items() if row["arm"].get(key) != value)
+                raise ValueError(
+                    f"{page} holds '{arm_name}' with other settings ({changed}): delete that row and {folder}, or choose another --out"
+                )
             if len(row["nats"]) > seed:
                 continue
             print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
-            folder = out / "runs" / f"{name}-{arm_name.replace(', ', '-').replace(' ', '-')}-{seed}"
             run_arm(arm, text, seed, folder, row)
             page.write_text(json.dumps(report, indent=1) + "\n")
     return report

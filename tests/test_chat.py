@@ -80,9 +80,7 @@ def test_a_scene_is_written_as_the_plays_write_it_and_the_reply_ends_with_the_sp
     assert session.turns[-1].ended == "speech" and session.turns[-1].model
     session.say("Farewell.")
     finish(session.reply())
-    assert session.model.prompts[1] == (
-        "ROMEO:\nWho is there?\n\nJULIET:\nGood morrow,\ncousin.\n\nROMEO:\nFarewell.\n\nJULIET:\n"
-    )
+    assert session.model.prompts[1] == ("ROMEO:\nWho is there?\n\nJULIET:\nGood morrow,\ncousin.\n\nROMEO:\nFarewell.\n\nJULIET:\n")
 
 
 def test_where_a_speech_ends():

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,17 @@ def test_a_race_is_run_once_and_goes_on_where_it_stopped(short, tmp_path, monkey
     monkeypatch.setattr(races, "run_arm", lambda *arguments: ran.append(arguments[3].name) or real(*arguments))
     again = races.run("thinker", seeds=1, quick=True, out=tmp_path)["rows"]
     assert ran == ["thinker-gpt-equal-depth-0"] and again["gpt, equal depth"]["nats"] == lost["nats"]
+
+
+def test_a_row_of_other_settings_is_not_taken_for_done(short, tmp_path, monkeypatch):
+    races.run("nanogpt", seeds=1, quick=True, out=tmp_path)
+    monkeypatch.setitem(
+        races.RACES,
+        "nanogpt",
+        lambda quick: {k: replace(arm, recipe=replace(arm.recipe, lr=7e-3)) for k, arm in races.nanogpt_arms(quick).items()},
+    )
+    with pytest.raises(ValueError, match=r"nanogpt.json holds 'nanoGPT's recipe' with other settings \(lr\)"):
+        races.run("nanogpt", seeds=1, quick=True, out=tmp_path)
 
 
 def test_the_race_against_nanogpt(short, tmp_path, capsys):

@@ -56,8 +56,6 @@ def merge_heads(x: Tensor) -> Tensor:
 
 def _check(q, k, v, causal):
     if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(
-            f"attention wants q (b h t c) and k, v (b h s c); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
-        )
+        raise ValueError(f"attention wants q (b h t c) and k, v (b h s c); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
     if causal and q.shape[2] > k.shape[2]:
         raise ValueError(f"{q.shape[2]} causal questions cannot belong to the last of only {k.shape[2]} places")
