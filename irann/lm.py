@@ -182,6 +182,16 @@ def check_length(n: int) -> int:
     return LENGTH.check("length", n)
 
 
+def check_sizes(config, *names: str, **least: int) -> None:
+    """Raise a ValueError for a field of a config below 1, or below its own least, and for a dropout that is not a share. None passes."""
+    for name, low in (dict.fromkeys(names, 1) | least).items():
+        if getattr(config, name) is not None and not getattr(config, name) >= low:
+            raise ValueError(f"{name} is a whole number from {low} up; got {getattr(config, name)!r}")
+    for name in ("dropout", "attention_dropout"):
+        if not 0 <= getattr(config, name, 0.0) <= 1:
+            raise ValueError(f"{name} is a number from 0 to 1; got {getattr(config, name)!r}")
+
+
 PIECE = 2048  # a long prompt is read in pieces of this many characters, so that its logits never fill the memory
 
 

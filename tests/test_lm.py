@@ -1,6 +1,6 @@
 """irann.lm against transformers' warpers, against counting, and against a model small enough to compute by hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -144,3 +144,13 @@ def test_ids_are_checked():
     for wrong in (torch.zeros(3, dtype=torch.long), torch.zeros(1, 3), torch.tensor([[-1]]), torch.tensor([[10]])):
         with pytest.raises(ValueError, match="ids"):
             model.generate(wrong, 1)
+
+
+@pytest.mark.parametrize("config", [zoo.recipe(name, "tiny")[0] for name in zoo.MODELS], ids=list(zoo.MODELS))
+def test_sizes_that_cannot_be_are_named(config):
+    for name in ("vocabulary", "window", "width"):
+        with pytest.raises(ValueError, match=f"{name} is a whole number from . up; got 0"):
+            replace(config, **{name: 0})
+    for dropout in (-0.1, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="dropout is a number from 0 to 1; got"):
+            replace(config, dropout=dropout)

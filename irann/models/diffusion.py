@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ..core import noise
 from ..core.noise import Bound, Schedule
 from ..layers import Block, init_fan_in, make_norm, rotary_table
-from ..lm import Draft, LanguageModel, Setting, check_length, check_settings, evaluating, filter_logits
+from ..lm import Draft, LanguageModel, Setting, check_length, check_settings, check_sizes, evaluating, filter_logits
 
 BINS = 50  # noise levels are told apart this finely when their loss is remembered
 
@@ -54,10 +54,7 @@ class DiffusionConfig:
     adaptive: bool = True  # spend noise levels where the loss changes
 
     def __post_init__(self):
-        least = {"vocabulary": 2, "channels": 2, "neighbours": 0, "levels": BINS}
-        for name in ("vocabulary", "window", "page", "layers", "heads", "width", "channels", "neighbours", "levels"):
-            if getattr(self, name) < least.get(name, 1):
-                raise ValueError(f"{name} is a whole number from {least.get(name, 1)} up; got {getattr(self, name)!r}")
+        check_sizes(self, "window", "page", "layers", "heads", "width", vocabulary=2, channels=2, neighbours=0, levels=BINS)
         if self.page > self.window:
             raise ValueError(f"a page fits into the window of {self.window} characters; got {self.page}")
         if self.width % self.heads or self.width // self.heads % 2:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import Block, init_fan_in, init_gpt2, make_norm, rotary_table
-from ..lm import Reader
+from ..lm import Reader, check_sizes
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,7 @@ class GPTConfig:
     init: str = "gpt2"
 
     def __post_init__(self):
-        for name in ("vocabulary", "window", "layers", "heads", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is a whole number from 1 up; got {getattr(self, name)!r}")
+        check_sizes(self, "vocabulary", "window", "layers", "heads", "width")
         if self.positions not in ("learned", "rotary"):
             raise ValueError(f"positions is one of learned, rotary; got {self.positions!r}")
         if self.init not in ("gpt2", "fan_in"):

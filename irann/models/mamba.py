@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
 from ..layers import init_fan_in, make_norm
-from ..lm import PIECE, Reader
+from ..lm import PIECE, Reader, check_sizes
 
 ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -55,9 +55,7 @@ class MambaConfig:
     init: str = "mamba"
 
     def __post_init__(self):
-        for name in ("vocabulary", "window", "layers", "width", "inner", "state", "taps", "rank"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is a whole number from 1 up; got {getattr(self, name)!r}")
+        check_sizes(self, "vocabulary", "window", "layers", "width", "inner", "state", "taps", "rank")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
         if self.init not in ("mamba", "fan_in"):

@@ -29,7 +29,19 @@ from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
 from ..layers import Block, init_fan_in, make_norm, rotary_table
-from ..lm import Draft, LanguageModel, Reader, Setting, check_length, check_settings, evaluating, filter_logits, left_to_right, sample
+from ..lm import (
+    Draft,
+    LanguageModel,
+    Reader,
+    Setting,
+    check_length,
+    check_settings,
+    check_sizes,
+    evaluating,
+    filter_logits,
+    left_to_right,
+    sample,
+)
 
 
 @dataclass(frozen=True)
@@ -50,9 +62,7 @@ class ThinkerConfig:
     prior_weight: float = 0.01  # of the KL to it (PonderNet's beta): nats per character that a thought may cost
 
     def __post_init__(self):
-        for name in ("vocabulary", "window", "width", "heads", "core", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is a whole number from 1 up; got {getattr(self, name)!r}")
+        check_sizes(self, "vocabulary", "window", "width", "heads", "core", "rounds", prelude=0)
         if self.supervision not in ("every", "last", "halting"):
             raise ValueError(f"supervision is one of every, last, halting; got {self.supervision!r}")
         if not 0 < self.prior < 1:
