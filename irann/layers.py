@@ -142,11 +142,16 @@ class Block(nn.Module):
         self.mlp = MLP(width, inner=inner, activation=activation, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, past=None, turn: Tensor | None = None):
-        """(b t d) -> (b t d), and the keys and values for next time."""
-        y, past = self.attention(self.norm_attention(x), past, turn)
+    def forward(self, x: Tensor, past=None, turn: Tensor | None = None, gains: Tensor | None = None):
+        """(b t d) -> (b t d), and the keys and values for next time. `gains` (2 d) scale what attention and MLP see."""
+        y, past = self.attention(scale(self.norm_attention(x), gains, 0), past, turn)
         x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(self.norm_mlp(x))), past
+        return x + self.dropout(self.mlp(scale(self.norm_mlp(x), gains, 1))), past
+
+
+def scale(x: Tensor, gains: Tensor | None, i: int) -> Tensor:
+    """(... d), (2 d) or None -> (... d): by the i-th gain, if there are any."""
+    return x if gains is None else x * gains[i]
 
 
 def init_gpt2(model: nn.Module, layers: int) -> None:

@@ -62,13 +62,13 @@ def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limit
         z = torch.complex(x[:, ::2], x[:, 1::2]) * torch.polar(torch.ones(c // 2).double(), place * pace)
         return torch.stack([z.real, z.imag], -1).flatten(-2)
 
-    def through(block, x, place, earlier):
-        q, k, v = (block.attention.qkv.weight @ norm(x)).view(3, heads, c)
+    def through(block, x, place, earlier, gains=(1.0, 1.0)):
+        q, k, v = (block.attention.qkv.weight @ (norm(x) * gains[0])).view(3, heads, c)
         q, k = turned(q, place), turned(k, place)
         seen = [*earlier, (k, v)]
         share = torch.stack([(q * k).sum(-1) / math.sqrt(c) for k, _ in seen]).softmax(0)
         x = x + block.attention.out.weight @ sum(w[:, None] * v for w, (_, v) in zip(share, seen)).flatten()
-        return x + block.mlp.out.weight @ (block.mlp.up.weight @ norm(x)).relu().square(), (k, v)
+        return x + block.mlp.out.weight @ (block.mlp.up.weight @ (norm(x) * gains[1])).relu().square(), (k, v)
 
     read, shown, logits, taken = [[] for _ in model.prelude], [], [], []  # shown[place][round][block]
     for place, character in enumerate(text.tolist()):
@@ -81,7 +81,8 @@ def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limit
         for r in range(rounds):
             before, old, x, kvs = thought, guess, thought + given, []
             for i, block in enumerate(model.core):
-                x, kv = through(block, x, place, [rows[min(r, len(rows) - 1)][i] for rows in shown[:-1]])
+                gains = (1.0, 1.0) if model.gains is None else model.gains[min(r, model.config.rounds - 1)][i]
+                x, kv = through(block, x, place, [rows[min(r, len(rows) - 1)][i] for rows in shown[:-1]], gains)
                 kvs.append(kv)
             shown[-1].append(kvs)
             thought = norm(x)
@@ -104,15 +105,16 @@ def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limit
 
 
 @pytest.mark.parametrize("stop", RULES)
-@pytest.mark.parametrize("prelude, core", [(1, 1), (0, 2), (2, 3)])
+@pytest.mark.parametrize("prelude, core, gains", [(1, 1, False), (0, 2, True), (2, 3, False)])
 @torch.no_grad()
-def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, core):
-    model, text = thinker(prelude=prelude, core=core), ids(1, 20)
+def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, core, gains):
+    model, text = thinker(prelude=prelude, core=core, round_gains=gains, rounds=3 if gains else 6), ids(1, 20)
     limits = torch.rand(1, 20, generator=rng(), dtype=torch.float64)[0]
-    logits, rounds = one_by_one(model, text[0], stop, **RULES[stop], limits=limits)
+    rule = {"rounds": 6} | RULES[stop]  # with gains, twice as many as were trained
+    logits, rounds = one_by_one(model, text[0], stop, **rule, limits=limits)
     assert stop == "fixed" or len(set(rounds.tolist())) > 1, "a test in which all stop at once tests nothing"
     for packed in (False, True):
-        ours, state = model.read(text, packed=packed, stop=stop, generator=rng(), **RULES[stop])
+        ours, state = model.read(text, packed=packed, stop=stop, generator=rng(), **rule)
         assert state.rounds[0].tolist() == rounds.tolist()
         torch.testing.assert_close(ours[0], logits, atol=1e-10 * max(1, logits.abs().max()), rtol=0)
 
@@ -120,7 +122,7 @@ def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, c
 @pytest.mark.parametrize("stop", RULES)
 @torch.no_grad()
 def test_reading_in_pieces_is_reading_at_once(stop):
-    model, text = thinker(core=2), ids(1, 24, seed=1)
+    model, text = thinker(core=2, round_gains=True), ids(1, 24, seed=1)
     whole, memory = model.read(text, stop=stop, generator=rng(), **RULES[stop])
     for sizes in ([1] * 24, [5, 1, 1, 9, 8], [23, 1], [1, 23]):
         for packed in (False, True):
@@ -227,7 +229,7 @@ def test_untrained_odds_are_the_prior():
     torch.testing.assert_close(thought.square().mean(-1), torch.ones(2, 9), atol=1e-3, rtol=0)  # normalised at every round
 
 
-@pytest.mark.parametrize("supervision", ["every", "last", "halting"])
+@pytest.mark.parametrize("supervision", ["every", "late", "last", "halting"])
 def test_loss_is_the_formula(supervision):
     model, text = thinker(std=0.1, supervision=supervision, prior=0.2, prior_weight=0.03), ids(3, 25)
     logits, odds, _ = model.every_round(text[:, :-1])
@@ -236,7 +238,8 @@ def test_loss_is_the_formula(supervision):
     p = halting_distribution(odds)
     pondering = (p * nats).sum(-1).mean() + 0.03 * kl_to_geometric(p, 0.2).mean()
     loss, parts = model.loss(text)
-    value = {"every": nats.mean(), "last": nats[..., -1].mean(), "halting": pondering}[supervision]
+    late = (nats.mean((0, 1)) * torch.tensor([0, 0, 0.1, 0.2, 0.3, 0.4])).sum()  # of six rounds
+    value = {"every": nats.mean(), "late": late, "last": nats[..., -1].mean(), "halting": pondering}[supervision]
     torch.testing.assert_close(loss, value)
     assert parts["rounds"] == pytest.approx(expected_rounds(p).mean().item())
     assert parts["nats_per_char"] == pytest.approx(nats[..., -1].mean().item())

@@ -7,7 +7,7 @@ self-conditioning. The mathematics is `core.noise`; this file adds what makes it
 
 | part                          | why                                                                                           |
 |-------------------------------|-----------------------------------------------------------------------------------------------|
-| embeddings on a sphere        | the noise cannot be outgrown, and no character collapses onto another                         |
+| embeddings on a sphere        | the noise cannot be outgrown (that no two share a point is the loss's work)                |
 | the guess is a mean of points | softmax over characters, times their embeddings: never a point that means nothing             |
 | Bayes at each place           | p(c | x) = p(x_here | c) p(c | x_elsewhere): the first factor is known exactly, so it is given |
 | neighbours at the input       | spelling is local; attention need not learn it                                                |

@@ -11,7 +11,8 @@ round; Banino et al. 2021, "PonderNet" (arXiv 2107.05407), for the learned odds 
 that of guessing in random order.
 
 What we do differently: the state is normalised at every round (`settle`), so that it comes to rest and more rounds do no
-harm; every round's prediction is trained; the odds of halting also see how unsure the prediction is and how far the state
+harm; every round's prediction is trained, or every late one's; with `round_gains` a block may see each round differently, as
+Bae et al. 2024 (arXiv 2410.20672) relax their shared layers, but by a gain per channel; the odds of halting also see how unsure the prediction is and how far the state
 has moved, and learn beside the network without bending it. A character that has stopped is frozen: its state, its
 prediction, and the keys and values that later characters look back at.
 """
@@ -19,7 +20,7 @@ prediction, and the keys and values that later characters look back at.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 from typing import ClassVar
 
 import torch
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
-from ..layers import Block, init_fan_in, make_norm, rotary_table
+from ..layers import Block, init_fan_in, make_norm, rotary_table, scale
 from ..lm import (
     Draft,
     LanguageModel,
@@ -56,15 +57,16 @@ class ThinkerConfig:
     core: int = 1  # blocks of the core, which all rounds share
     rounds: int = 6
     dropout: float = 0.0
-    supervision: str = "every"  # whose predictions are trained: every round's, the last one's, or as `halting` weighs them
+    round_gains: bool = False  # a gain for each round, block and channel on what attention and MLP see
+    supervision: str = "every"  # whose predictions are trained: every round's, the late ones', the last one's, or as `halting` weighs them
     random_rounds: bool = False  # train with a number of rounds drawn anew for each batch, from half to one and a half times
     prior: float = 0.3  # odds of the geometric prior (PonderNet's lambda_p)
     prior_weight: float = 0.01  # of the KL to it (PonderNet's beta): nats per character that a thought may cost
 
     def __post_init__(self):
         check_sizes(self, "vocabulary", "window", "width", "heads", "core", "rounds", prelude=0)
-        if self.supervision not in ("every", "last", "halting"):
-            raise ValueError(f"supervision is one of every, last, halting; got {self.supervision!r}")
+        if self.supervision not in ("every", "late", "last", "halting"):
+            raise ValueError(f"supervision is one of every, late, last, halting; got {self.supervision!r}")
         if not 0 < self.prior < 1:
             raise ValueError(f"prior is a number between 0 and 1; got {self.prior!r}")
 
@@ -87,6 +89,9 @@ class Body(LanguageModel):
         self.embed = nn.Embedding(symbols, c.width)
         self.prelude = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.prelude))
         self.core = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.core))
+        self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width)) if c.round_gains else None
+        if c.round_gains:
+            self.gains.no_decay = True
         self.settle = make_norm("plain", c.width)
         self.head = nn.Linear(c.width, c.vocabulary, bias=False)
         self.halt_head = nn.Linear(c.width + 2, 1)
@@ -98,6 +103,10 @@ class Body(LanguageModel):
         """-> (t c/2): the rotary table of places start to end."""
         c = self.config
         return rotary_table(end, c.width // c.heads, self.head.weight.dtype, self.device)[start:end]
+
+    def gain(self, r: int, i: int) -> Tensor | None:
+        """-> (2 d), or None: of round r (from 0) and the core's i-th block. Rounds beyond the trained ones take the last one's."""
+        return None if self.gains is None else self.gains[min(r, len(self.gains) - 1), i]
 
     def odds(self, thought: Tensor, before: Tensor, logits: Tensor) -> Tensor:
         """(... d), (... d), (... v) -> (...): of halting now, from the thought, how far it moved, and how unsure the prediction is."""
@@ -116,10 +125,10 @@ class Body(LanguageModel):
             x, _ = block(x, None, turn)
         given = self.settle(x)
         thought = torch.zeros_like(given) if thought is None else thought
-        while True:
+        for r in count():
             before, x = thought, thought + given
-            for block in self.core:
-                x, _ = block(x, None, turn)
+            for i, block in enumerate(self.core):
+                x, _ = block(x, None, turn, self.gain(r, i))
             thought = self.settle(x)
             logits = self.head(thought)
             yield thought, logits, self.odds(thought, before, logits)
@@ -147,7 +156,7 @@ class Body(LanguageModel):
             loss = (p * nats).sum(-1).mean() + c.prior_weight * kl
         else:
             halt = (p * nats.detach()).sum(-1).mean() + c.prior_weight * kl
-            loss = (nats if c.supervision == "every" else nats[..., -1]).mean() + halt - halt.detach()  # its gradient, not its value
+            loss = (nats @ supervised(c.supervision, nats)).mean() + halt - halt.detach()  # its gradient, not its value
         return loss, {"rounds": expected_rounds(p).mean().detach(), "prior_kl": kl.detach()}
 
     def draw_rounds(self) -> int:
@@ -236,7 +245,8 @@ class Thinker(Body, Reader):
             asks = going if packed else torch.ones_like(going)
             x, kvs = (thought + given)[asks] if some else thought + given, []
             for i, (block, kv) in enumerate(zip(self.core, remembered, strict=True)):
-                x, kv = some_places(block, x, asks, going, frozen(kv, core[-1][i], t), turn) if some else block(x, kv, turn)
+                gain = self.gain(r, i)
+                x, kv = some_places(block, x, asks, going, frozen(kv, core[-1][i], t), turn, gain) if some else block(x, kv, turn, gain)
                 kvs.append(kv)
             core.append(kvs)
 
@@ -285,25 +295,25 @@ class _Reading:
         return getattr(self.model, name)
 
 
-def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[Tensor, Tensor], turn: Tensor):
+def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[Tensor, Tensor], turn: Tensor, gains: Tensor | None):
     """(n d), (b t) with n True, (b t), k and v (b h s c) -> (n d), k and v: `block` at the places that ask, among the last t.
 
     New keys and values replace the old ones of the places that are `going`; all others are seen as they were.
     """
     attention, (row, place) = block.attention, asks.nonzero(as_tuple=True)
-    q, k_new, v_new = (z[0].transpose(0, 1) for z in attention.project(block.norm_attention(x)[None], turn[place]))
+    q, k_new, v_new = (z[0].transpose(0, 1) for z in attention.project(scale(block.norm_attention(x), gains, 0)[None], turn[place]))
     k, v = (old.clone() for old in kv)
     at, fresh = place + k.shape[2] - asks.shape[1], going[asks]
     k[row[fresh], :, at[fresh]], v[row[fresh], :, at[fresh]] = k_new[fresh], v_new[fresh]
 
-    count = asks.sum(1)
-    used = torch.arange(int(count.max()), device=x.device) < count[:, None]  # rows in which fewer places ask end in blanks
+    asking = asks.sum(1)
+    used = torch.arange(int(asking.max()), device=x.device) < asking[:, None]  # rows in which fewer places ask end in blanks
     asked, last = q.new_zeros(*used.shape, *q.shape[1:]), torch.zeros_like(used, dtype=torch.long)
     asked[used], last[used] = q, at
     mask = torch.arange(k.shape[2], device=x.device) <= last[:, None, :, None]
     y = F.scaled_dot_product_attention(asked.transpose(1, 2), k, v, mask)
     x = x + attention.out(rearrange(y.transpose(1, 2)[used], "n h c -> n (h c)"))
-    return x + block.mlp(block.norm_mlp(x)), (k, v)
+    return x + block.mlp(scale(block.norm_mlp(x), gains, 1)), (k, v)
 
 
 def frozen(past, last, t: int):
@@ -453,6 +463,17 @@ class PageThinker(Body):
             rest = at_rest(rule, thought, before, logits, old, left, limit)
             before, old = thought, logits
         return thought, logits, taken
+
+
+def supervised(name: str, nats: Tensor) -> Tensor:
+    """(... r) -> (r), of sum one: how much each round's prediction counts in training.
+
+    `late`: nothing before the middle round, and from there on each round more than the one before, as 1 : 2 : 3 and so on.
+    """
+    r = nats.shape[-1]
+    every, late = nats.new_ones(r), (torch.arange(r, device=nats.device) + 2 - (r + 1) // 2).clamp(min=0).to(nats)
+    weight = {"every": every, "late": late, "last": F.one_hot(torch.tensor(r - 1), r).to(nats)}[name]
+    return weight / weight.sum()
 
 
 def leading(true: Tensor) -> int:
