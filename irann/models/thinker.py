@@ -12,9 +12,9 @@ that of guessing in random order.
 
 What we do differently: the state is normalised at every round (`settle`), so that it comes to rest and more rounds do no
 harm; every round's prediction is trained, or every late one's; with `round_gains` a block may see each round differently, as
-Bae et al. 2024 (arXiv 2410.20672) relax their shared layers, but by a gain per channel; the odds of halting also see how unsure the prediction is and how far the state
-has moved, and learn beside the network without bending it. A character that has stopped is frozen: its state, its
-prediction, and the keys and values that later characters look back at.
+Bae et al. 2024 (arXiv 2410.20672) relax their shared layers, but by a gain per channel; the odds of halting also see how
+unsure the prediction is and how far the state has moved, and learn beside the network without bending it. A character that
+has stopped is frozen: its state, its prediction, and the keys and values that later characters look back at.
 """
 
 import math
