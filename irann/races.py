@@ -3,7 +3,7 @@
 | race    | the question                                                                                                   |
 |---------|----------------------------------------------------------------------------------------------------------------|
 | models  | how well do all five learn, with as many parameters, from as many characters, and in as many seconds?           |
-| thinker | what do rounds of one shared block buy, beside a plain GPT of as many parameters and one of as many layers?     |
+| thinker | what do rounds of two shared blocks buy, beside a plain GPT of as many parameters and one of as many layers?    |
 | nanogpt | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?         |
 
 Within a race and a seed, arms of one window and batch see the very same characters. Losses are over the whole validation
@@ -28,7 +28,7 @@ from .models.thinker import ThinkerConfig
 from .text import Text
 from .train import Recipe, evaluate, progress, train
 
-ROUNDS = (1, 2, 3, 4, 6, 8, 12)
+ROUNDS, THRESHOLDS = (1, 2, 3, 4, 5, 6, 8, 12), (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,15 @@ def model_arms(quick: bool) -> dict[str, Arm]:
 
 
 def thinker_arms(quick: bool) -> dict[str, Arm]:
-    """Two thinkers of two blocks, a GPT of two blocks, and a GPT of as many blocks as the first thinker passes.
-
-    One thinker is made as the one that ships: a block before, a block in its core, every round trained. The other has both
-    blocks in its core, only its last round trained, and passes one block more.
-    """
+    """A thinker with two blocks in its core, a GPT of two blocks, and a GPT of as many blocks as the thinker passes."""
     window, width, rounds, steps = (32, 32, 3, 20) if quick else (128, 128, 6, 1200)
-    recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=steps // 3)
+    recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012, evaluate_every=steps // 3)
     plain = GPTConfig.fast(window=window, width=width, heads=2)
-    thinker = ThinkerConfig(window=window, width=width, rounds=rounds)
-    two = replace(thinker, prelude=0, core=2, rounds=1 + rounds // 2, supervision="last")
+    thinker = ThinkerConfig(window=window, width=width, prelude=0, core=2, rounds=rounds, round_gains=True, supervision="late")
     return {
-        "thinker": Arm("thinker", thinker, recipe, look_at_rounds),
-        "thinker, two blocks": Arm("thinker", two, recipe, look_at_rounds),
         "gpt, equal parameters": Arm("gpt", replace(plain, layers=2), recipe),
-        "gpt, equal depth": Arm("gpt", replace(plain, layers=1 + rounds), recipe),
+        "thinker": Arm("thinker", thinker, recipe, look_at_rounds),
+        "gpt, equal depth": Arm("gpt", replace(plain, layers=2 * rounds), recipe),
     }
 
 
@@ -162,12 +156,17 @@ def look_at_64(model, text: Text) -> dict:
 
 
 def look_at_rounds(model, text: Text) -> dict:
-    """-> nats per character with all rounds, after a fixed number of them, and by the learned rule, with its mean number of rounds."""
-    fixed = {}
-    for rounds in ROUNDS:
-        fixed[rounds] = evaluate(_With(model, stop="fixed", rounds=rounds), text).nats_per_char
-    learned, everyone = _With(model), evaluate(_With(model, stop="fixed"), text).nats_per_char
-    return {"all": everyone, "fixed": fixed, "learned": evaluate(learned, text).nats_per_char, "rounds": learned.rounds / learned.places}
+    """-> nats per character with `all` rounds, by `fixed` numbers of them, and by the learned rule: threshold -> nats, mean rounds.
+
+    Keys are text, as JSON has them.
+    """
+    fixed = {str(rounds): evaluate(_With(model, stop="fixed", rounds=rounds), text).nats_per_char for rounds in ROUNDS}
+    learned = {}
+    for threshold in THRESHOLDS:
+        asked = _With(model, threshold=threshold)
+        learned[str(threshold)] = [evaluate(asked, text).nats_per_char, asked.rounds / asked.places]
+    everyone = evaluate(_With(model, stop="fixed"), text).nats_per_char
+    return {"all": everyone, "trained": model.config.rounds, "fixed": fixed, "learned": learned}
 
 
 class _With:
@@ -197,12 +196,12 @@ def markdown(report: dict) -> str:
     return "\n".join([*page, "", *{"models": _at_equal_time, "thinker": _gap, "nanogpt": _sooner}[report["race"]](rows)])
 
 
-def gap(rows: dict, arm: str = "thinker") -> tuple[list[float], list[float]]:
-    """-> by seed, the share of the gap between equal parameters and equal depth that a thinker closes, and its lead on the former.
+def gap(rows: dict) -> tuple[list[float], list[float]]:
+    """-> by seed, the share of the gap between equal parameters and equal depth that the thinker closes, and its lead on the former.
 
-    Of a thinker, its loss with all rounds.
+    Of the thinker, its loss with all rounds.
     """
-    thinker = [look["all"] for look in rows[arm]["looks"]]
+    thinker = [look["all"] for look in rows["thinker"]["looks"]]
     small, deep = (rows[name]["nats"] for name in ("gpt, equal parameters", "gpt, equal depth"))
     closed = [(b - a) / (b - c) for a, b, c in zip(thinker, small, deep, strict=False)]
     return closed, [b - a for a, b in zip(thinker, small, strict=False)]
@@ -226,21 +225,21 @@ def _at_equal_time(rows: dict) -> list[str]:
 
 
 def _gap(rows: dict) -> list[str]:
-    told = []
-    for arm, row in rows.items():
-        if not row["looks"]:
-            continue
-        closed, lead = gap(rows, arm)
-        fixed = {r: statistics.mean(look["fixed"][r] for look in row["looks"]) for r in row["looks"][0]["fixed"]}
-        learned, rounds = (statistics.mean(look[key] for look in row["looks"]) for key in ("learned", "rounds"))
-        told += [
-            f"{arm}: closes {statistics.mean(closed):.0%} of the gap ({min(closed):.0%} to {max(closed):.0%} by seed) and is "
-            f"{statistics.mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f}), with all rounds. "
-            f"By rounds: {', '.join(f'{r}: {nats:.4f}' for r, nats in fixed.items())}. "
-            f"By its learned rule: {learned:.4f} with {rounds:.2f} rounds on average.",
-            "",
-        ]
-    return told[:-1]
+    closed, lead = gap(rows)
+    looks = rows["thinker"]["looks"]
+    mean = lambda values: statistics.mean(values)
+    fixed = {r: mean(look["fixed"][r] for look in looks) for r in looks[0]["fixed"]}
+    learned = {x: [mean(look["learned"][x][i] for look in looks) for i in (0, 1)] for x in looks[0]["learned"]}
+    return [
+        f"With all its rounds the thinker closes {mean(closed):.0%} of the gap ({min(closed):.0%} to {max(closed):.0%} by seed) and is "
+        f"{mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f}).",
+        "",
+        f"By rounds: {', '.join(f'{r}: {nats:.4f}' for r, nats in fixed.items())}; trained with {looks[0]['trained']}.",
+        "",
+        "By its learned rule, at a threshold of "
+        + ", ".join(f"{x}: {nats:.4f} with {r:.2f} rounds" for x, (nats, r) in learned.items())
+        + ".",
+    ]
 
 
 def _sooner(rows: dict) -> list[str]:

@@ -36,6 +36,9 @@ def test_a_race_is_run_once_and_goes_on_where_it_stopped(short, tmp_path, monkey
     monkeypatch.setattr(races, "run_arm", lambda *arguments: ran.append(arguments[3].name) or real(*arguments))
     again = races.run("thinker", seeds=1, quick=True, out=tmp_path)["rows"]
     assert ran == ["thinker-gpt-equal-depth-0"] and again["gpt, equal depth"]["nats"] == lost["nats"]
+    bench.main("thinker", quick=True, out=tmp_path, seeds=2)  # one seed from the file, one fresh
+    assert ran[1:] == [f"thinker-{arm}-1" for arm in ("gpt-equal-parameters", "thinker", "gpt-equal-depth")]
+    assert "2 seeds" in capsys.readouterr().out
 
 
 def test_a_row_of_other_settings_is_not_taken_for_done(short, tmp_path, monkeypatch):
@@ -67,11 +70,9 @@ def test_the_race_of_all_models(short, tmp_path, capsys):
 def test_the_arms_are_what_they_are_called(small):
     arms = races.thinker_arms(quick=False)
     sizes = {name: sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for name, arm in arms.items()}
-    assert abs(sizes["thinker"] / sizes["gpt, equal parameters"] - 1) < 0.001
+    assert abs(sizes["thinker"] / sizes["gpt, equal parameters"] - 1) < 0.01
     thinker, deep = arms["thinker"].config, arms["gpt, equal depth"].config
     assert deep.layers == thinker.prelude + thinker.core * thinker.rounds
-    two = arms["thinker, two blocks"].config
-    assert two.prelude + two.core * two.rounds == deep.layers + 1 and abs(sizes["thinker, two blocks"] / sizes["thinker"] - 1) < 0.001
     orders = [Trainer(zoo.build(arm.model, arm.config), small, arm.recipe).order for arm in arms.values()]
     seen = [windows(small.train, arm.config.window, arm.recipe.batch, order) for arm, order in zip(arms.values(), orders, strict=True)]
     assert all(torch.equal(ids, seen[0]) for ids in seen)  # the very same characters
@@ -91,11 +92,12 @@ def test_the_look_at_rounds_is_the_likelihood_by_round(short):
         logits, _, _ = model.every_round(ids[:, :-1], 12)
         taken = model.read(ids[:, :-1])[1].rounds
     for rounds, nats in look["fixed"].items():
-        want = torch.nn.functional.cross_entropy(logits[..., rounds - 1].mT, ids[:, 1:])
+        want = torch.nn.functional.cross_entropy(logits[..., int(rounds) - 1].mT, ids[:, 1:])
         assert nats == pytest.approx(want.item(), abs=1e-4), rounds
-    assert look["all"] == look["fixed"][3] != look["fixed"][2]
-    assert look["learned"] == pytest.approx(model.surprise(ids).mean().item(), abs=1e-4)
-    assert look["rounds"] == pytest.approx(taken.double().mean().item())
+    assert look["all"] == look["fixed"]["3"] != look["fixed"]["2"]
+    nats, rounds = look["learned"]["0.5"]
+    assert nats == pytest.approx(model.surprise(ids).mean().item(), abs=1e-4) and rounds == pytest.approx(taken.double().mean().item())
+    assert (taken := [rounds for _, rounds in look["learned"].values()]) == sorted(taken)
 
 
 def test_arithmetic_by_hand():
