@@ -48,7 +48,7 @@ class Arm:
 def model_arms(quick: bool) -> dict[str, Arm]:
     """All five at 0.8 million parameters (within 4 %), 1.5 million characters each, by the same optimizer."""
     window, width, steps = (32, 32, 20) if quick else (128, 128, 1000)
-    recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=steps // 5)
+    recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012, evaluate_every=steps // 5)
     wide, narrow = round(width * 1.4 / 4) * 4, round(width * 0.94 / 4) * 4
     page = DiffusionConfig(window=window, page=window // 2, layers=4, heads=2, width=narrow)
     return {
@@ -66,6 +66,7 @@ def thinker_arms(quick: bool) -> dict[str, Arm]:
     recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012, evaluate_every=steps // 3)
     plain = GPTConfig.fast(window=window, width=width, heads=2)
     thinker = ThinkerConfig(window=window, width=width, prelude=0, core=2, rounds=rounds, round_gains=True, supervision="late")
+    thinker = replace(thinker, prior=0.5, prior_weight=0.1)  # a round that gains less than some hundredths of a nat is not taken
     return {
         "gpt, equal parameters": Arm("gpt", replace(plain, layers=2), recipe),
         "thinker": Arm("thinker", thinker, recipe, look_at_rounds),

@@ -89,7 +89,8 @@ def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limit
             guess = model.head.weight @ thought
             q = guess.softmax(0)
             features = torch.cat([thought, (thought - before).square().mean().sqrt()[None], -(q * q.log()).sum()[None]])
-            going_on = going_on * (1 - (model.halt_head.weight[0] @ features + model.halt_head.bias[0]).sigmoid())
+            bias = model.halt_head.bias[0] + (0.0 if model.gains is None else model.halt_bias[min(r, model.config.rounds - 1)])
+            going_on = going_on * (1 - (model.halt_head.weight[0] @ features + bias).sigmoid())
             if stop == "odds" and 1 - going_on >= threshold or stop == "sampled" and 1 - going_on >= limits[place]:
                 break
             if stop == "state" and (thought - before).square().mean().sqrt() <= tolerance:
@@ -238,7 +239,7 @@ def test_loss_is_the_formula(supervision):
     p = halting_distribution(odds)
     pondering = (p * nats).sum(-1).mean() + 0.03 * kl_to_geometric(p, 0.2).mean()
     loss, parts = model.loss(text)
-    late = (nats.mean((0, 1)) * torch.tensor([0, 0, 0.1, 0.2, 0.3, 0.4])).sum()  # of six rounds
+    late = (nats.mean((0, 1)) * torch.tensor([0, 0, 0.25, 0.25, 0.25, 0.25])).sum()  # of six rounds
     value = {"every": nats.mean(), "late": late, "last": nats[..., -1].mean(), "halting": pondering}[supervision]
     torch.testing.assert_close(loss, value)
     assert parts["rounds"] == pytest.approx(expected_rounds(p).mean().item())

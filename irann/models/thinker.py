@@ -57,7 +57,7 @@ class ThinkerConfig:
     core: int = 1  # blocks of the core, which all rounds share
     rounds: int = 6
     dropout: float = 0.0
-    round_gains: bool = False  # a gain for each round, block and channel on what attention and MLP see
+    round_gains: bool = False  # each round has gains of its own (by block and channel, on what attention and MLP see), and odds of its own
     supervision: str = "every"  # whose predictions are trained: every round's, the late ones', the last one's, or as `halting` weighs them
     random_rounds: bool = False  # train with a number of rounds drawn anew for each batch, from half to one and a half times
     prior: float = 0.3  # odds of the geometric prior (PonderNet's lambda_p)
@@ -89,8 +89,10 @@ class Body(LanguageModel):
         self.embed = nn.Embedding(symbols, c.width)
         self.prelude = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.prelude))
         self.core = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.core))
-        self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width)) if c.round_gains else None
+        self.gains = self.halt_bias = None
         if c.round_gains:
+            self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))
+            self.halt_bias = nn.Parameter(torch.zeros(c.rounds))
             self.gains.no_decay = True
         self.settle = make_norm("plain", c.width)
         self.head = nn.Linear(c.width, c.vocabulary, bias=False)
@@ -108,12 +110,13 @@ class Body(LanguageModel):
         """-> (2 d), or None: of round r (from 0) and the core's i-th block. Rounds beyond the trained ones take the last one's."""
         return None if self.gains is None else self.gains[min(r, len(self.gains) - 1), i]
 
-    def odds(self, thought: Tensor, before: Tensor, logits: Tensor) -> Tensor:
-        """(... d), (... d), (... v) -> (...): of halting now, from the thought, how far it moved, and how unsure the prediction is."""
+    def odds(self, r: int, thought: Tensor, before: Tensor, logits: Tensor) -> Tensor:
+        """Round, (... d) twice, (... v) -> (...): of halting now, from the thought, how far it moved, and how unsure the prediction is."""
         if self.config.supervision != "halting":
             thought, before = thought.detach(), before.detach()
         moved, unsure = distance(thought, before), entropy(logits.detach())
-        return self.halt_head(torch.cat([thought, moved[..., None], unsure[..., None]], -1)).squeeze(-1).sigmoid()
+        logit = self.halt_head(torch.cat([thought, moved[..., None], unsure[..., None]], -1)).squeeze(-1)
+        return (logit if self.halt_bias is None else logit + self.halt_bias[min(r, len(self.halt_bias) - 1)]).sigmoid()
 
     def ponder(self, ids: Tensor, thought: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(b t) -> round after round without end: thought (b t d), logits (b t v), odds (b t). Every place thinks, nobody stops.
@@ -131,7 +134,7 @@ class Body(LanguageModel):
                 x, _ = block(x, None, turn, self.gain(r, i))
             thought = self.settle(x)
             logits = self.head(thought)
-            yield thought, logits, self.odds(thought, before, logits)
+            yield thought, logits, self.odds(r, thought, before, logits)
 
     def every_round(self, ids: Tensor, rounds: int | None = None, thought: Tensor | None = None):
         """(b t) -> logits (b t v r), odds (b t r), thought (b t d): the first `rounds` rounds, by default as many as in training."""
@@ -252,7 +255,7 @@ class Thinker(Body, Reader):
 
             new, active = self.settle(x).reshape(-1, given.shape[-1]), going[asks] if some else going.flatten()
             guess = self.head(new)  # of all that were computed: how many rows a product has may change its last bits
-            odds = self.odds(new, thought[asks], guess)[active]
+            odds = self.odds(r, new, thought[asks], guess)[active]
             new, guess, before, old = new[active], guess[active], thought[going], logits[going]
             left = left.masked_scatter(going, left[going] * (1 - odds))
             thought, logits = scatter(thought, going, new), scatter(logits, going, guess)
@@ -466,14 +469,10 @@ class PageThinker(Body):
 
 
 def supervised(name: str, nats: Tensor) -> Tensor:
-    """(... r) -> (r), of sum one: how much each round's prediction counts in training.
-
-    `late`: nothing before the middle round, and from there on each round more than the one before, as 1 : 2 : 3 and so on.
-    """
-    r = nats.shape[-1]
-    every, late = nats.new_ones(r), (torch.arange(r, device=nats.device) + 2 - (r + 1) // 2).clamp(min=0).to(nats)
-    weight = {"every": every, "late": late, "last": F.one_hot(torch.tensor(r - 1), r).to(nats)}[name]
-    return weight / weight.sum()
+    """(... r) -> (r), of sum one: how much each round's prediction counts in training. `late`: all from the middle one on."""
+    r = torch.arange(nats.shape[-1], device=nats.device)
+    first = {"every": 0, "late": (len(r) - 1) // 2, "last": len(r) - 1}[name]
+    return (r >= first).to(nats) / (len(r) - first)
 
 
 def leading(true: Tensor) -> int:
