@@ -93,7 +93,6 @@ class Body(LanguageModel):
         if c.round_gains:
             self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))
             self.halt_bias = nn.Parameter(torch.zeros(c.rounds))
-            self.gains.no_decay = True
         self.settle = make_norm("plain", c.width)
         self.head = nn.Linear(c.width, c.vocabulary, bias=False)
         self.halt_head = nn.Linear(c.width + 2, 1)
@@ -469,10 +468,13 @@ class PageThinker(Body):
 
 
 def supervised(name: str, nats: Tensor) -> Tensor:
-    """(... r) -> (r), of sum one: how much each round's prediction counts in training. `late`: all from the middle one on."""
-    r = torch.arange(nats.shape[-1], device=nats.device)
-    first = {"every": 0, "late": (len(r) - 1) // 2, "last": len(r) - 1}[name]
-    return (r >= first).to(nats) / (len(r) - first)
+    """(... r) -> (r), of sum one: how much each round's prediction counts in training.
+
+    `late`: nothing before the middle round, then 1 : 2 : 3 and so on, so that the last one counts most.
+    """
+    r = torch.arange(1, nats.shape[-1] + 1, device=nats.device)
+    weight = {"every": torch.ones_like(r), "late": (r + 1 - (len(r) + 1) // 2).clamp(min=0), "last": r == len(r)}[name].to(nats)
+    return weight / weight.sum()
 
 
 def leading(true: Tensor) -> int:
