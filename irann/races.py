@@ -61,8 +61,8 @@ def model_arms(quick: bool) -> dict[str, Arm]:
 
 
 def thinker_arms(quick: bool) -> dict[str, Arm]:
-    """A thinker with two blocks in its core, a GPT of two blocks, and a GPT of as many blocks as the thinker passes."""
-    window, width, rounds, steps = (32, 32, 3, 20) if quick else (128, 128, 6, 1200)
+    """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the thinker passes, in some rounds or all."""
+    window, width, some, rounds, steps = (32, 32, 2, 3, 20) if quick else (128, 128, 4, 6, 1200)
     recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012, evaluate_every=steps // 3)
     plain = GPTConfig.fast(window=window, width=width, heads=2)
     thinker = ThinkerConfig(window=window, width=width, prelude=0, core=2, rounds=rounds, round_gains=True, supervision="late")
@@ -70,7 +70,8 @@ def thinker_arms(quick: bool) -> dict[str, Arm]:
     return {
         "gpt, equal parameters": Arm("gpt", replace(plain, layers=2), recipe),
         "thinker": Arm("thinker", thinker, recipe, look_at_rounds),
-        "gpt, equal depth": Arm("gpt", replace(plain, layers=2 * rounds), recipe),
+        f"gpt, as deep as {some} rounds": Arm("gpt", replace(plain, layers=2 * some), recipe),
+        f"gpt, as deep as {rounds} rounds": Arm("gpt", replace(plain, layers=2 * rounds), recipe),
     }
 
 
@@ -197,15 +198,16 @@ def markdown(report: dict) -> str:
     return "\n".join([*page, "", *{"models": _at_equal_time, "thinker": _gap, "nanogpt": _sooner}[report["race"]](rows)])
 
 
-def gap(rows: dict) -> tuple[list[float], list[float]]:
-    """-> by seed, the share of the gap between equal parameters and equal depth that the thinker closes, and its lead on the former.
-
-    Of the thinker, its loss with all rounds.
-    """
-    thinker = [look["all"] for look in rows["thinker"]["looks"]]
-    small, deep = (rows[name]["nats"] for name in ("gpt, equal parameters", "gpt, equal depth"))
-    closed = [(b - a) / (b - c) for a, b, c in zip(thinker, small, deep, strict=False)]
-    return closed, [b - a for a, b in zip(thinker, small, strict=False)]
+def gap(rows: dict) -> dict[str, tuple[list[float], list[float]]]:
+    """-> by rounds, for which there is a GPT as deep: by seed, the share of the gap between it and the one of equal parameters
+    that the thinker closes with so many rounds, and its lead on the latter in nats per character."""
+    small, looks, told = rows["gpt, equal parameters"]["nats"], rows["thinker"]["looks"], {}
+    for name, row in rows.items():
+        if name.startswith("gpt, as deep as "):
+            rounds = name.split()[4]
+            seeds = list(zip((look["fixed"][rounds] for look in looks), small, row["nats"], strict=False))
+            told[rounds] = [(b - a) / (b - c) for a, b, c in seeds], [b - a for a, b, _ in seeds]
+    return told
 
 
 def at_seconds(curve: list[list[float]], seconds: float) -> float:
@@ -226,14 +228,17 @@ def _at_equal_time(rows: dict) -> list[str]:
 
 
 def _gap(rows: dict) -> list[str]:
-    closed, lead = gap(rows)
     looks = rows["thinker"]["looks"]
     mean = lambda values: statistics.mean(values)
+    told = [
+        f"With {rounds} rounds the thinker closes {mean(closed):.0%} of the gap to a GPT as deep ({min(closed):.0%} to {max(closed):.0%} "
+        f"by seed) and is {mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f})."
+        for rounds, (closed, lead) in gap(rows).items()
+    ]
     fixed = {r: mean(look["fixed"][r] for look in looks) for r in looks[0]["fixed"]}
     learned = {x: [mean(look["learned"][x][i] for look in looks) for i in (0, 1)] for x in looks[0]["learned"]}
     return [
-        f"With all its rounds the thinker closes {mean(closed):.0%} of the gap ({min(closed):.0%} to {max(closed):.0%} by seed) and is "
-        f"{mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f}).",
+        *told,
         "",
         f"By rounds: {', '.join(f'{r}: {nats:.4f}' for r, nats in fixed.items())}; trained with {looks[0]['trained']}.",
         "",

@@ -29,15 +29,17 @@ def test_a_race_is_run_once_and_goes_on_where_it_stopped(short, tmp_path, monkey
     assert all(name in page and row["seconds"][0] > 0 and 2 < row["nats"][0] < 4.5 for name, row in rows.items())
 
     kept = json.loads((tmp_path / "thinker.json").read_text())
-    lost = kept["rows"].pop("gpt, equal depth")
+    lost = kept["rows"].pop("gpt, as deep as 3 rounds")
     (tmp_path / "thinker.json").write_text(json.dumps(kept))
     ran = []
     real = races.run_arm
     monkeypatch.setattr(races, "run_arm", lambda *arguments: ran.append(arguments[3].name) or real(*arguments))
     again = races.run("thinker", seeds=1, quick=True, out=tmp_path)["rows"]
-    assert ran == ["thinker-gpt-equal-depth-0"] and again["gpt, equal depth"]["nats"] == lost["nats"]
+    assert ran == ["thinker-gpt-as-deep-as-3-rounds-0"] and again["gpt, as deep as 3 rounds"]["nats"] == lost["nats"]
     bench.main("thinker", quick=True, out=tmp_path, seeds=2)  # one seed from the file, one fresh
-    assert ran[1:] == [f"thinker-{arm}-1" for arm in ("gpt-equal-parameters", "thinker", "gpt-equal-depth")]
+    assert ran[1:] == [
+        f"thinker-{arm}-1" for arm in ("gpt-equal-parameters", "thinker", "gpt-as-deep-as-2-rounds", "gpt-as-deep-as-3-rounds")
+    ]
     assert "2 seeds" in capsys.readouterr().out
 
 
@@ -71,8 +73,9 @@ def test_the_arms_are_what_they_are_called(small):
     arms = races.thinker_arms(quick=False)
     sizes = {name: sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for name, arm in arms.items()}
     assert abs(sizes["thinker"] / sizes["gpt, equal parameters"] - 1) < 0.01
-    thinker, deep = arms["thinker"].config, arms["gpt, equal depth"].config
-    assert deep.layers == thinker.prelude + thinker.core * thinker.rounds
+    thinker = arms["thinker"].config
+    for rounds in (4, thinker.rounds):
+        assert arms[f"gpt, as deep as {rounds} rounds"].config.layers == thinker.prelude + thinker.core * rounds
     orders = [Trainer(zoo.build(arm.model, arm.config), small, arm.recipe).order for arm in arms.values()]
     seen = [windows(small.train, arm.config.window, arm.recipe.batch, order) for arm, order in zip(arms.values(), orders, strict=True)]
     assert all(torch.equal(ids, seen[0]) for ids in seen)  # the very same characters
@@ -101,9 +104,9 @@ def test_the_look_at_rounds_is_the_likelihood_by_round(short):
 
 
 def test_arithmetic_by_hand():
-    rows = {"thinker": {"looks": [{"all": 1.5}]}, "gpt, equal parameters": {"nats": [1.6]}, "gpt, equal depth": {"nats": [1.475]}}
-    closed, lead = races.gap(rows)
-    assert closed == pytest.approx([0.8]) and lead == pytest.approx([0.1])
+    rows = {"thinker": {"looks": [{"fixed": {"1": 1.55, "2": 1.5}}]}, "gpt, equal parameters": {"nats": [1.6]}}
+    told = races.gap(rows | {"gpt, as deep as 2 rounds": {"nats": [1.475]}})
+    assert list(told) == ["2"] and told["2"][0] == pytest.approx([0.8]) and told["2"][1] == pytest.approx([0.1])
     log = [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0, "validation": 2.0}, {"seconds": 11.5}]
     curve = [[10, 1.0, 3.0], [20, 2.0, 2.0], [30, 3.0, 1.8]]
     assert races.at_seconds(curve, 1.25) == pytest.approx(2.75) and math.isnan(races.at_seconds(curve, 0.5))
