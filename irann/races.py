@@ -147,9 +147,9 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
 
 
 def training_seconds(log: list[dict]) -> float:
-    """Lines of metrics.jsonl -> what the steps took, without validation: the mean of those that did not validate, times all."""
+    """Lines of metrics.jsonl -> what the steps took: the median of those that did not validate, times all. A busy minute does not count."""
     spent = [b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0.0}, *log], log, strict=False) if "validation" not in b]
-    return statistics.mean(spent) * len(log)
+    return statistics.median(spent) * len(log)
 
 
 def look_at_64(model, text: Text) -> dict:
