@@ -168,14 +168,15 @@ def race(report: dict, *, against: str = "characters", ax=None):
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots()[1]
-    place = {"characters": 0, "seconds": 1}[against]
+    place, unit = {"characters": (0, 1e6), "seconds": (1, 1)}[against]
     for i, (name, row) in enumerate(report["rows"].items()):
         hue = HUES.get(name.split("-")[0], [*HUES.values(), ACCENT][i])
         for k, curve in enumerate(row["curves"]):
-            x, y = [point[place] for point in curve], [point[2] for point in curve]
+            x, y = [point[place] / unit for point in curve], [point[2] for point in curve]
             ax.plot(x, y, marker=".", lw=1, color=hue, ls="-" if row["exact"] else "--", label=None if k else name)
     ax.set(
-        xlabel={"characters": "characters trained on", "seconds": "seconds of training"}[against], ylabel="validation, nats per character"
+        xlabel={"characters": "millions of characters trained on", "seconds": "seconds of training"}[against],
+        ylabel="validation, nats per character",
     )
     ax.legend()
     return ax
