@@ -103,6 +103,15 @@ def test_the_look_at_rounds_is_the_likelihood_by_round(short):
     assert (taken := [rounds for _, rounds in look["learned"].values()]) == sorted(taken)
 
 
+def test_the_look_at_64_gives_no_character_a_longer_past(short):
+    model = excite(zoo.build("gpt", replace(zoo.recipe("gpt", "tiny")[0], window=128)).eval())
+    short = Text(short.train, short.val[:640], short.vocabulary, short.source, short.sha256)
+    pages = torch.cat([short.train[-1:], short.val]).unfold(0, 65, 64)
+    with torch.no_grad():
+        want = torch.nn.functional.cross_entropy(model(pages[:, :-1]).mT, pages[:, 1:]).item()
+    assert races.look_at_64(model, short) == {"windows of 64": pytest.approx(want, abs=1e-4)}
+
+
 def test_arithmetic_by_hand():
     rows = {"thinker": {"looks": [{"fixed": {"1": 1.55, "2": 1.5}}]}, "gpt, equal parameters": {"nats": [1.6]}}
     told = races.gap(rows | {"gpt, as deep as 2 rounds": {"nats": [1.475]}})

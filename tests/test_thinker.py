@@ -120,6 +120,18 @@ def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, c
         torch.testing.assert_close(ours[0], logits, atol=1e-10 * max(1, logits.abs().max()), rtol=0)
 
 
+@torch.no_grad()
+def test_each_round_has_odds_of_its_own():
+    model, text = thinker(core=2, round_gains=True, rounds=3), ids(1, 20)
+    before = model.every_round(text, 5)[1]
+    shift = torch.tensor([2.0, -1.0, 0.5, 0.5, 0.5]).double()  # beyond the trained rounds: as the last one
+    model.halt_bias += shift[:3]
+    torch.testing.assert_close(model.every_round(text, 5)[1].logit(), before.logit() + shift)
+    for rounds in (1, 2, 5):
+        halted = model.read(text, stop="fixed", rounds=rounds)[1].halted
+        torch.testing.assert_close(halted, 1 - (1 - model.every_round(text, rounds)[1]).prod(-1))
+
+
 @pytest.mark.parametrize("stop", RULES)
 @torch.no_grad()
 def test_reading_in_pieces_is_reading_at_once(stop):
