@@ -200,7 +200,8 @@ def markdown(report: dict) -> str:
 
 def gap(rows: dict) -> dict[str, tuple[list[float], list[float]]]:
     """-> by rounds, for which there is a GPT as deep: by seed, the share of the gap between it and the one of equal parameters
-    that the thinker closes with so many rounds, and its lead on the latter in nats per character."""
+    that the thinker closes with so many rounds, and its lead on the latter in nats per character.
+    """
     small, looks, told = rows["gpt, equal parameters"]["nats"], rows["thinker"]["looks"], {}
     for name, row in rows.items():
         if name.startswith("gpt, as deep as "):
@@ -229,7 +230,7 @@ def _at_equal_time(rows: dict) -> list[str]:
 
 def _gap(rows: dict) -> list[str]:
     looks = rows["thinker"]["looks"]
-    mean = lambda values: statistics.mean(values)
+    mean = statistics.mean
     told = [
         f"With {rounds} rounds the thinker closes {mean(closed):.0%} of the gap to a GPT as deep ({min(closed):.0%} to {max(closed):.0%} "
         f"by seed) and is {mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f})."
