@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -168,8 +168,8 @@ def train(
 
     With `run`, a directory, checkpoints and metrics.jsonl are kept there; `resume` goes on from its newest valid
     checkpoint, bitwise as if never stopped; `overwrite` starts it anew. Without `run` nothing is written.
-    SIGINT or SIGTERM (an interrupted kernel, Ctrl-C): the step ends, a checkpoint is saved and the ticks end, the last one
-    with `interrupted`; a second SIGINT quits at once.
+    SIGINT, SIGTERM or SIGHUP (Ctrl-C, an interrupted kernel, a closed terminal): the step ends, a checkpoint is saved and
+    the ticks end, the last one with `interrupted`; a second SIGINT quits at once.
 
     Raises NotFinite; CheckpointError when the run's checkpoints cannot be used or belong to another model, vocabulary or
     corpus; RunError when the directory holds a run and neither `resume` nor `overwrite` is given; InUse; DiskError.
@@ -589,7 +589,10 @@ def _claimed(run: Path | None, resume: bool, overwrite: bool):
 
 @contextmanager
 def _signals():
-    """Catch SIGINT and SIGTERM while training -> a list that holds the signal once one came. A second SIGINT quits at once."""
+    """Catch SIGINT, SIGTERM and SIGHUP while training -> a list that holds the signal once one came. A second SIGINT quits at once.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
@@ -603,10 +606,14 @@ def _signals():
             raise KeyboardInterrupt
         else:
             caught.append(signum)
-            os.write(2, b"\nstopping after this step; interrupt again to quit at once\n")
+            with suppress(OSError):  # the terminal may be gone
+                os.write(2, b"\nstopping after this step; interrupt again to quit at once\n")
 
     over = False
-    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in (signal.SIGINT, signal.SIGTERM)}
+    stops, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        stops.append(hangup)
+    before = {signum: signal.getsignal(signum) or signal.SIG_DFL for signum in stops}
     for signum in before:
         signal.signal(signum, note)
     try:

@@ -4,10 +4,12 @@ import json
 import os
 import pickle
 import random
+import select
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -202,6 +204,27 @@ def test_a_signal_saves_and_exits(tmp_path, signum, code):
     assert process.returncode == code and "Traceback" not in err and "--resume" in out
     step = checkpoint.newest(tmp_path / "run")[1].config["step"]
     assert f"stopped at step {step:,}" in out
+
+
+def test_a_closed_terminal_saves(tmp_path):
+    """The run's terminal goes away while it trains: nothing more can be told, and still nothing is lost."""
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))  # Windows has no such terminals
+    run = tmp_path / "run"
+    log = run / "metrics.jsonl"
+    command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
+    command += ["--set", "steps=100000", "--set", "save_every=0", "--set", "evaluate_every=0"]
+    ours, theirs = pty.openpty()
+    claim = partial(fcntl.ioctl, theirs, termios.TIOCSCTTY, 0)  # a session of its own, led from this terminal
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, start_new_session=True, preexec_fn=claim)
+    os.close(theirs)
+    until = time.monotonic() + 120
+    while not log.exists() or log.read_bytes().count(b"\n") < 5:
+        if select.select([ours], [], [], 0.1)[0]:  # or it waits for somebody to read
+            os.read(ours, 4096)
+        assert process.poll() is None and time.monotonic() < until
+    os.close(ours)
+    process.wait(60)
+    assert checkpoint.newest(run)[1].config["step"] == log.read_bytes().count(b"\n")
 
 
 def test_interrupted_and_resumed_is_as_if_never_stopped(tmp_path, run):
