@@ -41,8 +41,9 @@ def rotary_table(t: int, c: int, dtype=torch.float32, device=None, base: float =
     """
     if c % 2:
         raise ValueError(f"rotary positions turn channels in pairs; a head of {c} channels has one left over")
-    angle = torch.arange(t).double()[:, None] * base ** (-torch.arange(0, c, 2).double() / c)
-    return torch.polar(torch.ones_like(angle), angle).to(device, torch.promote_types(dtype, torch.complex64))
+    with torch.inference_mode(False):  # the table is kept, and whoever asked first may be in inference mode
+        angle = torch.arange(t).double()[:, None] * base ** (-torch.arange(0, c, 2).double() / c)
+        return torch.polar(torch.ones_like(angle), angle).to(device, torch.promote_types(dtype, torch.complex64))
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:

@@ -106,12 +106,12 @@ class LanguageModel(nn.Module):
         return {}
 
     def check_ids(self, ids: Tensor) -> Tensor:
-        """-> ids, or a ValueError that says why they are not characters of this model."""
+        """-> ids as int64, or a ValueError that says why they are not characters of this model."""
         if ids.ndim != 2 or ids.is_floating_point():
             raise ValueError(f"ids are whole numbers of shape (b, t); got {ids.dtype} of shape {tuple(ids.shape)}")
-        if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.config.vocabulary):
+        if not torch.compiler.is_compiling() and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.config.vocabulary):
             raise ValueError(f"ids lie in 0..{self.config.vocabulary - 1}; got {int(ids.min())}..{int(ids.max())}")
-        return ids
+        return ids.long()
 
 
 class Reader(LanguageModel):
@@ -135,8 +135,8 @@ class Reader(LanguageModel):
         return self.read(ids)[0]
 
     def surprise(self, ids: Tensor, *, generator=None) -> Tensor:
-        logits = self(ids[:, :-1])
-        return F.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
+        ids = self.check_ids(ids)
+        return cross_entropy(self(ids[:, :-1]), ids[:, 1:])
 
     def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.surprise(ids).mean()
@@ -144,6 +144,11 @@ class Reader(LanguageModel):
 
     def generate(self, prompt: Tensor, n: int, *, temperature=1.0, top_k=None, top_p=None, generator=None) -> Iterator[Draft]:
         return left_to_right(self, prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    """(b t v), (b t) -> (b t): nats of each character, in float32 at least."""
+    return F.cross_entropy(logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32)), ids, reduction="none")
 
 
 def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -159,6 +164,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int | None
     if temperature == 0:
         first = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, first, 0.0)
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)  # or half a precision would round it to 0
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # the largest is 0, so a tiny temperature cannot overflow
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k).values[..., -1:]

@@ -5,6 +5,7 @@ import torch
 from conftest import excite
 
 from irann import lm, zoo
+from irann.layers import rotary_table
 from irann.lm import Reader
 from irann.train import evaluate, train
 
@@ -137,6 +138,43 @@ def test_surprise_is_one_number_per_character(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_characters_may_be_whole_numbers_of_any_kind(name):
+    model, wanted = excite(tiny(name), 0.1).eval(), ids(2, 33)
+    for kind in (torch.int32, torch.uint8):
+        assert torch.equal(model.surprise(wanted.to(kind), generator=rng()), model.surprise(wanted, generator=rng()))
+        torch.manual_seed(0)
+        loss, _ = model.loss(wanted.to(kind))
+        torch.manual_seed(0)
+        assert torch.equal(loss, model.loss(wanted)[0])
+        *_, last = model.generate(wanted[:, :5].to(kind), 3, generator=rng())
+        assert last.ids.dtype == torch.long and last.ids.shape == (2, 8)
+    for ask in (model.loss, model.surprise):
+        with pytest.raises(ValueError, match="ids lie in 0..64; got 0..65"):
+            ask(torch.tensor([[0] * 32 + [65]] * 2))
+    assert model.surprise(wanted[:, :1]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_looking_in_inference_mode_does_not_forbid_training_later(name):
+    rotary_table.cache_clear()
+    model = tiny(name)
+    with torch.inference_mode():
+        model.loss(ids(2, 33))
+    model.loss(ids(2, 33))[0].backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions_write_and_score(name, kind):
+    model = excite(tiny(name), 0.1).eval().to(kind)
+    *_, last = model.generate(ids(1, 5), 4, generator=rng(), **({"steps": 4} if name in ("diffusion", "thinker-page") else {}))
+    told = model.surprise(ids(2, 33), generator=rng())
+    assert last.ids.shape == (1, 9) and told.isfinite().all()
+    if model.exact:
+        assert told.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_save_and_load_give_the_same(name, small, tmp_path):
     config, recipe = zoo.recipe(name, "tiny", steps=2)
     model = zoo.build(name, config)
@@ -179,10 +217,9 @@ def test_any_chunking_of_read_equals_one_read(name):
         for sizes in ([1] * page.shape[1], [5, 1, 1, 9], [page.shape[1] - 1, 1], [1, page.shape[1] - 1]):
             state, logits, at = None, [], 0
             for size in (*sizes, page.shape[1] - sum(sizes)):
-                if size:
-                    out, state = model.read(page[:, at : at + size], state)
-                    logits.append(out)
-                    at += size
+                out, state = model.read(page[:, at : at + size], state)
+                logits.append(out)
+                at += size
             torch.testing.assert_close(torch.cat(logits, 1), whole, atol=1e-10 * max(1, whole.abs().max()), rtol=0)
         torch.testing.assert_close(model(page), whole, atol=0, rtol=0)
 

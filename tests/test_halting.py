@@ -27,7 +27,7 @@ def close(ours, theirs, tolerance=1e-10):
 
 
 def test_all_histories_of_six_coins():
-    """Toss six coins in all 2^6 ways: the first "stop" ends the thinking, and the sixth round ends it anyway (PonderNet, eq. 6)."""
+    """Toss six coins in all 2^6 ways: the first "stop" ends the thinking, and the sixth round ends it anyway (PonderNet, section 2.2)."""
     halt = draw(6)
     p = torch.zeros(6, dtype=torch.float64)
     for history in product([0, 1], repeat=6):
@@ -169,6 +169,11 @@ def test_a_stopped_row_is_frozen():
 def test_what_never_rests_ends_at_max_rounds_unconverged(step):
     end = fixed_point(step, torch.ones(2, 3), tolerance=1e-6, max_rounds=40)
     assert end.rounds.tolist() == [40, 40] and not end.converged.any()
+
+
+def test_a_step_may_work_in_place():
+    end = fixed_point(lambda x: x.mul_(0.5), torch.ones(1, 1).double(), tolerance=0.1, max_rounds=9)
+    assert end.rounds.tolist() == [4] and end.x.item() == 0.0625
 
 
 def test_a_bad_row_does_not_disturb_its_neighbours():

@@ -283,6 +283,15 @@ def test_on_a_gaussian_the_bound_minus_the_entropy_is_what_noise_has_left(name, 
     left = schedule.alpha_bar[-1].item()
     m, v = math.sqrt(left) * mu, left * s2 + 1 - left
     assert bound.prior.shape == (16,) and bound.steps.shape == (100, 16) and (bound.steps[0] == 0).all()
+    flat = noise.bound_terms(  # the same for numbers without a second axis
+        lambda x, tau: denoiser(x[:, None], tau)[:, 0],
+        x0[:, 0],
+        schedule,
+        reconstruction=lambda x, x0: reconstruction(x[:, None], x0[:, None]),
+        spread=lambda x, tau: spread(x[:, None], tau)[:, 0],
+        noise=lambda _: eps[:, 0],
+    )
+    torch.testing.assert_close(flat.total, bound.total, atol=1e-12, rtol=0)
     gap = (weight @ bound.total).item() - entropy
     assert math.isclose(gap, (v + m**2 - 1 - math.log(v)) / 2, abs_tol=1e-10), (name, gap)
 

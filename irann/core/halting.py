@@ -31,7 +31,7 @@ def survival(halt: Tensor) -> Tensor:
 def halting_distribution(halt: Tensor) -> Tensor:
     """(... r) -> (... r): the chance p that round r is the last one: it takes place, and its coin says stop.
 
-    p_r = halt_r * product of (1 - halt_j) over j < r (PonderNet, eq. 6), except that the last round takes whatever is
+    p_r = halt_r * product of (1 - halt_j) over j < r (PonderNet, section 2.2), except that the last round takes whatever is
     left, whatever its own odds say: then p sums to one. Raises ValueError for odds outside [0, 1].
     """
     reached = survival(halt)
@@ -100,7 +100,7 @@ def fixed_point(step: Callable[[Tensor], Tensor], x0: Tensor, *, tolerance: floa
         moving = ~converged
         if not moving.any():
             break
-        new = step(x)
+        new = step(x.clone())  # a step may work in place
         if new.shape != x.shape:
             raise ValueError(f"step must keep the shape {tuple(x.shape)}; got {tuple(new.shape)}")
         change = torch.linalg.vector_norm((new - x).reshape(b, -1), dim=-1)

@@ -57,9 +57,12 @@ def discretise(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, 
 
 def step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """(b e), (b e), (e n), (b n), (b n), (e), (b e n) -> (b e), (b e n): one place of the recurrence, for writing."""
+    kind = u.dtype
+    if state.dtype != kind:  # half precision keeps its state in float32
+        u, delta, A, B, C, D = (v if v is None else v.to(state.dtype) for v in (u, delta, A, B, C, D))
     state = torch.addcmul(torch.exp(delta.unsqueeze(2) * A) * state, (delta * u).unsqueeze(2), B.unsqueeze(1))
     y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)
-    return (y if D is None else torch.addcmul(y, D, u)), state
+    return (y if D is None else torch.addcmul(y, D, u)).to(kind), state
 
 
 def selective_scan(
@@ -72,7 +75,7 @@ def selective_scan(
     together or a method is not to be had.
     """
     _check(u, delta, A, B, C, D, state, method)
-    kind = functools.reduce(torch.promote_types, (v.dtype for v in (u, delta, A, B, C, D, state) if v is not None))
+    kind = functools.reduce(torch.promote_types, (v.dtype for v in (u, delta, A, B, C, D) if v is not None))
     exact = torch.float32 if kind.itemsize < 4 else kind  # half precision loses the state within a hundred places
     u, delta, A, B, C = (v.to(exact) for v in (u, delta, A, B, C))
     state = u.new_zeros(len(u), *A.shape) if state is None else state.to(exact)

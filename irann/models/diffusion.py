@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ..core import noise
 from ..core.noise import Bound, Schedule
 from ..layers import Block, init_fan_in, make_norm, rotary_table
-from ..lm import Draft, LanguageModel, Setting, check_length, check_settings, check_sizes, evaluating, filter_logits
+from ..lm import SEED, Draft, LanguageModel, Setting, check_length, check_settings, check_sizes, evaluating, filter_logits
 
 BINS = 50  # noise levels are told apart this finely when their loss is remembered
 
@@ -147,7 +147,7 @@ class Diffusion(LanguageModel):
 
         A surrogate, not a likelihood. `bound_nats_per_char` among the parts is an unbiased one-draw estimate of the bound.
         """
-        self.check_ids(ids)
+        ids = self.check_ids(ids)
         rows = len(ids)
         mask = cover(*ids.shape, ids.device)
         tau, odds = self.draw_levels(rows)
@@ -233,14 +233,19 @@ class Diffusion(LanguageModel):
     # --- the bound ----------------------------------------------------------------------------------------------------
 
     def bound(self, ids: Tensor, *, generator: torch.Generator | None = None, draws: int = 4) -> Bound:
-        """(b t+1) -> Bound of (b t) each: the terms of an upper bound of -log p, in nats, for each character of `ids[:, 1:]`.
+        """(b t+1) -> Bound: the terms of an upper bound of -log p, in nats, for each character of `ids[:, 1:]`.
+
+        `prior`, `reconstruction` and `total` are (b t); `steps` is (1 b t), the estimate of all noise levels' sum.
 
         Text is scored as it is written: page by page, each given the clean characters before it, so that the pages' bounds add
         up to one of the whole (chain rule). The sum over noise levels is estimated without bias from `draws` of them per page.
         """
-        self.check_ids(ids)
+        ids = self.check_ids(ids)
+        if ids.shape[1] < 2:
+            nothing = self.points.new_zeros(len(ids), 0)
+            return Bound(nothing, nothing[None], nothing)
         parts = [self._page_bound(ids[:, : end + 1], start, generator, draws) for start, end in self.pages(1, ids.shape[1] - 1)]
-        return Bound(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+        return Bound(*(torch.cat(part, -1) for part in zip(*parts, strict=True)))
 
     def pages(self, start: int, n: int) -> list[tuple[int, int]]:
         """-> first and last place of each page of the `n` places from `start`."""
@@ -258,11 +263,11 @@ class Diffusion(LanguageModel):
             guess = self.guess(x, level, ids, mask).softmax(-1) @ self.embeddings
             steps = steps + noise.step_kl(self.schedule, x0, guess, level).sum(-1) / odd[:, None] / draws
         prior = noise.prior_kl(self.schedule, x0).sum(-1)
-        return Bound(prior[:, start:], steps[:, start:], self.rounding(x0, ids, normal(x0))[:, start:])
+        return Bound(prior[:, start:], steps[None, :, start:], self.rounding(x0, ids, normal(x0))[:, start:])
 
     def surprise(self, ids: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
         """(b t+1) -> (b t): an upper bound, on average over the noise, of the nats of each character of `ids[:, 1:]`."""
-        return sum(self.bound(ids, generator=generator))
+        return self.bound(ids, generator=generator).total
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -297,7 +302,8 @@ class Diffusion(LanguageModel):
 
     def _generate(self, page, start, n, dials, generator):
         room = self.config.window + 1
-        note = {"forgotten": start + self.config.page - room} if n and start + self.config.page > room else {}
+        forgotten = max(0, start + min(self.config.page, n) - room) if n else 0
+        note = {"forgotten": forgotten} if forgotten else {}
         yield Draft(page[:, :start].clone(), start, note)
         for first, last in self.pages(start, n):
             left = max(0, last + 1 - room)  # what the window can no longer hold
@@ -365,7 +371,7 @@ class Diffusion(LanguageModel):
             raise ValueError(f"the text has no gap to fill: write {gap!r} for each character that is missing")
         mask = torch.tensor([character == gap for character in text])
         ids = vocabulary.encode(text.replace(gap, vocabulary.characters[0]))[None]
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(seed)
+        generator = None if seed is None else torch.Generator(self.device).manual_seed(SEED.check("seed", seed))
         return self.infill(ids, mask, generator=generator, **check_settings(self, settings))
 
     def _dials(self, temperature, top_k, top_p, steps, eta, clamp, guide, strength):

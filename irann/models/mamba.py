@@ -198,6 +198,8 @@ class Mamba(Reader):
                 more, state = self.read(piece, state)
                 logits.append(more)
             return torch.cat(logits, 1), state
+        if ids.shape[1] == 0:
+            return self.embed.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
         before, ready, after = *(state or ([None] * len(self.blocks), None)), []
         if state and ids.shape[1] == 1 and not self.training:
             ready = ready or [block.ready() for block in self.blocks]

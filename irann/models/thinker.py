@@ -38,6 +38,7 @@ from ..lm import (
     check_length,
     check_settings,
     check_sizes,
+    cross_entropy,
     evaluating,
     filter_logits,
     left_to_right,
@@ -150,7 +151,7 @@ class Body(LanguageModel):
         """(... r), (... r) -> a scalar, parts: the rounds' predictions, and the halting odds that choose among them.
 
         The odds minimise the expected surprise at the round where they stop, plus beta times KL(p || prior) (PonderNet,
-        eq. 3). Unless `supervision` is `halting` they take the surprise as given, so that no thought is bent to end sooner.
+        section 2.3). Unless `supervision` is `halting` they take the surprise as given, so that no thought is bent to end sooner.
         """
         c, p = self.config, halting_distribution(odds)
         kl = kl_to_geometric(p, c.prior).mean()
@@ -194,6 +195,7 @@ class Thinker(Body, Reader):
         super().__init__(config, causal=True, symbols=config.vocabulary)
 
     def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        ids = self.check_ids(ids)
         logits, odds, _ = self.every_round(ids[:, :-1], self.draw_rounds())
         nats = F.cross_entropy(rearrange(logits, "b t v r -> b v t r"), ids[:, 1:, None].expand_as(odds), reduction="none")
         loss, parts = self.thinking_loss(nats, odds)
@@ -201,8 +203,9 @@ class Thinker(Body, Reader):
 
     def surprise(self, ids: Tensor, *, generator=None, **settings) -> Tensor:
         """(b t+1) -> (b t): exact, whatever the rule of stopping; see `read` for the settings."""
+        ids = self.check_ids(ids)
         logits, _ = self.read(ids[:, :-1], packed=True, generator=generator, **settings)
-        return F.cross_entropy(logits.transpose(1, 2).float(), ids[:, 1:], reduction="none")
+        return cross_entropy(logits, ids[:, 1:])
 
     def read(self, ids: Tensor, state: Memory | None = None, *, packed=False, generator=None, **settings):
         """(b t), state -> (b t v), state: each place's prediction at the round where it stopped, by the rule named `stop`.
@@ -378,6 +381,7 @@ class PageThinker(Body):
 
     def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Half of the rows keep a clean beginning, like a prompt; half of the batches carry on a thought about a page with more hidden."""
+        ids = self.check_ids(ids)
         b, t = ids.shape
         first = torch.where(torch.arange(b, device=ids.device) % 2 == 1, torch.randint(1, t, (b,), device=ids.device), 1)
         hidden, thought = self.hide(b, t, first), None
@@ -392,11 +396,12 @@ class PageThinker(Body):
 
     def surprise(self, ids: Tensor, *, generator=None, draws: int = 4) -> Tensor:
         """(b t+1) -> (b t): an unbiased estimate of each character's share of the bound, the mean over `draws` ways to hide."""
+        ids = self.check_ids(ids)
         (b, size), total = ids.shape, 0.0
         for _ in range(draws):
             hidden = self.hide(b, size, generator=generator)
             logits = self.every_round(ids.masked_fill(hidden, self.blank))[0][..., -1]
-            nats = F.cross_entropy(logits.transpose(1, 2).float(), ids, reduction="none")
+            nats = cross_entropy(logits, ids)
             total = total + (nats * hidden * (size - 1) / hidden.sum(1, keepdim=True))[:, 1:]
         return total / draws
 
