@@ -79,13 +79,15 @@ class Recipe:
         least = {"steps": 1, "batch": 1, "accumulate": 1}
         most = {"beta1": 1, "beta2": 1, "momentum": 1, "final_lr": 1, "average": 1}
         choices = {"optimizer": ("adamw", "muon"), "decay": ("linear", "cosine", "none"), "precision": ("float32", "bfloat16")}
+        whole = {f.name for f in dataclasses.fields(self) if f.type is int or f.type == "int"}
         for name, value in dataclasses.asdict(self).items():
-            low, high = least.get(name, 0), most.get(name, math.inf)
+            low, high = least.get(name, 0), most.get(name, 2**62 if name in whole else math.inf)
             if name in choices:
                 if value not in choices[name]:
                     raise ValueError(f"{name} is one of {', '.join(choices[name])}; got {value!r}")
-            elif not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(f"{name} is a number from {low} {'up' if high == math.inf else f'to {high}'}; got {value!r}")
+            elif not (low <= value <= high and math.isfinite(value) and (name not in whole or value == int(value))):
+                kind = "whole number" if name in whole else "number"
+                raise ValueError(f"{name} is a {kind} from {low} {'up' if high > 1 and not value > high else f'to {high}'}; got {value!r}")
         if self.batch % self.accumulate:
             raise ValueError(f"a batch of {self.batch} cannot be computed in {self.accumulate} equal parts")
 
@@ -118,7 +120,11 @@ class Tick:
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Nats per character over a whole text: exact, or an upper bound with the standard error of its estimate."""
+    """Nats per character over a whole text: exact, or an upper bound with a standard error.
+
+    The error is that of the mean over windows, by their spread. It counts how they differ as well as the noise of the draws,
+    and is larger than the latter alone.
+    """
 
     nats_per_char: float
     standard_error: float
@@ -141,7 +147,9 @@ def evaluate(model: LanguageModel, text: Text, *, part="val", window: int | None
     The context rule, the same for all models: the part is cut into windows of the model's own length that do not overlap;
     a character is predicted from those before it in its window and the one before the window (for the first window of the
     validation part, the last character of the training part; a text without one before it skips its first character).
+    Raises ValueError for a text in another vocabulary than the model's.
     """
+    _check_vocabulary(model, text)
     window = window or model.config.window
     ids = getattr(text, part)
     ids = torch.cat([text.train[-1:], ids]) if part == "val" else ids
@@ -161,6 +169,15 @@ def evaluate(model: LanguageModel, text: Text, *, part="val", window: int | None
     return Likelihood(mean, 0.0 if model.exact else spread, count, model.exact)
 
 
+def _check_vocabulary(model: LanguageModel, text: Text) -> None:
+    known = getattr(model, "vocabulary", None)
+    if known is not None and known != text.vocabulary:
+        raise ValueError(
+            "the text's characters are not those that the model was trained on: cut the text with the model's vocabulary, "
+            "as Text.of(characters, vocabulary=model.vocabulary), or build a new model"
+        )
+
+
 def train(
     model: LanguageModel, text: Text, recipe: Recipe, *, run: str | os.PathLike | None = None, resume: bool = False, overwrite: bool = False
 ) -> Iterator[Tick]:
@@ -174,6 +191,8 @@ def train(
     Raises NotFinite; CheckpointError when the run's checkpoints cannot be used or belong to another model, vocabulary or
     corpus; RunError when the directory holds a run and neither `resume` nor `overwrite` is given; InUse; DiskError.
     """
+    if not resume:  # or the run's checkpoints say what fits
+        _check_vocabulary(model, text)
     if len(text.vocabulary) != model.config.vocabulary:
         raise ValueError(f"the text has {len(text.vocabulary)} different characters, the model was made for {model.config.vocabulary}")
     if len(text.train) < model.config.window + 1:
@@ -188,7 +207,7 @@ def train(
 
 
 def _train(model, text, recipe, run, resume, overwrite):
-    with _claimed(run, resume, overwrite), _signals() as caught:
+    with _claimed(run, resume, overwrite), _signals() as (caught, listen):
         trainer = Trainer(model, text, recipe)
         notes = trainer.resume(run) if run and resume else ()
         metrics = _Metrics(run / "metrics.jsonl", trainer.step) if run and trainer.rank == 0 else None
@@ -219,6 +238,7 @@ def _train(model, text, recipe, run, resume, overwrite):
                 yield tick
                 if stop:
                     return
+                listen()  # a kernel takes Ctrl-C back with each new cell
         finally:
             abandoned = isinstance(sys.exc_info()[1], (GeneratorExit, KeyboardInterrupt))
             if run and abandoned and trainer.world == 1 and trainer.step and not trainer.midstep and saved_at != trainer.step:
@@ -589,13 +609,14 @@ def _claimed(run: Path | None, resume: bool, overwrite: bool):
 
 @contextmanager
 def _signals():
-    """Catch SIGINT, SIGTERM and SIGHUP while training -> a list that holds the signal once one came. A second SIGINT quits at once.
+    """Catch SIGINT, SIGTERM and SIGHUP while training -> a list that holds the signal once one came, and a function that
+    catches SIGINT anew if Python's own handler has come back. A second SIGINT quits at once.
 
     A SIGHUP that is ignored, as under nohup, stays so.
     """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield caught
+        yield caught, lambda: None
         return
 
     def note(signum, frame):
@@ -609,6 +630,10 @@ def _signals():
             with suppress(OSError):  # the terminal may be gone
                 os.write(2, b"\nstopping after this step; interrupt again to quit at once\n")
 
+    def listen():
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, note)
+
     over = False
     stops, hangup = [signal.SIGINT, signal.SIGTERM], getattr(signal, "SIGHUP", None)  # Windows has none
     if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
@@ -617,7 +642,7 @@ def _signals():
     for signum in before:
         signal.signal(signum, note)
     try:
-        yield caught
+        yield caught, listen
     finally:
         over = True
         if threading.current_thread() is threading.main_thread():  # elsewhere it may not be set, and `note` steps aside

@@ -176,15 +176,15 @@ def recipe(name: str, which: str = "demo", **changes) -> tuple[object, Recipe]:
     recipes = entry(name).recipes
     if which not in recipes:
         raise ValueError(f"there is no recipe {which!r} for {name}; there are {', '.join(recipes)}")
-    pair = list(recipes[which])
+    pair, new = recipes[which], ({}, {})  # replaced all at once: halfway, a config may not fit together
     for field, value in changes.items():
         owners = [i for i in (0, 1) if field in {f.name for f in dataclasses.fields(pair[i])}]
         if not owners:
             known = sorted(f.name for part in pair for f in dataclasses.fields(part))
             raise ValueError(f"{field} is nothing that can be set; there are {', '.join(known)}")
         for i in owners:
-            pair[i] = dataclasses.replace(pair[i], **{field: _read(field, value, getattr(pair[i], field))})
-    return pair[0], pair[1]
+            new[i][field] = _read(field, value, getattr(pair[i], field))
+    return dataclasses.replace(pair[0], **new[0]), dataclasses.replace(pair[1], **new[1])
 
 
 def _read(field: str, value, current):

@@ -15,7 +15,7 @@ import torch
 from irann import checkpoint, zoo
 from irann.checkpoint import CheckpointError
 from irann.muon import Muon, orthogonalise
-from irann.text import Text
+from irann.text import Text, Vocabulary
 from irann.train import InUse, NotFinite, Recipe, RunError, Trainer, evaluate, optimizers, progress, train
 
 
@@ -145,6 +145,34 @@ def test_sigint_ends_the_step_and_saves(small, tmp_path):
     model(small.val[None, :5])  # still usable
 
 
+def test_training_that_goes_on_in_a_second_cell_still_saves(small, tmp_path, monkeypatch):
+    """A kernel gives Ctrl-C back to Python before each cell: the generator of an earlier cell must take it again."""
+    model, recipe = tiny(steps=50)
+    stream, loss, step = train(model, small, recipe, run=tmp_path), model.loss, 0
+    next(stream), next(stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def interrupted(ids):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(ids)
+
+    monkeypatch.setattr(model, "loss", interrupted)
+    for tick in stream:
+        step = tick.step
+    assert tick.interrupted == signal.SIGINT and step == 4 and tick.saved.name == "step-00000004"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_vocabulary_of_the_same_size_is_refused(small):
+    model, recipe = tiny(steps=1)
+    list(train(model, small, recipe))
+    other = Text(small.train, small.val, Vocabulary("".join(map(chr, range(0x400, 0x400 + len(small.vocabulary))))), "Cyrillic", "")
+    for work in (lambda: evaluate(model, other), lambda: list(train(model, other, recipe))):
+        with pytest.raises(ValueError, match=r"not those that the model was trained on: .* vocabulary=model.vocabulary"):
+            work()
+
+
 def test_a_second_sigint_quits_at_once(small):
     model, recipe = tiny(steps=50)
     with pytest.raises(KeyboardInterrupt):
@@ -245,9 +273,19 @@ def test_another_machine_is_warned_of(small, tmp_path, monkeypatch):
         list(train(model, small, recipe, run=tmp_path, resume=True))
 
 
+def test_changes_are_made_at_once():
+    """Halfway a page of 64 would not fit into a window of 32, and five heads would not divide a width of 192."""
+    for changes in ({"window": 32, "page": 16}, {"page": 16, "window": 32}, {"heads": 5, "width": 160}, {"accumulate": "5", "batch": "10"}):
+        config, recipe = zoo.recipe("diffusion", "full", **changes)
+        assert all(getattr(config, name, None) == int(v) or getattr(recipe, name, None) == int(v) for name, v in changes.items())
+
+
 def test_recipes_out_of_range():
-    for name, value in (("steps", 0), ("lr", -1.0), ("lr", math.nan), ("beta1", 1.5), ("clip", math.inf), ("average", 2.0), ("batch", 0)):
-        with pytest.raises(ValueError, match=f"{name} is a number from"):
+    for name, value in (("steps", 0), ("lr", -1.0), ("lr", math.nan), ("beta1", 1.5), ("clip", math.inf), ("average", 2.0)):
+        with pytest.raises(ValueError, match=f"{name} is a (whole )?number from"):
+            Recipe(**{name: value})
+    for name, value in (("batch", 0), ("steps", 2.5), ("steps", math.inf), ("seed", 2**70)):
+        with pytest.raises(ValueError, match=f"{name} is a whole number from"):
             Recipe(**{name: value})
     for name in ("optimizer", "decay", "precision"):
         with pytest.raises(ValueError, match=f"{name} is one of"):
