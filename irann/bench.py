@@ -25,6 +25,7 @@ from .core.scan import selective_scan
 from .lm import evaluating
 from .models.gpt import GPT
 from .models.mamba import Mamba, MambaConfig
+from .shakespeare import write_atomically
 from .speed import in_turn, ratios, spread
 from .train import evaluate
 
@@ -76,10 +77,11 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     numbers = out / f"{what}.json"
     report = {"torch": torch.__version__, "threads": 1, "quick": quick}
-    if numbers.exists():
-        before = json.loads(numbers.read_text())
-        if {k: before.get(k) for k in report} == report and set(parts) - set(before):  # one that was cut off
-            report = before
+    before = races.stored(numbers, quick)
+    if {k: before.get(k) for k in report} == report:
+        report = before
+        if not set(parts) - set(before):
+            print(f"all of it is measured already; to measure again, delete {numbers}", file=sys.stderr)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -87,7 +89,7 @@ def measure(what: str, quick: bool, out: Path) -> dict:
             if name not in report:
                 print(f"measuring: {name}", file=sys.stderr)
                 report[name] = part(quick)
-                numbers.write_text(json.dumps(report, indent=2) + "\n")
+                write_atomically(numbers, (json.dumps(report, indent=2) + "\n").encode())
     finally:
         torch.set_num_threads(threads)
     return report
@@ -486,7 +488,7 @@ def _models(rows: dict) -> list[str]:
             page.append(f"| {name} | {row['parameters']:,} | {nats} | {speed:.0f} | {many:.0f} |")
     for temperature in ("0.8", "1.0"):
         told = {name: row["quality"][temperature] for name, row in rows.items() if temperature in row.get("quality", {})}
-        page += ["", f"## Text at temperature {temperature} (means, 95 % intervals)", ""]
+        page += ["", f"## Text at temperature {temperature} (means, and bootstrap intervals over the texts)", ""]
         measures = list(next(iter(told.values()), {}))
         page += ["| text of | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
         for name, row in told.items():

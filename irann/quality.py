@@ -95,7 +95,10 @@ def in_form(text: str, longest: int = 66) -> float:
 
 
 def interval(values: list[float], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
-    """-> the mean and its 95 % interval, by drawing the values anew (bootstrap)."""
+    """-> the mean, and where 95 % of the means of values drawn anew lie (percentile bootstrap).
+
+    From few values it is too narrow for a 95 % interval of the true mean: eight normal ones cover it 88 % of the time.
+    """
     dice = random.Random(seed)
     means = sorted(sum(dice.choices(values, k=len(values))) / len(values) for _ in range(draws))
     return {"mean": sum(values) / len(values), "low": means[int(0.025 * draws)], "high": means[int(0.975 * draws)]}

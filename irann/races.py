@@ -12,6 +12,7 @@ part, every character once. An arm that was interrupted goes on where it stopped
 
 import json
 import math
+import signal
 import statistics
 import sys
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from .models.diffusion import DiffusionConfig
 from .models.gpt import GPTConfig
 from .models.mamba import MambaConfig
 from .models.thinker import ThinkerConfig
+from .shakespeare import write_atomically
 from .text import Text
 from .train import Recipe, evaluate, progress, train
 
@@ -105,11 +107,9 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
     arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.json"
+    before = stored(page, quick)
     report = {"race": name, "quick": quick, "torch": torch.__version__, "threads": torch.get_num_threads(), "seeds": seeds, "rows": {}}
-    if page.exists():
-        before = json.loads(page.read_text())
-        if {k: before.get(k) for k in ("race", "quick")} == {k: report[k] for k in ("race", "quick")}:
-            report["rows"] = before["rows"]
+    report["rows"] = before.get("rows", {})
     for seed in range(seeds):
         for arm_name, arm in arms.items():
             row = report["rows"].setdefault(arm_name, {"arm": arm.settings(), "nats": [], "seconds": [], "curves": [], "looks": []})
@@ -123,7 +123,21 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
                 continue
             print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
             run_arm(arm, text, seed, folder, row)
-            page.write_text(json.dumps(report, indent=1) + "\n")
+            write_atomically(page, (json.dumps(report, indent=1) + "\n").encode())
+    return report
+
+
+def stored(page: Path, quick: bool) -> dict:
+    """-> the report in a file, or {} if there is none. Raises ValueError for a damaged one, and for a quick one beside a full one."""
+    if not page.exists():
+        return {}
+    try:
+        report = json.loads(page.read_text())
+        other = report["quick"] != quick
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{page} is not a report: delete it, or choose another --out") from None
+    if other:
+        raise ValueError(f"{page} holds a {'full' if quick else 'quick'} report: delete its folder, or choose another --out")
     return report
 
 
@@ -133,7 +147,8 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
     recipe = replace(arm.recipe, seed=seed)
     for tick in progress(train(model, text, recipe, run=folder, resume=True), recipe.steps):
         if tick.interrupted:
-            raise KeyboardInterrupt
+            print(f"saved in {tick.saved}; the same command goes on from there", file=sys.stderr)
+            raise KeyboardInterrupt if tick.interrupted == signal.SIGINT else SystemExit(128 + tick.interrupted)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     each = recipe.batch * arm.config.window
     row["parameters"], row["characters"] = sum(p.numel() for p in model.parameters()), recipe.steps * each
@@ -211,11 +226,18 @@ def gap(rows: dict) -> dict[str, tuple[list[float], list[float]]]:
     return told
 
 
+def mean_look(looks: list[dict]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """What `look_at_rounds` gave, by seed -> means over seeds: nats by fixed rounds; nats and rounds by threshold of the learned rule."""
+    mean = statistics.mean
+    fixed = {r: mean(look["fixed"][r] for look in looks) for r in looks[0]["fixed"]}
+    return fixed, {x: [mean(look["learned"][x][i] for look in looks) for i in (0, 1)] for x in looks[0]["learned"]}
+
+
 def at_seconds(curve: list[list[float]], seconds: float) -> float:
     """-> nats after so many seconds, on a line between the two measurements around them; NaN before the first and after the last."""
     for (_, a, nats), (_, b, later) in zip(curve, curve[1:], strict=False):
         if a <= seconds <= b:
-            return nats + (later - nats) * (seconds - a) / (b - a)
+            return nats + (later - nats) * (seconds - a) / (b - a) if b > a else later
     return math.nan
 
 
@@ -224,20 +246,18 @@ def _at_equal_time(rows: dict) -> list[str]:
     told = []
     for name, row in rows.items():
         there = statistics.mean(at_seconds(curve, min(fastest, curve[-1][1])) for curve in row["curves"])
-        told.append(f"{name} {'' if row['exact'] else 'at most '}{there:.3f}")
+        told.append(f"{name} not measured yet" if math.isnan(there) else f"{name} {'' if row['exact'] else 'at most '}{there:.3f}")
     return [f"When the fastest of them is done, after {fastest:.0f} s of training, they stand at: {', '.join(told)}."]
 
 
 def _gap(rows: dict) -> list[str]:
-    looks = rows["thinker"]["looks"]
-    mean = statistics.mean
+    looks, mean = rows["thinker"]["looks"], statistics.mean
     told = [
         f"With {rounds} rounds the thinker closes {mean(closed):.0%} of the gap to a GPT as deep ({min(closed):.0%} to {max(closed):.0%} "
         f"by seed) and is {mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f})."
         for rounds, (closed, lead) in gap(rows).items()
     ]
-    fixed = {r: mean(look["fixed"][r] for look in looks) for r in looks[0]["fixed"]}
-    learned = {x: [mean(look["learned"][x][i] for look in looks) for i in (0, 1)] for x in looks[0]["learned"]}
+    fixed, learned = mean_look(looks)
     return [
         *told,
         "",

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from dataclasses import replace
 
 import pytest
@@ -41,6 +43,33 @@ def test_a_race_is_run_once_and_goes_on_where_it_stopped(short, tmp_path, monkey
         f"thinker-{arm}-1" for arm in ("gpt-equal-parameters", "thinker", "gpt-as-deep-as-2-rounds", "gpt-as-deep-as-3-rounds")
     ]
     assert "2 seeds" in capsys.readouterr().out
+
+
+def test_quick_and_full_reports_and_damaged_ones_are_kept_apart(short, tmp_path):
+    for name, work in (("models", races.run), ("scan", lambda name, quick, out: bench.measure(name, quick, out))):
+        page = tmp_path / f"{name}.json"
+        for content in ("", "[]", "{}", "not json"):
+            page.write_text(content)
+            with pytest.raises(ValueError, match=f"{name}.json is not a report: delete it, or choose another --out"):
+                work(name, quick=True, out=tmp_path)
+        page.write_text(json.dumps({"quick": True, "rows": {}}))
+        with pytest.raises(ValueError, match=f"{name}.json holds a quick report"):
+            work(name, quick=False, out=tmp_path)
+
+
+def test_a_race_that_is_told_to_end_says_how_to_go_on(short, tmp_path, monkeypatch, capsys):
+    real = races.progress
+
+    def progress(ticks, steps):
+        for tick in real(ticks, steps):
+            if tick.step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield tick
+
+    monkeypatch.setattr(races, "progress", progress)
+    with pytest.raises(SystemExit) as end:
+        races.run("models", seeds=1, quick=True, out=tmp_path)
+    assert end.value.code == 143 and "step-00000004; the same command goes on from there" in capsys.readouterr().err
 
 
 def test_a_row_of_other_settings_is_not_taken_for_done(short, tmp_path, monkeypatch):
@@ -118,5 +147,10 @@ def test_arithmetic_by_hand():
     assert list(told) == ["2"] and told["2"][0] == pytest.approx([0.8]) and told["2"][1] == pytest.approx([0.1])
     log = [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0, "validation": 2.0}, {"seconds": 11.5}]
     curve = [[10, 1.0, 3.0], [20, 2.0, 2.0], [30, 3.0, 1.8]]
+    assert races.at_seconds([[10, 1.0, 3.0], [20, 1.0, 2.0]], 1.0) == 2.0
+    (told,) = races._at_equal_time(
+        {name: {"seconds": [s], "exact": True, "curves": [[[1, s, 3.0]]]} for name, s in (("a", 1.0), ("b", 2.0))}
+    )
+    assert "a not measured yet, b not measured yet" in told
     assert races.at_seconds(curve, 1.25) == pytest.approx(2.75) and math.isnan(races.at_seconds(curve, 0.5))
     assert races.training_seconds(log) == pytest.approx(4 * 1.0)
