@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4
 
 import contextlib
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -102,7 +103,7 @@ def train_command(
 def sample(
     context: typer.Context,
     model: Trained,
-    prompt: Annotated[str, typer.Option(help="what the text begins with; - reads it from standard input")] = "\n",
+    prompt: Annotated[str, typer.Option(help="what the text begins with; - reads it from standard input")] = "",
     length: Annotated[int, typer.Option(help="how many characters to write")] = 500,
     temperature: Annotated[float, typer.Option(help="how bold; 0 always takes the likeliest character")] = 1.0,
     top_k: Annotated[int, typer.Option(help="only the k likeliest characters; 0: all")] = 0,
@@ -113,13 +114,19 @@ def sample(
     """Let a trained model write. Models may have settings of their own, such as --steps or --rounds."""
     from . import lm, zoo
 
+    _first(model)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p} | _extra(context.args)
     for name, value in settings.items():  # what can be refused without loading is refused first
         if name in lm.SAMPLING:
             lm.SAMPLING[name].check(name, value)
     lm.check_length(length)
     network = zoo.load(model, device=_device(device), say=_warn)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    lm.check_settings(network, settings)
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt on standard input is not text ({error}): give it in UTF-8") from None
     shown = 0
     draft, drafts = None, lm.stream(network, prompt, length, seed=seed, **settings)
     try:
@@ -146,7 +153,11 @@ def chat(
     """Talk with a trained model; /help lists what can be set."""
     from .chat import terminal
 
-    terminal.main(model, device=_device(device), **_extra(context.args))
+    _first(model)
+    settings = _extra(context.args)
+    for name in {"model", "say"} & set(settings):
+        raise ValueError(f"there is no --{name} here; a model is named without one, as in: irann chat mamba --temp 0.8")
+    terminal.main(model, device=_device(device), **settings)
 
 
 @app.command("eval")
@@ -160,7 +171,10 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
     text = _corpus(corpus)
     if text.vocabulary != network.vocabulary:
         everything = text.vocabulary.decode(text.train) + text.vocabulary.decode(text.val)
-        text = Text.of(everything, vocabulary=network.vocabulary, source=text.source, sha256=text.sha256)
+        try:
+            text = Text.of(everything, vocabulary=network.vocabulary, source=text.source, sha256=text.sha256)
+        except ValueError as error:
+            raise ValueError(f"{error}. If the model was trained on another text, give that with --corpus FILE") from None
     print(evaluate(network, text))
     print(f"windows of {network.config.window} characters that do not overlap, every character once; {text.source}")
 
@@ -172,13 +186,18 @@ def bench(
         typer.Argument(help="scan: the scan against others; all: trained models too; models, thinker, nanogpt: trained side by side"),
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="small sizes, seconds: to see whether it runs")] = False,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="where the report goes")] = Path("bench-report"),
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes; bench-report, or bench-report/quick")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="how often a race is run")] = 3,
 ):
     """Time the selective scan against others, compare the trained models, or train models side by side. Goes on where it stopped."""
     from . import bench as benchmark
 
-    benchmark.main(what, quick=quick, out=out, seeds=seeds)
+    benchmark.main(what, quick=quick, out=out or Path("bench-report") / ("quick" if quick else ""), seeds=seeds)
+
+
+def _first(model: str) -> None:
+    if model.startswith("-"):
+        raise ValueError(f"the model comes first, then what is set: irann {sys.argv[1]} gpt {model} ...")
 
 
 def _pair(change: str) -> tuple[str, str]:
@@ -209,6 +228,8 @@ def _corpus(path: Path | None):
     if path is None:
         return shakespeare.load()
     data = shakespeare.read_file(path)
+    if not data:
+        raise shakespeare.CorpusError(f"{path} is empty: give a text of some thousand characters, or none for tiny-shakespeare")
     try:
         content = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -269,7 +290,7 @@ def _row(tick) -> dict[str, float]:
 
 def _again() -> str:
     words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-    return " ".join(["irann", *words, "--resume"])
+    return shlex.join(["irann", *words, "--resume"])
 
 
 def _warn(message: str) -> None:

@@ -333,7 +333,17 @@ def test_slash_commands(typed, capsys, tmp_path):
 
 
 def test_an_interrupt_at_the_prompt_is_no_end_and_a_broken_file_name_neither(typed, capsys):
-    session = typed(KeyboardInterrupt, "/save /nowhere/at/all", "/mode plain", "Hello", "/clear", "/mode opera", script="!")
+    session = typed(
+        KeyboardInterrupt,
+        "/save /nowhere/at/all",
+        "/save ~nobody-lives-here/scene",
+        f"/model {'m' * 300}",
+        "/mode plain",
+        "Hello",
+        "/clear",
+        "/mode opera",
+        script="!",
+    )
     assert session.turns == [] and session.mode == "plain"
     out, err = capsys.readouterr()
     assert "Ctrl-D leaves" in out and "could not be written" in err and "mode is one of" in err

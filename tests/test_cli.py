@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from irann import checkpoint, zoo
-from irann.__main__ import main
+from irann.__main__ import _again, main
 from irann.train import evaluate, train
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -91,6 +91,11 @@ def test_data_writes_what_it_says(run, tmp_path):
         (["sample", "RUN", "--length", "many"], "--length"),
         (["sample", "RUN", "--seed", "-1"], "seed is a whole number from 0"),
         (["sample", "RUN", "--steps", "9"], "GPT has no setting 'steps'"),
+        (["sample", "RUN", "--n", "9"], "GPT has no setting 'n'"),
+        (["sample", "RUN", "--model", "mamba"], "GPT has no setting 'model'"),
+        (["sample", "--steps", "9"], "the model comes first"),
+        (["chat", "--length", "9"], "the model comes first"),
+        (["chat", "RUN", "--model", "mamba"], "there is no --model here"),
         (["sample", "RUN", "extra"], "what does 'extra' mean here"),
         (["sample", "RUN", "--prompt", "caf\u00e9"], "'\u00e9'"),
     ],
@@ -105,7 +110,9 @@ def test_bad_input_is_one_sentence_and_exit_2(run, trained, arguments, words):
 
 def test_corpora_that_are_not_what_they_should_be_exit_4(run, tmp_path):
     (tmp_path / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1") * 100)
+    (tmp_path / "empty.txt").write_bytes(b"")
     for arguments, words in (
+        (["train", "gpt", "--corpus", tmp_path / "empty.txt"], "empty.txt is empty"),
         (["data", "--corpus", tmp_path / "no.txt"], "cannot be read"),
         (["data", "--corpus", tmp_path / "latin1.txt"], "is not tiny-shakespeare"),
         (["train", "gpt", "--corpus", tmp_path / "latin1.txt"], "is not UTF-8 text (byte 3 is 0xe9)"),
@@ -225,6 +232,23 @@ def test_a_closed_terminal_saves(tmp_path):
     os.close(ours)
     process.wait(60)
     assert checkpoint.newest(run)[1].config["step"] == log.read_bytes().count(b"\n")
+
+
+def test_a_model_of_another_text_writes_and_says_what_it_is_measured_on(run, tmp_path):
+    (tmp_path / "digits.txt").write_text("0123456789" * 60)
+    code, _, _ = run("train", "gpt", *TINY, "--corpus", "digits.txt", "--run", "of digits")
+    assert code == 0
+    code, out, _ = run("sample", "of digits", "--length", "9", "--seed", "1")  # it has no newline to begin with
+    assert code == 0 and len(out) == 1 + 9 + 1 and set(out.strip()) <= set("0123456789")
+    code, _, err = run("eval", "of digits")
+    assert code == 2 and "not among the 10" in err and "give that with --corpus FILE" in err
+    code, out, _ = run("eval", "of digits", "--corpus", "digits.txt")
+    assert code == 0 and "digits.txt" in out
+
+
+def test_the_way_to_go_on_can_be_pasted(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["irann", "train", "gpt", "--overwrite", "--run", "my run"])
+    assert _again() == "irann train gpt --run 'my run' --resume"
 
 
 def test_interrupted_and_resumed_is_as_if_never_stopped(tmp_path, run):

@@ -148,6 +148,8 @@ class Terminal:
                 self.set(SHORT.get(word, word), value)
         except (ValueError, CheckpointError) as error:
             _tell(str(error))
+        except OSError as error:
+            _tell(f"{value} cannot be read ({error.strerror or error})")
         return True
 
     def set(self, name: str, value: str) -> None:
@@ -181,8 +183,8 @@ class Terminal:
                 file.write(self.session.scene() + "\n")
         except FileExistsError:
             raise ValueError(f"{name} is there already; choose another name") from None
-        except OSError as error:
-            raise ValueError(f"{name} could not be written: {error.strerror}") from None
+        except (OSError, RuntimeError) as error:  # no such home, for one
+            raise ValueError(f"{name} could not be written: {getattr(error, 'strerror', None) or error}") from None
         _tell(f"saved {name}")
 
     def paint(self, text: str, code: str) -> str:
