@@ -81,7 +81,7 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 ThinkerConfig(window=256, heads=4, width=256, rounds=6, dropout=0.15),
-                Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+                Recipe(steps=6500, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
             ),
             "gpu": (
                 ThinkerConfig(window=256, heads=4, width=256, rounds=6, dropout=0.15),
@@ -104,7 +104,7 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 ThinkerConfig(window=256, heads=4, width=256, rounds=4),
-                Recipe(steps=12_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+                Recipe(steps=7000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
             ),
             "gpu": (
                 ThinkerConfig(window=256, heads=4, width=256, rounds=4, dropout=0.1),
@@ -127,7 +127,7 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 DiffusionConfig(window=256, layers=4, heads=3, width=192),
-                Recipe(steps=20_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=2000, save_every=250),
+                Recipe(steps=14_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=2000, save_every=250),
             ),
             "gpu": (
                 DiffusionConfig(window=256, layers=4, heads=3, width=192),
