@@ -197,7 +197,7 @@ def bench(
 
 def _first(model: str) -> None:
     if model.startswith("-"):
-        raise ValueError(f"the model comes first, then what is set: irann {sys.argv[1]} gpt {model} ...")
+        raise ValueError(f"the model comes first, then what is set, as in: irann sample gpt --seed 1; got {model!r}")
 
 
 def _pair(change: str) -> tuple[str, str]:

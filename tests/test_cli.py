@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import pytest
@@ -221,7 +220,11 @@ def test_a_closed_terminal_saves(tmp_path):
     command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
     command += ["--set", "steps=100000", "--set", "save_every=0", "--set", "evaluate_every=0"]
     ours, theirs = pty.openpty()
-    claim = partial(fcntl.ioctl, theirs, termios.TIOCSCTTY, 0)  # a session of its own, led from this terminal
+
+    def claim():  # a session of its own, led from this terminal; the tests themselves may run under nohup
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, start_new_session=True, preexec_fn=claim)
     os.close(theirs)
     until = time.monotonic() + 120
@@ -230,7 +233,10 @@ def test_a_closed_terminal_saves(tmp_path):
             os.read(ours, 4096)
         assert process.poll() is None and time.monotonic() < until
     os.close(ours)
-    process.wait(60)
+    try:
+        process.wait(60)
+    finally:
+        process.kill()
     assert checkpoint.newest(run)[1].config["step"] == log.read_bytes().count(b"\n")
 
 

@@ -57,12 +57,9 @@ def discretise(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, 
 
 def step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """(b e), (b e), (e n), (b n), (b n), (e), (b e n) -> (b e), (b e n): one place of the recurrence, for writing."""
-    kind = u.dtype
-    if state.dtype != kind:  # half precision keeps its state in float32
-        u, delta, A, B, C, D = (v if v is None else v.to(state.dtype) for v in (u, delta, A, B, C, D))
     state = torch.addcmul(torch.exp(delta.unsqueeze(2) * A) * state, (delta * u).unsqueeze(2), B.unsqueeze(1))
     y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)
-    return (y if D is None else torch.addcmul(y, D, u)).to(kind), state
+    return (y if D is None else torch.addcmul(y, D, u)), state
 
 
 def selective_scan(

@@ -161,8 +161,11 @@ def write(ready: tuple, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     u = activation(u if bias is None else u + bias)
     delta, B, C = F.linear(u, *choose).split(cuts, -1)
     delta = F.softplus(F.linear(delta, *pace))
-    y, h = step(u, delta, A, B, C, D, memory.h)
-    return x + F.linear(y * F.silu(gate), *out), Memory(seen[:, 1:], h, delta)
+    inputs = u, delta, A, B, C, D
+    if memory.h.dtype != x.dtype:  # half precision keeps its state in float32
+        inputs = (v.to(memory.h.dtype) for v in inputs)
+    y, h = step(*inputs, memory.h)
+    return x + F.linear(y.to(x.dtype) * F.silu(gate), *out), Memory(seen[:, 1:], h, delta)
 
 
 class Mamba(Reader):
