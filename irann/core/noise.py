@@ -214,7 +214,7 @@ def bound_terms(
     `spread(x, tau)` is the variance of the denoiser's guess, if p is to know it. `noise(x0)` gives each level's eps.
     """
     noise = noise or normal(generator)
-    total = lambda nats: nats.reshape(len(nats), -1).sum(1)  # noqa: E731
+    total = lambda nats: nats.unsqueeze(-1).flatten(1).sum(1)  # noqa: E731
     steps = [x0.new_zeros(len(x0))]
     for level in range(1, schedule.steps):
         tau = torch.full((len(x0),), level, device=x0.device)
