@@ -278,6 +278,15 @@ def test_a_pipe_gets_the_replies_only(runs):
     assert pipe(runs, path, "--length", 5, text="no line break at the end")[0] == 0
 
 
+def test_a_pipe_that_is_not_text_is_refused_in_a_sentence(runs):
+    command = [sys.executable, "-m", "irann", "chat", str(runs / "runs" / "gpt-tiny")]
+    result = subprocess.run(
+        command, input=b"caf\xe9\n", capture_output=True, cwd=runs, env=ENV | {"PYTHONIOENCODING": "utf-8:strict"}, timeout=120
+    )
+    assert result.returncode == 2 and result.stderr.startswith(b"irann: what was said on standard input is not text")
+    assert result.stderr.count(b"\n") == 1 and result.stdout == b""
+
+
 @pytest.mark.parametrize(
     "arguments, expected, words",
     [

@@ -68,7 +68,10 @@ class Terminal:
     def ask(self) -> str | None:
         """-> the next line, None when there are no more."""
         if not self.typed:
-            line = sys.stdin.readline()
+            try:
+                line = sys.stdin.readline()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"what was said on standard input is not text ({error}): say it in UTF-8") from None
             return line.rstrip("\r\n") if line else None
         while True:
             try:
