@@ -70,9 +70,8 @@ def thinker_arms(quick: bool) -> dict[str, Arm]:
     window, width, some, rounds, steps = (32, 32, 2, 3, 20) if quick else (128, 128, 4, 6, 1200)
     recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012, evaluate_every=steps // 3)
     plain = GPTConfig.fast(window=window, width=width, heads=2)
-    thinker = ThinkerConfig(window=window, width=width, prelude=0, core=2, rounds=rounds, round_gains=True)
-    thinker = replace(thinker, value_residual=True, supervision="late")
-    deep = replace(thinker, rounds=some, supervision="last")
+    thinker = ThinkerConfig(window=window, width=width, prelude=0, core=2, rounds=rounds, round_gains=True, supervision="late")
+    deep = replace(thinker, rounds=some, supervision="last", value_residual=True)
     thinker = replace(thinker, prior=0.5, prior_weight=0.1)  # a round that gains less than some hundredths of a nat is not taken
     return {
         "gpt, equal parameters": Arm("gpt", replace(plain, layers=2), recipe),

@@ -95,7 +95,6 @@ class Body(LanguageModel):
         self.gains = self.halt_bias = None
         if c.round_gains:
             self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))
-            self.gains.no_decay = True  # which would pull them to zero; they are at home at one
             self.halt_bias = nn.Parameter(torch.zeros(c.rounds))
         self.carry = None
         if c.value_residual and c.rounds > 1:
