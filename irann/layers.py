@@ -71,15 +71,13 @@ class Attention(nn.Module):
         self.qkv.stacked = 3  # three matrices on top of each other; Muon treats each on its own
         self.out = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, turn: Tensor | None = None, carried: Tensor | None = None):
-        """(b t d), past k and v (b h s c), turn (t c/2), carried (b h t c) -> (b t d), k and v of past and present.
+    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, turn: Tensor | None = None):
+        """(b t d), past k and v (b h s c), turn (t c/2) -> (b t d), k and v of past and present.
 
-        `carried` is added to the values (Zhou et al. 2024, "Value Residual Learning", arXiv 2410.17897). QK-norm brings each
-        q and k to mean zero and unit variance (Dehghani et al. 2023, arXiv 2302.05442), so that scores cannot blow up.
+        QK-norm brings each q and k to mean zero and unit variance (Dehghani et al. 2023, arXiv 2302.05442), so that scores
+        cannot blow up.
         """
         q, k, v = self.project(x, turn)
-        if carried is not None:
-            v = v + carried
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
         t, s = q.shape[2], k.shape[2]
@@ -145,12 +143,9 @@ class Block(nn.Module):
         self.mlp = MLP(width, inner=inner, activation=activation, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, past=None, turn: Tensor | None = None, gains: Tensor | None = None, carried: Tensor | None = None):
-        """(b t d) -> (b t d), and the keys and values for next time.
-
-        `gains` (2 d) scale what attention and MLP see; `carried` (b h t c) is added to the values.
-        """
-        y, past = self.attention(scale(self.norm_attention(x), gains, 0), past, turn, carried)
+    def forward(self, x: Tensor, past=None, turn: Tensor | None = None, gains: Tensor | None = None):
+        """(b t d) -> (b t d), and the keys and values for next time. `gains` (2 d) scale what attention and MLP see."""
+        y, past = self.attention(scale(self.norm_attention(x), gains, 0), past, turn)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(scale(self.norm_mlp(x), gains, 1))), past
 

@@ -63,20 +63,15 @@ def model_arms(quick: bool) -> dict[str, Arm]:
 
 
 def thinker_arms(quick: bool) -> dict[str, Arm]:
-    """Thinkers with two blocks in their core, a GPT of two blocks, and GPTs of as many as the thinkers pass, in some rounds or all.
-
-    One thinker may stop after any of the late rounds; the other is trained for its last round alone, and only for some rounds.
-    """
+    """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the thinker passes, in some rounds or all."""
     window, width, some, rounds, steps = (32, 32, 2, 3, 20) if quick else (128, 128, 4, 6, 1200)
     recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012, evaluate_every=steps // 3)
     plain = GPTConfig.fast(window=window, width=width, heads=2)
     thinker = ThinkerConfig(window=window, width=width, prelude=0, core=2, rounds=rounds, round_gains=True, supervision="late")
-    deep = replace(thinker, rounds=some, supervision="last", value_residual=True)
     thinker = replace(thinker, prior=0.5, prior_weight=0.1)  # a round that gains less than some hundredths of a nat is not taken
     return {
         "gpt, equal parameters": Arm("gpt", replace(plain, layers=2), recipe),
         "thinker": Arm("thinker", thinker, recipe, look_at_rounds),
-        f"thinker, only for {some} rounds": Arm("thinker", deep, recipe, look_at_rounds),
         f"gpt, as deep as {some} rounds": Arm("gpt", replace(plain, layers=2 * some), recipe),
         f"gpt, as deep as {rounds} rounds": Arm("gpt", replace(plain, layers=2 * rounds), recipe),
     }
@@ -218,16 +213,14 @@ def markdown(report: dict) -> str:
     return "\n".join([*page, "", *{"models": _at_equal_time, "thinker": _gap, "nanogpt": _sooner}[report["race"]](rows)])
 
 
-def gap(rows: dict, thinker: str = "thinker") -> dict[str, tuple[list[float], list[float]]]:
+def gap(rows: dict) -> dict[str, tuple[list[float], list[float]]]:
     """-> by rounds, for which there is a GPT as deep: by seed, the share of the gap between it and the one of equal parameters
-    that the thinker of that name closes with so many rounds, and its lead on the latter in nats per character.
-
-    Rounds beyond the thinker's trained ones are left out.
+    that the thinker closes with so many rounds, and its lead on the latter in nats per character.
     """
-    small, looks, told = rows["gpt, equal parameters"]["nats"], rows[thinker]["looks"], {}
+    small, looks, told = rows["gpt, equal parameters"]["nats"], rows["thinker"]["looks"], {}
     for name, row in rows.items():
-        rounds = name.split()[4] if name.startswith("gpt, as deep as ") else None
-        if rounds and looks and int(rounds) <= looks[0]["trained"]:
+        if name.startswith("gpt, as deep as "):
+            rounds = name.split()[4]
             seeds = list(zip((look["fixed"][rounds] for look in looks), small, row["nats"], strict=False))
             told[rounds] = [(b - a) / (b - c) for a, b, c in seeds], [b - a for a, b, _ in seeds]
     return told
@@ -258,20 +251,22 @@ def _at_equal_time(rows: dict) -> list[str]:
 
 
 def _gap(rows: dict) -> list[str]:
-    told, mean = [], statistics.mean
-    for name in (name for name in rows if name.startswith("thinker")):
-        looks = rows[name]["looks"]
-        for rounds, (closed, lead) in gap(rows, name).items():
-            told += [
-                f"With {rounds} rounds {name} closes {mean(closed):.0%} of the gap to a GPT as deep "
-                f"({min(closed):.0%} to {max(closed):.0%} by seed) "
-                f"and is {mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f})."
-            ]
-        fixed, learned = mean_look(looks)
-        by_odds = ", ".join(f"{x}: {nats:.4f} with {r:.2f} rounds" for x, (nats, r) in learned.items())
-        told += ["", f"By rounds: {', '.join(f'{r}: {nats:.4f}' for r, nats in fixed.items())}; trained with {looks[0]['trained']}.", ""]
-        told += [f"By its learned rule, at a threshold of {by_odds}.", ""]
-    return told[:-1]
+    looks, mean = rows["thinker"]["looks"], statistics.mean
+    told = [
+        f"With {rounds} rounds the thinker closes {mean(closed):.0%} of the gap to a GPT as deep ({min(closed):.0%} to {max(closed):.0%} "
+        f"by seed) and is {mean(lead):.4f} nats under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f})."
+        for rounds, (closed, lead) in gap(rows).items()
+    ]
+    fixed, learned = mean_look(looks)
+    return [
+        *told,
+        "",
+        f"By rounds: {', '.join(f'{r}: {nats:.4f}' for r, nats in fixed.items())}; trained with {looks[0]['trained']}.",
+        "",
+        "By its learned rule, at a threshold of "
+        + ", ".join(f"{x}: {nats:.4f} with {r:.2f} rounds" for x, (nats, r) in learned.items())
+        + ".",
+    ]
 
 
 def _sooner(rows: dict) -> list[str]:

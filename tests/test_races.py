@@ -40,8 +40,7 @@ def test_a_race_is_run_once_and_goes_on_where_it_stopped(short, tmp_path, monkey
     assert ran == ["thinker-gpt-as-deep-as-3-rounds-0"] and again["gpt, as deep as 3 rounds"]["nats"] == lost["nats"]
     bench.main("thinker", quick=True, out=tmp_path, seeds=2)  # one seed from the file, one fresh
     assert ran[1:] == [
-        f"thinker-{arm}-1"
-        for arm in ("gpt-equal-parameters", "thinker", "thinker-only-for-2-rounds", "gpt-as-deep-as-2-rounds", "gpt-as-deep-as-3-rounds")
+        f"thinker-{arm}-1" for arm in ("gpt-equal-parameters", "thinker", "gpt-as-deep-as-2-rounds", "gpt-as-deep-as-3-rounds")
     ]
     assert "2 seeds" in capsys.readouterr().out
 
@@ -102,9 +101,8 @@ def test_the_race_of_all_models(short, tmp_path, capsys):
 def test_the_arms_are_what_they_are_called(small):
     arms = races.thinker_arms(quick=False)
     sizes = {name: sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for name, arm in arms.items()}
-    assert all(abs(size / sizes["gpt, equal parameters"] - 1) < 0.012 for name, size in sizes.items() if "as deep" not in name)
-    thinker, deep = arms["thinker"].config, arms["thinker, only for 4 rounds"].config
-    assert replace(deep, rounds=6, supervision="late", value_residual=False, prior=0.5, prior_weight=0.1) == thinker and deep.rounds == 4
+    assert abs(sizes["thinker"] / sizes["gpt, equal parameters"] - 1) < 0.01
+    thinker = arms["thinker"].config
     for rounds in (4, thinker.rounds):
         assert arms[f"gpt, as deep as {rounds} rounds"].config.layers == thinker.prelude + thinker.core * rounds
     orders = [Trainer(zoo.build(arm.model, arm.config), small, arm.recipe).order for arm in arms.values()]
@@ -144,12 +142,9 @@ def test_the_look_at_64_gives_no_character_a_longer_past(short):
 
 
 def test_arithmetic_by_hand():
-    look, other = {"trained": 2, "fixed": {"1": 1.55, "2": 1.5, "3": 1.51}}, {"trained": 3, "fixed": {"2": 1.9, "3": 1.46}}
-    rows = {"thinker": {"looks": [look]}, "thinker, other": {"looks": [other]}, "gpt, equal parameters": {"nats": [1.6]}}
-    rows |= {"gpt, as deep as 2 rounds": {"nats": [1.475]}, "gpt, as deep as 3 rounds": {"nats": [1.45]}}
-    told, more = races.gap(rows), races.gap(rows, "thinker, other")
+    rows = {"thinker": {"looks": [{"fixed": {"1": 1.55, "2": 1.5}}]}, "gpt, equal parameters": {"nats": [1.6]}}
+    told = races.gap(rows | {"gpt, as deep as 2 rounds": {"nats": [1.475]}})
     assert list(told) == ["2"] and told["2"][0] == pytest.approx([0.8]) and told["2"][1] == pytest.approx([0.1])
-    assert list(more) == ["2", "3"] and more["3"][0] == pytest.approx([14 / 15]) and more["2"][1] == pytest.approx([-0.3])
     log = [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0, "validation": 2.0}, {"seconds": 11.5}]
     curve = [[10, 1.0, 3.0], [20, 2.0, 2.0], [30, 3.0, 1.8]]
     assert races.at_seconds([[10, 1.0, 3.0], [20, 1.0, 2.0]], 1.0) == 2.0

@@ -62,9 +62,8 @@ def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limit
         z = torch.complex(x[:, ::2], x[:, 1::2]) * torch.polar(torch.ones(c // 2).double(), place * pace)
         return torch.stack([z.real, z.imag], -1).flatten(-2)
 
-    def through(block, x, place, earlier, gains=(1.0, 1.0), carried=0.0):
+    def through(block, x, place, earlier, gains=(1.0, 1.0)):
         q, k, v = (block.attention.qkv.weight @ (norm(x) * gains[0])).view(3, heads, c)
-        v = v + carried
         q, k = turned(q, place), turned(k, place)
         seen = [*earlier, (k, v)]
         share = torch.stack([(q * k).sum(-1) / math.sqrt(c) for k, _ in seen]).softmax(0)
@@ -83,10 +82,7 @@ def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limit
             before, old, x, kvs = thought, guess, thought + given, []
             for i, block in enumerate(model.core):
                 gains = (1.0, 1.0) if model.gains is None else model.gains[min(r, model.config.rounds - 1)][i]
-                carried = 0.0  # in the first round there is nothing yet
-                if r and model.carry is not None:
-                    carried = shown[-1][0][i][1] * model.carry[min(r, model.config.rounds - 1) - 1][i].view(heads, c)
-                x, kv = through(block, x, place, [rows[min(r, len(rows) - 1)][i] for rows in shown[:-1]], gains, carried)
+                x, kv = through(block, x, place, [rows[min(r, len(rows) - 1)][i] for rows in shown[:-1]], gains)
                 kvs.append(kv)
             shown[-1].append(kvs)
             thought = norm(x)
@@ -113,8 +109,7 @@ def one_by_one(model, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limit
 @pytest.mark.parametrize("prelude, core, gains", [(1, 1, False), (0, 2, True), (2, 3, False)])
 @torch.no_grad()
 def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, core, gains):
-    model = thinker(prelude=prelude, core=core, round_gains=gains, value_residual=gains, rounds=3 if gains else 6)
-    text = ids(1, 20)
+    model, text = thinker(prelude=prelude, core=core, round_gains=gains, rounds=3 if gains else 6), ids(1, 20)
     limits = torch.rand(1, 20, generator=rng(), dtype=torch.float64)[0]
     rule = {"rounds": 6} | RULES[stop]  # with gains, twice as many as were trained
     logits, rounds = one_by_one(model, text[0], stop, **rule, limits=limits)
@@ -127,7 +122,7 @@ def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, c
 
 @torch.no_grad()
 def test_each_round_has_odds_of_its_own():
-    model, text = thinker(core=2, round_gains=True, value_residual=True, rounds=3), ids(1, 20)
+    model, text = thinker(core=2, round_gains=True, rounds=3), ids(1, 20)
     before = model.every_round(text, 5)[1]
     shift = torch.tensor([2.0, -1.0, 0.5, 0.5, 0.5]).double()  # beyond the trained rounds: as the last one
     model.halt_bias += shift[:3]
@@ -140,7 +135,7 @@ def test_each_round_has_odds_of_its_own():
 @pytest.mark.parametrize("stop", RULES)
 @torch.no_grad()
 def test_reading_in_pieces_is_reading_at_once(stop):
-    model, text = thinker(core=2, round_gains=True, value_residual=True), ids(1, 24, seed=1)
+    model, text = thinker(core=2, round_gains=True), ids(1, 24, seed=1)
     whole, memory = model.read(text, stop=stop, generator=rng(), **RULES[stop])
     for sizes in ([1] * 24, [5, 1, 1, 9, 8], [23, 1], [1, 23]):
         for packed in (False, True):
@@ -156,7 +151,7 @@ def test_reading_in_pieces_is_reading_at_once(stop):
 @pytest.mark.parametrize("stop", RULES)
 @torch.no_grad()
 def test_a_batch_is_its_rows_one_by_one(stop):
-    model, text, generator = thinker(core=2, value_residual=True), ids(3, 17, seed=2), rng()
+    model, text, generator = thinker(), ids(3, 17, seed=2), rng()
     whole, memory = model.read(text, packed=True, stop=stop, generator=rng(), **RULES[stop])
     for i in range(3):
         one, state = model.read(text[i : i + 1], packed=True, stop=stop, generator=generator, **RULES[stop])
@@ -167,7 +162,7 @@ def test_a_batch_is_its_rows_one_by_one(stop):
 @pytest.mark.parametrize("stop", RULES)
 @torch.no_grad()
 def test_no_bit_of_the_past_depends_on_the_future(stop):
-    model, text = thinker(core=2, value_residual=True), ids(2, 24)
+    model, text = thinker(), ids(2, 24)
     changed = torch.cat([text[:, :11], (text[:, 11:] + 1) % 65], 1)
     limits = {"generator": rng()}
     before, a = model.read(text, stop=stop, **RULES[stop], **limits)

@@ -12,10 +12,9 @@ that of guessing in random order.
 
 What we do differently: the state is normalised at every round (`settle`), so that it comes to rest and more rounds do no
 harm; every round's prediction is trained, or every late one's; with `round_gains` a block may see each round differently, as
-Bae et al. 2024 (arXiv 2410.20672) relax their shared layers, but by a gain per channel; with `value_residual` the values of
-the first round are carried along, as Zhou et al. 2024 (arXiv 2410.17897) carry those of the first layer; the odds of halting
-also see how unsure the prediction is and how far the state has moved, and learn beside the network without bending it. A
-character that has stopped is frozen: its state, its prediction, and the keys and values that later characters look back at.
+Bae et al. 2024 (arXiv 2410.20672) relax their shared layers, but by a gain per channel; the odds of halting also see how
+unsure the prediction is and how far the state has moved, and learn beside the network without bending it. A character that
+has stopped is frozen: its state, its prediction, and the keys and values that later characters look back at.
 """
 
 import math
@@ -60,7 +59,6 @@ class ThinkerConfig:
     rounds: int = 6
     dropout: float = 0.0
     round_gains: bool = False  # each round has gains of its own (by block and channel, on what attention and MLP see), and odds of its own
-    value_residual: bool = False  # from the second round on, a block's values take along its first ones, weighed by round and channel
     supervision: str = "every"  # whose predictions are trained: every round's, the late ones', the last one's, or as `halting` weighs them
     random_rounds: bool = False  # train with a number of rounds drawn anew for each batch, from half to one and a half times
     prior: float = 0.3  # odds of the geometric prior (PonderNet's lambda_p)
@@ -96,9 +94,6 @@ class Body(LanguageModel):
         if c.round_gains:
             self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))
             self.halt_bias = nn.Parameter(torch.zeros(c.rounds))
-        self.carry = None
-        if c.value_residual and c.rounds > 1:
-            self.carry = nn.Parameter(torch.zeros(c.rounds - 1, c.core, c.width))
         self.settle = make_norm("plain", c.width)
         self.head = nn.Linear(c.width, c.vocabulary, bias=False)
         self.halt_head = nn.Linear(c.width + 2, 1)
@@ -114,12 +109,6 @@ class Body(LanguageModel):
     def gain(self, r: int, i: int) -> Tensor | None:
         """-> (2 d), or None: of round r (from 0) and the core's i-th block. Rounds beyond the trained ones take the last one's."""
         return None if self.gains is None else self.gains[min(r, len(self.gains) - 1), i]
-
-    def carried(self, r: int, i: int, first: Tensor) -> Tensor | None:
-        """(b h t c) -> the same, or None: of the values that block i had in round 1, what it takes along to round r (from 0)."""
-        if self.carry is None or r == 0:
-            return None
-        return first * rearrange(self.carry[min(r, len(self.carry)) - 1, i], "(h c) -> h 1 c", h=self.config.heads)
 
     def odds(self, r: int, thought: Tensor, before: Tensor, logits: Tensor) -> Tensor:
         """Round, (... d) twice, (... v) -> (...): of halting now, from the thought, how far it moved, and how unsure the prediction is."""
@@ -139,12 +128,10 @@ class Body(LanguageModel):
             x, _ = block(x, None, turn)
         given = self.settle(x)
         thought = torch.zeros_like(given) if thought is None else thought
-        first = []  # the values of the first round, by block
         for r in count():
             before, x = thought, thought + given
             for i, block in enumerate(self.core):
-                x, (_, values) = block(x, None, turn, self.gain(r, i), self.carried(r, i, first[i]) if r else None)
-                first += [values] * (r == 0)
+                x, _ = block(x, None, turn, self.gain(r, i))
             thought = self.settle(x)
             logits = self.head(thought)
             yield thought, logits, self.odds(r, thought, before, logits)
@@ -263,11 +250,8 @@ class Thinker(Body, Reader):
             asks = going if packed else torch.ones_like(going)
             x, kvs = (thought + given)[asks] if some else thought + given, []
             for i, (block, kv) in enumerate(zip(self.core, remembered, strict=True)):
-                gain, carried = self.gain(r, i), self.carried(r, i, core[0][i][1][:, :, -t:]) if r else None
-                if some:
-                    x, kv = some_places(block, x, asks, going, frozen(kv, core[-1][i], t), turn, gain, carried)
-                else:
-                    x, kv = block(x, kv, turn, gain, carried)
+                gain = self.gain(r, i)
+                x, kv = some_places(block, x, asks, going, frozen(kv, core[-1][i], t), turn, gain) if some else block(x, kv, turn, gain)
                 kvs.append(kv)
             core.append(kvs)
 
@@ -316,15 +300,13 @@ class _Reading:
         return getattr(self.model, name)
 
 
-def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv, turn: Tensor, gains: Tensor | None, carried: Tensor | None):
+def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[Tensor, Tensor], turn: Tensor, gains: Tensor | None):
     """(n d), (b t) with n True, (b t), k and v (b h s c) -> (n d), k and v: `block` at the places that ask, among the last t.
 
     New keys and values replace the old ones of the places that are `going`; all others are seen as they were.
     """
     attention, (row, place) = block.attention, asks.nonzero(as_tuple=True)
     q, k_new, v_new = (z[0].transpose(0, 1) for z in attention.project(scale(block.norm_attention(x), gains, 0)[None], turn[place]))
-    if carried is not None:
-        v_new = v_new + carried[row, :, place]
     k, v = (old.clone() for old in kv)
     at, fresh = place + k.shape[2] - asks.shape[1], going[asks]
     k[row[fresh], :, at[fresh]], v[row[fresh], :, at[fresh]] = k_new[fresh], v_new[fresh]
