@@ -182,6 +182,7 @@ class Chat(w.VBox):
 
     def _answer(self, reply, wait: bool = False) -> None:
         self.stopping = False
+        self.scene.layout.min_height = "440px"  # a growing text would move Stop from under the pointer, and the click would be lost
         loop = None if wait or _static() else _loop()
         if loop is None:
             for _ in self._write(reply):

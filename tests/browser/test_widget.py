@@ -93,11 +93,13 @@ def test_enter_sends_the_text_grows_and_stop_ends_it(reader, record_property):
     print(f"first text {first:.2f} s after Enter")
     assert first < 10  # 0.5 s is the aim on an idle machine
     assert reader.page.locator(".irann-reader").inner_text().endswith("Who is there, good sir?")
-    sizes = []
+    sizes, places, stop = [], set(), reader.page.locator("button.irann-stop")
     for _ in range(4):
         sizes.append(len(reader.scene.inner_text()))
+        places.add(stop.bounding_box()["y"])
         time.sleep(0.5)
     assert sizes == sorted(set(sizes)), f"the text did not grow: {sizes}"
+    assert len(places) == 1, f"Stop moves away from the pointer: {places}"
     reader.click("stop")
     reader.page.wait_for_selector("button.irann-send:enabled", timeout=5000)
     stopped = reader.scene.inner_text()
