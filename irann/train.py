@@ -71,7 +71,7 @@ class Recipe:
     average: float = 0.0  # keep an exponential average of the weights with this decay; 0: none
     evaluate_every: int = 0  # steps; 0: only at the end
     save_every: int = 0  # steps; 0: with every evaluation
-    precision: str = "float32"  # bfloat16: mixed precision, for GPUs
+    precision: str = "float32"  # bfloat16: mixed precision, for GPUs and for CPUs with bfloat16 units
     compile: bool = False  # torch.compile, for GPUs
     seed: int = 1337
 

@@ -175,6 +175,25 @@ def test_other_precisions_write_and_score(name, kind):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_mixed_precision_loses_little_and_nothing_in_what_is_told(name):
+    told = {}
+    for mixed in (False, True):
+        model = excite(tiny(name), 0.2)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss, parts = model.loss(ids(4, 33))
+        loss.backward()
+        told[mixed] = {"loss": loss.detach()} | parts
+        if name == "diffusion":  # a large factor at little noise
+            x = torch.randn(4, 33, model.config.channels, generator=rng())
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+                told[mixed]["alone"] = model.alone(x, torch.zeros(4, dtype=torch.long)).detach()
+    for part, exactly in told[False].items():
+        assert told[True][part].dtype == torch.float32, part
+        torch.testing.assert_close(told[True][part], exactly, rtol=0.02, atol=2e-3, msg=lambda text, part=part: f"{part}: {text}")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_save_and_load_give_the_same(name, small, tmp_path):
     config, recipe = zoo.recipe(name, "tiny", steps=2)
     model = zoo.build(name, config)

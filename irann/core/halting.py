@@ -41,7 +41,7 @@ def halting_distribution(halt: Tensor) -> Tensor:
 def expected_rounds(p: Tensor) -> Tensor:
     """(... r) -> (...): the mean number of rounds, the sum of r p_r; equal to the sum of the survival odds."""
     _check_rounds("a distribution over rounds", p)
-    return p @ torch.arange(1, p.shape[-1] + 1, dtype=p.dtype, device=p.device)
+    return (p * torch.arange(1, p.shape[-1] + 1, dtype=p.dtype, device=p.device)).sum(-1)
 
 
 def log_geometric(prior: float, rounds: int, *, dtype=torch.float64, device=None) -> Tensor:

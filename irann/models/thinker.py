@@ -116,6 +116,7 @@ class Body(LanguageModel):
             thought, before = thought.detach(), before.detach()
         moved, unsure = distance(thought, before), entropy(logits.detach())
         logit = self.halt_head(torch.cat([thought, moved[..., None], unsure[..., None]], -1)).squeeze(-1)
+        logit = logit.to(self.halt_head.weight)  # mixed precision ends here: odds are multiplied, and their logs taken
         return (logit if self.halt_bias is None else logit + self.halt_bias[min(r, len(self.halt_bias) - 1)]).sigmoid()
 
     def ponder(self, ids: Tensor, thought: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -159,7 +160,7 @@ class Body(LanguageModel):
             loss = (p * nats).sum(-1).mean() + c.prior_weight * kl
         else:
             halt = (p * nats.detach()).sum(-1).mean() + c.prior_weight * kl
-            loss = (nats @ supervised(c.supervision, nats)).mean() + halt - halt.detach()  # its gradient, not its value
+            loss = (nats * supervised(c.supervision, nats)).sum(-1).mean() + halt - halt.detach()  # its gradient, not its value
         return loss, {"rounds": expected_rounds(p).mean().detach(), "prior_kl": kl.detach()}
 
     def draw_rounds(self) -> int:
