@@ -183,7 +183,9 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
 def bench(
     what: Annotated[
         str,
-        typer.Argument(help="scan: the scan against others; all: trained models too; models, thinker, nanogpt: trained side by side"),
+        typer.Argument(
+            help="scan: the scan against others; all: trained models too; models, thinker, thinker-long, nanogpt: trained side by side"
+        ),
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="small sizes, seconds: to see whether it runs")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes; bench-report, or bench-report/quick")] = None,

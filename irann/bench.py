@@ -1,5 +1,5 @@
 """The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models;
-`models`, `thinker` and `nanogpt` train models side by side (races.py).
+`models`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py).
 
 Times are ratios: every round runs all contestants one after the other in the same process, on one thread, and a ratio is
 the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh process's peak. Of the

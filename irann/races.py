@@ -1,10 +1,11 @@
 """Races: models trained side by side on the same text, to see what a design is worth.
 
-| race    | the question                                                                                                   |
-|---------|----------------------------------------------------------------------------------------------------------------|
-| models  | how well do all five learn, with as many parameters, from as many characters, and in as many seconds?           |
-| thinker | what do rounds of two shared blocks buy, beside a plain GPT of as many parameters and one of as many layers?    |
-| nanogpt | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?         |
+| race         | the question                                                                                                   |
+|--------------|----------------------------------------------------------------------------------------------------------------|
+| models       | how well do all five learn, with as many parameters, from as many characters, and in as many seconds?          |
+| thinker      | what do rounds of two shared blocks buy, beside a plain GPT of as many parameters and one of as many layers?   |
+| thinker-long | the same where a model sees all of the text many times, as those that ship do: hours, so best with `--seeds 1` |
+| nanogpt      | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?        |
 
 Within a race and a seed, arms of one window and batch see the very same characters. Losses are over the whole validation
 part, every character once. An arm that was interrupted goes on where it stopped, and an arm that is done is not run again.
@@ -63,18 +64,28 @@ def model_arms(quick: bool) -> dict[str, Arm]:
 
 
 def thinker_arms(quick: bool) -> dict[str, Arm]:
-    """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the thinker passes, in some rounds or all."""
+    """At 0.41 million parameters, beside GPTs as deep as some of its rounds, and as all of them."""
     window, width, some, rounds, steps = (32, 32, 2, 3, 20) if quick else (128, 128, 4, 6, 1200)
     recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012, evaluate_every=steps // 3)
-    plain = GPTConfig.fast(window=window, width=width, heads=2)
-    thinker = ThinkerConfig(window=window, width=width, prelude=0, core=2, rounds=rounds, round_gains=True, supervision="late")
+    return _two_blocks({"window": window, "width": width, "heads": 2}, recipe, rounds, (some, rounds))
+
+
+def long_arms(quick: bool) -> dict[str, Arm]:
+    """At 1.7 million parameters, near those that ship, and eleven passes over the text, so that not size alone is the limit."""
+    sizes = {"window": 32, "width": 32, "heads": 2} if quick else {"window": 256, "width": 264, "heads": 3}
+    steps, some, rounds = (20, 2, 3) if quick else (5500, 4, 6)
+    recipe = Recipe(steps=steps, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.012, average=0.998, precision="bfloat16")
+    recipe = replace(recipe, evaluate_every=steps // 5, save_every=0 if quick else 250)
+    return _two_blocks(sizes | {"dropout": 0.1}, recipe, rounds, (some,))
+
+
+def _two_blocks(sizes: dict, recipe: Recipe, rounds: int, deep: tuple[int, ...]) -> dict[str, Arm]:
+    """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the thinker passes in so many rounds."""
+    plain = GPTConfig.fast(**sizes, layers=2)
+    thinker = ThinkerConfig(**sizes, prelude=0, core=2, rounds=rounds, round_gains=True, supervision="late")
     thinker = replace(thinker, prior=0.5, prior_weight=0.1)  # a round that gains less than some hundredths of a nat is not taken
-    return {
-        "gpt, equal parameters": Arm("gpt", replace(plain, layers=2), recipe),
-        "thinker": Arm("thinker", thinker, recipe, look_at_rounds),
-        f"gpt, as deep as {some} rounds": Arm("gpt", replace(plain, layers=2 * some), recipe),
-        f"gpt, as deep as {rounds} rounds": Arm("gpt", replace(plain, layers=2 * rounds), recipe),
-    }
+    arms = {"gpt, equal parameters": Arm("gpt", plain, recipe), "thinker": Arm("thinker", thinker, recipe, look_at_rounds)}
+    return arms | {f"gpt, as deep as {r} rounds": Arm("gpt", replace(plain, layers=2 * r), recipe) for r in deep}
 
 
 def nanogpt_arms(quick: bool) -> dict[str, Arm]:
@@ -95,7 +106,7 @@ def nanogpt_arms(quick: bool) -> dict[str, Arm]:
     }
 
 
-RACES = {"models": model_arms, "thinker": thinker_arms, "nanogpt": nanogpt_arms}
+RACES = {"models": model_arms, "thinker": thinker_arms, "thinker-long": long_arms, "nanogpt": nanogpt_arms}
 
 
 def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
@@ -210,7 +221,9 @@ def markdown(report: dict) -> str:
         nats, seconds = row["nats"], statistics.median(row["seconds"])
         told = f"{'' if row['exact'] else 'at most '}{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
         page.append(f"| {name} | {row['parameters']:,} | {row['characters']:,} | {told} | {seconds:.0f} |")
-    return "\n".join([*page, "", *{"models": _at_equal_time, "thinker": _gap, "nanogpt": _sooner}[report["race"]](rows)])
+    return "\n".join(
+        [*page, "", *{"models": _at_equal_time, "thinker": _gap, "thinker-long": _gap, "nanogpt": _sooner}[report["race"]](rows)]
+    )
 
 
 def gap(rows: dict) -> dict[str, tuple[list[float], list[float]]]:

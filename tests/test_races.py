@@ -83,9 +83,10 @@ def test_a_row_of_other_settings_is_not_taken_for_done(short, tmp_path, monkeypa
         races.run("nanogpt", seeds=1, quick=True, out=tmp_path)
 
 
-def test_the_race_against_nanogpt(short, tmp_path, capsys):
-    bench.main("nanogpt", quick=True, out=tmp_path, seeds=1)
-    assert "of its time" in capsys.readouterr().out
+@pytest.mark.parametrize(("name", "told"), [("nanogpt", "of its time"), ("thinker-long", "With 2 rounds the thinker closes")])
+def test_every_race_runs_and_tells(name, told, short, tmp_path, capsys):
+    bench.main(name, quick=True, out=tmp_path, seeds=1)
+    assert told in capsys.readouterr().out
 
 
 def test_the_race_of_all_models(short, tmp_path, capsys):
@@ -98,17 +99,21 @@ def test_the_race_of_all_models(short, tmp_path, capsys):
     assert max(sizes) / min(sizes) < 1.1
 
 
-def test_the_arms_are_what_they_are_called(small):
-    arms = races.thinker_arms(quick=False)
+@pytest.mark.parametrize(("race", "deep"), [("thinker", (4, 6)), ("thinker-long", (4,))])
+def test_the_arms_are_what_they_are_called(race, deep, small):
+    arms = races.RACES[race](quick=False)
     sizes = {name: sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for name, arm in arms.items()}
     assert abs(sizes["thinker"] / sizes["gpt, equal parameters"] - 1) < 0.01
     thinker = arms["thinker"].config
-    for rounds in (4, thinker.rounds):
+    assert len(arms) == 2 + len(deep)
+    for rounds in deep:
         assert arms[f"gpt, as deep as {rounds} rounds"].config.layers == thinker.prelude + thinker.core * rounds
     orders = [Trainer(zoo.build(arm.model, arm.config), small, arm.recipe).order for arm in arms.values()]
     seen = [windows(small.train, arm.config.window, arm.recipe.batch, order) for arm, order in zip(arms.values(), orders, strict=True)]
     assert all(torch.equal(ids, seen[0]) for ids in seen)  # the very same characters
 
+
+def test_nanogpts_arm_is_as_it_is_published():
     theirs = races.nanogpt_arms(quick=False)["nanoGPT's recipe"]
     model = zoo.build("gpt", theirs.config)
     assert round((sum(p.numel() for p in model.parameters()) - model.place.weight.numel()) / 1e6, 2) == 0.80  # as nanoGPT prints it
