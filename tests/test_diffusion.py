@@ -83,6 +83,7 @@ def test_clean_places_ignore_the_noise_and_hidden_ones_ignore_the_answer():
     strange[~mask] = 0.5
     wrong[mask] = (wrong[mask] + 1) % 7
     assert torch.equal(model(noisier, tau, wrong, mask, strange)[mask], before[mask])
+    assert torch.equal(model(x, tau, ids, mask), model(x, tau, ids, mask, torch.zeros_like(hint)))
 
 
 def test_neighbours_come_side_by_side():

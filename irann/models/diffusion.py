@@ -116,7 +116,7 @@ class Diffusion(LanguageModel):
         """(b t c), (b), (b t), (b t), (b t v) -> (b t v): logits of every character given all the noisy ones.
 
         `mask` is True where text is to be written; elsewhere `ids` are known and replace the noise. `hint` is an earlier guess,
-        as probabilities; None means none yet.
+        as probabilities; None means none yet, all zeros.
         """
         c, known = self.config, F.one_hot(ids, self.config.vocabulary).to(x.dtype)
         here = mask[..., None]
@@ -126,7 +126,7 @@ class Diffusion(LanguageModel):
         if c.bayes:
             seen.append(torch.where(here, alone.softmax(-1), known) * math.sqrt(c.vocabulary))
         if c.self_condition:
-            seen.append(torch.zeros_like(known) if hint is None else torch.where(here, hint, known) * math.sqrt(c.vocabulary))
+            seen.append(torch.where(here, known.new_zeros(()) if hint is None else hint, known) * math.sqrt(c.vocabulary))
         h = self.look(neighbourhood(torch.cat(seen, -1), c.neighbours))
         h = h + torch.where(here, self.level(waves(self.schedule.at(self.schedule.snr.log(), tau, x))), self.clean)
         h = self.dropout(h)
