@@ -82,8 +82,7 @@ def long_arms(quick: bool) -> dict[str, Arm]:
 def _two_blocks(sizes: dict, recipe: Recipe, rounds: int, deep: tuple[int, ...]) -> dict[str, Arm]:
     """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the thinker passes in so many rounds."""
     plain = GPTConfig.fast(**sizes, layers=2)
-    thinker = ThinkerConfig(**sizes, prelude=0, core=2, rounds=rounds, round_gains=True, supervision="late")
-    thinker = replace(thinker, prior=0.5, prior_weight=0.1)  # a round that gains less than some hundredths of a nat is not taken
+    thinker = ThinkerConfig(**sizes, rounds=rounds, **zoo.DEEP)
     arms = {"gpt, equal parameters": Arm("gpt", plain, recipe), "thinker": Arm("thinker", thinker, recipe, look_at_rounds)}
     return arms | {f"gpt, as deep as {r} rounds": Arm("gpt", replace(plain, layers=2 * r), recipe) for r in deep}
 

@@ -10,6 +10,8 @@ from irann.checkpoint import CheckpointError
 from irann.train import evaluate
 
 NAMES = sorted(zoo.MODELS)
+MADE = dict.fromkeys(NAMES, ("gpu", {}))  # by which recipe, changed how
+MADE["thinker"] = "full", {"steps": 5500, "evaluate_every": 1100, "precision": "bfloat16", "seed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,9 @@ def test_every_model_ships_and_is_small():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_card_tells_how_it_was_made(name):
-    told, model = card(name), zoo.load(name)
-    config, recipe = zoo.recipe(name, "gpu")
-    assert told["command"] == f"irann train {name} --recipe gpu"
+    told, model, (which, changes) = card(name), zoo.load(name), MADE[name]
+    config, recipe = zoo.recipe(name, which, **changes)
+    assert told["command"] == f"irann train {name} --recipe {which}" + "".join(f" --set {key}={value}" for key, value in changes.items())
     assert model.config == config and zoo.Recipe(**told["recipe"]) == recipe and told["seed"] == recipe.seed
     assert told["characters"] == told["step"] * recipe.batch * config.window and told["hardware"] and told["hours"] > 0
     assert told["parameters"] == sum(p.numel() for p in model.parameters()) and told["exact"] == model.exact
