@@ -210,7 +210,8 @@ def lengths(measured: dict, *, ax=None):
         ax.plot(x, [s["median"] for s in speeds], marker="o", color=colour(name), ls="--" if name == "thinker-page" else "-", label=name)
         ax.fill_between(x, [s["low"] for s in speeds], [s["high"] for s in speeds], color=colour(name), alpha=0.15, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="characters in the prompt", ylabel="characters per second", title=f"Replies of {longest}")
-    ax.legend(fontsize=8)
+    ax.set_ylim(top=2.5 * ax.get_ylim()[1])
+    ax.legend(fontsize=8, ncols=3, loc="upper center")  # in the room just made: the curves may go anywhere
     return ax
 
 
