@@ -303,6 +303,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every expected failure is one sentence on stderr and an exit code."""
     try:
         code = app(arguments, standalone_mode=False, prog_name="irann")
+        sys.stdout.flush()  # here a full disk or a reader that left is still met below
         sys.exit(code if isinstance(code, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)

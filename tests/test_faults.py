@@ -434,9 +434,11 @@ def test_a_disk_that_is_really_full(excerpt, tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
-    with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-m", "irann", "data"], stdout=full, stderr=subprocess.PIPE, text=True, env=ENV)
-    assert done.returncode == 1 and done.stderr == "irann: the output cannot be written or read (the disk is full: free some space)\n"
+    for unbuffered in ("", "1"):  # the disk is met when Python ends, or at once
+        env = ENV | {"PYTHONUNBUFFERED": unbuffered}
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-m", "irann", "data"], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+        assert done.returncode == 1 and done.stderr == "irann: the output cannot be written or read (the disk is full: free some space)\n"
     done = subprocess.run([sys.executable, "-m", "irann", "data", "--out", "/dev/null/x"], capture_output=True, text=True, env=ENV)
     assert done.returncode == 1 and done.stderr == "irann: /dev/null/x cannot be written or read (Not a directory)\n"
 
@@ -470,11 +472,14 @@ def test_ctrl_c_while_sampling_keeps_what_was_written(name, tmp_path):
     command += ["--steps", "2"] if name == "diffusion" else []
     with open(tmp_path / "out", "w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=ENV) as writer:
         until = time.monotonic() + 120
-        while (tmp_path / "out").stat().st_size < 100:
-            assert writer.poll() is None and time.monotonic() < until
-            time.sleep(0.05)
-        writer.send_signal(signal.SIGINT)
-        assert writer.wait(60) == 130 and "Traceback" not in writer.stderr.read()
+        try:
+            while (tmp_path / "out").stat().st_size < 100:
+                assert writer.poll() is None and time.monotonic() < until
+                time.sleep(0.05)
+            writer.send_signal(signal.SIGINT)
+            assert writer.wait(60) == 130 and "Traceback" not in writer.stderr.read()
+        finally:
+            writer.kill()
     assert (tmp_path / "out").read_text().startswith("ROMEO:")
 
 
