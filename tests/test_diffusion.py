@@ -328,6 +328,23 @@ def test_temperature_filters_and_clamping_reach_the_text():
     assert entropy(clamp="on") != plain and entropy(eta=0) != plain
 
 
+@pytest.mark.parametrize("dials", [{"temperature": 0}, {"temperature": 0.05}, {"top_k": 1}, {"top_p": 0.01}])
+def test_a_narrow_choice_is_not_taken_for_a_sure_one(dials):
+    """The first guess at a page of noise is the likeliest character everywhere: nothing of it may stay for that."""
+    model = scribe(window=64, page=64)
+    drafts = list(model.generate(torch.zeros(4, 1, dtype=torch.long), 60, steps=12, generator=seeded(), **dials))
+    assert drafts[1].settled == 1 and drafts[1].note["sure"] < 0.9
+    assert (drafts[-1].ids[:, 1:] != drafts[1].ids[:, 1:]).any()
+
+
+def test_hidden_places_are_counted_even_at_the_largest_draw(monkeypatch):
+    """A float just below one, times an even number and cut off, is that number: one more than there are places to begin at."""
+    largest = 1 - 2**-24
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, largest if len(shape) == 3 else 0.0))
+    for places in (17, 33, 48, 257):
+        assert diffusion.cover(3, places).sum(1).min() >= 1
+
+
 def test_a_guide_steers_the_text():
     model = scribe(window=64, page=64)
 

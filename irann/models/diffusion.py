@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ..core import noise
 from ..core.noise import Bound, Schedule
 from ..layers import Block, init_fan_in, make_norm, rotary_table
-from ..lm import SEED, Draft, LanguageModel, Setting, check_length, check_settings, check_sizes, evaluating, filter_logits
+from ..lm import SEED, Draft, LanguageModel, Setting, check_heads, check_length, check_settings, check_sizes, evaluating, filter_logits
 
 BINS = 50  # noise levels are told apart this finely when their loss is remembered
 
@@ -57,8 +57,7 @@ class DiffusionConfig:
         check_sizes(self, "window", "page", "layers", "heads", "width", vocabulary=2, channels=2, neighbours=0, levels=BINS)
         if self.page > self.window:
             raise ValueError(f"a page fits into the window of {self.window} characters; got {self.page}")
-        if self.width % self.heads or self.width // self.heads % 2:
-            raise ValueError(f"width splits into heads of an even number of channels; got {self.width} for {self.heads} heads")
+        check_heads(self.width, self.heads, rotary=True)
 
 
 class Diffusion(LanguageModel):
@@ -390,12 +389,14 @@ class Diffusion(LanguageModel):
     def _denoise(self, ids, mask, dials, generator):
         """One window: from noise to text where `mask` is True, as drafts of the window."""
         ids, mask, normal = ids.clone(), mask.clone(), noise.normal(generator)
-        logits, hint = None, None
+        logits, hint, sure = None, None, None
 
         def denoiser(x, tau):
-            nonlocal logits, hint
+            nonlocal logits, hint, sure
             with evaluating(self):
-                logits = filter_logits(self(x, tau, ids, mask, hint), **dials["odds"])
+                believed = self(x, tau, ids, mask, hint)
+            logits = filter_logits(believed, **dials["odds"])
+            sure = (believed / max(dials["odds"]["temperature"], COLDEST)).softmax(-1).amax(-1)  # a filter makes no guess surer
             hint = logits.softmax(-1)
             if dials["clamp"] == "on":
                 return self.embeddings[logits.argmax(-1)]
@@ -410,7 +411,6 @@ class Diffusion(LanguageModel):
         x = normal(self.embeddings.new_empty(*ids.shape, self.config.channels))
         for tau, x in zip(taus, noise.sample(walker, x, self.schedule, timesteps=taus, eta=dials["eta"], noise=normal), strict=True):  # noqa: B020
             likeliest = logits.argmax(-1)
-            sure = hint.amax(-1)
             last = tau == taus[-1]
             ids = torch.where(mask, likeliest, ids)
             settled = ids.shape[1] if last else leading(~mask | (sure > SURE))
@@ -420,6 +420,7 @@ class Diffusion(LanguageModel):
 
 
 SURE = 0.9999  # a place this sure is taken as known
+COLDEST = 0.5  # the least temperature at which that is judged: colder, any guess looks sure, even the first
 
 
 def leading(true: Tensor) -> int:
@@ -445,7 +446,7 @@ def cover(rows: int, places: int, device=None) -> Tensor:
 
     The first place is never hidden: something must come before the text, if only a newline.
     """
-    a, b = (1 + torch.rand(2, rows, 1, device=device) * (places - 1)).long()
+    a, b = (1 + torch.rand(2, rows, 1, device=device) * (places - 1)).long().clamp(max=places - 1)  # a float just below 1 rounds up
     place = torch.arange(places, device=device)
     kind = torch.rand(rows, 1, device=device)
     after = place >= a
