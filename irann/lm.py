@@ -50,7 +50,8 @@ class Setting:
             return value
         try:
             number = type(self.default)(value)
-            fits = number == float(value) and math.isfinite(number)
+            exact = isinstance(number, int) and isinstance(value, (int, str))  # a float cannot hold all of the large ones
+            fits = (exact or number == float(value)) and math.isfinite(number)
         except (TypeError, ValueError, OverflowError):
             fits = False
         if not fits or (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
@@ -107,6 +108,8 @@ class LanguageModel(nn.Module):
 
     def check_ids(self, ids: Tensor) -> Tensor:
         """-> ids as int64, or a ValueError that says why they are not characters of this model."""
+        if not isinstance(ids, Tensor):
+            raise ValueError(f"ids are a tensor of whole numbers of shape (b, t); got a {type(ids).__name__}")
         if ids.ndim != 2 or ids.is_floating_point():
             raise ValueError(f"ids are whole numbers of shape (b, t); got {ids.dtype} of shape {tuple(ids.shape)}")
         if not torch.compiler.is_compiling() and ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < self.config.vocabulary):
@@ -191,11 +194,22 @@ def check_length(n: int) -> int:
 def check_sizes(config, *names: str, **least: int) -> None:
     """Raise a ValueError for a field of a config below 1, or below its own least, and for a dropout that is not a share. None passes."""
     for name, low in (dict.fromkeys(names, 1) | least).items():
-        if getattr(config, name) is not None and not getattr(config, name) >= low:
-            raise ValueError(f"{name} is a whole number from {low} up; got {getattr(config, name)!r}")
+        value = getattr(config, name)
+        if value is not None and not (isinstance(value, int) and value >= low):
+            raise ValueError(f"{name} is a whole number from {low} up; got {value!r}")
     for name in ("dropout", "attention_dropout"):
         if not 0 <= getattr(config, name, 0.0) <= 1:
             raise ValueError(f"{name} is a number from 0 to 1; got {getattr(config, name)!r}")
+
+
+def check_heads(width: int, heads: int, *, rotary: bool) -> None:
+    """Raise a ValueError for a width that does not split into heads, or, where positions are rotary, into heads of pairs of channels."""
+    if width % heads:
+        raise ValueError(f"a width of {width} cannot be cut into {heads} equal heads")
+    if rotary and width // heads % 2:
+        raise ValueError(
+            f"rotary positions turn channels in pairs; {heads} heads of a width of {width} have {width // heads} channels each"
+        )
 
 
 PIECE = 2048  # a long prompt is read in pieces of this many characters, so that its logits never fill the memory

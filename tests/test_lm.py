@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from irann import lm, zoo
-from irann.lm import Draft, Reader, Setting, filter_logits
+from irann.lm import SEED, Draft, Reader, Setting, filter_logits
 
 
 def logits(v=65, b=6, seed=0):
@@ -68,6 +68,8 @@ def test_setting():
     for wrong in (0, 501, 2.5, "many", float("nan"), None, float("inf")):
         with pytest.raises(ValueError, match="steps is a whole number from 1 to 500; got"):
             steps.check("steps", wrong)
+    for seed in (2**53 + 1, str(2**62), 2**62):  # larger than what a float can tell apart
+        assert SEED.check("seed", seed) == int(seed)
     stop = Setting("odds", "rule", choices=("odds", "fixed"))
     assert stop.check("stop", "fixed") == "fixed"
     with pytest.raises(ValueError, match="stop is one of odds, fixed; got 'never'"):
@@ -155,3 +157,9 @@ def test_sizes_that_cannot_be_are_named(config):
     for dropout in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="dropout is a number from 0 to 1; got"):
             replace(config, dropout=dropout)
+
+
+@pytest.mark.parametrize("name", sorted(zoo.MODELS))
+def test_ids_that_are_no_tensor_are_named(name):
+    with pytest.raises(ValueError, match="ids are a tensor of whole numbers"):
+        zoo.build(name, zoo.recipe(name, "tiny")[0]).surprise([[1, 2, 3]])

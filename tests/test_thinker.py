@@ -385,6 +385,32 @@ def test_orders_steps_and_sureness_of_a_page():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    "how", [{"stop": "odds", "threshold": 0.9}, {"stop": "state", "tolerance": 0.02}, {"stop": "prediction", "tolerance": 0.01}]
+)
+def test_pages_in_a_batch_are_as_one_by_one(how):
+    model, page = thinker(PageThinker, std=0.1, rounds=9), ids(6, 12)
+    page[:, 4:], hidden, rule = model.blank, torch.arange(12).expand(6, 12) >= 4, model.rule(how)
+    thought, logits, taken = model.think(page, hidden, None, None, rule)
+    alone = [model.think(page[i : i + 1], hidden[i : i + 1], None, None, rule) for i in range(6)]
+    torch.testing.assert_close(thought, torch.cat([one[0] for one in alone]), atol=1e-12, rtol=0)
+    torch.testing.assert_close(logits, torch.cat([one[1] for one in alone]), atol=1e-12, rtol=0)
+    rounds = [one[2] for one in alone]
+    assert taken == max(rounds) > min(rounds), rounds  # or there was nothing to wait for
+
+
+def test_no_pages_are_no_trouble():
+    *_, last = thinker(PageThinker).generate(torch.zeros(0, 3, dtype=torch.long), 4)
+    assert last.ids.shape == (0, 7)
+
+
+def test_mixed_precision_reaches_reading_and_looking_inside():
+    model = thinker(std=0.1).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.surprise(ids(2, 9)).isfinite().all()
+    assert not any(v.requires_grad for v in model.inside(ids(1, 9)).values())
+
+
 def test_a_page_stops_thinking_when_all_its_places_rest():
     model, prompt = thinker(PageThinker, std=0.1, rounds=5), ids(1, 5)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import Block, init_fan_in, init_gpt2, make_norm, rotary_table
-from ..lm import Reader, check_sizes
+from ..lm import Reader, check_heads, check_sizes
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class GPTConfig:
             raise ValueError(f"positions is one of learned, rotary; got {self.positions!r}")
         if self.init not in ("gpt2", "fan_in"):
             raise ValueError(f"init is one of gpt2, fan_in; got {self.init!r}")
+        check_heads(self.width, self.heads, rotary=self.positions == "rotary")
 
     @classmethod
     def fast(cls, **sizes) -> "GPTConfig":

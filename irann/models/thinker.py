@@ -35,6 +35,7 @@ from ..lm import (
     LanguageModel,
     Reader,
     Setting,
+    check_heads,
     check_length,
     check_settings,
     check_sizes,
@@ -70,6 +71,7 @@ class ThinkerConfig:
             raise ValueError(f"supervision is one of every, late, last, halting; got {self.supervision!r}")
         if not 0 < self.prior < 1:
             raise ValueError(f"prior is a number between 0 and 1; got {self.prior!r}")
+        check_heads(self.width, self.heads, rotary=True)
 
 
 STOPPING = {
@@ -104,7 +106,7 @@ class Body(LanguageModel):
     def turn(self, start: int, end: int) -> Tensor:
         """-> (t c/2): the rotary table of places start to end."""
         c = self.config
-        return rotary_table(end, c.width // c.heads, self.head.weight.dtype, self.device)[start:end]
+        return rotary_table(max(end, c.window + 1), c.width // c.heads, self.head.weight.dtype, self.device)[start:end]
 
     def gain(self, r: int, i: int) -> Tensor | None:
         """-> (2 d), or None: of round r (from 0) and the core's i-th block. Rounds beyond the trained ones take the last one's."""
@@ -274,6 +276,7 @@ class Thinker(Body, Reader):
     def notes(self, state: Memory) -> dict:
         return {"rounds": state.rounds[:, -1].tolist(), "halted": state.halted[:, -1].tolist()}
 
+    @torch.no_grad()
     def inside(self, ids: Tensor) -> dict[str, Tensor]:
         """(1 t) -> how many rounds each character took, and how its prediction's entropy fell from round to round (r t)."""
         logits, odds, _ = self.every_round(ids)
@@ -329,7 +332,7 @@ def frozen(past, last, t: int):
 
 def scatter(x: Tensor, where: Tensor, new: Tensor) -> Tensor:
     """(b t d), (b t) of bool with n True, (n d) -> (b t d): x with the n rows replaced."""
-    return x.masked_scatter(where[..., None], new)
+    return x.masked_scatter(where[..., None], new.to(x))
 
 
 def at_rest(rule: dict, thought: Tensor, before: Tensor, logits: Tensor, old: Tensor | None, left: Tensor, limit: Tensor) -> Tensor:
@@ -381,7 +384,7 @@ class PageThinker(Body):
         return lots.argsort(1).argsort(1) < k[:, None]
 
     def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Half of the rows keep a clean beginning, like a prompt; half of the batches carry on a thought about a page with more hidden."""
+        """Every other row keeps a clean beginning, like a prompt; half of the batches carry on a thought about a page with more hidden."""
         ids = self.check_ids(ids)
         b, t = ids.shape
         first = torch.where(torch.arange(b, device=ids.device) % 2 == 1, torch.randint(1, t, (b,), device=ids.device), 1)
@@ -409,7 +412,7 @@ class PageThinker(Body):
     def generate(self, prompt, n, *, temperature=1.0, top_k=None, top_p=None, generator=None, **settings) -> Iterator[Draft]:
         """(b t) -> drafts: blanks that are guessed all at once, the guesses to be kept first by `order`; then the next page.
 
-        Guesses that are not kept are shown, unsettled, and hidden again. In each refinement the page thinks until all its
+        Guesses that are not kept are shown, unsettled, and hidden again. In each refinement a page thinks until all its
         hidden places would stop by the rule `stop`. Pages are half a window long.
         """
         rule = self.rule(settings)
@@ -457,19 +460,21 @@ class PageThinker(Body):
                 return
 
     def think(self, ids: Tensor, hidden: Tensor, thought: Tensor | None, generator, rule: dict):
-        """(b t), (b t) of bool, (b t d) -> thought, logits (b t v), rounds taken: until every hidden place is at rest."""
+        """(b t), (b t) of bool, (b t d) -> thought, logits (b t v), rounds taken: each page until all of its hidden places are at rest."""
         left, old = torch.ones(ids.shape, dtype=self.head.weight.dtype, device=ids.device), None
         limit = torch.full_like(left, rule["threshold"])
         if rule["stop"] == "sampled":
             limit = torch.rand(left.shape, generator=generator, dtype=left.dtype, device=left.device)
         before = left.new_zeros(*ids.shape, self.config.width) if thought is None else thought
         rounds = self.ponder(ids, thought)
-        taken, rest = 0, torch.zeros_like(hidden)
-        while taken < rule["rounds"] and not rest[hidden].all():
-            thought, logits, odds = next(rounds)
+        logits, taken, done = None, 0, torch.zeros(len(ids), 1, 1, dtype=torch.bool, device=ids.device)
+        while not taken or (taken < rule["rounds"] and not done.all()):
+            new, guess, odds = next(rounds)
+            thought, logits = (new, guess) if not taken else (torch.where(done, thought, new), torch.where(done, logits, guess))
             left, taken = left * (1 - odds), taken + 1
-            rest = at_rest(rule, thought, before, logits, old, left, limit)
-            before, old = thought, logits
+            rest = at_rest(rule, new, before, guess, old, left, limit)
+            done = done | (rest | ~hidden).all(1)[:, None, None]
+            before, old = new, guess
         return thought, logits, taken
 
 
