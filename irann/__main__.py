@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4
 """
 
 import contextlib
+import functools
 import os
 import shlex
 import sys
@@ -268,19 +269,19 @@ def _processes():
 
 
 def _logger(tool: str | None, run: Path):
-    """-> a function of ticks that writes to the tool. Raises ValueError when it is not installed."""
+    """-> a function of ticks that writes to the tool; it opens it with the first. Raises ValueError when it is not installed."""
     if tool is None:
         return None
     try:
         if tool == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            write = SummaryWriter(run).add_scalar
-            return lambda tick: [write(name, value, tick.step) for name, value in _row(tick).items()]
+            writer = functools.cache(lambda: SummaryWriter(run))
+            return lambda tick: [writer().add_scalar(name, value, tick.step) for name, value in _row(tick).items()]
         import wandb
 
-        session = wandb.init(project="irann", name=run.name, dir=run)
-        return lambda tick: session.log(_row(tick), step=tick.step)
+        session = functools.cache(lambda: wandb.init(project="irann", name=run.name, dir=run))
+        return lambda tick: session().log(_row(tick), step=tick.step)
     except ImportError:
         raise ValueError(f"--log {tool} needs {tool}: pip install 'irann[log]'") from None
 

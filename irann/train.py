@@ -79,15 +79,18 @@ class Recipe:
         least = {"steps": 1, "batch": 1, "accumulate": 1}
         most = {"beta1": 1, "beta2": 1, "momentum": 1, "final_lr": 1, "average": 1}
         choices = {"optimizer": ("adamw", "muon"), "decay": ("linear", "cosine", "none"), "precision": ("float32", "bfloat16")}
-        whole = {f.name for f in dataclasses.fields(self) if f.type is int or f.type == "int"}
+        whole, below = {f.name for f in dataclasses.fields(self) if f.type is int or f.type == "int"}, ("beta1", "beta2")
         for name, value in dataclasses.asdict(self).items():
             low, high = least.get(name, 0), most.get(name, 2**62 if name in whole else math.inf)
             if name in choices:
                 if value not in choices[name]:
                     raise ValueError(f"{name} is one of {', '.join(choices[name])}; got {value!r}")
-            elif not (low <= value <= high and math.isfinite(value) and (name not in whole or value == int(value))):
+            elif not (isinstance(value, int if name in whole else (int, float)) and low <= value <= high and math.isfinite(value)) or (
+                name in below and value == high
+            ):
                 kind = "whole number" if name in whole else "number"
-                raise ValueError(f"{name} is a {kind} from {low} {'up' if high > 1 and not value > high else f'to {high}'}; got {value!r}")
+                top = "up" if high == math.inf else f"to below {high}" if name in below else f"to {high}"
+                raise ValueError(f"{name} is a {kind} from {low} {top}; got {value!r}")
         if self.batch % self.accumulate:
             raise ValueError(f"a batch of {self.batch} cannot be computed in {self.accumulate} equal parts")
 
@@ -161,7 +164,7 @@ def evaluate(model: LanguageModel, text: Text, *, part="val", window: int | None
     nats, squares, count = 0.0, 0.0, 0
     with evaluating(model):
         for page in pages:
-            row = model.surprise(page.to(model.device), generator=generator).double()
+            row = model.surprise(page.to(model.device), generator=generator).cpu().double()  # not every device has doubles
             nats, count = nats + row.sum().item(), count + row.numel()
             squares += ((row.mean(1)) ** 2 * row.shape[1]).sum().item()  # windows weigh by their length
     mean = nats / count
@@ -207,8 +210,8 @@ def train(
 
 
 def _train(model, text, recipe, run, resume, overwrite):
+    trainer = Trainer(model, text, recipe)  # what it refuses must not cost an older run
     with _claimed(run, resume, overwrite), _signals() as (caught, listen):
-        trainer = Trainer(model, text, recipe)
         notes = trainer.resume(run) if run and resume else ()
         metrics = _Metrics(run / "metrics.jsonl", trainer.step) if run and trainer.rank == 0 else None
         saved_at = trainer.step if notes or trainer.step else None
@@ -230,6 +233,7 @@ def _train(model, text, recipe, run, resume, overwrite):
                     saved_at = trainer.step
                     tick = dataclasses.replace(tick, saved=folder)
                 if last:
+                    stop = trainer.agree(caught[0] if caught else 0)  # it may have come while validating, and no step follows
                     trainer.use_average()
                 tick = dataclasses.replace(tick, interrupted=stop, notes=notes, seconds=trainer.seconds)
                 notes = ()
@@ -289,7 +293,7 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.zero_grad(set_to_none=True)
             raise NotFinite(
-                f"at step {self.step} the loss is {loss:g} and the gradient's norm {gradient:g}, learning rate {recipe.lr * rate:g}: "
+                f"at step {self.step + 1} the loss is {loss:g} and the gradient's norm {gradient:g}, learning rate {recipe.lr * rate:g}: "
                 f"stopped before the update; {NOT_FINITE}"
             )
         for optimizer in self.optimizers:
@@ -297,7 +301,7 @@ class Trainer:
                 group["lr"] = group["full_lr"] * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self.step, self.validation = self.step + 1, None
         if self.average:
             decay = min(recipe.average, self.step / (self.step + 10))  # a short memory first, so the start is soon forgotten
             with torch.no_grad():
@@ -332,14 +336,14 @@ class Trainer:
             yield
             return
         raw = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self._put(self.average)
         try:
+            self._put(self.average)
             yield
         finally:
             self._put(raw)
 
     def finite(self) -> bool:
-        return all(bool(w.isfinite().all()) for w in (*self.model.parameters(), *self.average.values()))
+        return all(bool(w.isfinite().all()) for w in (*self.model.state_dict().values(), *self.average.values()))
 
     def check_finite(self, lr: float) -> None:
         """Raises NotFinite before weights that are not finite could be measured or saved: a finite gradient times a huge rate."""
@@ -373,7 +377,8 @@ class Trainer:
             "seconds": self.seconds,
             "validation": self.validation,
             "exact": self.model.exact,
-            "corpus": {"source": self.text.source, "sha256": self.text.sha256},
+            "device": self.device.type,
+            "corpus": {"source": self.text.source, "sha256": self.text.sha256, "training_characters": len(self.text.train)},
         }
 
     def snapshot(self) -> Snapshot:
@@ -417,8 +422,10 @@ class Trainer:
             self.validation = None if saved.config["validation"] is None else float(saved.config["validation"])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{folder} does not fit: {error}") from None
-        for name, here in checkpoint.environment().items():
-            then = (saved.environment or {}).get(name, "unknown")
+        now = checkpoint.environment() | {"device": self.device.type, "processes": self.world}
+        before = {"device": saved.config.get("device"), "processes": sum(name.startswith("cpu.") for name in saved.rng)}
+        for name, here in now.items():
+            then = ((saved.environment or {}) | before).get(name) or "unknown"
             if here != then:
                 warnings.warn(f"{folder} was saved with {name} {then}, here it is {here}: not bitwise from here on", stacklevel=2)
         newer = found[: found.index(folder)] if self.rank == 0 else []
@@ -446,6 +453,11 @@ class Trainer:
                 f"{folder} was trained on another text: {theirs['corpus']['source']}, "
                 f"SHA-256 {theirs['corpus']['sha256'][:12] or 'unknown'}; "
                 f"this one is {self.text.source}, {self.text.sha256[:12] or 'unknown'}"
+            )
+        then, here = theirs["corpus"].get("training_characters", len(self.text.train)), len(self.text.train)
+        if then != here:
+            raise CheckpointError(
+                f"{folder} was trained on the first {then:,} characters, this text has {here:,} to train on: cut it as before"
             )
 
 
@@ -526,16 +538,18 @@ class _Rng:
         return {f"{name}.{rank}": state for rank, one in enumerate(everyone) for name, state in one.items()}
 
     def restore(self, saved: dict[str, Tensor], rank: int) -> None:
-        self.cpu_state = saved[f"cpu.{rank}"]
+        self.cpu_state = saved.get(f"cpu.{rank}", self.cpu_state)  # none of another device's
         if self.cuda:
-            self.cuda_state = saved[f"cuda.{rank}"]
+            self.cuda_state = saved.get(f"cuda.{rank}", self.cuda_state)
 
 
 class _Metrics:
     """metrics.jsonl: one JSON object per step; on resuming, the lines after the checkpoint are dropped."""
 
     def __init__(self, path: Path, step: int):
-        lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step] if path.is_file() and step else []
+        lines = (
+            [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step] if path.is_file() and step else []
+        )
         self.path = path
         with self.writing():
             kept = "".join(line + "\n" for line in lines)
@@ -594,7 +608,7 @@ def _claimed(run: Path | None, resume: bool, overwrite: bool):
             if overwrite:
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
                 (run / "metrics.jsonl").unlink(missing_ok=True)
-            elif checkpoint.listed(run) or (run / "metrics.jsonl").exists():
+            elif checkpoint.listed(run) or ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
                 raise RunError(f"{run} holds another run; resume it (--resume), start it anew (--overwrite) or choose another --run")
         checkpoint.sweep(run)
         try:

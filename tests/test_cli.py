@@ -95,6 +95,8 @@ def test_data_writes_what_it_says(run, tmp_path):
         (["sample", "--steps", "9"], "the model comes first"),
         (["chat", "--length", "9"], "the model comes first"),
         (["chat", "RUN", "--model", "mamba"], "there is no --model here"),
+        (["chat", "RUN", "--self", "3"], "has no setting 'self'"),
+        (["train", "gpt", "--set", "name=3"], "name is nothing that can be set"),
         (["sample", "RUN", "extra"], "what does 'extra' mean here"),
         (["sample", "RUN", "--prompt", "caf\u00e9"], "'\u00e9'"),
     ],
@@ -175,7 +177,7 @@ def test_not_finite_exits_5(run, tmp_path, monkeypatch):
     plain = GPT.loss
     monkeypatch.setattr(GPT, "loss", lambda self, ids: (plain(self, ids)[0] * float("nan"), {}))
     code, _, err = run("train", "gpt", *TINY)
-    assert code == 5 and "irann: at step 0 the loss is nan" in err
+    assert code == 5 and "irann: at step 1 the loss is nan" in err
     assert not checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
 
 

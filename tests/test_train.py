@@ -204,7 +204,7 @@ def test_not_finite_stops_before_the_update(small, tmp_path, where):
         return (loss * math.nan if where == "loss" else loss + (model.embed.weight.sum() * 0).sqrt() * 1.0), parts
 
     model.loss = broken
-    with pytest.raises(NotFinite, match=r"at step 2 the loss is .* gradient's norm nan, learning rate"):
+    with pytest.raises(NotFinite, match=r"at step 3 the loss is .* gradient's norm nan, learning rate"):
         next(stream)
     assert all(torch.equal(weights[n], p) for n, p in model.named_parameters())
     assert checkpoint.newest(tmp_path)[1].config["step"] == 2
@@ -218,6 +218,10 @@ def test_a_run_directory_holds_one_run(small, tmp_path):
     with pytest.raises(RunError, match="holds another run; resume it"):
         list(train(model, small, recipe, run=tmp_path))
     assert list(train(model, small, recipe, run=tmp_path, resume=True)) == []
+    before = checkpoint.listed(tmp_path)
+    with pytest.raises(ValueError, match="beta"):  # what is refused costs nothing
+        list(train(model, small, dataclasses.replace(recipe, beta1=1.0), run=tmp_path, overwrite=True))
+    assert checkpoint.listed(tmp_path) == before
     assert len(list(train(model, small, recipe, run=tmp_path, overwrite=True))) == 2
     with pytest.raises(ValueError, match="exclude"):
         train(model, small, recipe, run=tmp_path, resume=True, overwrite=True)
@@ -249,6 +253,13 @@ def test_resume_refuses_what_does_not_fit_and_names_both(small, tmp_path):
     other = Text(small.train, small.val, small.vocabulary, "another excerpt", "1" * 64)
     message = resume(model, other, recipe)
     assert "000000000000" in message and "another excerpt, 111111111111" in message
+    longer = Text(torch.cat([small.train, small.val]), small.val, small.vocabulary, small.source, small.sha256)
+    assert f"first {len(small.train):,} characters" in resume(model, longer, recipe)
+    longhand = small.vocabulary.decode(small.train)
+    forth, back = (Text.of(page, vocabulary=small.vocabulary) for page in (longhand, longhand[::-1]))  # the same characters
+    list(train(tiny(steps=2)[0], forth, recipe, run=tmp_path / "forth"))
+    with pytest.raises(CheckpointError, match="trained on another text"):
+        list(train(tiny(steps=2)[0], back, recipe, run=tmp_path / "forth", resume=True))
     shuffled = type(small.vocabulary)("".join(chr(200 + i) for i in range(65)))
     assert "knows the characters" in resume(model, Text(small.train, small.val, shuffled, "x", small.sha256), recipe)
 
@@ -273,6 +284,57 @@ def test_another_machine_is_warned_of(small, tmp_path, monkeypatch):
         list(train(model, small, recipe, run=tmp_path, resume=True))
 
 
+def test_a_checkpoint_tells_only_the_loss_it_was_measured_at(small, tmp_path):
+    model, recipe = tiny(steps=9, evaluate_every=2, save_every=1)
+    stream = train(model, small, recipe, run=tmp_path)
+    ticks = [next(stream) for _ in range(3)]
+    stream.close()
+    third, second = checkpoint.listed(tmp_path)[:2]
+    assert checkpoint.validation_of(third) is None and checkpoint.validation_of(second) == ticks[1].validation
+    assert checkpoint.best(tmp_path)[0] == second
+
+
+def test_a_signal_during_the_last_validation_is_passed_on(small, tmp_path, monkeypatch):
+    model, recipe = tiny(steps=2)
+    measure = Trainer.validate
+    monkeypatch.setattr(Trainer, "validate", lambda self: (os.kill(os.getpid(), signal.SIGTERM), measure(self))[1])
+    *_, last = train(model, small, recipe, run=tmp_path)
+    assert last.step == 2 and last.interrupted == signal.SIGTERM and last.saved
+
+
+def test_a_damaged_memory_is_not_saved(small, tmp_path):
+    """What is no parameter counts too: diffusion remembers the loss by noise level."""
+    config, recipe = zoo.recipe("diffusion", "tiny", steps=2)
+    model = zoo.build("diffusion", config)
+    model.unsure[3] = math.nan
+    with pytest.raises(NotFinite, match="not finite"):
+        list(train(model, small, recipe, run=tmp_path))
+    assert not checkpoint.listed(tmp_path)
+
+
+def test_a_run_that_failed_before_its_first_step_is_no_run(small, tmp_path):
+    model, recipe = tiny(steps=1)
+    loss, model.loss = model.loss, lambda ids: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        list(train(model, small, recipe, run=tmp_path))
+    model.loss = loss
+    assert len(list(train(model, small, recipe, run=tmp_path))) == 1
+
+
+def test_another_device_is_warned_of(small, tmp_path, monkeypatch):
+    model, recipe = tiny(steps=2)
+    stream = train(model, small, recipe, run=tmp_path)
+    next(stream)
+    stream.close()
+    described = Trainer.describe
+    monkeypatch.setattr(Trainer, "describe", lambda self: described(self) | {"device": "cuda"})
+    list(train(tiny(steps=2)[0], small, recipe, run=tmp_path / "other"))  # saved as from a GPU
+    (folder,) = checkpoint.listed(tmp_path / "other")
+    assert checkpoint.load(folder).config["device"] == "cuda"
+    with pytest.warns(UserWarning, match="saved with device cuda, here it is cpu"):
+        list(train(tiny(steps=2)[0], small, recipe, run=tmp_path / "other", resume=True))
+
+
 def test_changes_are_made_at_once():
     """Halfway a page of 64 would not fit into a window of 32, and five heads would not divide a width of 192."""
     for changes in ({"window": 32, "page": 16}, {"page": 16, "window": 32}, {"heads": 5, "width": 160}, {"accumulate": "5", "batch": "10"}):
@@ -281,10 +343,19 @@ def test_changes_are_made_at_once():
 
 
 def test_recipes_out_of_range():
-    for name, value in (("steps", 0), ("lr", -1.0), ("lr", math.nan), ("beta1", 1.5), ("clip", math.inf), ("average", 2.0)):
+    for name, value in (
+        ("steps", 0),
+        ("lr", -1.0),
+        ("lr", math.nan),
+        ("beta1", 1.5),
+        ("beta2", 1.0),
+        ("lr", "3e-3"),
+        ("clip", math.inf),
+        ("average", 2.0),
+    ):
         with pytest.raises(ValueError, match=f"{name} is a (whole )?number from"):
             Recipe(**{name: value})
-    for name, value in (("batch", 0), ("steps", 2.5), ("steps", math.inf), ("seed", 2**70)):
+    for name, value in (("batch", 0), ("steps", 2.5), ("steps", math.inf), ("seed", 2**70), ("batch", 2.0)):
         with pytest.raises(ValueError, match=f"{name} is a whole number from"):
             Recipe(**{name: value})
     for name in ("optimizer", "decay", "precision"):
