@@ -30,7 +30,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 @dataclass(frozen=True)
 class Entry:
-    """A model: its class, its config, and by recipe's name a pair of config and recipe; `about` is one line.
+    """A model: its class, its config, and by recipe's name a pair of config and recipe.
 
     Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute), `full` (up to 90 minutes
     of two CPU cores) and `gpu` (minutes of a GPU). The weights that ship were made by `gpu`, the thinker's by a longer `full`.
@@ -38,7 +38,6 @@ class Entry:
 
     model: type[LanguageModel]
     config: type
-    about: str
     recipes: dict[str, tuple[object, Recipe]]
 
 
@@ -50,7 +49,6 @@ MODELS: dict[str, Entry] = {
     "gpt": Entry(
         GPT,
         GPTConfig,
-        "decoder-only Transformer; attention",
         {
             "tiny": (
                 GPTConfig.fast(window=32, layers=2, heads=2, width=32),
@@ -73,7 +71,6 @@ MODELS: dict[str, Entry] = {
     "thinker": Entry(
         Thinker,
         ThinkerConfig,
-        "two shared blocks think in rounds, each character until it is sure",
         {
             "tiny": (
                 ThinkerConfig(window=32, width=32, rounds=3),
@@ -96,7 +93,6 @@ MODELS: dict[str, Entry] = {
     "thinker-page": Entry(
         PageThinker,
         ThinkerConfig,
-        "the same in both directions: a page of guesses, the surest are kept; the likelihood is a bound",
         {
             "tiny": (
                 ThinkerConfig(window=32, width=32, rounds=3),
@@ -119,7 +115,6 @@ MODELS: dict[str, Entry] = {
     "diffusion": Entry(
         Diffusion,
         DiffusionConfig,
-        "text out of noise, a page at once; the likelihood is a bound",
         {
             "tiny": (
                 DiffusionConfig(window=32, page=16, layers=2, heads=2, width=32, channels=8, levels=200),
@@ -142,7 +137,6 @@ MODELS: dict[str, Entry] = {
     "mamba": Entry(
         Mamba,
         MambaConfig,
-        "selective state space; a memory of fixed size",
         {
             "tiny": (
                 MambaConfig.fast(window=32, layers=2, width=32, state=4),
@@ -172,7 +166,7 @@ def entry(name: str) -> Entry:
     return MODELS[name]
 
 
-def recipe(name: str, which: str = "demo", **changes) -> tuple[object, Recipe]:
+def recipe(name: str, which: str = "demo", /, **changes) -> tuple[object, Recipe]:
     """-> config and recipe of a model, with fields of either replaced. Raises ValueError for a name or value that is none.
 
     Values may be strings, as from a command line; they are read as the type of what they replace.
@@ -278,8 +272,15 @@ def ship(model: LanguageModel, name: str, text, *, folder: Path | None = None, *
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
         "sample": {"seed": 1, "temperature": 0.8, "text": model.vocabulary.decode(draft.ids[0, 1:])},
     }
-    (folder / f"{name}.json").write_text(json.dumps(about | card, indent=1) + "\n")
-    return about | card
+    card = about | card
+    card["card_sha256"] = _seal(card)
+    (folder / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
+    return card
+
+
+def _seal(card: dict) -> str:
+    """-> the SHA-256 of a card without its own: what the weights are read by must not change unnoticed either."""
+    return hashlib.sha256(json.dumps({k: v for k, v in card.items() if k != "card_sha256"}, sort_keys=True).encode()).hexdigest()
 
 
 def newest_run(name: str, runs: str | Path = "runs") -> Path:
@@ -287,10 +288,11 @@ def newest_run(name: str, runs: str | Path = "runs") -> Path:
     kind = entry(name).model.__name__
     found = []
     for folder in Path(runs).glob("*"):
-        for saved in checkpoint.listed(folder)[:1]:
+        for saved in checkpoint.listed(folder):
             try:
                 if json.loads((saved / "config.json").read_bytes())["model"] == kind:
                     found.append((saved.stat().st_mtime, folder))
+                break  # the newest that can be read speaks for the run
             except (OSError, ValueError, KeyError, TypeError):
                 continue
     if not found:
@@ -302,7 +304,7 @@ def restore(saved: Snapshot, path: Path) -> LanguageModel:
     """A snapshot -> its model, with averaged weights where it has them. Raises CheckpointError if it cannot be built."""
     kinds = {e.model.__name__: e for e in MODELS.values()}
     kind = saved.config.get("model")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(f"{path} holds a {kind!r}; this irann knows {', '.join(kinds)}")
     weights = dict(saved.model)
     weights |= {name.removeprefix("average."): w for name, w in saved.optimizer.items() if name.startswith("average.")}
@@ -336,9 +338,11 @@ def _load_shipped(name: str) -> LanguageModel:
     path, card_path = WEIGHTS / f"{name}.safetensors", WEIGHTS / f"{name}.json"
     try:
         card = json.loads(card_path.read_bytes())
+        if card["card_sha256"] != _seal(card):
+            raise CheckpointError(f"{card_path} is damaged: its content does not fit its own SHA-256")
         checkpoint.check_file(path, card["sha256"])
         weights = {key: tensor.float() for key, tensor in load_file(path).items()}
         kind = {e.model.__name__: e for e in MODELS.values()}[card["model"]]
-    except (OSError, ValueError, KeyError, CheckpointError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
         raise CheckpointError(f"the weights of {name} that came with this package cannot be used ({error}); install irann again") from None
     return _assemble(kind, card["config"], weights, card["characters_in_order"], card, path)

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from irann import lm, shakespeare, zoo
+from irann import checkpoint, lm, shakespeare, zoo
 from irann.checkpoint import CheckpointError
-from irann.train import evaluate
+from irann.train import evaluate, train
 
 NAMES = sorted(zoo.MODELS)
 MADE = dict.fromkeys(NAMES, ("gpu", {}))  # by which recipe, changed how
@@ -63,6 +63,7 @@ def test_the_sample_can_be_had_again(name):
 
 
 def test_damaged_weights_are_refused(tmp_path, monkeypatch):
+    whole = zoo.WEIGHTS
     for kind in ("safetensors", "json"):
         (tmp_path / f"gpt.{kind}").write_bytes((zoo.WEIGHTS / f"gpt.{kind}").read_bytes())
     broken = bytearray((tmp_path / "gpt.safetensors").read_bytes())
@@ -71,6 +72,23 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     with pytest.raises(CheckpointError, match="install irann again"):
         zoo.load("gpt")
+    (tmp_path / "gpt.safetensors").write_bytes((whole / "gpt.safetensors").read_bytes())
+    card = (whole / "gpt.json").read_text()
+    for wrong in (card.replace('"heads": 3', '"heads": 1'), "[]", "{}", card[:-40]):
+        assert wrong != card
+        (tmp_path / "gpt.json").write_text(wrong)
+        with pytest.raises(CheckpointError, match="install irann again"):
+            zoo.load("gpt")
+
+
+def test_a_run_is_found_by_name_although_its_newest_config_is_damaged(tmp_path, monkeypatch, small):
+    config, recipe = zoo.recipe("gpt", "tiny", steps=4, save_every=2)
+    list(train(zoo.build("gpt", config), small, recipe, run=tmp_path / "runs" / "mine"))
+    (checkpoint.listed(tmp_path / "runs" / "mine")[0] / "config.json").write_text("")
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.warns(UserWarning, match=r"skipped: .*config\.json has 0 bytes"):
+        assert zoo.load("gpt").card["step"] == 2
 
 
 def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):

@@ -1,6 +1,6 @@
 """Noise: spoil a thing step by step, learn what it was, walk back. Diffusion as pure functions of tensors.
 
-Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239); Song et al. 2021, "Denoising
+Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239); Song et al. 2020, "Denoising
 Diffusion Implicit Models" (arXiv 2010.02502); Nichol and Dhariwal 2021 (arXiv 2102.09672) for the cosine schedule; Li et
 al. 2022, "Diffusion-LM" (arXiv 2205.14217) for the sqrt schedule; Kingma et al. 2021 (arXiv 2107.00630) for the bound
 as signal-to-noise lost per step. Where we leave them: everything predicts x0, never eps, and one step serves both
@@ -61,12 +61,14 @@ class Schedule:
     def at(self, table: Tensor, tau: int | Tensor, x: Tensor) -> Tensor:
         """(T), (b) -> (b 1 ...): each row's entry of a table, in x's dtype, shaped to multiply x."""
         tau = torch.as_tensor(tau)
+        if not x.is_floating_point():
+            raise ValueError(f"noise is added to real numbers; got {x.dtype}")
         if tau.is_floating_point() or tau.ndim > 1:
             raise ValueError(f"tau is a whole number or a tensor (b) of them; got {tau.dtype} of shape {tuple(tau.shape)}")
         here = tau.device.type == "cpu"  # to look at numbers elsewhere would keep a GPU waiting; it checks indices itself
         if here and tau.numel() and not (0 <= int(tau.min()) and int(tau.max()) < self.steps):
             raise ValueError(f"noise levels of this schedule are 0..{self.steps - 1}; got {int(tau.min())}..{int(tau.max())}")
-        row = table.to(tau.device)[tau].to(x)
+        row = table.to(x)[tau.to(x.device)]
         return row.reshape(row.shape + (1,) * (x.ndim - row.ndim))
 
     def noise(self, x0: Tensor, tau: int | Tensor, eps: Tensor) -> Tensor:
@@ -128,9 +130,16 @@ def sample(
     `timesteps` is any decreasing list of levels (default: all of them); the last one leads to clean. `noise(x)` gives the eps of
     a step (default: normal, from `generator`). Raises ValueError for a list that does not decrease or an eta outside 0..1.
     """
-    taus = [int(tau) for tau in (range(schedule.steps - 1, -1, -1) if timesteps is None else timesteps)]
-    if not taus or not schedule.steps > taus[0] or taus[-1] < 0 or any(a <= b for a, b in zip(taus, taus[1:], strict=False)):
-        raise ValueError(f"timesteps are decreasing noise levels within {schedule.steps - 1}..0; got {taus}")
+    given = list(range(schedule.steps - 1, -1, -1) if timesteps is None else timesteps)
+    taus = [int(tau) for tau in given]
+    if (
+        not taus
+        or taus != given
+        or not schedule.steps > taus[0]
+        or taus[-1] < 0
+        or any(a <= b for a, b in zip(taus, taus[1:], strict=False))
+    ):
+        raise ValueError(f"timesteps are decreasing noise levels within {schedule.steps - 1}..0; got {given}")
     if not 0 <= eta <= 1:
         raise ValueError(f"eta lies in 0..1; got {eta}")
     return _walk(denoiser, x, schedule.alpha_bar.tolist(), taus, eta, noise or normal(generator))

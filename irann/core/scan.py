@@ -240,7 +240,7 @@ class _Kernel(torch.autograd.Function):
         entry[:, 0] = first
         _call(library.forward, (u, delta, A2, B, C, y, entry), u.shape, lanes)
         ctx.save_for_backward(u, delta, A2, B, C, entry)
-        ctx.e = e
+        ctx.e, ctx.library = e, library
         return y[..., :e], entry[:, -1, :, :e].mT.contiguous()
 
     @staticmethod
@@ -248,7 +248,7 @@ class _Kernel(torch.autograd.Function):
     def backward(ctx, dy, dstate):
         u, delta, A2, B, C, entry = ctx.saved_tensors
         (b, t, width), n, e = u.shape, len(A2), ctx.e
-        library = _kernel(n, u.dtype)
+        library = ctx.library
         parts = _parts(b, width, library.lanes())[0]
         dy, carry = (pad(v, (0, width - e)).clone(memory_format=torch.contiguous_format) for v in (dy, dstate.mT))
         du, ddelta, dA = torch.empty_like(u), torch.empty_like(u), u.new_zeros(b, n, width)
@@ -292,21 +292,29 @@ def _build(n, dtype, compiler):
         name = hashlib.sha256(b"\0".join([source, target, *map(str.encode, options + threads)])).hexdigest()[:20]
         built = cache / f"scan-{name}.so"
         try:
-            try:
-                library = ctypes.CDLL(str(built))
-            except OSError:  # not there yet, or damaged
+            if not _whole(built):
                 cache.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryDirectory(dir=cache) as folder:
                     made = os.path.join(folder, "scan")
                     _run(compiler, *options, *threads, "-fPIC", "-c", "-o", made + ".o", "-x", "c", "-", input=source)
                     _run(compiler, "-shared", made + ".o", "-o", made)  # not linked to OpenMP: it is in the process already
+                    Path(made + ".sha256").write_text(hashlib.sha256(Path(made).read_bytes()).hexdigest())
                     os.replace(made, built)
-                library = ctypes.CDLL(str(built))
+                    os.replace(made + ".sha256", built.with_suffix(".sha256"))
+            library = ctypes.CDLL(str(built))
             library.lanes.restype = library.span.restype = ctypes.c_long
             return library
         except (OSError, subprocess.SubprocessError):  # no OpenMP, or no place to write
             continue
     return None
+
+
+def _whole(built: Path) -> bool:
+    """Is it there, and as it was built? To load a library that was cut off would end the process."""
+    try:
+        return hashlib.sha256(built.read_bytes()).hexdigest() == built.with_suffix(".sha256").read_text()
+    except OSError:
+        return False
 
 
 def _run(*command, input=None):
