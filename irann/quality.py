@@ -19,7 +19,6 @@ class Corpus:
     def __init__(self, text: str):
         self.text = text
         self.words = {word.lower() for word in words(text)}
-        self.trigrams = ngrams(text, 3)
         self.runs = {text[i : i + COPIED] for i in range(len(text) - COPIED + 1)}
         self.symbols = len(set(text))
         self.counts: list[dict[str, Counter]] = []

@@ -168,7 +168,7 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
     met = [line for line in log if "validation" in line]
     row["curves"].append([[line["step"] * each, round(seconds * line["step"] / len(log), 1), line["validation"]] for line in met])
     if arm.look:
-        row["looks"].append(arm.look(zoo.load(folder), text))
+        row["looks"].append(arm.look(model, text))
 
 
 def training_seconds(log: list[dict]) -> float:

@@ -249,6 +249,16 @@ def test_settings_out_of_range_are_named(corpus, name, value, words):
         parrot(corpus, "Ay.").set(name, value)
 
 
+def test_a_model_without_a_vocabulary_is_refused_and_seeds_never_run_out(corpus):
+    with pytest.raises(ValueError, match="no vocabulary yet"):
+        Session(zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]))
+    session = parrot(corpus, "Ay.\n\n")
+    session.set("seed", 2**62)
+    for _ in range(3):
+        finish(session.reply())
+    assert len(session.turns) == 3
+
+
 def test_a_model_that_was_never_trained_says_how(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zoo, "shipped", list)

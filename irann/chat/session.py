@@ -67,7 +67,7 @@ class Look:
 class Session:
     """The turns so far, the settings, and the model that answers."""
 
-    def __init__(self, model: LanguageModel | str | Path, *, device="cpu", say: Callable[[str], None] | None = None, **settings):
+    def __init__(self, model: LanguageModel | str | Path, /, *, device="cpu", say: Callable[[str], None] | None = None, **settings):
         self.turns: list[Turn] = []
         self.reader, self.speaker, self.mode = "ROMEO", "JULIET", "play"
         self.seed: int | None = None
@@ -84,6 +84,8 @@ class Session:
         Raises CheckpointError or ValueError as `zoo.load` does; the old model then stays.
         """
         new = zoo.load(model, device=self.device, say=self.told) if isinstance(model, (str, Path)) else model
+        if getattr(new, "vocabulary", None) is None:
+            raise ValueError("this model has no vocabulary yet: load or train it, or set model.vocabulary")
         self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         self.model, dropped = new, []
         for name, value in list(self.values.items()):
@@ -173,7 +175,7 @@ class Session:
         """
         prompt = self.clean(self.prompt())[0]
         settings = {name: value for name, value in self.values.items() if name != "length"}
-        seed = None if self.seed is None else self.seed + self.asked
+        seed = None if self.seed is None else (self.seed + self.asked) % (SEED.high + 1)
         drafts = stream(self.model, prompt, self.get("length"), seed=seed, **settings)
         self.asked += 1
         return self._follow(drafts, max(1, len(prompt)))  # an empty prompt is read as one newline
