@@ -89,7 +89,8 @@ class Recipe:
                 name in below and value == high
             ):
                 kind = "whole number" if name in whole else "number"
-                top = "up" if high == math.inf else f"to below {high}" if name in below else f"to {high}"
+                much = isinstance(value, (int, float)) and value > high
+                top = f"to below {high}" if name in below else "up" if high > 1 and not much else f"to {high:,}"
                 raise ValueError(f"{name} is a {kind} from {low} {top}; got {value!r}")
         if self.batch % self.accumulate:
             raise ValueError(f"a batch of {self.batch} cannot be computed in {self.accumulate} equal parts")
