@@ -289,14 +289,19 @@ def generate(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | Non
 
 def stream(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None = None, **settings) -> Iterator[Draft]:
     """Text in, drafts out: the same, while it is being written. An empty prompt is read as a newline."""
-    if not isinstance(getattr(model, "vocabulary", None), Vocabulary):
-        raise ValueError("this model has no vocabulary yet: load or train it, or set model.vocabulary")
-    settings = check_settings(model, settings)
+    vocabulary, settings = vocabulary_of(model), check_settings(model, settings)
     generator = None
     if seed is not None:
         generator = torch.Generator(model.device).manual_seed(SEED.check("seed", seed))
-    ids = model.vocabulary.encode(prompt or ("\n" if "\n" in model.vocabulary.characters else model.vocabulary.characters[0]))
+    ids = vocabulary.encode(prompt or ("\n" if "\n" in vocabulary.characters else vocabulary.characters[0]))
     return model.generate(ids[None], n, generator=generator, **settings)
+
+
+def vocabulary_of(model: LanguageModel) -> Vocabulary:
+    """-> the characters that a model knows. Raises ValueError for one that has not been told."""
+    if not isinstance(getattr(model, "vocabulary", None), Vocabulary):
+        raise ValueError("this model has no vocabulary yet: load or train it, or set model.vocabulary")
+    return model.vocabulary
 
 
 def check_settings(model: LanguageModel, settings: dict) -> dict:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import zoo
 from ..checkpoint import CheckpointError
-from ..lm import SAMPLING, LanguageModel, Setting, evaluating, stream
+from ..lm import SAMPLING, LanguageModel, Setting, evaluating, stream, vocabulary_of
 
 LENGTH = Setting(300, "characters in a reply at most", low=1, high=100_000)
 SEED = Setting(0, "the same seed gives the same conversation; none: a new one each time", low=0, high=2**62)
@@ -84,8 +84,7 @@ class Session:
         Raises CheckpointError or ValueError as `zoo.load` does; the old model then stays.
         """
         new = zoo.load(model, device=self.device, say=self.told) if isinstance(model, (str, Path)) else model
-        if getattr(new, "vocabulary", None) is None:
-            raise ValueError("this model has no vocabulary yet: load or train it, or set model.vocabulary")
+        vocabulary_of(new)
         self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         self.model, dropped = new, []
         for name, value in list(self.values.items()):

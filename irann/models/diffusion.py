@@ -29,7 +29,19 @@ from torch.nn import functional as F
 from ..core import noise
 from ..core.noise import Bound, Schedule
 from ..layers import Block, init_fan_in, make_norm, rotary_table
-from ..lm import SEED, Draft, LanguageModel, Setting, check_heads, check_length, check_settings, check_sizes, evaluating, filter_logits
+from ..lm import (
+    SEED,
+    Draft,
+    LanguageModel,
+    Setting,
+    check_heads,
+    check_length,
+    check_settings,
+    check_sizes,
+    evaluating,
+    filter_logits,
+    vocabulary_of,
+)
 
 BINS = 50  # noise levels are told apart this finely when their loss is remembered
 
@@ -362,9 +374,7 @@ class Diffusion(LanguageModel):
 
         Raises ValueError for a text without gaps, a gap sign that is itself a character of the vocabulary, and as `infill` does.
         """
-        vocabulary = getattr(self, "vocabulary", None)
-        if vocabulary is None:
-            raise ValueError("this model has no vocabulary yet: load or train it, or set model.vocabulary")
+        vocabulary = vocabulary_of(self)
         if len(gap) != 1 or gap in vocabulary.characters:
             raise ValueError(f"a gap is one sign that is not among the characters of the vocabulary; got {gap!r}")
         if gap not in text:
