@@ -323,16 +323,13 @@ def test_a_run_that_failed_before_its_first_step_is_no_run(small, tmp_path):
 
 def test_another_device_is_warned_of(small, tmp_path, monkeypatch):
     model, recipe = tiny(steps=2)
-    stream = train(model, small, recipe, run=tmp_path)
-    next(stream)
-    stream.close()
     described = Trainer.describe
     monkeypatch.setattr(Trainer, "describe", lambda self: described(self) | {"device": "cuda"})
-    list(train(tiny(steps=2)[0], small, recipe, run=tmp_path / "other"))  # saved as from a GPU
-    (folder,) = checkpoint.listed(tmp_path / "other")
+    list(train(model, small, recipe, run=tmp_path))  # saved as from a GPU
+    (folder,) = checkpoint.listed(tmp_path)
     assert checkpoint.load(folder).config["device"] == "cuda"
     with pytest.warns(UserWarning, match="saved with device cuda, here it is cpu"):
-        list(train(tiny(steps=2)[0], small, recipe, run=tmp_path / "other", resume=True))
+        list(train(model, small, recipe, run=tmp_path, resume=True))
 
 
 def test_changes_are_made_at_once():

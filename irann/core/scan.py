@@ -312,7 +312,7 @@ def _build(n, dtype, compiler):
 def _whole(built: Path) -> bool:
     """Is it there, and as it was built? To load a library that was cut off would end the process."""
     try:
-        return hashlib.sha256(built.read_bytes()).hexdigest() == built.with_suffix(".sha256").read_text()
+        return hashlib.sha256(built.read_bytes()).hexdigest().encode() == built.with_suffix(".sha256").read_bytes()
     except OSError:
         return False
 
