@@ -1,7 +1,7 @@
 """The command line: irann data | train | sample | chat | eval | bench.
 
 Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4 data not what it should be, 5 loss not finite,
-6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a checkpoint saved.
+6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a checkpoint saved, 141 when nobody reads what training tells.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import typer
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -82,14 +81,13 @@ def train_command(
         say(f"{model}, {size:,} parameters, recipe {recipe}: {plan.steps:,} steps of {plan.batch * config.window:,} characters; {run}")
         logger = _logger(log, run) if rank == 0 else None
         ticks = train(network, text, plan, run=run, resume=resume, overwrite=overwrite)
-        if rank == 0:
-            ticks = progress(ticks, plan.steps, mininterval=0.5)
         tick = None
-        for tick in ticks:
-            for note in tick.notes:
-                say(note)
-            if logger:
-                logger(tick)
+        with contextlib.closing(ticks):  # which saves, whatever fails here
+            for tick in progress(ticks, plan.steps, mininterval=0.5) if rank == 0 else ticks:
+                for note in tick.notes:
+                    say(note)
+                if logger:
+                    logger(tick)
         if tick is None:
             say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
         elif tick.interrupted:
@@ -175,7 +173,7 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
         try:
             text = Text.of(everything, vocabulary=network.vocabulary, source=text.source, sha256=text.sha256)
         except ValueError as error:
-            raise ValueError(f"{error}. If the model was trained on another text, give that with --corpus FILE") from None
+            raise ValueError(f"{error}; if the model was trained on another text, give that with --corpus FILE") from None
     print(evaluate(network, text))
     print(f"windows of {network.config.window} characters that do not overlap, every character once; {text.source}")
 
@@ -185,7 +183,8 @@ def bench(
     what: Annotated[
         str,
         typer.Argument(
-            help="scan: the scan against others; all: trained models too; models, thinker, thinker-long, nanogpt: trained side by side"
+            help="scan: the scan against others; all: trained models too; gpt, thinker-page, diffusion or mamba: that one alone; "
+            "models, thinker, thinker-long, nanogpt: trained side by side"
         ),
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="small sizes, seconds: to see whether it runs")] = False,
@@ -216,7 +215,7 @@ def _extra(arguments: list[str]) -> dict[str, str]:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--") or not (equals or rest):
-            raise ValueError(f"what does {name!r} mean here? A model's own settings are given as --name value")
+            raise ValueError(f"{name!r} means nothing here: a model's own settings are given as --name value")
         extra[name[2:].replace("-", "_")] = value if equals else rest.pop(0)
     return extra
 
@@ -236,7 +235,9 @@ def _corpus(path: Path | None):
     try:
         content = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise shakespeare.CorpusError(f"{path} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x})") from None
+        raise shakespeare.CorpusError(
+            f"{path} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x}): save it as UTF-8"
+        ) from None
     return Text.of(content, source=str(path), sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -303,16 +304,18 @@ def _warn(message: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every expected failure is one sentence on stderr and an exit code."""
     try:
-        code = app(arguments, standalone_mode=False, prog_name="irann")
+        arguments = sys.argv[1:] if arguments is None else arguments
+        code = app(arguments or ["--help"], standalone_mode=False, prog_name="irann")
         sys.stdout.flush()  # here a full disk or a reader that left is still met below
         sys.exit(code if isinstance(code, int) else 0)
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
+    except (BrokenPipeError, SystemExit) as error:
+        if not isinstance(error.__context__ or error, BrokenPipeError):
+            raise
+        # the reader of our output left, as `| head` does, and click may have made an exit of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except SystemExit:
-        raise
+        sys.exit(141 if arguments[:1] == ["train"] else 0)
     except Exception as error:
         code = _code_of(error)
         if code is None:

@@ -7,7 +7,7 @@ A checkpoint is a directory, `checkpoints/step-00000100` of its run:
     rng.safetensors         the state of every random generator that training draws from
     config.json             which model, its config, its recipe, how far it is, the corpus
     vocabulary.json         the characters, in order of id
-    manifest.json           format version, versions, threads, size and SHA-256 of each file; written last
+    manifest.json           format version, versions, threads, processor, size and SHA-256 of each file; written last
 
 It is written under a temporary name, flushed to the disk and renamed, so a kill at any moment leaves the old ones whole.
 Nothing here can execute anything: no pickle, and no name in a file is ever imported.
@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,12 +57,16 @@ class Snapshot:
 
 
 def environment() -> dict:
-    """-> what bitwise resume depends on beside the files: versions and the number of threads."""
+    """-> what bitwise resume depends on beside the files: versions, the number of threads, the processor's instructions, and
+    whether core/scan.c can be had, as far as that shows without building it.
+    """
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "kernel": os.environ.get("IRANN_KERNEL") != "0" and shutil.which(os.environ.get("CC", "cc")) is not None,
     }
 
 
@@ -83,10 +88,13 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
         _fsync(aside)
-        if folder.exists():
-            shutil.rmtree(folder)
+        before = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent)) if folder.exists() else None
+        if before:  # out of the way in no time, and removed when the new one is there
+            os.rename(folder, before / folder.name)
         os.rename(aside, folder)
         _fsync(folder.parent)
+        if before:
+            shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
@@ -110,8 +118,8 @@ def load(folder: Path) -> Snapshot:
     folder = Path(folder)
     if folder.is_file():
         raise CheckpointError(
-            f"{folder} is a file; a checkpoint is a directory of safetensors and JSON with a manifest.json. "
-            "Pickled files (.pt, .pth, .bin) are never opened"
+            f"{folder} is a file; a checkpoint is a directory of safetensors and JSON with a manifest.json, "
+            "and pickled files (.pt, .pth, .bin) are never opened"
         )
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint at {folder}")
@@ -121,17 +129,18 @@ def load(folder: Path) -> Snapshot:
         data[name] = _read(folder / name)
         try:
             size, digest = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
-        except (KeyError, TypeError):
+            told = f"{size:,}"
+        except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{folder / 'manifest.json'} does not list {name}") from None
         if len(data[name]) != size:
-            raise CheckpointError(f"{folder / name} has {len(data[name]):,} bytes, its manifest says {size:,}: it was cut off or padded")
+            raise CheckpointError(f"{folder / name} has {len(data[name]):,} bytes, its manifest says {told}: it was cut off or padded")
         if hashlib.sha256(data[name]).hexdigest() != digest:
             raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in its manifest")
     try:
         tensors = {part: tensors_from_bytes(data[f"{part}.safetensors"]) for part in TENSORS}
         config, characters = json.loads(data["config.json"]), json.loads(data["vocabulary.json"])
         vocabulary = "".join(characters)
-    except (SafetensorError, ValueError, TypeError) as error:
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error})") from None
     if not isinstance(config, dict) or sorted(set(vocabulary)) != characters:  # well hashed, and yet not what `save` writes
         raise CheckpointError(f"{folder} cannot be read (its config or its vocabulary is not one)")
@@ -140,7 +149,8 @@ def load(folder: Path) -> Snapshot:
 
 def listed(run: Path) -> list[Path]:
     """-> the checkpoints of a run, newest first, valid or not."""
-    return sorted((p for p in (Path(run) / "checkpoints").glob("step-*") if p.is_dir()), key=lambda p: p.name, reverse=True)
+    found = [p for p in (Path(run) / "checkpoints").glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
@@ -152,7 +162,7 @@ def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
         except CheckpointError as error:
             skipped.append(str(error))
     reasons = "; ".join(skipped) or "it has none yet"
-    raise CheckpointError(f"no valid checkpoint in {run}: {reasons}")
+    raise CheckpointError(f"no valid checkpoint in {run}: {reasons}; train it anew (--overwrite)")
 
 
 def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
@@ -173,15 +183,20 @@ def validation_of(folder: Path) -> float | None:
     try:
         value = json.loads((folder / "config.json").read_bytes()).get("validation")
         return float(value) if value is not None else None
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return None
 
 
 def tidy(run: Path, keep: int = 2) -> None:
-    """Remove all but the newest `keep` checkpoints and the best by validation loss."""
+    """Remove all but the newest `keep` checkpoints and the best by validation loss; if that is damaged, the next best stays too."""
     folders = listed(run)
+    spared = set(folders[:keep])
     scored = [(value, folder) for folder in folders if (value := validation_of(folder)) is not None]
-    spared = set(folders[:keep]) | ({min(scored)[1]} if scored else set())
+    for _, folder in sorted(scored) if folders[keep:] else ():
+        spared.add(folder)
+        with suppress(CheckpointError):
+            load(folder)
+            break
     for folder in folders:
         if folder not in spared:
             shutil.rmtree(folder, ignore_errors=True)
@@ -236,7 +251,8 @@ def _read_manifest(path: Path) -> dict:
         content.pop("sha256")
         whole = _manifest(content) == data
         version = content["format"]
-    except (ValueError, KeyError, AttributeError, TypeError):
+        content["environment"] = {} | (content.get("environment") or {})
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise CheckpointError(f"{path} is not the manifest of a checkpoint") from None
     if not whole:
         raise CheckpointError(f"{path} is damaged: its content does not fit its own SHA-256")

@@ -57,7 +57,7 @@ def model_arms(quick: bool) -> dict[str, Arm]:
     return {
         "gpt": Arm("gpt", GPTConfig.fast(window=window, layers=4, heads=2, width=width), recipe),
         "mamba": Arm("mamba", MambaConfig.fast(window=window, layers=7, width=width), recipe),
-        "thinker": Arm("thinker", ThinkerConfig(window=window, width=wide, rounds=6), recipe),
+        "thinker": Arm("thinker", ThinkerConfig(window=window, width=wide, rounds=6, **zoo.DEEP), recipe),
         "thinker-page": Arm("thinker-page", ThinkerConfig(window=window, width=wide, rounds=4), recipe),
         "diffusion": Arm("diffusion", page, replace(recipe, average=0.99)),
     }
@@ -160,6 +160,10 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
             print(f"saved in {tick.saved}; the same command goes on from there", file=sys.stderr)
             raise KeyboardInterrupt if tick.interrupted == signal.SIGINT else SystemExit(128 + tick.interrupted)
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not log:
+        raise ValueError(f"{folder} has lost its metrics.jsonl: delete that folder, and the same command trains this arm anew")
+    if log[-1]["step"] < recipe.steps:  # a kill took the last line
+        log.append({"step": recipe.steps, "validation": evaluate(model, text).nats_per_char})
     each = recipe.batch * arm.config.window
     row["parameters"], row["characters"] = sum(p.numel() for p in model.parameters()), recipe.steps * each
     row["exact"], seconds = model.exact, training_seconds(log)

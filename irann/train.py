@@ -8,13 +8,13 @@ A notebook plots the ticks, the command line prints them, a test stops after fiv
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
 import platform
 import shutil
 import signal
-import sys
 import threading
 import time
 import warnings
@@ -39,7 +39,7 @@ class NotFinite(Exception):
     """Loss, gradient or weights became infinite or NaN; training stopped before using or saving them."""
 
 
-NOT_FINITE = "the newest checkpoint is from before. Try a lower lr, a longer warmup or a smaller clip"
+NOT_FINITE = "the newest checkpoint is from before; try a lower lr, a longer warmup or a smaller clip"
 
 
 class RunError(ValueError):
@@ -190,7 +190,8 @@ def train(
     With `run`, a directory, checkpoints and metrics.jsonl are kept there; `resume` goes on from its newest valid
     checkpoint, bitwise as if never stopped; `overwrite` starts it anew. Without `run` nothing is written.
     SIGINT, SIGTERM or SIGHUP (Ctrl-C, an interrupted kernel, a closed terminal): the step ends, a checkpoint is saved and
-    the ticks end, the last one with `interrupted`; a second SIGINT quits at once.
+    the ticks end, the last one with `interrupted`; a second SIGINT quits at once. Whatever else ends the loop between two
+    steps, a checkpoint is saved too.
 
     Raises NotFinite; CheckpointError when the run's checkpoints cannot be used or belong to another model, vocabulary or
     corpus; RunError when the directory holds a run and neither `resume` nor `overwrite` is given; InUse; DiskError.
@@ -201,6 +202,8 @@ def train(
         raise ValueError(f"the text has {len(text.vocabulary)} different characters, the model was made for {model.config.vocabulary}")
     if len(text.train) < model.config.window + 1:
         raise ValueError(f"the training part has {len(text.train):,} characters; one window and its target take {model.config.window + 1}")
+    if not len(text.val):
+        raise ValueError("the validation part is empty: give a longer text, or a smaller share of it to train on")
     world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     if recipe.batch % (world * recipe.accumulate):
         raise ValueError(f"a batch of {recipe.batch} cannot be shared by {world} processes in {recipe.accumulate} parts each")
@@ -211,44 +214,52 @@ def train(
 
 
 def _train(model, text, recipe, run, resume, overwrite):
+    validates = lambda step: step == recipe.steps or (recipe.evaluate_every and step % recipe.evaluate_every == 0)
     trainer = Trainer(model, text, recipe)  # what it refuses must not cost an older run
     with _claimed(run, resume, overwrite), _signals() as (caught, listen):
-        notes = trainer.resume(run) if run and resume else ()
-        metrics = _Metrics(run / "metrics.jsonl", trainer.step) if run and trainer.rank == 0 else None
-        saved_at = trainer.step if notes or trainer.step else None
-        if trainer.step == recipe.steps:  # resumed when there was nothing left to do
-            trainer.use_average()
+        notes, metrics = trainer.resume(run) if run and resume else (), None
+        saved_at = trainer.step
         try:
+            if trainer.step and trainer.validation is None and validates(trainer.step):  # the stop came before it
+                trainer.validate()
+                trainer.save(run)
+            metrics = _Metrics(run / "metrics.jsonl", trainer.step, trainer.validation) if run and trainer.rank == 0 else None
+            if trainer.step == recipe.steps:  # resumed when there was nothing left to do
+                trainer.use_average()
             while trainer.step < recipe.steps:
                 tick = trainer.advance()
                 last = trainer.step == recipe.steps
                 stop = trainer.agree(caught[0] if caught else 0)
-                validate = last or (recipe.evaluate_every and trainer.step % recipe.evaluate_every == 0)
+                validate = validates(trainer.step)
                 due = recipe.save_every and trainer.step % recipe.save_every == 0
                 if validate or due or stop:
                     trainer.check_finite(tick.lr)
                 if validate and (last or not stop):
                     tick = dataclasses.replace(tick, validation=trainer.validate())
+                tick = dataclasses.replace(tick, notes=notes, seconds=trainer.seconds)
+                if metrics:  # before the checkpoint: resuming drops a line too many, and cannot write one that is missing
+                    metrics.write(tick)
                 if run and (validate or due or stop):
-                    folder = trainer.save(run)
+                    tick = dataclasses.replace(tick, saved=trainer.save(run))
                     saved_at = trainer.step
-                    tick = dataclasses.replace(tick, saved=folder)
                 if last:
                     stop = trainer.agree(caught[0] if caught else 0)  # it may have come while validating, and no step follows
                     trainer.use_average()
-                tick = dataclasses.replace(tick, interrupted=stop, notes=notes, seconds=trainer.seconds)
                 notes = ()
-                if metrics:
-                    metrics.write(tick)
-                yield tick
+                yield dataclasses.replace(tick, interrupted=stop)
                 if stop:
                     return
                 listen()  # a kernel takes Ctrl-C back with each new cell
+        except BaseException as error:  # GeneratorExit too: the caller left the loop
+            for note in notes[:-1]:  # why one was skipped, which no tick has told
+                warnings.warn(note, stacklevel=2)
+            whole = not trainer.midstep and trainer.step != saved_at and not isinstance(error, (NotFinite, DiskError))
+            if run and whole and trainer.world == 1 and trainer.finite():
+                if metrics.step < trainer.step:
+                    metrics.write(tick)
+                trainer.save(run)
+            raise
         finally:
-            abandoned = isinstance(sys.exc_info()[1], (GeneratorExit, KeyboardInterrupt))
-            if run and abandoned and trainer.world == 1 and trainer.step and not trainer.midstep and saved_at != trainer.step:
-                if trainer.finite():
-                    trainer.save(run)
             if metrics:
                 metrics.close()
 
@@ -264,6 +275,7 @@ class Trainer:
         self.order = torch.Generator().manual_seed(recipe.seed)  # of the windows; the same in every process
         self.rng = _Rng(recipe.seed + 1 + self.rank, self.device)  # of dropout and noise; each process its own
         self.average = {n: p.detach().clone() for n, p in model.named_parameters()} if recipe.average else {}
+        self.sha256 = text.sha256 or hashlib.sha256(torch.cat([text.train, text.val]).cpu().numpy().tobytes()).hexdigest()
         self.step, self.seconds, self.speed, self.validation, self.midstep = 0, 0.0, 0.0, None, False
         call = _Loss(model)
         if recipe.compile:
@@ -379,7 +391,8 @@ class Trainer:
             "validation": self.validation,
             "exact": self.model.exact,
             "device": self.device.type,
-            "corpus": {"source": self.text.source, "sha256": self.text.sha256, "training_characters": len(self.text.train)},
+            "gpu": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
+            "corpus": {"source": self.text.source, "sha256": self.sha256, "training_characters": len(self.text.train)},
         }
 
     def snapshot(self) -> Snapshot:
@@ -422,13 +435,15 @@ class Trainer:
             self.step, self.seconds = int(saved.config["step"]), float(saved.config["seconds"])
             self.validation = None if saved.config["validation"] is None else float(saved.config["validation"])
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{folder} does not fit: {error}") from None
-        now = checkpoint.environment() | {"device": self.device.type, "processes": self.world}
-        before = {"device": saved.config.get("device"), "processes": sum(name.startswith("cpu.") for name in saved.rng)}
+            raise CheckpointError(f"{folder} does not fit: {' '.join(str(error).split())}") from None
+        now = checkpoint.environment() | _around(self.describe(), self.world)
+        before = (saved.environment or {}) | _around(saved.config, sum(name.startswith("cpu.") for name in saved.rng))
         for name, here in now.items():
-            then = ((saved.environment or {}) | before).get(name) or "unknown"
-            if here != then:
+            then = before.get(name)  # an older irann did not note all of them
+            if None not in (here, then) and here != then:
                 warnings.warn(f"{folder} was saved with {name} {then}, here it is {here}: not bitwise from here on", stacklevel=2)
+        if self.device.type == "mps":
+            warnings.warn(f"{folder} does not keep the random generator of mps: not bitwise from here on", stacklevel=2)
         newer = found[: found.index(folder)] if self.rank == 0 else []
         names = [checkpoint.set_aside(damaged) for damaged in newer]
         notes = [f"skipped, and set aside as {name}: {reason}" for name, reason in zip(names, skipped)]
@@ -439,7 +454,7 @@ class Trainer:
         ours, theirs = self.describe(), saved.config
         if theirs["model"] != ours["model"]:
             raise CheckpointError(f"{folder} holds a {theirs['model']}, not a {ours['model']}")
-        free = ("evaluate_every", "save_every", "compile")  # do not change the path
+        free = ("evaluate_every", "save_every", "compile")  # the first two do not change the path; of the third, `resume` warns
         for what in ("config", "recipe"):
             for name in sorted(ours[what].keys() | theirs[what].keys()):
                 a, b = theirs[what].get(name), ours[what].get(name)
@@ -449,17 +464,22 @@ class Trainer:
                     )
         if saved.vocabulary != self.text.vocabulary.characters:
             raise CheckpointError(f"{folder} knows the characters {saved.vocabulary!r}, this text has {self.text.vocabulary.characters!r}")
-        if theirs["corpus"]["sha256"] != self.text.sha256:
+        if theirs["corpus"]["sha256"] not in (self.sha256, self.text.sha256):  # an older irann noted none where the text has none
             raise CheckpointError(
                 f"{folder} was trained on another text: {theirs['corpus']['source']}, "
                 f"SHA-256 {theirs['corpus']['sha256'][:12] or 'unknown'}; "
-                f"this one is {self.text.source}, {self.text.sha256[:12] or 'unknown'}"
+                f"this one is {self.text.source}, {self.sha256[:12]}"
             )
         then, here = theirs["corpus"].get("training_characters", len(self.text.train)), len(self.text.train)
         if then != here:
             raise CheckpointError(
                 f"{folder} was trained on the first {then:,} characters, this text has {here:,} to train on: cut it as before"
             )
+
+
+def _around(config: dict, processes: int) -> dict:
+    """-> of a checkpoint's config, what bitwise resume depends on beside `checkpoint.environment`."""
+    return {"device": config.get("device"), "gpu": config.get("gpu"), "compile": config["recipe"].get("compile"), "processes": processes}
 
 
 def optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
@@ -545,13 +565,18 @@ class _Rng:
 
 
 class _Metrics:
-    """metrics.jsonl: one JSON object per step; on resuming, the lines after the checkpoint are dropped."""
+    """metrics.jsonl: one JSON object per step; on resuming, the lines after the checkpoint are dropped.
 
-    def __init__(self, path: Path, step: int):
+    The checkpoint's own line is given its `validation`, which may have been measured only now.
+    """
+
+    def __init__(self, path: Path, step: int, validation: float | None = None):
         lines = (
             [line for line in path.read_text(errors="replace").splitlines() if _step_of(line) <= step] if path.is_file() and step else []
         )
-        self.path = path
+        if lines and validation is not None and _step_of(lines[-1]) == step:
+            lines[-1] = json.dumps(json.loads(lines[-1]) | {"validation": validation})
+        self.path, self.step = path, step
         with self.writing():
             kept = "".join(line + "\n" for line in lines)
             aside = path.with_suffix(".new")
@@ -566,6 +591,7 @@ class _Metrics:
             row["validation"] = tick.validation
         with self.writing():
             self.file.write(json.dumps(row) + "\n")
+        self.step = tick.step
 
     @contextmanager
     def writing(self):
@@ -582,7 +608,7 @@ class _Metrics:
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf  # a line that a kill cut off
 
 
@@ -605,14 +631,14 @@ def _claimed(run: Path | None, resume: bool, overwrite: bool):
     except OSError as error:
         raise DiskError(f"the run directory {run} cannot be used ({checkpoint.why(error)})") from None
     try:
-        if not resume:
-            if overwrite:
-                shutil.rmtree(run / "checkpoints", ignore_errors=True)
-                (run / "metrics.jsonl").unlink(missing_ok=True)
-            elif checkpoint.listed(run) or ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size):
-                raise RunError(f"{run} holds another run; resume it (--resume), start it anew (--overwrite) or choose another --run")
-        checkpoint.sweep(run)
         try:
+            if overwrite:
+                if (run / "checkpoints").exists():
+                    shutil.rmtree(run / "checkpoints")
+                (run / "metrics.jsonl").unlink(missing_ok=True)
+            elif not resume and (checkpoint.listed(run) or ((run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size)):
+                raise RunError(f"{run} holds another run; resume it (--resume), start it anew (--overwrite) or choose another --run")
+            checkpoint.sweep(run)
             (run / "owner.txt").write_text(f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         except OSError as error:
             raise DiskError(f"the run directory {run} cannot be written ({checkpoint.why(error)})") from None

@@ -41,8 +41,8 @@ class Entry:
     recipes: dict[str, tuple[object, Recipe]]
 
 
-# the thinker's form that chapter 2 arrives at: all blocks in the core, and a prior that lets no round be taken which gains less than
-# some hundredths of a nat
+# the thinker's form that chapter 2 arrives at: all blocks in the core, and a prior by which a further round should gain
+# 0.07 nats (prior_weight times ln 2) to be as likely as the one before it
 DEEP = {"prelude": 0, "core": 2, "round_gains": True, "supervision": "late", "prior": 0.5, "prior_weight": 0.1}
 
 MODELS: dict[str, Entry] = {
@@ -293,7 +293,7 @@ def newest_run(name: str, runs: str | Path = "runs") -> Path:
                 if json.loads((saved / "config.json").read_bytes())["model"] == kind:
                     found.append((saved.stat().st_mtime, folder))
                 break  # the newest that can be read speaks for the run
-            except (OSError, ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
     if not found:
         raise CheckpointError(f"there are no trained weights for {name} yet; train some with: irann train {name} --recipe demo")
@@ -318,7 +318,7 @@ def _assemble(entry: Entry, config, weights, characters: str, card: dict, path) 
         model = entry.model(entry.config(**fields))
         model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not fit this irann's {entry.model.__name__}: {error}") from None
+        raise CheckpointError(f"{path} does not fit this irann's {entry.model.__name__}: {' '.join(str(error).split())}") from None
     if len(characters) != model.config.vocabulary:
         raise CheckpointError(
             f"{path} has {len(characters)} characters in its vocabulary, its model was made for {model.config.vocabulary}"
@@ -343,6 +343,6 @@ def _load_shipped(name: str) -> LanguageModel:
         checkpoint.check_file(path, card["sha256"])
         weights = {key: tensor.float() for key, tensor in load_file(path).items()}
         kind = {e.model.__name__: e for e in MODELS.values()}[card["model"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, CheckpointError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
         raise CheckpointError(f"the weights of {name} that came with this package cannot be used ({error}); install irann again") from None
     return _assemble(kind, card["config"], weights, card["characters_in_order"], card, path)

@@ -5,6 +5,7 @@ import os
 import pickle
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -69,6 +70,36 @@ def test_another_format_version_is_named(saved):
         checkpoint.load(saved)
 
 
+@pytest.mark.parametrize("size", [None, "12", {}])
+def test_a_size_that_is_no_number_is_refused(saved, size):
+    content = json.loads((saved / "manifest.json").read_bytes())
+    content.pop("sha256")
+    content["files"]["rng.safetensors"]["size"] = size
+    (saved / "manifest.json").write_bytes(checkpoint._manifest(content))
+    with pytest.raises(CheckpointError, match=r"manifest\.json does not list rng\.safetensors"):
+        checkpoint.load(saved)
+
+
+def test_an_environment_that_is_none_is_refused(saved):
+    content = json.loads((saved / "manifest.json").read_bytes())
+    content.pop("sha256")
+    (saved / "manifest.json").write_bytes(checkpoint._manifest(content | {"environment": "x"}))
+    with pytest.raises(CheckpointError, match="is not the manifest of a checkpoint"):
+        checkpoint.load(saved)
+
+
+def test_a_hundred_thousand_brackets_are_refused(saved, monkeypatch):
+    deep = b"[" * 100_000
+    monkeypatch.setattr(checkpoint, "_json", lambda value, plain=checkpoint._json: deep if "step" in value else plain(value))
+    checkpoint.save(saved, snapshot())
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.load(saved)
+    assert checkpoint.validation_of(saved) is None
+    (saved / "manifest.json").write_bytes(deep)
+    with pytest.raises(CheckpointError, match="is not the manifest of a checkpoint"):
+        checkpoint.load(saved)
+
+
 class Trap:
     def __reduce__(self):
         return os.system, ("echo executed > trap",)
@@ -118,6 +149,42 @@ def test_two_newest_and_the_best_are_kept(tmp_path):
     assert checkpoint.best(tmp_path)[0].name == "step-00000002" and checkpoint.newest(tmp_path)[0].name == "step-00000006"
 
 
+def test_only_steps_count_and_by_their_numbers(tmp_path):
+    for name in ("step-9", "step-00000010", "step-100000000", "step-00000012-copy", "step-old", "step-"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [p.name for p in checkpoint.listed(tmp_path)] == ["step-100000000", "step-00000010", "step-9"]
+
+
+def test_a_damaged_best_does_not_push_out_the_next_best(tmp_path):
+    for step, validation in enumerate([2.0, 1.0, 3.0, 3.0, 3.0], start=1):
+        checkpoint.save(tmp_path / "checkpoints" / f"step-{step:08d}", snapshot(step, validation))
+    (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")
+    checkpoint.tidy(tmp_path)
+    assert [int(p.name[5:]) for p in checkpoint.listed(tmp_path)] == [5, 4, 2, 1]
+    assert checkpoint.best(tmp_path)[0].name == "step-00000001"
+
+
+def test_all_that_is_written_is_flushed_to_the_disk(tmp_path, monkeypatch):
+    flushed, sync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (flushed.append(os.fstat(handle)), sync(handle)))
+    saved = checkpoint.save(tmp_path / "checkpoints" / "step-00000001", snapshot())
+    assert sorted(f.st_ino for f in flushed) == sorted(p.stat().st_ino for p in (*saved.iterdir(), saved, saved.parent))
+    assert all(f.st_size or stat.S_ISDIR(f.st_mode) for f in flushed)
+
+
+def test_a_kill_while_one_is_replaced_leaves_one(tmp_path, saved, monkeypatch):
+    remove = shutil.rmtree
+
+    def killed(folder, **options):
+        remove(folder, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(shutil, "rmtree", killed)
+        checkpoint.save(saved, snapshot(1, 1.0))
+    assert checkpoint.newest(tmp_path)[1].config["validation"] == 1.0
+
+
 def test_damaged_ones_are_skipped_and_named(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path / "checkpoints" / f"step-{step:08d}", snapshot(step, 4.0 - step))
@@ -127,7 +194,7 @@ def test_damaged_ones_are_skipped_and_named(tmp_path):
     assert len(skipped) == 1 and "rng.safetensors is missing" in skipped[0]
     assert checkpoint.best(tmp_path)[0].name == "step-00000002"
     shutil.rmtree(tmp_path / "checkpoints")
-    with pytest.raises(CheckpointError, match="no valid checkpoint"):
+    with pytest.raises(CheckpointError, match=r"no valid checkpoint in .*; train it anew \(--overwrite\)"):
         checkpoint.newest(tmp_path)
 
 

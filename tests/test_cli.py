@@ -53,6 +53,10 @@ def test_help_names_every_command(run):
         assert run(command, "--help")[0] == 0
 
 
+def test_without_a_command_there_is_help(run):
+    assert run() == run("--help")
+
+
 def test_the_module_runs_too():
     result = subprocess.run([sys.executable, "-m", "irann", "data"], capture_output=True, text=True, env=ENV, check=True)
     assert "1,003,854 characters to train on, 111,540" in result.stdout
@@ -97,7 +101,7 @@ def test_data_writes_what_it_says(run, tmp_path):
         (["chat", "RUN", "--model", "mamba"], "there is no --model here"),
         (["chat", "RUN", "--self", "3"], "has no setting 'self'"),
         (["train", "gpt", "--set", "name=3"], "name is nothing that can be set"),
-        (["sample", "RUN", "extra"], "what does 'extra' mean here"),
+        (["sample", "RUN", "extra"], "'extra' means nothing here: a model's own settings"),
         (["sample", "RUN", "--prompt", "caf\u00e9"], "'\u00e9'"),
     ],
 )
@@ -116,7 +120,7 @@ def test_corpora_that_are_not_what_they_should_be_exit_4(run, tmp_path):
         (["train", "gpt", "--corpus", tmp_path / "empty.txt"], "empty.txt is empty"),
         (["data", "--corpus", tmp_path / "no.txt"], "cannot be read"),
         (["data", "--corpus", tmp_path / "latin1.txt"], "is not tiny-shakespeare"),
-        (["train", "gpt", "--corpus", tmp_path / "latin1.txt"], "is not UTF-8 text (byte 3 is 0xe9)"),
+        (["train", "gpt", "--corpus", tmp_path / "latin1.txt"], "is not UTF-8 text (byte 3 is 0xe9): save it as UTF-8"),
         (["train", "gpt", "--corpus", tmp_path], "cannot be read"),
     ):
         code, _, err = run(*arguments)
@@ -318,6 +322,26 @@ def test_two_trainers_one_directory_exits_6(tmp_path):
 
 
 def test_a_reader_who_leaves_is_no_error(trained):
-    command = f"{sys.executable} -m irann sample {trained} --length 3000 | head -c 20"
-    result = subprocess.run(command, shell=True, capture_output=True, text=True, env=ENV)
+    command = f"set -o pipefail; {sys.executable} -m irann sample {trained} --length 3000 | head -c 20"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENV)
     assert result.returncode == 0 and result.stderr == ""
+
+
+def test_a_reader_who_leaves_ends_a_training_and_loses_nothing(tmp_path):
+    command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(tmp_path), "--set", "steps=100000"]
+    command += ["--set", "evaluate_every=0"]
+    log, until = tmp_path / "metrics.jsonl", time.monotonic() + 120
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV) as process:
+        while not log.exists() or not log.stat().st_size:
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.05)
+        process.stdout.close()
+        assert process.wait(60) == 141
+    assert checkpoint.newest(tmp_path)[1].config["step"] == log.read_bytes().count(b"\n") > 0
+
+
+def test_what_fails_beside_the_training_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("irann.__main__._logger", lambda *_: lambda tick: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as _held:  # as a debugger holds it, and with it all that was under way
+        main(["train", "gpt", *TINY, "--run", str(tmp_path)])
+    assert checkpoint.newest(tmp_path)[1].config["step"] == 1

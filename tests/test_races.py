@@ -146,6 +146,29 @@ def test_the_look_at_64_gives_no_character_a_longer_past(short):
     assert races.look_at_64(model, short) == {"windows of 64": pytest.approx(want, abs=1e-4)}
 
 
+def test_a_run_that_lost_its_last_line_is_measured_anew(short, tmp_path):
+    arm, row, again = races.model_arms(quick=True)["gpt"], *({"nats": [], "seconds": [], "curves": []} for _ in range(2))
+    arm = replace(arm, recipe=replace(arm.recipe, steps=3, evaluate_every=0))
+    races.run_arm(arm, short, 0, tmp_path, row)
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    races.run_arm(arm, short, 0, tmp_path, again)
+    assert again["nats"] == row["nats"] and again["curves"][0][-1][0] == 3 * 12 * 32
+    log.unlink()
+    with pytest.raises(ValueError, match=r"has lost its metrics\.jsonl: delete that folder"):
+        races.run_arm(arm, short, 0, tmp_path, again)
+
+
+def test_sooner_by_hand():
+    def row(seconds, nats):
+        return {"seconds": seconds, "looks": [{"windows of 64": x} for x in nats]}
+
+    rows = {"nanoGPT's recipe": row([20.0, 30.0], [1.9, 1.8]), "ours, short": row([5.0, 10.0], [1.8, 1.6])}
+    (told,) = races._sooner(rows | {"ours, long": row([30.0, 30.0], [1.5, 1.5])})
+    assert "takes 1/3.5 of its time (3.0 to 4.0) and ends 0.150 nats lower (0.100 to 0.200)" in told
+    assert "takes 1.25 times its time and ends 0.350 nats lower" in told
+
+
 def test_arithmetic_by_hand():
     rows = {"thinker": {"looks": [{"fixed": {"1": 1.55, "2": 1.5}}]}, "gpt, equal parameters": {"nats": [1.6]}}
     told = races.gap(rows | {"gpt, as deep as 2 rounds": {"nats": [1.475]}})

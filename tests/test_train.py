@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from irann import checkpoint, zoo
-from irann.checkpoint import CheckpointError
+from irann.checkpoint import CheckpointError, DiskError, Snapshot
 from irann.muon import Muon, orthogonalise
 from irann.text import Text, Vocabulary
 from irann.train import InUse, NotFinite, Recipe, RunError, Trainer, evaluate, optimizers, progress, train
@@ -85,6 +85,19 @@ def test_evaluate_equals_a_plain_sum_and_disturbs_nothing(small):
     assert score.bits_per_char == pytest.approx(score.nats_per_char / math.log(2)) and "exact" not in str(score)
 
 
+def test_the_standard_error_is_that_of_a_mean_over_windows(corpus):
+    """Windows whose surprise is 1, 2, 3 and 4: a variance of 1.25, and three windows beside the one that fixes the mean."""
+
+    class Stairs(torch.nn.Module):
+        exact, config, device = False, dataclasses.make_dataclass("C", ["window"])(window=5), torch.device("cpu")
+
+        def surprise(self, ids, generator=None):
+            return ids[:, 1:] // 5 + 1.0
+
+    text = Text(torch.tensor([0]), torch.arange(20), corpus.vocabulary)
+    assert evaluate(Stairs(), text, batch=3).standard_error == pytest.approx(math.sqrt(1.25 / 3))
+
+
 def test_accumulation_gives_the_same_gradient(small):
     one, recipe = tiny(batch=8, clip=0)
     four, _ = tiny()
@@ -132,6 +145,27 @@ def test_averaged_weights_are_what_is_measured_and_loaded(small, tmp_path):
     assert any(not torch.equal(raw[name], p) for name, p in model.state_dict().items())
 
 
+def test_the_average_by_hand(small):
+    model, recipe = tiny(average=0.3)
+    trainer = Trainer(model, small, recipe)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for step in range(1, 7):
+        trainer.advance()
+        decay = min(0.3, step / (step + 10))
+        expected = {n: decay * expected[n] + (1 - decay) * p.detach() for n, p in model.named_parameters()}
+    for name, p in trainer.average.items():
+        torch.testing.assert_close(p, expected[name])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_is_that_of_the_recipe(small, monkeypatch, precision):
+    model, recipe = tiny(precision=precision)
+    loss, mixed = model.loss, []
+    monkeypatch.setattr(model, "loss", lambda ids: (mixed.append(torch.is_autocast_enabled("cpu")), loss(ids))[1])
+    Trainer(model, small, recipe).advance()
+    assert mixed == [precision == "bfloat16"]
+
+
 def test_sigint_ends_the_step_and_saves(small, tmp_path):
     model, recipe = tiny(steps=50)
     before = signal.getsignal(signal.SIGINT)
@@ -171,6 +205,66 @@ def test_another_vocabulary_of_the_same_size_is_refused(small):
     for work in (lambda: evaluate(model, other), lambda: list(train(model, other, recipe))):
         with pytest.raises(ValueError, match=r"not those that the model was trained on: .* vocabulary=model.vocabulary"):
             work()
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(small):
+    """As under nohup."""
+    model, recipe = tiny(steps=3)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        ticks = [(tick, os.kill(os.getpid(), signal.SIGHUP))[0] for tick in train(model, small, recipe)]
+        assert len(ticks) == 3 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("by", ["a signal", "a fault"])
+def test_a_validation_that_was_cut_off_is_made_up_for(small, tmp_path, monkeypatch, by):
+    def run(name, **options):
+        model, recipe = tiny(steps=6, evaluate_every=2)
+        return train(model, small, recipe, run=tmp_path / name, **options)
+
+    def told(name):
+        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [(row["step"], row["loss"], row.get("validation")) for row in rows]
+
+    list(run("straight"))
+    stream = run("cut")
+    next(stream)
+    if by == "a signal":
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert next(stream).interrupted == signal.SIGTERM
+    else:
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(Trainer, "validate", lambda self: 1 / 0)
+            next(stream)
+    stopped = checkpoint.newest(tmp_path / "cut")[0]
+    assert stopped.name == "step-00000002" and checkpoint.validation_of(stopped) is None and len(told("cut")) == 2
+    stream = run("cut", resume=True)
+    next(stream)
+    assert checkpoint.validation_of(stopped) == told("straight")[1][2]
+    list(stream)
+    assert told("cut") == told("straight")
+    assert [checkpoint.validation_of(p) for p in checkpoint.listed(tmp_path / "cut")] == [
+        checkpoint.validation_of(p) for p in checkpoint.listed(tmp_path / "straight")
+    ]
+
+
+def test_a_step_is_told_before_it_is_saved(small, tmp_path, monkeypatch):
+    """A kill between the two would leave a run that is done, and its last line missing."""
+    model, recipe = tiny(steps=4, save_every=2)
+    stream = train(model, small, recipe, run=tmp_path)
+    next(stream), next(stream), next(stream)
+
+    def full(folder, snapshot):
+        raise DiskError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError):
+        patch.setattr(checkpoint, "save", full)
+        next(stream)
+    assert "validation" in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[3])
+    assert [tick.step for tick in train(tiny()[0], small, recipe, run=tmp_path, resume=True)] == [3, 4]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_second_sigint_quits_at_once(small):
@@ -227,6 +321,13 @@ def test_a_run_directory_holds_one_run(small, tmp_path):
         train(model, small, recipe, run=tmp_path, resume=True, overwrite=True)
 
 
+def test_a_run_that_cannot_be_removed_is_not_begun_anew(small, tmp_path):
+    model, recipe = tiny(steps=2)
+    (tmp_path / "checkpoints").write_text("a file, which no folder can replace")
+    with pytest.raises(DiskError, match=r"run directory .* cannot be written \(Not a directory\)"):
+        next(train(model, small, recipe, run=tmp_path, overwrite=True))
+
+
 def test_two_trainers_one_directory(small, tmp_path):
     model, recipe = tiny(steps=3)
     first = train(model, small, recipe, run=tmp_path)
@@ -255,6 +356,11 @@ def test_resume_refuses_what_does_not_fit_and_names_both(small, tmp_path):
     assert "000000000000" in message and "another excerpt, 111111111111" in message
     longer = Text(torch.cat([small.train, small.val]), small.val, small.vocabulary, small.source, small.sha256)
     assert f"first {len(small.train):,} characters" in resume(model, longer, recipe)
+    forth, back = (Text(ids, small.val, small.vocabulary) for ids in (small.train, small.train.flip(0)))  # no hash, equal lengths
+    list(train(tiny(steps=2)[0], forth, recipe, run=tmp_path / "ids"))
+    assert list(train(tiny(steps=2)[0], forth, recipe, run=tmp_path / "ids", resume=True)) == []
+    with pytest.raises(CheckpointError, match="trained on another text"):
+        list(train(tiny(steps=2)[0], back, recipe, run=tmp_path / "ids", resume=True))
     longhand = small.vocabulary.decode(small.train)
     forth, back = (Text.of(page, vocabulary=small.vocabulary) for page in (longhand, longhand[::-1]))  # the same characters
     list(train(tiny(steps=2)[0], forth, recipe, run=tmp_path / "forth"))
@@ -274,14 +380,78 @@ def test_resume_falls_back_and_says_so(small, tmp_path):
     assert "model.safetensors has" in ticks[0].notes[0] and "step-00000004" in ticks[0].notes[1]
 
 
-def test_another_machine_is_warned_of(small, tmp_path, monkeypatch):
-    model, recipe = tiny(steps=4)
+def test_why_one_was_skipped_is_told_although_no_step_follows(small, tmp_path):
+    model, recipe = tiny(steps=6, save_every=2)
+    list(train(model, small, recipe, run=tmp_path))
+    (checkpoint.listed(tmp_path)[0] / "rng.safetensors").unlink()
+    model.loss = lambda ids: 1 / 0
+    with pytest.warns(UserWarning, match=r"set aside as skipped-step-00000006: .*rng\.safetensors is missing"):
+        with pytest.raises(ZeroDivisionError):
+            next(train(model, small, recipe, run=tmp_path, resume=True))
+
+
+@pytest.mark.parametrize(
+    "name, what, value",
+    [
+        ("python", "platform.python_version", lambda: "2.7"),
+        ("torch", "torch.__version__", "1.0"),
+        ("threads", "torch.get_num_threads", lambda: 64),
+        ("machine", "platform.machine", lambda: "an abacus"),
+        ("cpu", "torch.backends.cpu.get_cpu_capability", lambda: "beads"),
+        ("kernel", "os.environ", os.environ | {"IRANN_KERNEL": "0"}),
+        ("gpu", None, None),
+        ("compile", None, None),
+    ],
+)
+def test_another_machine_is_warned_of(small, tmp_path, monkeypatch, name, what, value):
+    model, recipe = tiny(steps=2)
+    describe, gpu = Trainer.describe, "a slate"
+    monkeypatch.setattr(Trainer, "describe", lambda self: describe(self) | {"gpu": gpu})
+    monkeypatch.setattr(torch, "compile", lambda call: call)
+    monkeypatch.setitem(os.environ, "IRANN_KERNEL", "1")
+    monkeypatch.setitem(os.environ, "CC", sys.executable)  # anything that is there
     stream = train(model, small, recipe, run=tmp_path)
     next(stream)
     stream.close()
-    monkeypatch.setattr(torch, "__version__", "1.0")
-    with pytest.warns(UserWarning, match=r"saved with torch .*, here it is 1\.0"):
+    if what:
+        monkeypatch.setattr(what, value)
+    elif name == "gpu":
+        gpu = "an abacus"
+    else:
+        recipe = dataclasses.replace(recipe, compile=True)
+    with pytest.warns(UserWarning, match=f"saved with {name} .*, here it is .*: not bitwise") as told:
         list(train(model, small, recipe, run=tmp_path, resume=True))
+    assert len(told) == 1
+
+
+def test_what_an_older_checkpoint_did_not_note_is_no_difference(small, tmp_path, recwarn):
+    model, recipe = tiny(steps=1)
+    *_, tick = train(model, small, recipe, run=tmp_path)
+    content = json.loads((tick.saved / "manifest.json").read_bytes()) | {"environment": {"torch": torch.__version__}}
+    content.pop("sha256")
+    (tick.saved / "manifest.json").write_bytes(checkpoint._manifest(content))
+    assert list(train(model, small, recipe, run=tmp_path, resume=True)) == [] and not recwarn.list
+
+
+def test_resuming_on_mps_is_said_not_to_be_bitwise(small, tmp_path):
+    model, recipe = tiny(steps=1)
+    list(train(model, small, recipe, run=tmp_path))
+    trainer = Trainer(model, small, recipe)
+    trainer.device = torch.device("mps")
+    with pytest.warns(UserWarning, match="generator of mps: not bitwise"), pytest.warns(UserWarning, match="device cpu, here it is mps"):
+        trainer.resume(tmp_path)
+
+
+def test_weights_that_do_not_fit_are_one_line(small, tmp_path):
+    model, recipe = tiny(steps=1)
+    *_, tick = train(model, small, recipe, run=tmp_path)
+    loaded = checkpoint.load(tick.saved)
+    weights = {name: tensor for name, tensor in loaded.model.items() if not name.startswith("blocks.0")}
+    checkpoint.save(tick.saved, Snapshot(**vars(loaded) | {"model": weights}))
+    for work in (lambda: list(train(model, small, recipe, run=tmp_path, resume=True)), lambda: zoo.load(tmp_path)):
+        with pytest.raises(CheckpointError, match="does not fit.*Missing key") as caught:
+            work()
+        assert "\n" not in str(caught.value)
 
 
 def test_a_checkpoint_tells_only_the_loss_it_was_measured_at(small, tmp_path):
@@ -323,9 +493,10 @@ def test_a_run_that_failed_before_its_first_step_is_no_run(small, tmp_path):
 
 def test_another_device_is_warned_of(small, tmp_path, monkeypatch):
     model, recipe = tiny(steps=2)
-    described = Trainer.describe
-    monkeypatch.setattr(Trainer, "describe", lambda self: described(self) | {"device": "cuda"})
-    list(train(model, small, recipe, run=tmp_path))  # saved as from a GPU
+    describe = Trainer.describe
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "describe", lambda self: describe(self) | {"device": "cuda"})
+        list(train(model, small, recipe, run=tmp_path))  # saved as from a GPU
     (folder,) = checkpoint.listed(tmp_path)
     assert checkpoint.load(folder).config["device"] == "cuda"
     with pytest.warns(UserWarning, match="saved with device cuda, here it is cpu"):
@@ -368,6 +539,8 @@ def test_texts_that_do_not_fit(small):
         train(model, Text.of("abc" * 100), recipe)
     with pytest.raises(ValueError, match="training part has 20 characters"):
         train(model, Text(small.train[:20], small.val, small.vocabulary), recipe)
+    with pytest.raises(ValueError, match="validation part is empty"):
+        train(model, Text(small.train, small.val[:0], small.vocabulary), recipe)
 
 
 def test_orthogonalise_brings_singular_values_near_one():
@@ -381,18 +554,22 @@ def test_orthogonalise_brings_singular_values_near_one():
         assert cosine.min() > 0.95
 
 
-def test_muon_by_hand():
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
+def test_muon_by_hand(shape):
     generator = torch.Generator().manual_seed(0)
-    w = torch.nn.Parameter(torch.randn(6, 4, generator=generator))
+    w = torch.nn.Parameter(torch.randn(shape, generator=generator))
     stacked = torch.nn.Parameter(torch.cat([w.detach(), w.detach()]))
-    grad = torch.randn(6, 4, generator=generator)
-    w.grad, stacked.grad = grad, torch.cat([grad, grad])
-    before = w.detach().clone()
-    Muon([{"params": [w]}, {"params": [stacked], "stacked": 2}], lr=0.1, momentum=0.9, weight_decay=0.5).step()
-    update = 0.1 * grad * 0.9 + 0.1 * grad  # Nesterov: momentum looks one step ahead
-    expected = before * (1 - 0.1 * 0.5) - 0.1 * 0.2 * math.sqrt(6) * orthogonalise(update[None])[0]
-    torch.testing.assert_close(w.detach(), expected)
-    torch.testing.assert_close(stacked.detach(), torch.cat([expected, expected]))
+    muon = Muon([{"params": [w]}, {"params": [stacked], "stacked": 2}], lr=0.1, momentum=0.9, weight_decay=0.5)
+    expected, momentum = w.detach().clone(), torch.zeros(shape)
+    for _ in range(2):
+        grad = torch.randn(shape, generator=generator)
+        w.grad, stacked.grad = grad, torch.cat([grad, grad])
+        muon.step()
+        momentum = 0.9 * momentum + 0.1 * grad
+        update = 0.9 * momentum + 0.1 * grad  # Nesterov: momentum looks one step ahead
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * math.sqrt(6) * orthogonalise(update[None])[0]
+        torch.testing.assert_close(w.detach(), expected)
+        torch.testing.assert_close(stacked.detach(), torch.cat([expected, expected]))
 
 
 def test_which_parameter_goes_where(small):
@@ -407,8 +584,22 @@ def test_which_parameter_goes_where(small):
     assert decays == {id(p) for p in plain.parameters() if p.ndim >= 2}
 
 
+def test_what_the_recipe_says_arrives_in_the_optimizers():
+    recipe = Recipe(optimizer="muon", lr=0.1, beta1=0.7, beta2=0.8, muon_lr=0.2, momentum=0.6, weight_decay=0.3)
+    for name, spared in (("mamba", "log_A"), ("diffusion", "points")):
+        model = zoo.build(name, zoo.recipe(name, "tiny")[0])
+        adam, muon = optimizers(model, recipe)
+        without = {id(p) for group in adam.param_groups if not group["weight_decay"] for p in group["params"]}
+        matrices = {n: p for n, p in model.named_parameters() if n.split(".")[-1] == spared or spared in n.split(".")}
+        assert matrices and all(p.ndim == 2 and id(p) in without for p in matrices.values())
+        assert {group["weight_decay"] for group in adam.param_groups} == {0.3, 0.0}
+        assert all(group["betas"] == (0.7, 0.8) and group["lr"] == 0.1 for group in adam.param_groups)
+        assert all((g["momentum"], g["weight_decay"], g["lr"]) == (0.6, 0.3, 0.2) for g in muon.param_groups)
+
+
 TWO = """
 import sys, torch, torch.distributed as dist
+from pathlib import Path
 from irann import zoo, shakespeare
 from irann.train import Trainer
 from irann.text import Text
@@ -422,12 +613,23 @@ for _ in range(2):
 if dist.get_rank() == 0:
     from safetensors.torch import save_file
     save_file(trainer.model.state_dict(), sys.argv[1])
+dice = [None, None]
+dist.all_gather_object(dice, trainer.rng.cpu_state)
+assert not torch.equal(*dice)  # each draws its own
+run = Path(sys.argv[1]).parent
+trainer.save(run)
+dist.barrier()
+again = Trainer(zoo.build("gpt", config, seed=1), text, recipe)
+again.resume(run)
+assert torch.equal(again.rng.cpu_state, dice[dist.get_rank()])
+assert trainer.advance().loss == again.advance().loss
+assert all(torch.equal(a, b) for a, b in zip(trainer.model.parameters(), again.model.parameters()))
 dist.destroy_process_group()
 """
 
 
 def test_two_processes_train_as_one(tmp_path, small):
-    """torchrun with two gloo processes: after two steps the weights are those of one process with the whole batch."""
+    """torchrun with two gloo processes: after two steps the weights are those of one process with the whole batch; resumed, they go on."""
     from safetensors.torch import load_file
 
     script = tmp_path / "two.py"
@@ -441,7 +643,8 @@ def test_two_processes_train_as_one(tmp_path, small):
         str(script),
         str(tmp_path / "out.safetensors"),
     ]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
     model, recipe = tiny(batch=8, accumulate=2, clip=0)
     trainer = Trainer(model, small, recipe)
     trainer.advance(), trainer.advance()

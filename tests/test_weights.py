@@ -1,6 +1,8 @@
 """The weights that ship are what their cards say."""
 
 import json
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,6 +91,21 @@ def test_a_run_is_found_by_name_although_its_newest_config_is_damaged(tmp_path, 
     monkeypatch.chdir(tmp_path)
     with pytest.warns(UserWarning, match=r"skipped: .*config\.json has 0 bytes"):
         assert zoo.load("gpt").card["step"] == 2
+
+
+def test_of_a_run_the_best_is_loaded_and_not_the_newest(tmp_path, small):
+    config, recipe = zoo.recipe("gpt", "tiny", steps=4, evaluate_every=2)
+    *_, tick = train(zoo.build("gpt", config), small, recipe, run=tmp_path)
+    newest = checkpoint.load(tick.saved)
+    checkpoint.save(tick.saved, replace(newest, config=newest.config | {"validation": 9.0}))
+    assert zoo.load(tmp_path).card["step"] == 2
+
+
+def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
+    for age, name in enumerate(("b", "c", "a")):
+        saved = checkpoint.Snapshot({}, {}, {}, {"model": "GPT"}, "ab")
+        os.utime(checkpoint.save(tmp_path / name / "checkpoints" / "step-00000001", saved), (100 - age, 100 - age))
+    assert zoo.newest_run("gpt", tmp_path).name == "b"
 
 
 def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):
