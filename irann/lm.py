@@ -24,7 +24,8 @@ class Draft:
     """One frame of writing: the prompt and everything proposed so far.
 
     `ids` (b t); the first `settled` characters will not change again; `note` is a small dict to show beside the text.
-    The answer is the last draft.
+    `generate` begins with the prompt. Left to right, every later frame is one character longer. Where a page is written at
+    once, it holds the text up to the end of the page in hand, as that page stands. The last frame is the answer, all settled.
     """
 
     ids: Tensor
@@ -183,7 +184,8 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int | None
 
 def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """(b v) -> (b): one character per row, drawn from the softmax of the logits."""
-    return torch.multinomial(logits.float().softmax(-1), 1, generator=generator).squeeze(-1)
+    odds = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
+    return torch.multinomial(odds, 1, generator=generator).squeeze(-1)
 
 
 def check_length(n: int) -> int:
@@ -273,7 +275,8 @@ def generate(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | Non
     """Text in, text out: the prompt and `n` more characters by a model that has its `vocabulary`.
 
     `settings` are temperature, top_k, top_p and what the model itself offers. With a `seed` the text is always the same.
-    Ctrl-C, or an interrupted kernel: what has settled by then is returned, with a warning that says so.
+    Ctrl-C, or an interrupted kernel: what has settled by then is returned, with a warning that says so. A prompt that the
+    window cannot hold loses its beginning, with a warning too.
     Raises ValueError for characters outside the vocabulary and for settings out of range.
     """
     last = None
@@ -284,6 +287,8 @@ def generate(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | Non
         if last is None:
             raise
         warnings.warn(f"interrupted: the text ends after {last.settled:,} characters, prompt included", stacklevel=2)
+    if lost := last.note.get("forgotten"):
+        warnings.warn(f"the window holds {model.config.window} characters: the first {lost:,} of the prompt are not read", stacklevel=2)
     return model.vocabulary.decode(last.ids[0, : last.settled])
 
 

@@ -102,10 +102,11 @@ def download(url: str = URL) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = pooch.retrieve(url, known_hash=f"sha256:{SHA256}", path=folder, downloader=pooch.HTTPDownloader(timeout=20))
-        except ValueError:
-            raise CorpusError(f"{url} answered with something else than tiny-shakespeare (its SHA-256 differs); {WAYS_OUT}") from None
-        except Exception as error:  # requests has many ways to say that there is no network
-            reason = f"tiny-shakespeare is not on this machine and {url} cannot be reached ({type(error).__name__})"
+        except Exception as error:  # requests has many ways to say that there is no network, and some are ValueErrors
+            if type(error) is ValueError:  # pooch's own
+                reason = f"{url} answered with something else than tiny-shakespeare (its SHA-256 differs)"
+            else:
+                reason = f"tiny-shakespeare is not on this machine and {url} cannot be reached ({type(error).__name__})"
             raise CorpusError(f"{reason}; {WAYS_OUT}") from None
         return Path(path).read_bytes()
 

@@ -1,6 +1,7 @@
 """Text as whole numbers and back: the vocabulary of characters, the split, random windows."""
 
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,14 +74,30 @@ class Text:
         return cls(ids[:cut], ids[cut:], vocabulary, source, sha256 or hashlib.sha256(text.encode()).hexdigest())
 
     def write(self, folder) -> list[Path]:
-        """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order of id) -> their paths."""
+        """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order of id) -> their paths.
+
+        Raises OSError that names the file; one that broke off half-way is removed.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        paths = [folder / "train_encoded.npy", folder / "val_encoded.npy", folder / "vocab.json"]
-        np.save(paths[0], self.train.numpy().astype(np.uint16))
-        np.save(paths[1], self.val.numpy().astype(np.uint16))
-        paths[2].write_text(json.dumps(list(self.vocabulary.characters), ensure_ascii=False) + "\n", encoding="utf-8")
-        return paths
+        files = {folder / f"{part}_encoded.npy": npy(getattr(self, part)) for part in ("train", "val")}
+        files[folder / "vocab.json"] = (json.dumps(list(self.vocabulary.characters), ensure_ascii=False) + "\n").encode()
+        for path, data in files.items():
+            try:
+                path.write_bytes(data)
+            except OSError as error:
+                if error.filename is None:  # it was open already
+                    error.filename = str(path)
+                    path.unlink()
+                raise
+        return list(files)
+
+
+def npy(ids: Tensor) -> bytes:
+    """(t) -> the bytes of a .npy file of uint16; numpy's own writing does not say why it failed."""
+    file = io.BytesIO()
+    np.save(file, ids.numpy().astype(np.uint16))
+    return file.getvalue()
 
 
 def encode_fast(text: str, vocabulary: Vocabulary) -> Tensor:

@@ -1,9 +1,12 @@
 """The conversation without a screen, then its screens: what is asked, what is said, what stays after a stop."""
 
 import asyncio
+import io
 import math
 import os
 import pty
+import re
+import resource
 import select
 import signal
 import subprocess
@@ -19,7 +22,7 @@ from irann import zoo
 from irann.__main__ import main as command_line
 from irann.chat.session import Frame, Look, Session, _speech_end, available
 from irann.chat.terminal import Terminal, _visible
-from irann.chat.widget import Chat, draft_html, look_html, note_of
+from irann.chat.widget import Chat, draft_html, look_html, note_of, scene_html
 from irann.lm import Draft, LanguageModel
 from irann.text import Vocabulary
 from irann.train import train
@@ -101,6 +104,21 @@ def test_names_are_the_readers_choice(corpus):
     for bad in ("", " : ", "X" * 41):
         with pytest.raises(ValueError, match="a character's name"):
             session.set("reader", bad)
+
+
+def test_a_name_in_characters_the_model_does_not_know_is_told_when_it_is_set(corpus, typed, capsys):
+    heard, session = [], parrot(corpus, "Ay.")
+    assert session.set("speaker", "Juli\u00e9t") == session.clean("\u00c9")[1] != "" and session.set("speaker", "nurse") == ""
+    Session(session.model, say=heard.append, reader="\u6731", speaker="nurse")
+    assert heard == [session.clean("\u6731")[1]]
+    typed("/to \u6731\u9e97\u8449")
+    assert "'\u6731\u9e97\u8449': not among the 65 characters" in capsys.readouterr().err
+    widget = Chat(session.model)
+    knob = next(k for k in widget.knobs.children if k.description == "speaker")
+    knob.value = "\u6731"
+    assert "\u6731" in widget.message.value
+    knob.value = "nurse"
+    assert widget.message.value == ""
 
 
 def test_plain_mode_goes_on_with_the_text_itself_and_over_empty_lines(corpus):
@@ -201,6 +219,22 @@ def test_every_model_answers_with_a_seed_the_same(here, name):
     assert "nats per character" in session.describe() and name in available()
 
 
+def test_a_new_scene_and_a_seed_set_anew_begin_the_same_conversation_again(here):
+    session = Session("gpt", seed=7, length=12)
+
+    def talk():
+        session.turns.clear()
+        session.say("Hello")
+        return [finish(session.reply()).text for _ in range(2)]
+
+    first = talk()
+    assert talk() != first
+    session.clear()
+    assert talk() == first
+    session.set("seed", 7)
+    assert talk() == first
+
+
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_every_model_shows_its_inside_on_the_text(here, name):
     session = Session(name, length=8)
@@ -212,6 +246,9 @@ def test_every_model_shows_its_inside_on_the_text(here, name):
     assert len(look.text) == session.model.config.window
     for values in look.values.values():
         assert len(values) == len(look.text) and all(math.isfinite(v) for v in values)
+    if session.model.exact:
+        nats = session.model.surprise(session.model.vocabulary.encode(look.text)[None])[0]
+        assert look.values["surprise"] == pytest.approx([0.0, *nats.tolist()], rel=1e-4)
     for rows in look.maps.values():
         assert torch.allclose(rows.sum(-1), torch.ones(len(look.text)), atol=1e-4)
     assert {"gpt": "attention" in look.maps, "mamba": "delta" in look.values, "thinker": "rounds" in look.values}.get(name, True)
@@ -368,6 +405,33 @@ def test_an_interrupt_at_the_prompt_is_no_end_and_a_broken_file_name_neither(typ
     assert "Ctrl-D leaves" in out and "could not be written" in err and "mode is one of" in err
 
 
+def test_an_interrupt_while_a_model_loads_is_no_end_either(typed, capsys, monkeypatch):
+    def load(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zoo, "load", load)
+    session = typed("Hello", "/model mamba", "Still there?")
+    assert session.turns[2].text == "Still there?" and session.turns[3].text == "Ay, madam."
+    assert "Ctrl-D leaves" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/model mamba\n"))
+    with pytest.raises(KeyboardInterrupt):  # nobody is there to be told
+        Terminal(session).run()
+
+
+def test_a_full_disk_leaves_no_half_scene_in_the_way(corpus, tmp_path):
+    terminal, file = Terminal(parrot(corpus, "Ay.")), tmp_path / "scene.txt"
+    terminal.session.say("word " * 5000)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(ValueError, match="scene.txt could not be written: File too large"):
+            terminal.save(str(file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    terminal.save(str(file))
+    assert file.read_text() == terminal.session.scene() + "\n"
+
+
 def test_control_characters_do_not_reach_the_terminal():
     assert _visible("a\x1b[2J\nb\x07") == "a\ufffd[2J\nb\ufffd"
 
@@ -380,6 +444,46 @@ def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c
         tail = terminal.tail("so many words that no line could hold them\nand more", column)
         assert column % 20 + len("^C" + tail) < 20 or not tail
         assert len(tail) == max(0, 17 - column % 20) or (column and column % 20 == 0)
+
+
+def screen(written, width):
+    """-> the lines that a terminal shows. Beyond a line's last place the cursor still stands on it, until something is written."""
+    lines, x = [""], 0
+    for number, order, character in re.findall(r"(?s)\x1b\[(\d*)([KDm])|(.)", written):
+        if order == "K":  # erase from the cursor on
+            lines[-1] = lines[-1][: min(x, width - 1)]
+        elif order == "D":  # to the left
+            x = max(0, x - int(number))
+        elif character == "\n" or (character and x == width):
+            lines, x = [*lines, ""], 0
+        if character not in ("", "\n"):
+            lines[-1], x = lines[-1][:x] + character + lines[-1][x + 1 :], x + 1
+    return lines
+
+
+@pytest.mark.parametrize("stride, stop", [(1, None), (2, None), (5, None), (1, 30)])
+def test_proposals_are_written_over_and_leave_nothing_on_the_screen(corpus, monkeypatch, capsys, stride, stop):
+    text = "Ay, madam, all of it is true, every word.\n\nWho says it is not?\n" + "So be it. " * 6
+    written = ""
+
+    def reply():
+        nonlocal written
+        for settled in range(0, len(text), stride):
+            proposed = ("?" * (settled % 7) + "! ") * 9
+            if settled == stop:
+                signal.raise_signal(signal.SIGINT)
+            yield Frame(text[:settled] + proposed, settled)
+            written += capsys.readouterr().out
+            line = screen(f"JULIET:\n{text[:settled]}", 20)[-1]
+            assert screen(written, 20)[-1] == line + proposed[: max(0, 17 - len(line))]
+        yield Frame(text, len(text))
+
+    terminal = Terminal(parrot(corpus, ""))
+    terminal.live = terminal.colours = terminal.typed = True
+    monkeypatch.setattr("irann.chat.terminal.shutil.get_terminal_size", lambda: os.terminal_size((20, 24)))
+    terminal.answer(reply)
+    written += capsys.readouterr().out
+    assert screen(written, 20) == screen(f"JULIET:\n{text[:stop]}\n{'[stopped]' + chr(10) if stop else ''}", 20)
 
 
 def test_in_a_real_terminal_ctrl_c_stops_the_reply_and_not_the_session(runs):
@@ -451,6 +555,21 @@ def test_without_a_loop_the_widget_answers_at_once_and_shows_a_transcript(chat):
     assert widget.session.turns == [] and "The stage is empty" in widget.scene.value
     widget.regenerate()
     assert "no reply yet" in widget.message.value and "irann-error" in widget.message.value
+
+
+def test_what_was_forgotten_is_said_beside_another_note(chat):
+    widget = chat("Ay.\n\n")
+    widget.say("word " * 40 + "\U0001f600")
+    assert "not among" in widget.message.value and widget.message.value.count("are forgotten") == 1
+    widget.regenerate()
+    assert "not among" not in widget.message.value and widget.message.value.count("are forgotten") == 1
+
+
+def test_a_very_long_scene_shows_its_end(chat):
+    widget = chat("")
+    widget.session.say("word " * 6000 + "THE END")
+    shown = scene_html(widget.session)
+    assert "... " in shown and "THE END" in shown and 20_000 < len(shown) < 21_000
 
 
 def test_stop_works_while_the_model_writes(chat, monkeypatch):

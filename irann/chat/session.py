@@ -76,7 +76,9 @@ class Session:
         self.values: dict[str, object] = {}
         self.use(model)
         for name, value in settings.items():
-            self.set(name, value)
+            note = self.set(name, value)
+            if note and say:
+                say(note)
 
     def use(self, model: LanguageModel | str | Path) -> list[str]:
         """Change the model and keep the scene -> the settings that were dropped because the new model does not have them.
@@ -106,8 +108,11 @@ class Session:
             raise ValueError(f"{self.name} has no setting {name!r}; it has {', '.join([*self.options, 'seed'])}")
         return self.options[name]
 
-    def set(self, name: str, value) -> None:
-        """Set an option, `seed`, `mode`, `reader` or `speaker`. Raises ValueError that names it and its range."""
+    def set(self, name: str, value) -> str:
+        """Set an option, `seed`, `mode`, `reader` or `speaker` -> a note on characters the model does not know, or ''.
+
+        Raises ValueError that names what was set and its range.
+        """
         if name == "seed":
             self.seed = None if value is None or str(value).lower() in ("none", "random") else SEED.check("seed", value)
             self.asked = 0
@@ -117,8 +122,10 @@ class Session:
             self.mode = value
         elif name in ("reader", "speaker"):
             setattr(self, name, _name(value))
+            return self.clean(getattr(self, name))[1]
         else:
             self.values[name] = self.option(name).check(name, value)
+        return ""
 
     def get(self, name: str):
         """-> the value of an option, its default where nothing was set."""

@@ -56,14 +56,24 @@ class Terminal:
                 pass  # Windows
             print(self.paint(self.session.describe(), "2"))
             print(self.paint("/help lists what can be set, /quit leaves", "2"))
-        while (line := self.ask()) is not None:
-            if line.startswith("/"):
-                if not self.command(line[1:]):
+        while True:
+            try:
+                line = self.ask()
+                if line is None or not self.hear(line):
                     return
-            else:
-                if note := self.session.say(line):
-                    _tell(note)
-                self.answer(self.session.reply)
+            except KeyboardInterrupt:  # at the prompt, while a model loads, as a reply ends
+                if not self.typed:
+                    raise
+                print("\n/quit or Ctrl-D leaves")
+
+    def hear(self, line: str) -> bool:
+        """Do what a line asks, or answer it -> whether to go on."""
+        if line.startswith("/"):
+            return self.command(line[1:])
+        if note := self.session.say(line):
+            _tell(note)
+        self.answer(self.session.reply)
+        return True
 
     def ask(self) -> str | None:
         """-> the next line, None when there are no more."""
@@ -73,14 +83,11 @@ class Terminal:
             except UnicodeDecodeError as error:
                 raise ValueError(f"what was said on standard input is not text ({error}): say it in UTF-8") from None
             return line.rstrip("\r\n") if line else None
-        while True:
-            try:
-                return input(f"{self.session.reader}> " if self.session.mode == "play" else "> ")
-            except KeyboardInterrupt:
-                print("\n/quit or Ctrl-D leaves")
-            except EOFError:
-                print()
-                return None
+        try:
+            return input(f"{self.session.reader}> " if self.session.mode == "play" else "> ")
+        except EOFError:
+            print()
+            return None
 
     def answer(self, reply) -> None:
         """Write a reply while it comes; Ctrl-C stops it."""
@@ -97,7 +104,7 @@ class Terminal:
                         column = len(fresh) - fresh.rfind("\n") - 1 if "\n" in fresh else column + len(fresh)
                         tail = self.tail(frame.text[shown:], column)
                         if fresh or tail or grey:
-                            sys.stdout.write(fresh + ("\x1b[K" if grey or tail else ""))
+                            sys.stdout.write(("\x1b[K" if grey else "") + fresh)  # erased after a full line, it would take a letter
                             if tail:
                                 sys.stdout.write(f"{self.paint(tail, '90')}\x1b[{len(tail)}D")
                             grey = len(tail)
@@ -159,8 +166,8 @@ class Terminal:
         """Change a setting, or say what it is now."""
         session = self.session
         if name in ("reader", "speaker", "mode", "seed"):
-            if value:
-                session.set(name, value)
+            if value and (note := session.set(name, value)):
+                _tell(note)
             meaning = {"mode": f"one of {', '.join(MODES)}", "seed": SEED.help}.get(name, "a character of the play")
             _tell(f"{name}: {getattr(session, name)} ({meaning})")
         elif name not in session.options:
@@ -182,11 +189,14 @@ class Terminal:
         if not name:
             raise ValueError("/save takes the name of a file")
         try:
-            with open(Path(name).expanduser(), "x", encoding="utf-8") as file:
+            path = Path(name).expanduser()
+            with open(path, "x", encoding="utf-8") as file:
                 file.write(self.session.scene() + "\n")
         except FileExistsError:
             raise ValueError(f"{name} is there already; choose another name") from None
         except (OSError, RuntimeError) as error:  # no such home, for one
+            if getattr(error, "filename", name) is None:  # it was open: half a scene would stand in the way of the next try
+                path.unlink()
             raise ValueError(f"{name} could not be written: {getattr(error, 'strerror', None) or error}") from None
         _tell(f"saved {name}")
 

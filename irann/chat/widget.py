@@ -184,11 +184,20 @@ class Chat(w.VBox):
         self.stopping = False
         self.scene.layout.min_height = "440px"  # a growing text would move Stop from under the pointer, and the click would be lost
         loop = None if wait or _static() else _loop()
+        frames = lambda: self._frames(reply)
         if loop is None:
-            for _ in self._write(reply):
+            for _ in self._write(frames):
                 pass
         else:
-            self.task = loop.create_task(self._breathing(reply))
+            self.task = loop.create_task(self._breathing(frames))
+
+    def _frames(self, reply):
+        """The frames of a reply; what was forgotten is said below a note that stands there already."""
+        try:
+            yield from reply()
+        finally:
+            if self.message.value and (forgot := self.session.forgot()):
+                self.message.value += f"<span class='irann-small'>{escape(forgot)}</span>"
 
     async def _breathing(self, reply) -> None:
         for _ in self._write(reply):
@@ -273,8 +282,7 @@ class Chat(w.VBox):
     def _turned(self, change) -> None:
         name, value = change["owner"].description, change["new"]
         try:
-            self.session.set(name, (value.strip() or None) if name == "seed" else value)
-            self._tell("")
+            self._tell(self.session.set(name, (value.strip() or None) if name == "seed" else value))
         except ValueError as error:
             self._tell(str(error), error=True)
 
