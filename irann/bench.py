@@ -1,5 +1,5 @@
-"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models;
-`models`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py).
+"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models,
+and a model's name takes that one alone; `models`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py).
 
 Times are ratios: every round runs all contestants one after the other in the same process, on one thread, and a ratio is
 the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh process's peak. Of the
@@ -35,10 +35,11 @@ STATE = 16
 def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-report"), seeds: int = 3) -> dict:
     """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` are those of a race.
 
-    Raises ValueError for another `what`.
+    Raises ValueError for another `what`, CheckpointError for a model's name where it has no weights.
     """
-    if what not in ("all", "scan", *races.RACES):
-        raise ValueError(f"bench takes one of all, scan, {', '.join(races.RACES)}; got {what!r}")
+    known = dict.fromkeys(("all", "scan", *races.RACES, *zoo.MODELS))  # `thinker` is a race
+    if what not in known:
+        raise ValueError(f"bench takes one of {', '.join(known)}; got {what!r}")
     report = races.run(what, seeds=seeds, quick=quick, out=out) if what in races.RACES else measure(what, quick, Path(out))
     page = races.markdown(report) if what in races.RACES else markdown(report)
     print(page)
@@ -74,6 +75,8 @@ def measure(what: str, quick: bool, out: Path) -> dict:
         parts |= {"cache": cache_gain, "steps": speed.steps_of_all, "step_memory": step_memory, "gpt": speed.gpt_beside_transformers}
         parts |= {"windows": speed.cost_against_window, "lengths": speed.writing_by_length}
         parts |= {"parallel": parallel_writing, "models": trained_models}
+    if what in zoo.MODELS:
+        parts = {"models": lambda quick: trained_models(quick, what)}
     out.mkdir(parents=True, exist_ok=True)
     numbers = out / f"{what}.json"
     report = {"torch": torch.__version__, "threads": 1, "quick": quick}
@@ -330,7 +333,7 @@ def counted(train: str) -> quality.Corpus:
 SAMPLES, LENGTH = 8, 400
 
 
-def trained_models(quick: bool) -> dict:
+def trained_models(quick: bool, only: str | None = None) -> dict:
     """-> by name, each model with weights or a run: parameters, likelihood, text quality, characters written per second.
 
     And `validation text`, pieces of the real thing measured like a model's: what the measures say of Shakespeare.
@@ -341,10 +344,12 @@ def trained_models(quick: bool) -> dict:
     pieces = [reference[i * len(reference) // count :][:n] for i in range(count)]
     real = quality.report(pieces, corpus, reference)
     rows["validation text"] = {"quality": {"0.8": real, "1.0": real}}
-    for name in zoo.MODELS:
+    for name in [only] if only else zoo.MODELS:
         try:
             model = zoo.load(name)
         except CheckpointError as error:
+            if only:
+                raise
             rows[name] = {"missing": str(error)}
             continue
         row: dict = {"parameters": sum(p.numel() for p in model.parameters()), "exact": model.exact}
@@ -399,6 +404,8 @@ def exponent(lengths, seconds) -> float:
 
 def markdown(report: dict) -> str:
     """The report as a page."""
+    if "scan" not in report:  # of one model alone
+        return "\n".join(_models(report["models"])[1:])
     s, g = report["scan"], report["growth"]
     size = f"b {s['b']}, t {s['t']}, e {s['e']}, n {s['n']}"
     page = [

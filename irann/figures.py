@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 HUES = {"gpt": "#0072B2", "thinker": "#D55E00", "diffusion": "#009E73", "mamba": "#CC79A7"}
 INK, PALE, ACCENT = "#222222", "#9a9a9a", "#E69F00"
+SPARE = (ACCENT, "#56B4E9", "#000000")  # for what has no hue of its own
 
 # Nats per character of the validation part that know nothing, the letters' frequencies, and add-one pairs of letters.
 # A test computes them anew.
@@ -36,7 +37,7 @@ def use() -> None:
             "axes.grid": True,
             "axes.axisbelow": True,
             "grid.color": "#e6e6e6",
-            "axes.prop_cycle": plt.cycler(color=[*HUES.values(), ACCENT, "#56B4E9", "#000000"]),
+            "axes.prop_cycle": plt.cycler(color=[*HUES.values(), *SPARE]),
             "image.cmap": "viridis",
             "legend.frameon": False,
         }
@@ -44,8 +45,9 @@ def use() -> None:
 
 
 def colour(name: str) -> str:
-    """-> the hue of a model, by its name in the zoo (`thinker-page` has the thinker's)."""
-    return HUES[name.split("-")[0]]
+    """-> the hue of a model, by its name in the zoo (`thinker-page` has the thinker's); one that is not listed gets a spare one."""
+    family = name.split("-")[0]
+    return HUES.get(family, SPARE[sum(map(ord, family)) % len(SPARE)])
 
 
 def show(fn) -> None:
@@ -77,7 +79,7 @@ def trip(model: nn.Module, ids: Tensor, depth: int = 3) -> None:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    wide = max(len(name) for name, _, _ in rows)
+    wide = max(len(name) for name, *_ in [("ids",), *rows])
     print(f"{'ids':{wide}}  {tuple(ids.shape)}")
     for name, kind, shape in rows:
         print(f"{name:{wide}}  {shape!s:20} {kind}")
@@ -169,8 +171,9 @@ def race(report: dict, *, against: str = "characters", ax=None):
 
     ax = ax or plt.subplots()[1]
     place, unit = {"characters": (0, 1e6), "seconds": (1, 1)}[against]
+    palette = [*HUES.values(), *SPARE]
     for i, (name, row) in enumerate(report["rows"].items()):
-        hue = HUES.get(name.split("-")[0], [*HUES.values(), ACCENT][i])
+        hue = HUES.get(name.split("-")[0], palette[i % len(palette)])
         for k, curve in enumerate(row["curves"]):
             x, y = [point[place] / unit for point in curve], [point[2] for point in curve]
             ax.plot(x, y, marker=".", lw=1, color=hue, ls="-" if row["exact"] else "--", label=None if k else name)

@@ -1,14 +1,26 @@
 """The benchmark compares what computes the same, and its arithmetic is right."""
 
 import json
-import time
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from irann import bench
+from irann import bench, quality, speed, zoo
+from irann.checkpoint import CheckpointError
 from irann.lm import Draft
 from irann.speed import write_once
+from irann.text import Vocabulary
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when it is told to: clock(2) lets two seconds go."""
+    now = [0.0]
+    for module in (bench, speed):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return lambda seconds: now.append(now.pop() + seconds)
 
 
 def test_all_contestants_compute_the_same():
@@ -46,7 +58,9 @@ def test_quick_report(quick):
     assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["scan"]["rows"].items())
     assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["step"]["rows"].items())
     assert all(speed["median"] > 0 and name in page for name, speed in numbers["writing"].items())
-    assert numbers["memory"]["MB"]["mambapy, parallel scan"] > 0
+    memory = numbers["memory"]
+    assert 0 < memory["MB"]["irann, C kernel where there is one (auto)"] < 100  # torch alone takes more
+    assert memory["MB"]["mambapy, parallel scan"] > 0 and 0 < memory["grown"][0] < memory["grown"][1] < memory["grown"][2]
 
 
 def test_models_without_weights_are_named(tmp_path, monkeypatch):
@@ -77,16 +91,91 @@ def test_shipped_models_are_compared_with_the_real_thing(quick):
     assert {path.name for path in out.glob("*.png")} == {f"all-{name}.png" for name in ("windows", "lengths", "parallel")}
 
 
-def test_speed_is_counted_from_the_first_draft_beyond_the_prompt():
-    class Slow:
-        def generate(self, prompt, n, generator=None):
-            yield Draft(prompt, prompt.shape[1])
-            time.sleep(0.05)
-            yield Draft(torch.cat([prompt, prompt.new_zeros(1, n)], 1), prompt.shape[1] + n)
-            time.sleep(0.05)
+class Slow:
+    """Reads the prompt for 5 seconds, shows a draft with one character settled, and has the rest after 2 more."""
 
-    first, speed = write_once(Slow(), torch.zeros(1, 3, dtype=torch.long), 10, 0)
-    assert 0.05 <= first < 0.1 and 10 / 0.2 < speed < 10 / 0.1
+    def __init__(self, clock):
+        self.clock = clock
+
+    def generate(self, prompt, n, generator=None):
+        whole = torch.cat([prompt, prompt.new_zeros(1, n)], 1)
+        yield Draft(prompt, prompt.shape[1])
+        self.clock(5)
+        yield Draft(whole, prompt.shape[1] + 1)
+        self.clock(2)
+        yield Draft(whole, prompt.shape[1] + n)
+
+
+def test_speed_is_counted_from_the_first_draft_beyond_the_prompt(clock):
+    assert write_once(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14, 0) == (5, 2)
+
+
+def test_the_first_character_does_not_count_where_only_further_ones_are_asked_for(clock):
+    assert bench.write_on(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14) == 7
+
+
+def test_times_of_the_scan_are_against_the_first_and_without_the_first_round(monkeypatch):
+    taken = {"a": iter([100, 2, 2, 2]), "b": iter([100, 4, 4, 4])}
+    monkeypatch.setattr(bench, "contestants", lambda: {name: spent.__next__ for name, spent in taken.items()})
+    monkeypatch.setattr(bench, "forward_backward", lambda scan, inputs: scan())
+    rows = bench.scan_times(quick=True)["rows"]
+    assert rows["a"] == {"ms": bench.spread([2000]), "times": bench.spread([1])}
+    assert rows["b"] == {"ms": bench.spread([4000]), "times": bench.spread([2])}
+
+
+def test_time_that_grows_with_the_square_of_the_length_is_said_to(monkeypatch):
+    monkeypatch.setattr(bench, "forward_backward", lambda scan, inputs: inputs[0].shape[1] ** 2)
+    assert bench.scan_growth(quick=True)["exponents"] == pytest.approx({"auto": 2, "chunked": 2})
+
+
+def test_rows_are_named_after_what_they_run(monkeypatch):
+    """A training step with and without the kernel, and a GPT that reads what is new or all anew."""
+    monkeypatch.setattr(bench, "in_turn", lambda runners, rounds: {name: run() for name, run in runners.items() if name != "mambapy"})
+    switches, read = [], []
+    loss, reads = bench.Mamba.loss, bench.GPT.read
+    monkeypatch.setattr(bench.Mamba, "loss", lambda self, ids: switches.append(os.environ["IRANN_KERNEL"]) or loss(self, ids))
+    monkeypatch.setattr(bench.GPT, "read", lambda self, ids, state=None: read.append(ids.shape[1]) or reads(self, ids, state))
+    monkeypatch.setenv("IRANN_KERNEL", "mine")
+    names = list(bench.training_step(quick=True))
+    assert names[4:] == ["irann, kernel where there is one", "irann, plain torch"] and switches == ["1", "0"]
+    assert os.environ["IRANN_KERNEL"] == "mine"
+    answer = bench.cache_gain(quick=True)
+    assert list(answer)[2:] == ["with the cache", "without"] and read == [1] * answer["n"] + list(range(1, answer["n"] + 1))
+
+
+def test_a_place_is_given_the_mean_from_there_to_the_next():
+    model = SimpleNamespace(config=SimpleNamespace(window=7), training=False)
+    model.surprise = lambda ids, generator: (ids[:, 1:] - 1) % 7 + 0.0  # the text counts places, if windows are cut side by side
+    assert bench.by_place(model, SimpleNamespace(val=torch.arange(200)), pages=25) == [[0, 0], [1, 1], [2, 2.5], [4, 5]]
+
+
+def test_samples_are_without_the_newline_they_begin_from():
+    asked = []
+
+    def generate(start, n, *, temperature, generator):
+        asked.append((start.tolist(), temperature, generator.initial_seed()))
+        yield Draft(start, 1)
+        yield Draft(torch.cat([start, torch.ones_like(start).expand(-1, n)], 1), 1 + n)
+
+    assert bench.samples_of(SimpleNamespace(generate=generate), Vocabulary("\nab"), 2, 3, 0.8, seed=4) == ["aaa", "aaa"]
+    assert asked == [([[0], [0]], 0.8, 4)]
+
+
+def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, capsys, clock):
+    monkeypatch.setattr("irann.shakespeare.load", lambda: small)
+    monkeypatch.setattr(bench, "counted", quality.Corpus)
+    monkeypatch.setattr(bench, "evaluate", lambda model, text: SimpleNamespace(nats_per_char=1.5, standard_error=0.1))
+    monkeypatch.setattr(bench, "by_place", lambda model, text: [[0, 2.0]])
+    rate = {1: 10, bench.SAMPLES: 100}  # characters per second, of one text and of many
+    monkeypatch.setattr(bench, "samples_of", lambda model, vocabulary, count, n, *_: clock(count * n / rate[count]) or ["To be"] * count)
+    rows = bench.main("gpt", out=tmp_path)["models"]
+    page = capsys.readouterr().out
+    assert list(rows) == ["validation text", "gpt"] and {path.name for path in tmp_path.iterdir()} == {"gpt.json", "gpt.md"}
+    assert page.startswith("## Models") and f"| gpt | {rows['gpt']['parameters']:,} | 1.5000 ± 0.1000 | 10 | 100 |" in page
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="irann train mamba"):
+        bench.main("mamba", out=tmp_path)
 
 
 def test_another_subject_is_refused(tmp_path):

@@ -1,6 +1,8 @@
 """Measures of text, by hand and against scipy."""
 
 import math
+import random
+import statistics
 from collections import Counter
 
 import pytest
@@ -41,6 +43,13 @@ def test_the_judge_by_hand():
     assert corpus.judge("ba", 1) == pytest.approx(-math.log(p))  # nothing was ever seen after b
 
 
+def test_the_judge_sees_six_characters_and_no_more():
+    corpus = quality.Corpus("px12345a qx12345b z12345b")
+    after = lambda context, c: corpus.judge(context + c, len(context))
+    assert after("x12345", "a") == pytest.approx(after("px12345", "a")) == pytest.approx(after("qx12345", "a"))
+    assert after("x12345", "a") != pytest.approx(after("?12345", "a"))
+
+
 def test_divergence_is_scipy_s():
     a, b = Counter("abracadabra"), Counter("alakazam")
     keys = sorted(a | b)
@@ -52,6 +61,7 @@ def test_divergence_is_scipy_s():
 def test_repetition_and_form_by_hand():
     assert quality.repeated("a b c d a b c d") == pytest.approx(1 - 4 / 5)
     assert quality.repeated("a b") == 0
+    assert quality.in_form("\n" + "x" * 66 + "\n" + "x" * 67 + "\n") == 0.5
     assert quality.in_form("cut\nROMEO:\nA line.\n  indented\n" + "x" * 80 + "\ncut") == 0.5
 
 
@@ -59,6 +69,19 @@ def test_the_interval_holds_the_mean():
     given = quality.interval([0.0, 1.0] * 50)
     assert given["mean"] == 0.5 and 0.38 < given["low"] < 0.43 and 0.57 < given["high"] < 0.62
     assert quality.interval([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_the_interval_is_the_normal_one_for_many_values():
+    dice = random.Random(0)
+    values = [dice.gauss(5, 2) for _ in range(200)]
+    given, side = quality.interval(values), 1.96 * statistics.stdev(values) / math.sqrt(200)
+    assert given["mean"] - given["low"] == pytest.approx(side, rel=0.08) == given["high"] - given["mean"]
+
+
+def test_a_report_by_hand():
+    rows = quality.report(["xx the cat yy", "The zebra yy the yy"], CORPUS, "xx the cat yy")
+    assert rows["words that exist"]["mean"] == pytest.approx((1 + 1 / 3) / 2) and rows["longest copy"] == len("the cat ")
+    assert rows["different words"] == pytest.approx(5 / 9)
 
 
 def test_a_report_of_the_corpus_itself_is_perfect():

@@ -1,0 +1,122 @@
+"""Figures show the numbers they are given, and what is printed is what the package holds."""
+
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from torch import nn
+
+from irann import figures, zoo
+
+
+@pytest.fixture
+def ax():
+    with plt.rc_context():
+        figures.use()
+        figure, ax = plt.subplots()
+        yield ax
+        plt.close(figure)
+
+
+def spread(*values):
+    return [{"low": v - 1, "median": v, "high": v + 1} for v in values]
+
+
+def data(line):
+    return list(line.get_xdata()), list(line.get_ydata())
+
+
+def test_every_model_has_its_colour_and_a_new_one_is_given_another(ax):
+    assert {figures.colour(name) for name in zoo.MODELS} == set(figures.HUES.values())
+    assert figures.colour("newcomer") in figures.SPARE and figures.colour("newcomer-page") == figures.colour("newcomer")
+    row = {"curves": [[[1, 1.0, 2.0]]], "exact": True}
+    names = [*zoo.MODELS, *(f"newcomer {i}" for i in range(5))]
+    figures.race({"rows": dict.fromkeys(names, row)}, ax=ax)
+    assert [line.get_label() for line in ax.lines] == names and ax.lines[0].get_color() == figures.HUES["gpt"]
+
+
+def test_what_is_shown_is_the_source(capsys):
+    def inner(x):
+        return x
+
+    figures.show(inner)
+    figures.show(figures.colour)
+    out = capsys.readouterr().out
+    assert out.startswith("def inner(x):\n    return x\ndef colour(name: str) -> str:\n") and out.endswith("len(SPARE)])\n")
+
+
+def test_a_trip_prints_the_shape_that_leaves_each_part(capsys):
+    model = nn.Sequential(nn.Sequential(nn.Linear(2, 3)), nn.Dropout(0.5), nn.Linear(3, 4))
+    figures.trip(model, torch.zeros(5, 2))
+    assert capsys.readouterr().out.splitlines() == [
+        "ids  (5, 2)",
+        "0.0  (5, 3)               Linear",
+        "0    (5, 3)               Sequential",
+        "2    (5, 4)               Linear",
+        "out  (5, 4)",
+    ]
+    assert model.training and model[1].training and not any(part._forward_hooks for part in model.modules())
+    figures.trip(model, torch.zeros(5, 2), depth=1)
+    figures.trip(nn.Linear(2, 3), torch.zeros(5, 2))  # one without parts
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ids", "0", "2", "out", "ids", "out"]
+
+
+@pytest.mark.parametrize(("against", "unit"), [("step", 1), ("seconds", 10), ("characters", 100)])
+def test_a_learning_curve_s_mean_stands_at_the_end_of_what_it_is_of(ax, against, unit):
+    ticks = [
+        SimpleNamespace(step=i, seconds=10 * i, characters=100 * i, loss=float(i * i), validation=i if i in (4, 8) else None)
+        for i in range(1, 9)
+    ]
+    figures.learning_curve(ticks, against=against, references={"nothing": 4.0}, ax=ax)
+    raw, mean, validation, reference = ax.lines
+    assert data(raw) == ([unit * i for i in range(1, 9)], [i * i for i in range(1, 9)])
+    assert data(mean) == ([unit * i for i in range(2, 9)], [(i * i + (i - 1) ** 2) / 2 for i in range(2, 9)])  # of two each
+    assert data(validation) == ([4 * unit, 8 * unit], [4, 8]) and reference.get_ydata()[0] == 4
+    assert ax.get_xlabel().startswith(against) and ax.get_ylabel() == "nats per character"
+
+
+@pytest.mark.parametrize(("against", "x"), [("characters", [2, 4]), ("seconds", [30, 60])])
+def test_a_race_is_drawn_against_what_is_asked(ax, against, x):
+    curve = [[2_000_000, 30.0, 1.5], [4_000_000, 60.0, 1.4]]
+    rows = {"gpt": {"curves": [curve, curve], "exact": True}, "diffusion": {"curves": [curve], "exact": False}}
+    figures.race({"rows": rows}, against=against, ax=ax)
+    assert [data(line) for line in ax.lines] == [(x, [1.5, 1.4])] * 3 and [line.get_ls() for line in ax.lines] == ["-", "-", "--"]
+    assert against in ax.get_xlabel() and "nats" in ax.get_ylabel()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["gpt", "diffusion"]
+
+
+def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
+    figures.windows({"lengths": [128, 256], "rows": {"attention": spread(5, 20), "mamba": spread(6, 12)}}, ax=ax)
+    assert [data(line) for line in ax.lines] == [([128, 256], [5, 20]), ([128, 256], [6, 12])]
+    assert [line.get_label() for line in ax.lines] == ["attention", "mamba"] and ax.get_ylabel() == "ms"
+    ax.clear()
+
+    speeds = iter(spread(7, 70, 8, 80))
+    row = [{"prompt": p, "reply": r, "chars_per_second": next(speeds)} for p in (100, 1000) for r in (50, 250)]
+    figures.lengths({"gpt": row}, ax=ax)
+    assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])] and "250" in ax.get_title("left")
+    ax.clear()
+
+    (words, fewer), (rate, slow) = spread(0.9, 0.8), spread(50, 20)
+    row = [{"steps": 4, "words": fewer, "chars_per_second": rate}, {"steps": 8, "words": words, "chars_per_second": slow}]
+    figures.parallel({"diffusion": row}, ax=ax)
+    assert [data(line) for line in ax.lines] == [([50, 20], [0.8, 0.9])]
+    assert [(text.get_text(), text.xy) for text in ax.texts] == [("4", (50, 0.8)), ("8", (20, 0.9))]
+    assert "per second" in ax.get_xlabel() and "words" in ax.get_ylabel()
+
+
+def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
+    figures.heat([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "a\n", "x y", ax=ax)
+    assert ax.images[0].get_array().tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "\u00b7", "y"]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "\u21b5"]
+
+
+def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
+    figures.on_text("ab\ncdef", [0.0, 1, 2, 3, 4, 5, 6], width=3, cmap="gray", ax=ax)
+    places = [(text.get_text(), *text.get_position()) for text in ax.texts]
+    assert places == [("a", 0, 0), ("b", 1, 0), ("\u21b5", 2, 0), ("c", 0, 1), ("d", 1, 1), ("e", 2, 1), ("f", 0, 2)]
+    shades = [patch.get_facecolor()[0] for patch in ax.patches]
+    assert shades[0] == 0 and shades[-1] == 1 and shades == sorted(shades)
+    assert (ax.texts[0].get_color(), ax.texts[-1].get_color()) == ("white", figures.INK)  # legible on its own ground
