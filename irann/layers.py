@@ -1,4 +1,4 @@
-"""What the Transformers of this book share: one block, its attention, its norms, rotary positions.
+"""What models of this book share: one Transformer block, its attention, its norms, rotary positions, activations.
 
 The block is GPT-2's (Radford et al. 2019): norm, attention, add; norm, MLP, add. Its options are the ingredients that
 later work found to train faster; each is named here with its source, and each is off by default.
@@ -18,7 +18,19 @@ ACTIVATIONS = {
     "gelu": F.gelu,  # GPT-2 as nanoGPT has it: the exact one, with erf
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2 as first published
     "squared_relu": lambda x: F.relu(x) * x,  # So et al. 2021, "Primer" (arXiv 2109.08668)
+    # others that a model of transformers may have, under its names
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+    "silu": F.silu,
+    "swish": F.silu,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
 }
+RENAMED = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "squared_relu"}  # transformers' names for ours
 
 
 def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) -> nn.Module:
@@ -115,6 +127,7 @@ class MLP(nn.Module):
         self.out = nn.Linear(inner or 4 * width, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(b t d) -> (b t d)"""
         return self.out(ACTIVATIONS[self.activation](self.up(x)))
 
 
@@ -153,6 +166,11 @@ class Block(nn.Module):
 def scale(x: Tensor, gains: Tensor | None, i: int) -> Tensor:
     """(... d), (2 d) or None -> (... d): by the i-th gain, if there are any."""
     return x if gains is None else x * gains[i]
+
+
+def leading(true: Tensor) -> int:
+    """(b t) of bool -> how many places from the left are True in every row."""
+    return int(true.all(0).long().cumprod(0).sum())
 
 
 def init_gpt2(model: nn.Module, layers: int) -> None:

@@ -116,6 +116,7 @@ def test_levels_are_drawn_as_often_as_their_odds_say_and_gather_where_the_loss_r
     seen = tau.bincount(minlength=200) / len(tau)
     assert (seen - odds).abs().max() < 1e-4  # one draw from each slice of probability: far closer than chance
     torch.testing.assert_close(given, odds[tau])
+    assert sum(80 <= tau < 120 for tau in model.timesteps(20)) >= 15  # and the strides are small where many are drawn
 
 
 def test_the_model_remembers_the_loss_of_each_level():
@@ -148,6 +149,36 @@ def test_the_loss_is_cross_entropy_of_hidden_text_plus_rounding_and_reaches_ever
     loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert not any(part.requires_grad for part in parts.values())
+
+
+def test_only_hidden_characters_are_paid_for():
+    model = tiny()
+    model.forward = lambda x, tau, ids, mask, hint=None: 99.0 * F.one_hot(ids, 7).double() * ~mask[..., None]
+    assert model.loss(text(8, 17))[1]["cross_entropy"].item() == pytest.approx(math.log(7), rel=1e-10)
+
+
+def test_half_of_the_rows_are_shown_a_first_guess():
+    model, shown = tiny(), []
+
+    def forward(x, tau, ids, mask, hint=None):
+        shown.extend([] if hint is None else hint.flatten(1).any(1).tolist())
+        return model.alone(x, tau)
+
+    model.forward = forward
+    torch.manual_seed(0)
+    for _ in range(50):
+        model.loss(text(8, 17))
+    assert len(shown) == 400 and 0.35 < sum(shown) / 400 < 0.65
+
+
+def test_dropout_is_active_in_training():
+    losses = []
+    for p in (0.0, 0.5):
+        model = tiny(dropout=p).train()
+        assert {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {p}
+        torch.manual_seed(0)
+        losses.append(model.loss(text(8, 17))[1]["cross_entropy"])
+    assert not torch.equal(*losses)
 
 
 def test_rounding_holds_colliding_points_apart():
@@ -305,12 +336,25 @@ def test_gaps_in_a_text_are_filled_and_the_rest_stays():
 
 def test_infilling_reads_what_comes_after_the_gap():
     model, ids = tiny(), text(1, 16)
-    mask = torch.arange(16) == 5
-    other = ids.clone()
-    other[:, 12] = (other[:, 12] + 1) % 7
-    sure = [list(model.infill(i, mask, steps=3, generator=seeded()))[2].note["sure"] for i in (ids, other)]
-    logits = [model(torch.zeros(1, 16, 4).double(), torch.tensor([90]), i, mask[None])[0, 5] for i in (ids, other)]
-    assert (logits[0] - logits[1]).abs().max() > 1e-6, sure
+    inner, read = model.forward, []
+    model.forward = lambda x, tau, ids, *rest: read.append(ids) or inner(x, tau, ids, *rest)
+    list(model.infill(ids, torch.arange(16) == 5, steps=3, generator=seeded()))
+    assert len(read) == 3 and all(torch.equal(page[:, 6:], ids[:, 6:]) for page in read)
+
+
+def test_clamping_rounds_every_guess_to_the_likeliest_character(monkeypatch):
+    model, logits, guesses = tiny(), [], []
+    forward, sample = model.forward, noise.sample
+    model.forward = lambda *given: logits.append(forward(*given)) or logits[-1]
+
+    def watched(walker, *given, **how):
+        return sample(lambda x, tau: guesses.append(walker(x, tau)) or guesses[-1], *given, **how)
+
+    monkeypatch.setattr(noise, "sample", watched)
+    list(model.generate(text(2, 4), 8, steps=5, clamp="on", generator=seeded()))
+    assert len(guesses) == 5
+    for guess, believed in zip(guesses, logits, strict=True):
+        assert torch.equal(guess, model.embeddings[believed.argmax(-1)])
 
 
 def test_temperature_filters_and_clamping_reach_the_text():

@@ -1,12 +1,14 @@
 """irann.layers and irann.models.gpt against transformers' GPT-2, on excited weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import excite
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from irann.core import attention as core
-from irann.layers import Attention, rotary_table, rotate
+from irann.layers import ACTIVATIONS, RENAMED, Attention, rotary_table, rotate
 from irann.models.gpt import GPT, GPTConfig
 
 SHAPES = [
@@ -33,15 +35,27 @@ def oracle(dtype=torch.float64, **options):
     return excite(GPT2LMHeadModel(config)).to(dtype).eval()
 
 
+def without_biases(theirs):
+    """Their biases set to zero -> ours with none."""
+    for name, p in theirs.named_parameters():
+        if name.endswith("bias"):
+            p.data.zero_()
+    copy = GPT.from_transformers(theirs)
+    ours = GPT(replace(copy.config, bias=False)).to(copy.embed.weight).eval()
+    ours.load_state_dict({name: p for name, p in copy.state_dict().items() if not name.endswith("bias")})
+    return ours
+
+
 def ids(b, t, seed=0):
     return torch.randint(65, (b, t), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("options", SHAPES)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 5e-6)])
-def test_logits_equal_transformers(options, dtype, tolerance):
+@pytest.mark.parametrize("copy", [GPT.from_transformers, without_biases])
+def test_logits_equal_transformers(options, dtype, tolerance, copy):
     theirs = oracle(dtype, **options)
-    ours = GPT.from_transformers(theirs)
+    ours = copy(theirs)
     for t in (1, 2, options["n_positions"]):
         page = ids(3, 2 * t)[:, ::2]  # not contiguous
         with torch.no_grad():
@@ -50,7 +64,7 @@ def test_logits_equal_transformers(options, dtype, tolerance):
         torch.testing.assert_close(a, b, atol=tolerance * max(1, b.abs().max().item()), rtol=0)
 
 
-@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh", "gelu"])
+@pytest.mark.parametrize("activation", sorted({*ACTIVATIONS, *RENAMED} - {*RENAMED.values()}))
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
 def test_variants_of_gpt2(activation, tied, eps):
@@ -63,24 +77,25 @@ def test_variants_of_gpt2(activation, tied, eps):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-def test_gradients_equal_transformers(dtype, tolerance):
+@pytest.mark.parametrize("copy", [GPT.from_transformers, without_biases])
+def test_gradients_equal_transformers(dtype, tolerance, copy):
     theirs = oracle(dtype, **SHAPES[0])
-    ours = GPT.from_transformers(theirs)
+    ours = copy(theirs)
     page, target = ids(2, 33), ids(2, 33, seed=1)
     for logits in (ours(page), theirs(page).logits):
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten()).backward()
-    pairs = {
-        "embed": "transformer.wte",
-        "place": "transformer.wpe",
-        "blocks.1.attention.qkv": "transformer.h.1.attn.c_attn",
-        "blocks.2.mlp.out": "transformer.h.2.mlp.c_proj",
-        "blocks.0.norm_mlp": "transformer.h.0.ln_2",
-        "norm": "transformer.ln_f",
-    }
-    for our_name, their_name in pairs.items():
-        a, b = ours.get_submodule(our_name).weight.grad, theirs.get_submodule(their_name).weight.grad
-        b = b.T if "c_" in their_name else b
-        torch.testing.assert_close(a, b, atol=tolerance * b.abs().max().item(), rtol=0)
+    for p in theirs.parameters():
+        p.data = p.grad
+    slopes = dict(GPT.from_transformers(theirs).named_parameters())  # theirs under our names
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, slopes[name].detach(), atol=tolerance * slopes[name].abs().max().item(), rtol=0)
+
+
+def test_a_name_or_a_folder_is_resolved_by_transformers(tmp_path):
+    theirs = oracle(torch.float32, **SHAPES[1])
+    theirs.save_pretrained(tmp_path)
+    for source in (tmp_path, str(tmp_path)):
+        assert torch.equal(GPT.from_transformers(source)(ids(1, 8)), GPT.from_transformers(theirs)(ids(1, 8)))
 
 
 def test_greedy_text_equals_transformers():
@@ -93,8 +108,8 @@ def test_greedy_text_equals_transformers():
 
 
 def test_variants_that_compute_something_else_are_refused():
-    for options in ({"activation_function": "relu"}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}):
-        with pytest.raises(ValueError, match="activation_function|scaled"):
+    for options in ({"activation_function": "gelu_10"}, {"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}):
+        with pytest.raises(ValueError, match="activation is one of|scaled"):
             GPT.from_transformers(oracle(**{**SHAPES[1], **options}))
 
 
@@ -157,7 +172,8 @@ def test_gpt2s_initialisation():
     assert model.blocks[3].attention.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.blocks[3].mlp.out.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)  # sqrt(2 * 8 layers) = 4
     assert not model.blocks[3].mlp.up.bias.any()
-    fast = GPT(GPTConfig.fast())
+    fast = GPT(GPTConfig.fast(width=128))
+    assert fast.blocks[0].attention.qkv.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
     assert not fast.blocks[0].attention.out.weight.any() and not list(fast.norm.parameters())
 
 
@@ -169,19 +185,32 @@ def test_dropout_is_active_in_training_only():
     assert torch.equal(model.eval()(page), model(page))
 
 
-def test_inside_shows_the_weights_that_were_used():
-    model = GPT(GPTConfig(layers=2, width=16, heads=2, window=8)).double().eval()
+def test_dropout_reaches_the_input_both_halves_of_a_block_and_the_weights():
+    sizes = {"layers": 2, "width": 16, "heads": 2, "window": 8}
+    nothing = excite(GPT(GPTConfig(dropout=1.0, **sizes)))  # all is dropped, so that what adds to the stream adds zero
+    left = nothing.norm(torch.zeros(1, 8, 16)) @ nothing.embed.weight.T
+    assert torch.equal(nothing(ids(1, 8)), left) and not torch.allclose(nothing.eval()(ids(1, 8)), left)
+    model = excite(GPT(GPTConfig(attention_dropout=0.5, **sizes)))
+    assert not torch.allclose(model(ids(1, 8)), model.eval()(ids(1, 8)))
+
+
+@pytest.mark.parametrize("make", [GPTConfig, GPTConfig.fast])
+def test_inside_shows_the_weights_that_were_used(make):
+    model, seen = excite(GPT(make(layers=2, width=16, heads=2, window=8))).double().eval(), []
+    for block in model.blocks:
+        block.attention.register_forward_hook(lambda layer, given, out: seen.append((layer, *given, out[0])))
     maps = model.inside(ids(1, 8))["attention"]
     assert maps.shape == (2, 2, 8, 8)
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, 8).double())
-    assert not maps.triu(1).any()
+    for shares, (layer, x, _, turn, out) in zip(maps, seen, strict=True):
+        ours = layer.out(core.merge_heads(shares[None] @ layer.project(x, turn)[2]))
+        torch.testing.assert_close(ours, out, atol=1e-10 * max(1, out.abs().max().item()), rtol=0)
 
 
 def test_configs_that_cannot_be_are_named():
     for options, name in (
         ({"width": 10, "heads": 3}, "width of 10"),
         ({"positions": "sine"}, "positions"),
-        ({"activation": "tanh"}, "activation"),
+        ({"activation": "sine"}, "activation"),
         ({"norm": "batch"}, "norm"),
         ({"init": "zero"}, "init"),
         ({"layers": 0}, "layers"),

@@ -116,8 +116,9 @@ def test_gradients_are_the_finite_differences():
 def test_what_makes_no_sense_is_named():
     with pytest.raises(ValueError, match=r"lie in \[0, 1\]; got 0 to 1.5"):
         halting_distribution(torch.tensor([0.0, 1.5]))
-    with pytest.raises(ValueError, match="last axis"):
-        halting_distribution(torch.zeros(3, 0))
+    for ask in (halting_distribution, expected_rounds, lambda p: kl_to_geometric(p, 0.2)):
+        with pytest.raises(ValueError, match="last axis"):
+            ask(torch.zeros(3, 0))
     with pytest.raises(ValueError, match="int64"):
         halting_distribution(torch.ones(3, dtype=torch.long))
     for prior in (0, 1, -0.1, math.nan):

@@ -56,8 +56,8 @@ def close(ours, oracle, relative):
 VARIANTS = [
     {},
     {"tie_word_embeddings": False, "use_bias": True},
-    {"use_conv_bias": False, "state_size": 1, "conv_kernel": 2},
-    {"hidden_size": 33, "expand": 3, "time_step_rank": 7, "layer_norm_epsilon": 1e-3, "conv_kernel": 1},
+    {"use_conv_bias": False, "state_size": 1, "conv_kernel": 2, "hidden_act": "tanh"},
+    {"hidden_size": 33, "expand": 3, "time_step_rank": 7, "layer_norm_epsilon": 1e-3, "conv_kernel": 1, "hidden_act": "gelu_new"},
     {"hidden_act": "gelu", "num_hidden_layers": 1, "layer_norm_epsilon": 1.0},
 ]
 
@@ -86,11 +86,12 @@ def test_slopes_are_those_of_transformers(changes):
         assert float((p.grad - slope).abs().max()) <= 1e-5 * float(slope.abs().max()), name
 
 
-def test_a_name_is_resolved_by_transformers(tmp_path):
+def test_a_name_or_a_folder_is_resolved_by_transformers(tmp_path):
     oracle = theirs()
     oracle.save_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(Mamba.from_transformers(str(tmp_path))(ids(1, 9)), Mamba.from_transformers(oracle)(ids(1, 9)))
+    for source in (tmp_path, str(tmp_path)):
+        with torch.no_grad():
+            assert torch.equal(Mamba.from_transformers(source)(ids(1, 9)), Mamba.from_transformers(oracle)(ids(1, 9)))
 
 
 def test_a_double_model_computes_in_double():
@@ -260,9 +261,14 @@ def test_every_parameter_learns_and_a_page_can_be_memorised(config):
     assert model.eval().loss(page)[0] < 0.1
 
 
+def test_dropout_reaches_the_input_and_every_block():
+    model = excite(Mamba(dataclasses.replace(SMALL, bias=True, dropout=1.0)))  # all is dropped: nothing is added to the stream
+    assert model(ids(1, 9)).any() and not model.train()(ids(1, 9)).any()
+
+
 def test_sizes_out_of_range_are_named():
     for change, words in (({"width": 0}, "width"), ({"init": "magic"}, "init is one of"), ({"activation": "sine"}, "activation is one of")):
         with pytest.raises(ValueError, match=words):
             MambaConfig(**change)
     with pytest.raises(ValueError, match="activation"):
-        Mamba.from_transformers(theirs(hidden_act="tanh"))
+        Mamba.from_transformers(theirs(hidden_act="gelu_10"))

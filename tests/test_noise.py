@@ -235,6 +235,15 @@ def test_the_sampler_says_what_it_cannot_do():
             schedule.noise(x, tau, x)
     with pytest.raises(ValueError, match="whole number or a tensor"):
         schedule.noise(x, torch.tensor([0.5, 1.0]), x)
+    with pytest.raises(ValueError, match="one tau for all rows or one for each"):
+        schedule.noise(draw(4, 3), torch.arange(3), draw(4, 3))
+    many = schedule.noise(x[:1], torch.arange(5), x[:1])  # one row at many levels
+    assert torch.equal(many[3], schedule.noise(x[:1], 3, x[:1])[0])
+    assert torch.equal(schedule.noise(x, torch.tensor([7]), x), schedule.noise(x, 7, x))
+    for ask in (schedule.noise, schedule.posterior, schedule.to_x0, schedule.to_eps):
+        given = (x, 3, x[:, :2]) if ask == schedule.noise else (x, x[:, :2], 3)
+        with pytest.raises(ValueError, match=r"one shape \(b ...\); got .*, 2\)"):
+            ask(*given)
     with pytest.raises(ValueError, match="1 to 10 steps"):
         schedule.evenly(11)
 

@@ -317,6 +317,21 @@ def test_what_does_not_fit_is_named():
             selective_scan(**({"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "state": state} | change))
 
 
+def test_a_step_never_stretches_what_does_not_fit():
+    u, delta, A, B, C, D, state = draw(2, 1, 3, 4)
+    given = {"u": u[:, 0], "delta": delta[:, 0], "A": A, "B": B[:, 0], "C": C[:, 0], "D": D, "state": state}
+    step(**given | {"D": None})
+    for name, wrong in (
+        *(("u", u), ("u", u[:1, 0]), ("u", u[:, 0, :1]), ("delta", delta[:, 0, :1]), ("A", A[:1]), ("A", A[:, :1]), ("A", A[:, 0])),
+        *(("B", B[:, 0, :1]), ("C", C[:1, 0]), ("D", D[:1]), ("state", state[:1]), ("state", state[:, :1]), ("state", None)),
+    ):
+        with pytest.raises(ValueError, match="a step wants u, delta"):
+            step(**given | {name: wrong})
+    for name, wrong in (("A", A[:1]), ("B", B[:, :, :1]), ("delta", delta[:, :, :1])):
+        with pytest.raises(ValueError, match=f"{name} should be"):
+            discretise(**{"u": u, "delta": delta, "A": A, "B": B} | {name: wrong})
+
+
 @pytest.mark.parametrize("b, t, e, n", [(2, 1, 3, 1), (2, 7, 4, 5), (1, 33, 35, 2)])
 def test_triton_agrees_in_value_and_slope(b, t, e, n):
     """On a GPU, or in Triton's interpreter (conftest.py)."""

@@ -43,7 +43,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(b t (h c)) -> (b h t c): cut the width into heads."""
+    """(b t (h c)) -> (b h t c): cut the width into heads. Raises ValueError for a width that they cannot share equally."""
     if x.shape[-1] % heads:
         raise ValueError(f"a width of {x.shape[-1]} cannot be cut into {heads} equal heads")
     return rearrange(x, "b t (h c) -> b h t c", h=heads)

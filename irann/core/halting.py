@@ -39,7 +39,10 @@ def halting_distribution(halt: Tensor) -> Tensor:
 
 
 def expected_rounds(p: Tensor) -> Tensor:
-    """(... r) -> (...): the mean number of rounds, the sum of r p_r; equal to the sum of the survival odds."""
+    """(... r) -> (...): the mean number of rounds, the sum of r p_r; equal to the sum of the survival odds.
+
+    Raises ValueError for a p without rounds or of whole numbers; that it sums to one is taken for granted.
+    """
     _check_rounds("a distribution over rounds", p)
     return (p * torch.arange(1, p.shape[-1] + 1, dtype=p.dtype, device=p.device)).sum(-1)
 
@@ -60,7 +63,8 @@ def kl_to_geometric(p: Tensor, prior: float) -> Tensor:
 
     This direction averages over where p puts its mass: p may leave rounds out that the prior allows, and pays for
     rounds that the prior finds unlikely. The other direction would force p to spread over every round. A round with
-    p = 0 costs nothing, and its gradient is finite. Raises ValueError for a prior outside (0, 1).
+    p = 0 costs nothing, and its gradient is finite. Raises ValueError for a prior outside (0, 1), and for p as
+    `expected_rounds` does.
     """
     _check_rounds("a distribution over rounds", p)
     log_g = log_geometric(prior, p.shape[-1], dtype=p.dtype, device=p.device)

@@ -59,12 +59,17 @@ class Schedule:
         return f"Schedule({self.name!r}, {self.steps})"
 
     def at(self, table: Tensor, tau: int | Tensor, x: Tensor) -> Tensor:
-        """(T), (b) -> (b 1 ...): each row's entry of a table, in x's dtype, shaped to multiply x."""
+        """(T), (b) -> (b 1 ...): each row's entry of a table, in x's dtype, shaped to multiply x.
+
+        One tau may serve all rows, and one row have many. Raises ValueError for levels that are not of this schedule, or do not fit x.
+        """
         tau = torch.as_tensor(tau)
         if not x.is_floating_point():
             raise ValueError(f"noise is added to real numbers; got {x.dtype}")
         if tau.is_floating_point() or tau.ndim > 1:
             raise ValueError(f"tau is a whole number or a tensor (b) of them; got {tau.dtype} of shape {tuple(tau.shape)}")
+        if tau.ndim and x.ndim and len(tau) != len(x) and 1 not in (len(tau), len(x)):
+            raise ValueError(f"there is one tau for all rows or one for each; got {len(tau)} beside x {tuple(x.shape)}")
         here = tau.device.type == "cpu"  # to look at numbers elsewhere would keep a GPU waiting; it checks indices itself
         if here and tau.numel() and not (0 <= int(tau.min()) and int(tau.max()) < self.steps):
             raise ValueError(f"noise levels of this schedule are 0..{self.steps - 1}; got {int(tau.min())}..{int(tau.max())}")
@@ -72,22 +77,30 @@ class Schedule:
         return row.reshape(row.shape + (1,) * (x.ndim - row.ndim))
 
     def noise(self, x0: Tensor, tau: int | Tensor, eps: Tensor) -> Tensor:
-        """(b ...), (b), (b ...) -> (b ...): jump from clean to noise level tau in one go (eq. 4 of Ho et al.)."""
+        """(b ...), (b), (b ...) -> (b ...): jump from clean to noise level tau in one go (eq. 4 of Ho et al.).
+
+        Raises ValueError for an eps that does not fit x0, and for levels as `at` does.
+        """
+        _check_shapes(x0=x0, eps=eps)
         return self.at(self.alpha_bar.sqrt(), tau, x0) * x0 + self.at((1 - self.alpha_bar).sqrt(), tau, x0) * eps
 
     def to_x0(self, x: Tensor, eps: Tensor, tau: int | Tensor) -> Tensor:
         """(b ...), (b ...), (b) -> (b ...): the x0 that this noise would have spoilt to x; `noise` solved for x0."""
+        _check_shapes(x=x, eps=eps)
         return (x - self.at((1 - self.alpha_bar).sqrt(), tau, x) * eps) / self.at(self.alpha_bar.sqrt(), tau, x)
 
     def to_eps(self, x: Tensor, x0: Tensor, tau: int | Tensor) -> Tensor:
         """(b ...), (b ...), (b) -> (b ...): the noise between x0 and x; `noise` solved for eps."""
+        _check_shapes(x=x, x0=x0)
         return (x - self.at(self.alpha_bar.sqrt(), tau, x) * x0) / self.at((1 - self.alpha_bar).sqrt(), tau, x)
 
     def posterior(self, x0: Tensor, x_tau: Tensor, tau: int | Tensor) -> tuple[Tensor, Tensor]:
         """(b ...), (b ...), (b) -> mean (b ...), variance (b 1 ...): where x stood one step earlier, if its origin is known.
 
         q(x_{tau-1} | x_tau, x0), eqs. 6 and 7 of Ho et al. At tau = 0 it is x0 itself, with no variance.
+        Raises ValueError for an x0 that does not fit x_tau, and for levels as `at` does.
         """
+        _check_shapes(x0=x0, x_tau=x_tau)
         to_x0, to_x = self._posterior_weights()
         mean = self.at(to_x0, tau, x_tau) * x0 + self.at(to_x, tau, x_tau) * x_tau
         return mean, self.at(self.posterior_variance, tau, x_tau)
@@ -101,6 +114,14 @@ class Schedule:
         if not 1 <= count <= self.steps:
             raise ValueError(f"this schedule has 1 to {self.steps} steps to choose from; got {count}")
         return [round(tau) for tau in torch.linspace(self.steps - 1, 0, count, dtype=torch.float64).tolist()]
+
+
+def _check_shapes(**pair):
+    try:
+        torch.broadcast_shapes(*(x.shape for x in pair.values()))
+    except RuntimeError:
+        got = ", ".join(f"{name} {tuple(x.shape)}" for name, x in pair.items())
+        raise ValueError(f"{' and '.join(pair)} have one shape (b ...); got {got}") from None
 
 
 def step(x0: Tensor, x: Tensor, alpha_bar: float, earlier: float, *, eta: float = 1.0, noise: Callable[[Tensor], Tensor]) -> Tensor:
@@ -158,7 +179,7 @@ def normal(generator: torch.Generator | None = None) -> Callable[[Tensor], Tenso
 
 
 def guided(denoiser: Denoiser, guide: Callable[[Tensor, Tensor], Tensor], schedule: Schedule, strength: float = 1.0) -> Denoiser:
-    """A denoiser that leans towards what `guide(x_tau, tau) -> (b)`, a log probability, asks for.
+    """(b ...), (b) -> (b ...): a denoiser that leans towards what `guide(x_tau, tau) -> (b)`, a log probability, asks for.
 
     By Tweedie's formula the best guess of x0 given x_tau and a condition moves by (1 - alpha_bar) / sqrt(alpha_bar) times the
     gradient of log p(condition | x_tau) (Dhariwal and Nichol 2021, arXiv 2105.05233, eq. 14, said for x0).

@@ -48,15 +48,20 @@ def discretise(u: Tensor, delta: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, 
 
     The paper holds the input constant over a step (zero-order hold, eq. 4): keep exp(delta A), add
     (exp(delta A) - 1) / A B u. The published code, and we with it, keep that for A and take the Euler step delta B u
-    for what is added; the two agree to first order in delta.
+    for what is added; the two agree to first order in delta. Raises ValueError when the shapes do not belong together.
     """
+    _check(u, delta, A, B)
     keep = torch.exp(einsum(delta, A, "b t e, e n -> b t e n"))
     add = einsum(delta * u, B, "b t e, b t n -> b t e n")
     return keep, add
 
 
 def step(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
-    """(b e), (b e), (e n), (b n), (b n), (e), (b e n) -> (b e), (b e n): one place of the recurrence, for writing."""
+    """(b e), (b e), (e n), (b n), (b n), (e), (b e n) -> (b e), (b e n): one place of the recurrence, for writing.
+
+    Source: the two equations at the top of this file. Raises ValueError when the shapes do not belong together.
+    """
+    _check_step(u, delta, A, B, C, D, state)
     state = torch.addcmul(torch.exp(delta.unsqueeze(2) * A) * state, (delta * u).unsqueeze(2), B.unsqueeze(1))
     y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)
     return (y if D is None else torch.addcmul(y, D, u)), state
@@ -360,7 +365,18 @@ def _triton():
     return scan_triton
 
 
-def _check(u, delta, A, B, C, D, state, method):
+def _check_step(u, delta, A, B, C, D, state):
+    fits = u.ndim == A.ndim == 2 and state is not None
+    if fits:
+        (b, e), n = u.shape, A.shape[1]
+        fits = delta.shape == (b, e) and A.shape == (e, n) and B.shape == C.shape == (b, n) and state.shape == (b, e, n)
+    if not fits or (D is not None and D.shape != (e,)):
+        given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "state": state}
+        got = ", ".join(f"{name} {v if v is None else tuple(v.shape)}" for name, v in given.items())
+        raise ValueError(f"a step wants u, delta (b e), A (e n), B, C (b n), D (e) or None and a state (b e n); got {got}")
+
+
+def _check(u, delta, A, B, C=None, D=None, state=None, method="auto"):
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}")
     given = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "state": state}

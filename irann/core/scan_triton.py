@@ -86,7 +86,7 @@ def _backward(
 
 
 def forward(u: Tensor, delta: Tensor, A2: Tensor, B: Tensor, C: Tensor, y: Tensor, entry: Tensor) -> None:
-    """Fill y, and entry from its first state on."""
+    """(b t e), (b t e), (n e), (b t n), (b t n): fill y (b t e), and entry (b k n e) from its first state on."""
     (b, t, e), n = u.shape, len(A2)
     sizes = triton.next_power_of_2(n), CHANNELS, SPAN
     with _on(u):
@@ -94,7 +94,8 @@ def forward(u: Tensor, delta: Tensor, A2: Tensor, B: Tensor, C: Tensor, y: Tenso
 
 
 def backward(dy, u, delta, A2, B, C, entry, carry, du, ddelta, dA, dB, dC) -> None:
-    """Fill du, ddelta (b t e), dA (b n e) and dB, dC (b parts t n); carry (b n e) is the end state's gradient, then the first's."""
+    """Of dy (b t e) and what `forward` had: fill du, ddelta (b t e), dA (b n e) and dB, dC (b parts t n); carry (b n e) is
+    the end state's gradient, then the first's."""
     (b, t, e), n = u.shape, len(A2)
     sizes = triton.next_power_of_2(n), CHANNELS, SPAN
     notes = u.new_empty(b * parts(e) * SPAN * sizes[0] * CHANNELS)

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from ..core import noise
 from ..core.noise import Bound, Schedule
-from ..layers import Block, init_fan_in, make_norm, rotary_table
+from ..layers import Block, init_fan_in, leading, make_norm, rotary_table
 from ..lm import (
     SEED,
     Draft,
@@ -433,13 +433,8 @@ SURE = 0.9999  # a place this sure is taken as known
 COLDEST = 0.5  # the least temperature at which that is judged: colder, any guess looks sure, even the first
 
 
-def leading(true: Tensor) -> int:
-    """(b t) of bool -> how many places from the left are True in every row."""
-    return int(true.all(0).long().cumprod(0).sum())
-
-
 def neighbourhood(x: Tensor, reach: int) -> Tensor:
-    """(b t f) -> (b t (2 reach + 1) f): every place beside its neighbours, zeros beyond the ends."""
+    """(b t seen) -> (b t (2 reach + 1) seen): every place beside its neighbours, zeros beyond the ends."""
     t = x.shape[1]
     x = F.pad(x, (0, 0, reach, reach))
     return torch.cat([x[:, i : i + t] for i in range(2 * reach + 1)], -1)

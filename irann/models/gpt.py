@@ -2,8 +2,8 @@
 
 Papers: Vaswani et al. 2017 (arXiv 1706.03762) for attention, Radford et al. 2019 (GPT-2) for the block and its
 initialisation; the sizes and the spirit are those of Karpathy's nanoGPT. With its defaults the model computes exactly
-what transformers' GPT-2 computes. `GPTConfig.fast` switches on what trains better at this size; each ingredient is an
-option of its own:
+what transformers' GPT-2 computes with the exact GELU. `GPTConfig.fast` switches on what trains better at this size; each
+ingredient is an option of its own:
 
 | option                      | instead of            | why                                                              |
 |-----------------------------|-----------------------|------------------------------------------------------------------|
@@ -15,13 +15,14 @@ option of its own:
 | init="fan_in"               | deviation 0.02        | signals keep their size; each block starts as the identity       |
 """
 
+import os
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import Block, init_fan_in, init_gpt2, make_norm, rotary_table
+from ..layers import RENAMED, Block, init_fan_in, init_gpt2, make_norm, rotary_table
 from ..lm import Reader, check_heads, check_sizes
 
 
@@ -130,18 +131,15 @@ class GPT(Reader):
 
     @classmethod
     def from_transformers(cls, source) -> "GPT":
-        """A `GPT2LMHeadModel`, or a name that transformers resolves -> the same model in this book's form.
+        """A `GPT2LMHeadModel`, or a name or folder that transformers resolves -> the same model in this book's form.
 
         GPT-2 keeps its linear maps transposed (`Conv1D`). Raises ValueError for a variant that would compute something else.
         """
-        if isinstance(source, str):
+        if isinstance(source, (str, os.PathLike)):
             from transformers import GPT2LMHeadModel
 
             source = GPT2LMHeadModel.from_pretrained(source)
         hf = source.config
-        activations = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-        if hf.activation_function not in activations:
-            raise ValueError(f"activation_function is one of {', '.join(activations)}; got {hf.activation_function!r}")
         if not hf.scale_attn_weights or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention:
             raise ValueError("only plain GPT-2 attention can be copied: scaled by 1/sqrt(c) in every layer, without cross-attention")
         model = cls(
@@ -155,7 +153,7 @@ class GPT(Reader):
                 dropout=hf.resid_pdrop,
                 attention_dropout=hf.attn_pdrop,
                 eps=hf.layer_norm_epsilon,
-                activation=activations[hf.activation_function],
+                activation=RENAMED.get(hf.activation_function, hf.activation_function),
                 tied=source.lm_head.weight is source.transformer.wte.weight,
             )
         ).to(source.lm_head.weight)

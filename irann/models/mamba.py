@@ -20,6 +20,7 @@ Ours beside the paper: `init="fan_in"` and `tied=False`, as in this book's other
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,10 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
-from ..layers import init_fan_in, make_norm
+from ..layers import ACTIVATIONS, RENAMED, init_fan_in, make_norm
 from ..lm import PIECE, Reader, check_sizes
-
-ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu": F.gelu, "relu": F.relu}
 
 
 @dataclass(frozen=True)
@@ -234,12 +233,12 @@ class Mamba(Reader):
 
     @classmethod
     def from_transformers(cls, source, *, window: int = 1024) -> "Mamba":
-        """A `MambaForCausalLM`, or a name that transformers resolves -> the same model in this book's form.
+        """A `MambaForCausalLM`, or a name or folder that transformers resolves -> the same model in this book's form.
 
         Its config knows no window; `window` is the length in which ours is then evaluated and trained.
         Raises ValueError for an activation that is not one of ours.
         """
-        if isinstance(source, str):
+        if isinstance(source, (str, os.PathLike)):
             from transformers import MambaForCausalLM
 
             source = MambaForCausalLM.from_pretrained(source)
@@ -256,7 +255,7 @@ class Mamba(Reader):
                 rank=int(hf.time_step_rank),
                 bias=hf.use_bias,
                 convolution_bias=hf.use_conv_bias,
-                activation=hf.hidden_act,
+                activation=RENAMED.get(hf.hidden_act, hf.hidden_act),
                 eps=hf.layer_norm_epsilon,
                 tied=source.lm_head.weight is source.backbone.embeddings.weight,
             )

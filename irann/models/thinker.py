@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
-from ..layers import Block, init_fan_in, make_norm, rotary_table, scale
+from ..layers import Block, init_fan_in, leading, make_norm, rotary_table, scale
 from ..lm import (
     Draft,
     LanguageModel,
@@ -113,7 +113,7 @@ class Body(LanguageModel):
         return None if self.gains is None else self.gains[min(r, len(self.gains) - 1), i]
 
     def odds(self, r: int, thought: Tensor, before: Tensor, logits: Tensor) -> Tensor:
-        """Round, (... d) twice, (... v) -> (...): of halting now, from the thought, how far it moved, and how unsure the prediction is."""
+        """(... d) twice, (... v) -> (...): the odds of halting at round r, from the thought, how far it moved, how unsure its guess is."""
         if self.config.supervision != "halting":
             thought, before = thought.detach(), before.detach()
         moved, unsure = distance(thought, before), entropy(logits.detach())
@@ -198,6 +198,7 @@ class Thinker(Body, Reader):
         super().__init__(config, causal=True, symbols=config.vocabulary)
 
     def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """(b window+1) -> a scalar, parts: `thinking_loss` of every round's nats; `nats_per_char` is what the last round pays."""
         ids = self.check_ids(ids)
         logits, odds, _ = self.every_round(ids[:, :-1], self.draw_rounds())
         nats = F.cross_entropy(rearrange(logits, "b t v r -> b v t r"), ids[:, 1:, None].expand_as(odds), reduction="none")
@@ -305,7 +306,7 @@ class _Reading:
 
 
 def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[Tensor, Tensor], turn: Tensor, gains: Tensor | None):
-    """(n d), (b t) with n True, (b t), k and v (b h s c) -> (n d), k and v: `block` at the places that ask, among the last t.
+    """(asking d), (b t) of bool twice, k and v (b h s c) -> (asking d), k and v: `block` at the places that ask, among the last t.
 
     New keys and values replace the old ones of the places that are `going`; all others are seen as they were.
     """
@@ -321,7 +322,7 @@ def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[
     asked[used], last[used] = q, at
     mask = torch.arange(k.shape[2], device=x.device) <= last[:, None, :, None]
     y = F.scaled_dot_product_attention(asked.transpose(1, 2), k, v, mask)
-    x = x + attention.out(rearrange(y.transpose(1, 2)[used], "n h c -> n (h c)"))
+    x = x + attention.out(rearrange(y.transpose(1, 2)[used], "asking h c -> asking (h c)"))
     return x + block.mlp(scale(block.norm_mlp(x), gains, 1)), (k, v)
 
 
@@ -331,7 +332,7 @@ def frozen(past, last, t: int):
 
 
 def scatter(x: Tensor, where: Tensor, new: Tensor) -> Tensor:
-    """(b t d), (b t) of bool with n True, (n d) -> (b t d): x with the n rows replaced."""
+    """(b t d), (b t) of bool, (new d) -> (b t d): x with new rows where it is True."""
     return x.masked_scatter(where[..., None], new.to(x))
 
 
@@ -384,7 +385,11 @@ class PageThinker(Body):
         return lots.argsort(1).argsort(1) < k[:, None]
 
     def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Every other row keeps a clean beginning, like a prompt; half of the batches carry on a thought about a page with more hidden."""
+        """(b window+1) -> a scalar, parts: `thinking_loss` of the hidden characters' nats, as shares of the bound.
+
+        Every other row keeps a clean beginning, like a prompt; half of the batches carry on a thought about a page with more
+        hidden. `bound_nats_per_char` is a one-draw estimate by the last round, from the rows without a beginning.
+        """
         ids = self.check_ids(ids)
         b, t = ids.shape
         first = torch.where(torch.arange(b, device=ids.device) % 2 == 1, torch.randint(1, t, (b,), device=ids.device), 1)
@@ -394,7 +399,7 @@ class PageThinker(Body):
                 thought = self.every_round(ids.masked_fill(hidden | self.hide(b, t, first), self.blank), self.draw_rounds())[2]
         logits, odds, _ = self.every_round(ids.masked_fill(hidden, self.blank), self.draw_rounds(), thought)
         nats = F.cross_entropy(rearrange(logits, "b t v r -> b v t r"), ids[..., None].expand_as(odds), reduction="none")
-        weight = hidden * t / hidden.sum(1, keepdim=True)  # the mean over each row's hidden places
+        weight = (hidden * t).to(nats) / hidden.sum(1, keepdim=True)  # the mean over each row's hidden places
         loss, parts = self.thinking_loss(nats * weight[..., None], odds)
         return loss, {"bound_nats_per_char": (nats[..., -1] * weight)[::2].mean().detach()} | parts
 
@@ -486,8 +491,3 @@ def supervised(name: str, nats: Tensor) -> Tensor:
     r = torch.arange(1, nats.shape[-1] + 1, device=nats.device)
     weight = {"every": torch.ones_like(r), "late": (r + 1 - (len(r) + 1) // 2).clamp(min=0), "last": r == len(r)}[name].to(nats)
     return weight / weight.sum()
-
-
-def leading(true: Tensor) -> int:
-    """(b t) of bool -> how many places from the left are True in every row."""
-    return int(true.all(0).long().cumprod(0).sum())
