@@ -1,6 +1,7 @@
 """What many tests need: a small text, models with excited weights, and a quiet machine."""
 
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its interpreter stands in for the GPU
 
-from irann import shakespeare
+from irann import bench, shakespeare, speed
 from irann.text import Text
 
 
@@ -24,6 +25,15 @@ def corpus() -> Text:
 def small(corpus) -> Text:
     """The first few thousand characters of both parts, with the whole vocabulary, for what has to be fast."""
     return Text(corpus.train[:6000], corpus.val[:700], corpus.vocabulary, "an excerpt", "0" * 64)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when it is told to: clock(2) lets two seconds go."""
+    now = [0.0]
+    for module in (bench, speed):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    return lambda seconds: now.append(now.pop() + seconds)
 
 
 def excite(model: torch.nn.Module, std: float = 0.6, seed: int = 0) -> torch.nn.Module:

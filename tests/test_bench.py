@@ -7,20 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from irann import bench, quality, speed, zoo
+from irann import bench, quality, zoo
 from irann.checkpoint import CheckpointError
 from irann.lm import Draft
 from irann.speed import write_once
 from irann.text import Vocabulary
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes only when it is told to: clock(2) lets two seconds go."""
-    now = [0.0]
-    for module in (bench, speed):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    return lambda seconds: now.append(now.pop() + seconds)
 
 
 def test_all_contestants_compute_the_same():

@@ -2,20 +2,11 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from irann import speed, zoo
 from irann.lm import Draft
 from irann.text import Vocabulary
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """Time that passes only when it is told to: clock(2) lets two seconds go."""
-    now = [0.0]
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    return lambda seconds: now.append(now.pop() + seconds)
 
 
 def test_times_are_against_the_first_and_without_the_first_round(clock):
