@@ -16,6 +16,11 @@ from irann import bench, shakespeare, speed
 from irann.text import Text
 
 
+def pytest_collection_modifyitems(items):
+    """The chapters first: they take longest, and begun last they would leave one of two processes idle."""
+    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+
+
 @pytest.fixture(scope="session")
 def corpus() -> Text:
     return shakespeare.load()

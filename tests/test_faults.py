@@ -226,6 +226,7 @@ def test_pickles_and_names_to_import_execute_nothing(name, runs, excerpt, irann,
     assert not (tmp_path / "trap").exists()
 
 
+@pytest.mark.filterwarnings("ignore:.*not bitwise")
 def test_well_signed_nonsense_is_refused(runs, excerpt, irann, tmp_path):
     """Whatever is missing from, or wrong in, files whose hashes fit: a sentence, never a traceback."""
     whole = checkpoint.listed(runs / "gpt")[0]
