@@ -77,7 +77,8 @@ class LanguageModel(nn.Module):
     """The protocol that trainer, chat and benchmark speak. A new model subclasses this and passes test_contract.py.
 
     `config` is a frozen dataclass with at least `vocabulary` and `window`. `exact` says whether `surprise` is an exact
-    likelihood or an upper bound of it. `settings` are the extra keyword arguments of `generate`.
+    likelihood or an upper bound of it. `settings` are the extra keyword arguments of `generate`, of `inside`, and, if `exact`,
+    of `surprise`.
     """
 
     exact = True
@@ -103,7 +104,7 @@ class LanguageModel(nn.Module):
         """(b t) -> drafts; the last one holds the prompt and `n` more characters, all settled."""
         raise NotImplementedError
 
-    def inside(self, ids: Tensor) -> dict[str, Tensor]:
+    def inside(self, ids: Tensor, *, generator: torch.Generator | None = None, **settings) -> dict[str, Tensor]:
         """(1 t) -> what this model has to show about each character of a text, by name: (t) numbers, or (... t s) maps."""
         return {}
 
@@ -221,8 +222,9 @@ def left_to_right(model: Reader, prompt: Tensor, n: int, *, temperature=1.0, top
     """(b t) -> drafts that grow by one character each, all of it settled.
 
     The prompt is read once; after that each character costs one call of `read` with the state. When the state is full,
-    the last half of its window is read anew, so that a long text pays for one rereading per half window. A prompt beyond
-    the window loses its beginning; every draft's note then says how many characters were `forgotten`.
+    the last half of its window is read anew, so that a long text pays for one rereading per half window. What of the prompt
+    lies before the characters that are held is lost, at the start or with a rereading: each draft's note says how many of
+    its characters are `forgotten` by then.
     An empty prompt starts from character 0, the newline of a sorted vocabulary.
     Raises ValueError for ids that are not characters of the model and for settings out of range, before any work.
     """
@@ -239,12 +241,13 @@ def _write(model, prompt, n, temperature, top_k, top_p, generator):
     plain = temperature == 1 and not top_k and top_p in (None, 1)
     start = prompt.shape[1]
     page = torch.cat([prompt, prompt.new_zeros(len(prompt), n)], 1)
-    read_to = forgotten = max(0, start - model.memory) if model.memory else 0
-    state, held, note = None, 0, {"forgotten": forgotten} if forgotten else {}
+    read_to = max(0, start - model.memory) if model.memory else 0
+    state, held, note = None, 0, {"forgotten": read_to} if read_to else {}
     yield Draft(page[:, :start], start, note)
     for end in range(start, start + n):
         if model.memory and held + end - read_to > model.memory:
             state, held, read_to = None, 0, end - max(1, model.memory // 2)
+            note = {"forgotten": min(read_to, start)}
         with evaluating(model):
             for piece in page[:, read_to:end].split(PIECE, 1):
                 logits, state = model.read(piece, state)
@@ -276,18 +279,18 @@ def generate(model: LanguageModel, prompt: str, n: int = 200, *, seed: int | Non
 
     `settings` are temperature, top_k, top_p and what the model itself offers. With a `seed` the text is always the same.
     Ctrl-C, or an interrupted kernel: what has settled by then is returned, with a warning that says so. A prompt that the
-    window cannot hold loses its beginning, with a warning too.
+    window cannot hold loses its beginning unread, with a warning too.
     Raises ValueError for characters outside the vocabulary and for settings out of range.
     """
-    last = None
+    first = last = None
     try:
-        for draft in stream(model, prompt, n, seed=seed, **settings):
-            last = draft
+        for last in stream(model, prompt, n, seed=seed, **settings):
+            first = first or last
     except KeyboardInterrupt:
-        if last is None:
+        if first is None:
             raise
         warnings.warn(f"interrupted: the text ends after {last.settled:,} characters, prompt included", stacklevel=2)
-    if lost := last.note.get("forgotten"):
+    if lost := first.note.get("forgotten"):
         warnings.warn(f"the window holds {model.config.window} characters: the first {lost:,} of the prompt are not read", stacklevel=2)
     return model.vocabulary.decode(last.ids[0, : last.settled])
 

@@ -198,7 +198,15 @@ def test_it_says_what_it_forgot(corpus):
     session.say("word " * 40)
     finish(session.reply())
     lost = len(session.model.prompts[-1]) - 64
-    assert f"the first {lost} of the scene are forgotten" in session.forgot()
+    assert f"could not read the first {lost} characters of the scene: its window of 64" in session.forgot()
+
+
+@pytest.mark.parametrize("said, length, lost", [(30, 3, 0), (30, 4, 17), (30, 40, 30), (0, 40, 0)])
+def test_what_a_long_reply_pushed_out_of_the_window_is_forgotten_too(here, said, length, lost):
+    session = Session("gpt", mode="plain", length=length)  # sees 32 characters, and keeps 16 of them when they are full
+    session.say("a" * said)
+    finish(session.reply())
+    assert session.turns[-1].forgotten == lost and bool(session.forgot()) == bool(lost)
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
@@ -252,6 +260,43 @@ def test_every_model_shows_its_inside_on_the_text(here, name):
     for rows in look.maps.values():
         assert torch.allclose(rows.sum(-1), torch.ones(len(look.text)), atol=1e-4)
     assert {"gpt": "attention" in look.maps, "mamba": "delta" in look.values, "thinker": "rounds" in look.values}.get(name, True)
+
+
+def test_the_inside_is_read_by_the_settings_of_the_model(here):
+    session = Session("thinker", stop="fixed", rounds=5, temperature=0.5)
+    with torch.no_grad():
+        for p in session.model.parameters():
+            p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
+    session.say("Hello there, gentle cousin")
+    text = session.model.vocabulary.encode(session.look().text)[None]
+    for rounds in (5, 2):
+        session.set("rounds", rounds)
+        look = session.look()
+        assert set(look.values["rounds"]) == {rounds} and max(look.values["expected_rounds"]) < rounds + 1e-3
+        assert look.values["surprise"][1:] == pytest.approx(session.model.surprise(text, stop="fixed", rounds=rounds)[0].tolist(), rel=1e-4)
+    assert look.values["surprise"][1:] != pytest.approx(session.model.surprise(text)[0].tolist(), rel=1e-4)
+    session.set("stop", "sampled")
+    before, look = torch.get_rng_state(), session.look()
+    assert look.values == session.look().values and torch.equal(torch.get_rng_state(), before)
+    for name, settings in {"diffusion": {"steps": 3}, "thinker-page": {"stop": "fixed", "steps": 3}}.items():
+        session = Session(name, **settings)
+        session.say("Hello there")
+        assert set(session.look().values) == {"surprise"}
+
+
+def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):
+    session = parrot(corpus, "Good morrow.\n\nNURSE:\nMadam!")
+    frames = session.reply()
+    frame = next(frames)
+    session.set("mode", "plain")
+    session.set("speaker", "nurse")
+    assert "JULIET" in scene_html(session, frame) and "NURSE" not in scene_html(session, frame)
+    finish(frames)
+    assert (session.turns[-1].speaker, session.turns[-1].text, session.turns[-1].ended) == ("JULIET", "Good morrow.", "speech")
+    frames = session.reply()
+    session.set("mode", "play")
+    finish(frames)
+    assert (session.turns[-1].speaker, session.turns[-1].ended) == ("NURSE", "length") and "Madam!" in session.turns[-1].text
 
 
 def test_switching_the_model_keeps_the_scene_and_drops_what_the_new_one_does_not_have(here):
@@ -560,9 +605,9 @@ def test_without_a_loop_the_widget_answers_at_once_and_shows_a_transcript(chat):
 def test_what_was_forgotten_is_said_beside_another_note(chat):
     widget = chat("Ay.\n\n")
     widget.say("word " * 40 + "\U0001f600")
-    assert "not among" in widget.message.value and widget.message.value.count("are forgotten") == 1
+    assert "not among" in widget.message.value and widget.message.value.count("could not read") == 1
     widget.regenerate()
-    assert "not among" not in widget.message.value and widget.message.value.count("are forgotten") == 1
+    assert "not among" not in widget.message.value and widget.message.value.count("could not read") == 1
 
 
 def test_a_very_long_scene_shows_its_end(chat):
@@ -581,7 +626,11 @@ def test_stop_works_while_the_model_writes(chat, monkeypatch):
         assert widget.busy
         await asyncio.sleep(0)
         assert widget.send.disabled and not widget.stop.disabled
-        widget.say("not now")  # busy: not heard
+        widget.line.value = "later"
+        widget.say()
+        assert widget.line.value == "later" and widget.message.value == ""
+        widget.say("not now")
+        assert "not heard" in widget.message.value
         seen = [widget.scene.value]
         for _ in range(6):
             await asyncio.sleep(0)
@@ -648,6 +697,46 @@ def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch):
     empty = Chat()
     assert "irann train gpt --recipe demo" in empty.message.value and empty.send.disabled
     empty.say("Hello?")
+
+
+def test_a_knob_shows_what_is_set(chat):
+    widget = chat("Ay.\n\n")
+    knobs = {knob.description: knob for knob in widget.knobs.children}
+    knobs["seed"].value = " 7 "
+    widget.say("Hm?")
+    refused = [("length", 0, "length is a whole", 300), ("seed", "-3", "seed is a whole", "7"), ("reader", ":", "name has 1", "ROMEO")]
+    for name, value, words, shown in refused:
+        knobs[name].value = value
+        assert knobs[name].value == shown and words in widget.message.value
+    assert widget.session.asked == 1 and widget.session.seed == 7  # refused: the dice go on
+    knobs["reader"].value = "first witch: "
+    assert knobs["reader"].value == widget.session.reader == "FIRST WITCH" and widget.message.value == ""
+    knobs["length"].value = 50
+    assert knobs["length"].value == widget.session.get("length") == 50
+    bold = Chat(widget.session.model, temperature=5)
+    slider = next(knob for knob in bold.knobs.children if knob.description == "temperature")
+    assert slider.value == slider.max == 5 and bold.session.get("temperature") == 5
+
+
+def test_a_model_that_could_not_be_loaded_hands_its_settings_to_the_one_that_can(here, monkeypatch):
+    widget = Chat("runs/nope", seed=5, temperature=0.7)
+    assert "neither a model" in widget.message.value and widget.session is None
+    widget.names.value = "gpt"
+    assert widget.session.seed == 5 and widget.session.get("temperature") == 0.7 and widget.message.value == ""
+    widget.names.value = "runs/nope"
+    assert "neither a model" in widget.message.value and widget.names.value == "gpt"
+    monkeypatch.chdir("runs/gpt-tiny")
+    widget = Chat("gpt", length=7)
+    assert "irann train gpt" in widget.message.value
+    monkeypatch.chdir(here)
+    widget.names.value = "gpt"  # trained meanwhile
+    assert widget.session.get("length") == 7 and widget.names.value == "gpt"
+    widget = Chat("gpt", temperature=-1)
+    assert "temperature is a number" in widget.message.value and widget.session is None
+    widget.names.value = "gpt"
+    assert widget.session.get("temperature") == 1 and widget.message.value == ""
+    widget = Chat("x" * 300)
+    assert "cannot be read (File name too long)" in widget.message.value and widget.session is None
 
 
 def test_the_widget_with_every_model(here):

@@ -106,12 +106,21 @@ def test_left_to_right_reads_each_character_once_and_rereads_half_a_window():
     assert model.asked == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (0, 3), (3, 1), (4, 1), (5, 1), (0, 3), (3, 1)]
 
 
-def test_a_long_prompt_loses_its_beginning_and_says_so():
+@pytest.mark.parametrize(
+    "start, n, forgotten", [(2, 4, [0] * 5), (5, 4, [0, 0, 0, 4, 4]), (9, 6, [3, 3, 7, 7, 7, 7, 9]), (1, 9, [0] * 7 + [1] * 3)]
+)
+def test_what_of_the_prompt_is_lost_is_said_at_the_start_and_with_each_rereading(start, n, forgotten):
     model = Counting()
-    drafts = list(model.generate(torch.arange(9)[None], 2))
-    assert drafts[0].note == {"forgotten": 3} == drafts[-1].note and model.asked[0] == (0, 6)
-    assert drafts[-1].ids[0].tolist() == [*range(9), 9, 0]
-    assert list(Counting().generate(torch.zeros(1, 2, dtype=torch.long), 1))[0].note == {}
+    drafts = list(model.generate(torch.arange(start)[None], n))
+    assert [d.note for d in drafts] == [{"forgotten": lost} if lost else {} for lost in forgotten]
+    assert model.asked[0] == (0, min(start, 6)) and drafts[-1].ids[0].tolist() == [i % 10 for i in range(start + n)]
+
+
+@pytest.mark.parametrize("name", ["diffusion", "thinker-page"])
+def test_what_of_the_prompt_is_lost_is_said_page_by_page(name):
+    model = zoo.build(name, zoo.recipe(name, "tiny")[0])  # sees 33 characters at once, and writes 16 of them
+    drafts = model.generate(torch.zeros(1, 30, dtype=torch.long), 40, steps=2, generator=torch.Generator().manual_seed(0))
+    assert {(d.ids.shape[1], d.note.get("forgotten")) for d in drafts} == {(30, 13), (46, 13), (62, 29), (70, 30)}
 
 
 def test_drafts_already_given_do_not_change():

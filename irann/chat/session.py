@@ -35,11 +35,12 @@ END = "\n\n"  # an empty line ends a speech
 
 @dataclass(frozen=True)
 class Frame:
-    """A reply while it is written: the first `settled` characters of `text` will not change again."""
+    """A reply while it is written: the first `settled` characters of `text` will not change again; `speaker` says it."""
 
     text: str
     settled: int
     note: dict = field(default_factory=dict)
+    speaker: str = ""
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class Session:
         seed = None if self.seed is None else (self.seed + self.asked) % (SEED.high + 1)
         drafts = stream(self.model, prompt, self.get("length"), seed=seed, **settings)
         self.asked += 1
-        return self._follow(drafts, max(1, len(prompt)))  # an empty prompt is read as one newline
+        return self._follow(drafts, len(prompt), self.mode, self.speaker)  # as they are now: both may be set while it writes
 
     def again(self) -> Iterator[Frame]:
         """Write the last reply anew. Raises ValueError if there is none; the old one stays if nothing new comes."""
@@ -202,22 +203,22 @@ class Session:
         self.turns.clear()
         self.asked = 0
 
-    def _follow(self, drafts, start: int) -> Iterator[Frame]:
+    def _follow(self, drafts, start: int, mode: str, speaker: str) -> Iterator[Frame]:
         decode, text, frames = self.model.vocabulary.decode, "", []
-        place, ended, forgotten, failed = start, "stopped", 0, False
+        place, ended, forgotten, failed = max(1, start), "stopped", 0, False  # an empty prompt is read as one newline
         try:
             for draft in drafts:
                 if draft.settled > place:
                     text += decode(draft.ids[0, place : draft.settled])  # settled text never changes: decoded once
                     place = draft.settled
-                forgotten = max(forgotten, draft.note.get("forgotten", 0))
-                end = _speech_end(text) if self.mode == "play" else None
+                forgotten = min(start, max(forgotten, draft.note.get("forgotten", 0)))
+                end = _speech_end(text) if mode == "play" else None
                 if end is not None:
                     text = text[:end]
-                    yield self._keep(frames, Frame(text, len(text), draft.note))
+                    yield self._keep(frames, Frame(text, len(text), draft.note, speaker))
                     ended = "speech"
                     return
-                yield self._keep(frames, Frame(text + decode(draft.ids[0, place:]), len(text), draft.note))
+                yield self._keep(frames, Frame(text + decode(draft.ids[0, place:]), len(text), draft.note, speaker))
             ended = "length"
         except Exception:
             failed = True
@@ -225,7 +226,7 @@ class Session:
         finally:
             if not failed and text:
                 kept = tuple(frames) if any(len(frame.text) > frame.settled for frame in frames) else ()
-                self.turns.append(Turn(self.speaker, text, True, ended, forgotten, kept))
+                self.turns.append(Turn(speaker, text, True, ended, forgotten, kept))
 
     @staticmethod
     def _keep(frames: list[Frame], frame: Frame) -> Frame:
@@ -237,23 +238,28 @@ class Session:
         return frame
 
     def forgot(self) -> str:
-        """-> a sentence on what of the scene the last reply could not take into account, or ''."""
+        """-> a sentence on what of the scene was out of the model's reach when its last reply ended, or ''."""
         lost = self.turns[-1].forgotten if self.turns else 0
         if not lost:
             return ""
-        return f"the window holds {self.model.config.window} characters: the first {lost:,} of the scene are forgotten"
+        room = f"its window of {self.model.config.window} also has to hold what it writes"
+        return f"by the end of its reply the model could not read the first {lost:,} characters of the scene: {room}"
 
     @torch.no_grad()
     def look(self) -> Look:
-        """-> the model's inside on the last window of the scene: `surprise` for every model, and what the model itself shows."""
+        """-> the model's inside on the last window of the scene: `surprise` for every model, and what the model itself shows.
+
+        The model's own settings count, as when it writes; but a bound is the same for every way of writing.
+        """
         text = self.clean(self.scene())[0][-self.model.config.window :]
         if len(text) < 2:
             raise ValueError("there is nothing to look at yet: say something first")
         ids = self.model.vocabulary.encode(text)[None].to(self.model.device)
-        generator = torch.Generator(self.model.device).manual_seed(0)
+        own = {name: value for name, value in self.values.items() if name in self.model.settings}
+        dice = lambda: torch.Generator(self.model.device).manual_seed(0)
         with evaluating(self.model):
-            nats = self.model.surprise(ids, generator=generator)[0]
-            inside = self.model.inside(ids)
+            nats = self.model.surprise(ids, generator=dice(), **(own if self.model.exact else {}))[0]
+            inside = self.model.inside(ids, **(own | {"generator": dice()} if own else {}))
         values = {"surprise": [0.0, *nats.float().tolist()]}  # nothing comes before the first character
         values |= {name: t.float().tolist() for name, t in inside.items() if t.ndim == 1}
         maps = {name: t.float().flatten(0, -3).mean(0).cpu() for name, t in inside.items() if t.ndim > 2 and t.shape[-1] == t.shape[-2]}

@@ -63,7 +63,7 @@ class Chat(w.VBox):
 
     def __init__(self, model: LanguageModel | str | None = None, *, device="cpu", **settings):
         self.session: Session | None = None
-        self.device, self.task, self.stopping = device, None, False
+        self.device, self.settings, self.task, self.stopping = device, settings, None, False
         self.frame: Frame | None = None
         self.began = self.drawn = 0.0
         self.heard: list[str] = []  # what loading had to say
@@ -84,8 +84,8 @@ class Chat(w.VBox):
         if not (isinstance(first, str) and first in zoo.MODELS):
             label = first if isinstance(first, str) else type(first).__name__
             self.names.options = [(label, first), *((name, name) for name in zoo.MODELS)]
-        self.names.value = self.current = first
-        self._use(first, settings)
+        self.names.value, self.current = first, None
+        self._use(first)
         self.names.observe(lambda change: change["new"] == self.current or self._use(change["new"]), "value")
         self._draw()
 
@@ -137,7 +137,12 @@ class Chat(w.VBox):
         return self.task is not None and not self.task.done()
 
     def say(self, text: str | None = None, wait: bool = False) -> None:
-        """Send a text, or what stands on the line, and let the model answer; with `wait` before the cell goes on."""
+        """Send a text, or what stands on the line, and let the model answer; with `wait` before the cell goes on.
+
+        While a reply is written nothing is heard: a text is refused in a sentence, and the line keeps what stands on it.
+        """
+        if self.busy and text is not None:
+            self._tell("not heard, for a reply is being written: say it again when it has ended, or press Stop first")
         if self.busy or self.session is None:
             return
         text, self.line.value = self.line.value if text is None else text, ""
@@ -239,23 +244,26 @@ class Chat(w.VBox):
         else:  # the last letters of a fast typist may arrive after Enter does
             self.waiting = loop.call_later(0.1, self.say)
 
-    def _use(self, model, settings=None) -> None:
-        """Load a model and keep the scene; what goes wrong is said under the transcript."""
+    def _use(self, model) -> None:
+        """Load a model and keep the scene; what goes wrong is said under the transcript. The first that loads gets the settings."""
         self.about.value = f"<span class='irann-small'><progress></progress>loading {escape(str(model))[:200]}</span>"
         self.halt()
         try:
             if self.session is None:
-                self.session = Session(model, device=self.device, say=self.heard.append, **(settings or {}))
-                dropped = []
+                session, dropped = Session(model, device=self.device, say=self.heard.append), []
+                settings, self.settings = self.settings, {}  # refused ones are not tried again
+                self.heard += filter(None, [session.set(name, value) for name, value in settings.items()])
+                self.session = session
             else:
                 dropped = self.session.use(model)
             self.current = model
             self.heard += [f"{self.session.name} does not have {', '.join(dropped)}"] if dropped else []
             self._tell("; ".join(self.heard))
+        except OSError as error:
+            self._tell(f"{model} cannot be read ({error.strerror or error})", error=True)
         except (ValueError, CheckpointError) as error:
             self._tell(str(error), error=True)
-            if self.session is not None:
-                self.names.value = self.current
+        self.names.value = self.current  # none, if there is none yet: then each can be chosen, the one that failed too
         self.about.value = f"<span class='irann-small'>{escape(self.session.describe()) if self.session else 'no model yet'}</span>"
         self.heard.clear()
         self.pace.value = ""
@@ -269,22 +277,33 @@ class Chat(w.VBox):
         if session is None:
             self.knobs.children = ()
             return
-        knobs = [_knob(name, setting, session.get(name)) for name, setting in session.options.items()]
-        knobs.append(w.Text(value="" if session.seed is None else str(session.seed), placeholder="none", description="seed"))
-        knobs.append(w.Dropdown(options=MODES, value=session.mode, description="mode"))
-        knobs += [w.Text(value=getattr(session, name), description=name, continuous_update=False) for name in ("reader", "speaker")]
+        knobs = [_knob(name, setting, self._shown(name)) for name, setting in session.options.items()]
+        knobs.append(w.Text(value=self._shown("seed"), placeholder="none", description="seed", continuous_update=False))
+        knobs.append(w.Dropdown(options=MODES, value=self._shown("mode"), description="mode"))
+        knobs += [w.Text(value=self._shown(name), description=name, continuous_update=False) for name in ("reader", "speaker")]
         for knob in knobs:
             knob.style = {"description_width": "90px"}
             knob.add_class(f"irann-knob-{knob.description}")
             knob.observe(self._turned, "value")
         self.knobs.children = tuple(knobs)
 
+    def _shown(self, name: str):
+        """-> what is set, as its knob shows it."""
+        if name in ("seed", "mode", "reader", "speaker"):
+            value = getattr(self.session, name)
+            return "" if value is None else str(value)
+        return self.session.get(name)
+
     def _turned(self, change) -> None:
-        name, value = change["owner"].description, change["new"]
+        knob, value = change["owner"], change["new"]
+        name = knob.description
         try:
             self._tell(self.session.set(name, (value.strip() or None) if name == "seed" else value))
         except ValueError as error:
             self._tell(str(error), error=True)
+        knob.unobserve(self._turned, "value")
+        knob.value = self._shown(name)
+        knob.observe(self._turned, "value")
 
     def _enable(self, on: bool) -> None:
         for button in (self.send, self.again, self.clear):
@@ -389,7 +408,7 @@ def scene_html(session: Session, frame: Frame | None = None) -> str:
     """-> the transcript, escaped; a `frame` is the reply that is being written. A very long scene shows its end."""
     parts, room = [], SHOWN
     if frame is not None:
-        parts.append(_bubble(session.speaker, draft_html(frame), True))
+        parts.append(_bubble(frame.speaker, draft_html(frame), True))
     for turn in reversed(session.turns):
         parts.append(turn_html(turn) if len(turn.text) <= room else _bubble(turn.speaker, "... " + escape(turn.text[-room:]), turn.model))
         room -= len(turn.text)
@@ -428,7 +447,7 @@ def _knob(name: str, setting: Setting, value):
     if setting.choices is not None:
         return w.Dropdown(options=setting.choices, value=value, description=name, tooltip=setting.help)
     if name in SAMPLING and isinstance(setting.default, float):
-        high = 2.0 if name == "temperature" else setting.high
-        return w.FloatSlider(value=min(value, high), min=setting.low, max=high, step=0.05, description=name, tooltip=setting.help)
+        high = max(2.0, value) if name == "temperature" else setting.high
+        return w.FloatSlider(value=value, min=setting.low, max=high, step=0.05, description=name, tooltip=setting.help)
     kind = w.IntText if isinstance(setting.default, int) else w.FloatText
     return kind(value=value, description=name, tooltip=setting.help)

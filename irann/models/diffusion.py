@@ -300,7 +300,8 @@ class Diffusion(LanguageModel):
     ) -> Iterator[Draft]:
         """(b t) -> drafts: the prompt and a page of text that comes out of noise, then the next page.
 
-        A character counts as settled once it and all before it are so sure that they are taken as known from then on.
+        A character counts as settled once it and all before it are so sure that they are taken as known from then on. The
+        note says how many characters of the prompt are `forgotten`, page by page: the window has no room for them.
         `guide(x_tau, tau) -> (b)` is the log probability of something wished for, given a noisy page (b t c): its gradient
         steers the page, `strength` times (see `noise.guided`).
         """
@@ -319,6 +320,7 @@ class Diffusion(LanguageModel):
         yield Draft(page[:, :start].clone(), start, note)
         for first, last in self.pages(start, n):
             left = max(0, last + 1 - room)  # what the window can no longer hold
+            note = {"forgotten": min(left, start)} if left else {}
             mask = torch.zeros(page.shape[0], last + 1 - left, dtype=torch.bool, device=page.device)
             mask[:, first - left :] = True
             for draft in self._denoise(page[:, left : last + 1], mask, dials, generator):

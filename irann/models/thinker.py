@@ -278,11 +278,14 @@ class Thinker(Body, Reader):
         return {"rounds": state.rounds[:, -1].tolist(), "halted": state.halted[:, -1].tolist()}
 
     @torch.no_grad()
-    def inside(self, ids: Tensor) -> dict[str, Tensor]:
-        """(1 t) -> how many rounds each character took, and how its prediction's entropy fell from round to round (r t)."""
-        logits, odds, _ = self.every_round(ids)
+    def inside(self, ids: Tensor, *, generator=None, **settings) -> dict[str, Tensor]:
+        """(1 t) -> how many rounds each character took, and how its prediction's entropy fell from round to round (r t).
+
+        See `read` for the settings.
+        """
+        logits, odds, _ = self.every_round(ids, self.rule(settings)["rounds"])
         return {
-            "rounds": self.read(ids)[1].rounds[0].float(),
+            "rounds": self.read(ids, generator=generator, **settings)[1].rounds[0].float(),
             "expected_rounds": expected_rounds(halting_distribution(odds))[0],
             "entropy": entropy(logits.movedim(-1, 1))[0],
         }
@@ -418,7 +421,8 @@ class PageThinker(Body):
         """(b t) -> drafts: blanks that are guessed all at once, the guesses to be kept first by `order`; then the next page.
 
         Guesses that are not kept are shown, unsettled, and hidden again. In each refinement a page thinks until all its
-        hidden places would stop by the rule `stop`. Pages are half a window long.
+        hidden places would stop by the rule `stop`. Pages are half a window long. The note says how many characters of the
+        prompt are `forgotten`, page by page: the window has no room for them.
         """
         rule = self.rule(settings)
         filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -437,6 +441,7 @@ class PageThinker(Body):
         while first < page.shape[1]:
             last = min(first + max(1, room // 2), page.shape[1])
             left = max(0, last - room)  # what the window can no longer hold
+            note = {"forgotten": min(left, start)} if left else {}
             for ids, hidden, r in self.refine(page[:, left:last].clone(), first - left, filters, generator, rule):
                 page[:, left:last] = ids
                 yield Draft(page[:, :last].clone(), left + leading(~hidden), note | {"rounds": r, "hidden": int(hidden.sum())})

@@ -121,6 +121,9 @@ def test_a_script_in_a_prompt_stays_text(reader):
 
 def test_settings_regenerate_and_clear(reader, settings):
     reader.set("length", 40)
+    reader.set("length", 0)
+    reader.page.wait_for_selector(".irann-error:has-text('length is a whole number')", timeout=WAIT)
+    reader.page.wait_for_function("document.querySelector('.irann-knob-length input').value == '40'", timeout=WAIT)
     reader.set("temperature", 0)
     reader.type("What news?")
     reader.click("send")
