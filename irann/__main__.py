@@ -19,11 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Four small language models on tiny-shakespeare: train them, let them write, compare them.\n\n"
-    "MODEL is gpt, thinker, diffusion or mamba. Begin with: irann train gpt --recipe demo",
+    help="Small language models on tiny-shakespeare: train them, let them write, compare them.\n\n"
+    "MODEL is gpt, thinker, thinker-page, diffusion or mamba. Begin with: irann train gpt --recipe demo",
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="gpt, thinker, diffusion or mamba")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="gpt, thinker, thinker-page, diffusion or mamba")]
 Trained = Annotated[str, typer.Argument(metavar="MODEL", help="a model's name, or a run directory, or a checkpoint")]
 Corpus = Annotated[Path | None, typer.Option(metavar="FILE", help="another UTF-8 text instead of tiny-shakespeare")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: a GPU where there is one")]
@@ -184,10 +184,10 @@ def bench(
         str,
         typer.Argument(
             help="scan: the scan against others; all: trained models too; gpt, thinker-page, diffusion or mamba: that one alone; "
-            "models, thinker, thinker-long, nanogpt: trained side by side"
+            "models, thinker, thinker-long, nanogpt: races, trained side by side"
         ),
     ] = "all",
-    quick: Annotated[bool, typer.Option("--quick", help="small sizes, seconds: to see whether it runs")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="small sizes, to see whether it runs: about three minutes for all")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes; bench-report, or bench-report/quick")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="how often a race is run")] = 3,
 ):

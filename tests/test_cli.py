@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import re
 import select
 import signal
 import subprocess
@@ -51,6 +52,11 @@ def test_help_names_every_command(run):
     assert code == 0 and all(word in out for word in ("data", "train", "sample", "chat", "eval", "bench"))
     for command in ("data", "train", "sample", "chat", "eval", "bench"):
         assert run(command, "--help")[0] == 0
+
+
+def test_help_names_every_model(run):
+    for arguments in (["--help"], ["train", "--help"]):
+        assert set(zoo.MODELS) <= set(re.findall(r"[\w-]+", run(*arguments)[1])), arguments
 
 
 def test_without_a_command_there_is_help(run):
