@@ -1,10 +1,11 @@
 """The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models,
-and a model's name takes that one alone; `models`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py).
+and a model's name takes that one alone; `models`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py;
+so the thinker alone has no name here).
 
-Times are ratios: every round runs all contestants one after the other in the same process, on one thread, and a ratio is
-the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh process's peak. Of the
-models: likelihood over the whole validation part, what their text looks like from outside (quality.py), what they cost (speed.py).
-With `out`, what was measured is kept after each part, and a second start goes on from there.
+Where implementations are compared, times are ratios: every round runs all contestants one after the other in the same process,
+on one thread, and a ratio is the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh
+process's peak. Of the models: likelihood over the whole validation part, what their text looks like from outside (quality.py),
+what they cost (speed.py). What was measured is kept in `out` after each part, and a second start goes on from there.
 """
 
 import functools
@@ -26,7 +27,7 @@ from .lm import evaluating
 from .models.gpt import GPT
 from .models.mamba import Mamba, MambaConfig
 from .shakespeare import write_atomically
-from .speed import in_turn, ratios, spread
+from .speed import in_turn, spread
 from .train import evaluate
 
 STATE = 16
@@ -35,7 +36,8 @@ STATE = 16
 def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-report"), seeds: int = 3) -> dict:
     """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` are those of a race.
 
-    Raises ValueError for another `what`, CheckpointError for a model's name where it has no weights.
+    Raises ValueError for another `what` and for a report in `out` that this one would not go on from, CheckpointError for
+    a model's name where it has no weights.
     """
     known = dict.fromkeys(("all", "scan", *races.RACES, *zoo.MODELS))  # `thinker` is a race
     if what not in known:
@@ -58,9 +60,13 @@ def draw(report: dict, what: str, out: Path) -> None:
     from . import figures
 
     figures.use()
-    plots = {"curves": lambda ax: figures.race(report, ax=ax)} if what in races.RACES else {}
+    plots: dict[str, Callable] = {}
+    if what in races.RACES:
+        plots = {"curves": lambda ax: figures.race(report, ax=ax), "seconds": lambda ax: figures.race(report, against="seconds", ax=ax)}
     if "windows" in report:
         plots = {name: lambda ax, name=name: getattr(figures, name)(report[name], ax=ax) for name in ("windows", "lengths", "parallel")}
+    if any("curve" in row for row in report.get("models", {}).values()):
+        plots |= {name: lambda ax, name=name: getattr(figures, name)(report["models"], ax=ax) for name in ("learning", "places")}
     for name, plot in plots.items():
         figure, ax = plt.subplots()
         plot(ax)
@@ -81,10 +87,14 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     numbers = out / f"{what}.json"
     report = {"torch": torch.__version__, "threads": 1, "quick": quick}
     before = races.stored(numbers, quick)
-    if {k: before.get(k) for k in report} == report:
-        report = before
-        if not set(parts) - set(before):
-            print(f"all of it is measured already; to measure again, delete {numbers}", file=sys.stderr)
+    missing = set(parts) - set(before)
+    if before and missing and before.get("torch") != torch.__version__:
+        raise ValueError(
+            f"{numbers} was measured with torch {before.get('torch')}, this is {torch.__version__}: delete it, or choose another --out"
+        )
+    if before and not missing:
+        print(f"all of it is measured already; to measure again, delete {numbers}", file=sys.stderr)
+    report |= before
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -139,16 +149,9 @@ def forward_backward(scan: Callable, inputs: list[torch.Tensor]) -> float:
 def scan_times(quick: bool) -> dict:
     """Forward and backward at b 16, t 256, e 256 (quick: b 2, t 64, e 64), everyone in turn, after one round that does not count."""
     b, t, e, rounds = (2, 64, 64, 3) if quick else (16, 256, 256, 7)
-    inputs, runners = scan_inputs(b, t, e), contestants()
-    seconds = {name: [] for name in runners}
-    for _ in range(rounds + 1):
-        for name, scan in runners.items():
-            seconds[name].append(forward_backward(scan, inputs))
-    ours = next(iter(runners))
-    rows = {}
-    for name, taken in seconds.items():
-        rows[name] = {"ms": spread([1000 * s for s in taken[1:]]), "times": spread(ratios(taken[1:], seconds[ours][1:]))}
-    return {"b": b, "t": t, "e": e, "n": STATE, "rounds": rounds, "rows": rows}
+    inputs = scan_inputs(b, t, e)
+    runners = {name: functools.partial(forward_backward, scan, inputs) for name, scan in contestants().items()}
+    return {"b": b, "t": t, "e": e, "n": STATE, **in_turn(runners, rounds)}
 
 
 def scan_growth(quick: bool) -> dict:
@@ -274,7 +277,10 @@ def write_on(model, prompt: torch.Tensor, n: int) -> float:
 
 
 def writing(quick: bool) -> dict:
-    """Mamba of 4 layers, width 128, batch 1: characters per second after 100 and after 10,000 read, and transformers' beside it."""
+    """Mamba of 4 layers, width 128, batch 1: characters per second after 100 and after 10,000 read, and transformers' beside it.
+
+    One round that does not count comes first, and the time to the first character is left out, for both.
+    """
     n, long, rounds = (20, 1000, 2) if quick else (400, 10_000, 7)
     model = Mamba(MambaConfig(layers=4, width=128)).eval()
     text = torch.randint(65, (1, long), generator=torch.Generator().manual_seed(0))
@@ -288,16 +294,16 @@ def writing(quick: bool) -> dict:
         speeds["transformers, cached, after 100"] = []
     except ImportError:
         theirs = None
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         speeds["irann, after 100"].append(write_on(model, text[:, :100], n))
         speeds[f"irann, after {long:,}"].append(write_on(model, text, n))
         if theirs is not None:
             began = time.perf_counter()
-            theirs.generate(text[:, :100], max_new_tokens=1, do_sample=True)
+            theirs.generate(text[:, :100], max_new_tokens=1, do_sample=True, top_k=0)
             middle = time.perf_counter()
-            theirs.generate(text[:, :100], max_new_tokens=n + 1, do_sample=True)
+            theirs.generate(text[:, :100], max_new_tokens=n + 1, do_sample=True, top_k=0)
             speeds["transformers, cached, after 100"].append(n / (time.perf_counter() - middle - (middle - began)))
-    return {name: spread(values) for name, values in speeds.items()}
+    return {name: spread(values[1:]) for name, values in speeds.items()}
 
 
 def cache_gain(quick: bool) -> dict:
@@ -321,16 +327,7 @@ def cache_gain(quick: bool) -> dict:
 
 def parallel_writing(quick: bool) -> dict:
     text = shakespeare.load()
-    return speed.speed_against_quality(quick, counted(text.vocabulary.decode(text.train)), text.vocabulary)
-
-
-@functools.lru_cache(1)
-def counted(train: str) -> quality.Corpus:
-    """To count all runs of a text takes ten seconds; two parts of the report ask for it."""
-    return quality.Corpus(train)
-
-
-SAMPLES, LENGTH = 8, 400
+    return speed.speed_against_quality(quick, quality.counted(text.vocabulary.decode(text.train)), text.vocabulary)
 
 
 def trained_models(quick: bool, only: str | None = None) -> dict:
@@ -338,12 +335,10 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
 
     And `validation text`, pieces of the real thing measured like a model's: what the measures say of Shakespeare.
     """
-    text, rows = shakespeare.load(), {}
-    corpus, reference = counted(text.vocabulary.decode(text.train)), text.vocabulary.decode(text.val)
-    count, n = (2, 100) if quick else (SAMPLES, LENGTH)
-    pieces = [reference[i * len(reference) // count :][:n] for i in range(count)]
-    real = quality.report(pieces, corpus, reference)
-    rows["validation text"] = {"quality": {"0.8": real, "1.0": real}}
+    text = shakespeare.load()
+    count, n, rounds = (2, 100, 1) if quick else (quality.SAMPLES, quality.LENGTH, 3)
+    real = quality.real(text, count, n)
+    rows: dict[str, dict] = {"validation text": {"quality": {str(temperature): real for temperature in quality.TEMPERATURES}}}
     for name in [only] if only else zoo.MODELS:
         try:
             model = zoo.load(name)
@@ -356,42 +351,32 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
         card = model.card or {}
         row |= {key: card[key] for key in ("characters", "curve") if key in card}
         if quick:
-            row["nats_per_char"] = card.get("validation")
+            row |= {"nats_per_char": card.get("validation"), "standard_error": card.get("standard_error"), "measured": False}
         else:
             said = evaluate(model, text)
             row |= {"nats_per_char": said.nats_per_char, "standard_error": said.standard_error}
-        if not quick:
-            row["by_place"] = by_place(model, text)
-        row["quality"], row["samples"] = {}, {}
-        for temperature in (0.8, 1.0):
-            began = time.perf_counter()
-            samples = samples_of(model, text.vocabulary, count, n, temperature)
-            seconds = time.perf_counter() - began
-            row["quality"][str(temperature)] = quality.report(samples, corpus, reference)
-            row["samples"][str(temperature)] = samples[0]
-        row["chars_per_second_of_a_batch"] = count * n / seconds
-        speeds = []
-        for seed in range(1 if quick else 3):
-            began = time.perf_counter()
-            samples_of(model, text.vocabulary, 1, 200, 1.0, seed)
-            speeds.append(200 / (time.perf_counter() - began))
-        rows[name] = row | {"chars_per_second": spread(speeds)}
+        row["by_place"] = by_place(model, text, pages=2 if quick else 60)
+        row["quality"], row["samples"] = quality.written(model, text, count, n)
+        for key, batch in (("chars_per_second", 1), ("chars_per_second_of_a_batch", count)):
+            row[key] = spread([_rate(model, text.vocabulary, batch, 200, seed) for seed in range(rounds)])
+        rows[name] = row
     return rows
 
 
-def samples_of(model, vocabulary, count: int, n: int, temperature: float, seed: int = 0) -> list[str]:
-    """-> `count` texts of n characters, each begun from a newline."""
-    start = vocabulary.encode("\n").expand(count, 1)
-    *_, draft = model.generate(start, n, temperature=temperature, generator=torch.Generator().manual_seed(seed))
-    return [vocabulary.decode(row[1:]) for row in draft.ids]
+def _rate(model, vocabulary, count: int, n: int, seed: int) -> float:
+    """-> characters per second of `count` texts written at once."""
+    began = time.perf_counter()
+    quality.samples(model, vocabulary, count, n, 1.0, seed)
+    return count * n / (time.perf_counter() - began)
 
 
 def by_place(model, text, pages: int = 60) -> list[list[float]]:
     """-> pairs of a place in the window and the mean nats of the characters from there to the next, over some windows."""
     window = model.config.window
     ids = text.val[: pages * window + 1].unfold(0, window + 1, window)
+    dice = torch.Generator().manual_seed(0)
     with torch.no_grad(), evaluating(model):
-        nats = torch.cat([model.surprise(part, generator=torch.Generator().manual_seed(0)) for part in ids.split(20)]).mean(0)
+        nats = torch.cat([model.surprise(part, generator=dice) for part in ids.split(20)]).mean(0)
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
     return [[a, nats[a:b].mean().item()] for a, b in zip(edges, edges[1:], strict=False) if a < len(nats)]
 
@@ -408,26 +393,20 @@ def markdown(report: dict) -> str:
         return "\n".join(_models(report["models"])[1:])
     s, g = report["scan"], report["growth"]
     size = f"b {s['b']}, t {s['t']}, e {s['e']}, n {s['n']}"
-    page = [
-        f"## Selective scan, forward and backward ({size}; one thread, {s['rounds']} rounds, torch {report['torch']})",
-        "",
-        "| implementation | ms, median | times as long as the first (lowest, highest) |",
-        "|---|---|---|",
-    ]
-    for name, row in s["rows"].items():
-        times = row["times"]
-        page.append(f"| {name} | {row['ms']['median']:.1f} | {times['median']:.2f} ({times['low']:.2f}, {times['high']:.2f}) |")
+    page = _table(f"Selective scan, forward and backward ({size}; one thread, {s['rounds']} rounds, torch {report['torch']})", s)[1:]
     if not any("mambapy" in name for name in s["rows"]):
         page += ["", "mambapy is not installed, so it is not compared: pip install 'irann[test]'"]
     grown = ", ".join(f"{name} {value:.2f}" for name, value in g["exponents"].items())
-    page += ["", f"Time grows with length to the power of: {grown} (t {g['lengths'][0]} to {g['lengths'][-1]}, b 1, e {g['e']})."]
+    told = f"t {g['lengths'][0]} to {g['lengths'][-1]}, b 1, e {g['e']}, medians of three"
+    page += ["", f"Time grows with length to the power of: {grown} ({told})."]
     m, step = report["memory"], report["step"]
-    page += ["", f"## Memory above the inputs (b {m['b']}, t {m['t']}, e {m['e']}; MB)", "", "| implementation | MB |", "|---|---|"]
+    page += ["", f"## Memory above the inputs (b {m['b']}, t {m['t']}, e {m['e']}; MB, one process each)", ""]
+    page += ["| implementation | MB |", "|---|---|"]
     page += [f"| {name} | {mb:.0f} |" for name, mb in m["MB"].items()]
     page += ["", "Of the first, by length: " + ", ".join(f"t {t}: {mb:.0f}" for t, mb in zip(m["lengths"], m["grown"], strict=True)) + "."]
     page += _table(f"A training step of Mamba ({step['layers']} layers, width {step['width']}, b {step['b']}, t {step['t']})", step)
     page += ["", "## Mamba writes, batch 1 (characters per second, median, lowest, highest)", "", "| who | characters/s |", "|---|---|"]
-    page += [f"| {name} | {v['median']:.0f} ({v['low']:.0f}, {v['high']:.0f}) |" for name, v in report["writing"].items()]
+    page += [f"| {name} | {_told(speed)} |" for name, speed in report["writing"].items()]
     if "cache" in report:
         cache = report["cache"]
         page += _table(f"GPT writes {cache['n']} characters, window {cache['window']}", cache)
@@ -438,12 +417,14 @@ def markdown(report: dict) -> str:
     return "\n".join(page)
 
 
+def _told(values: dict, digits: int = 0) -> str:
+    """-> median (lowest, highest)."""
+    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f}, {values['high']:.{digits}f})"
+
+
 def _table(title: str, measured: dict) -> list[str]:
-    page = ["", f"## {title}", "", "| implementation | ms, median | times as long as the first (lowest, highest) |", "|---|---|---|"]
-    for name, row in measured["rows"].items():
-        times = row["times"]
-        page.append(f"| {name} | {row['ms']['median']:.1f} | {times['median']:.2f} ({times['low']:.2f}, {times['high']:.2f}) |")
-    return page
+    page = ["", f"## {title}", "", "| implementation | ms, median (lowest, highest) | times as long as the first |", "|---|---|---|"]
+    return page + [f"| {name} | {_told(row['ms'], 1)} | {_told(row['times'], 2)} |" for name, row in measured["rows"].items()]
 
 
 def _speed(report: dict) -> list[str]:
@@ -452,48 +433,53 @@ def _speed(report: dict) -> list[str]:
     page += ["", "Memory above weights and gradients, MB: " + ", ".join(f"{name} {mb:.0f}" for name, mb in memory.items()) + "."]
     page += _table(f"GPT-2 of the same shape: a training step (b {gpt['b']}, t {gpt['t']})", gpt["step"])
     page += _table(f"GPT-2 of the same shape: {gpt['n']} characters, batch 1, with the cache", gpt["write"])
-    page += ["", "## One layer, width 192, forward and backward, by window (ms, median)", ""]
+    page += ["", "## One layer, width 192, forward and backward, by window (ms, median, lowest, highest)", ""]
     page += ["| t | " + " | ".join(map(str, windows["lengths"])) + " |", "|---" * (len(windows["lengths"]) + 1) + "|"]
-    page += [f"| {name} | " + " | ".join(f"{ms['median']:.1f}" for ms in row) + " |" for name, row in windows["rows"].items()]
+    page += [f"| {name} | " + " | ".join(_told(ms, 1) for ms in row) + " |" for name, row in windows["rows"].items()]
     page += [
         "",
-        "## Writing, batch 1 (medians)",
+        "## Writing, batch 1 (medians, lowest, highest)",
         "",
         "| model | prompt | reply | s to the first character | characters/s |",
         "|---|---|---|---|---|",
     ]
     for name, row in report["lengths"].items():
         for one in row:
-            first, rate = one["first"]["median"], one["chars_per_second"]["median"]
-            page.append(f"| {name} | {one['prompt']:,} | {one['reply']} | {first:.3f} | {rate:.0f} |")
+            first, rate = _told(one["first"], 3), _told(one["chars_per_second"])
+            page.append(f"| {name} | {one['prompt']:,} | {one['reply']} | {first} | {rate} |")
     page += [
         "",
-        "## Speed against quality (temperature 0.8, medians)",
+        "## Speed against quality (temperature 0.8, medians, lowest, highest)",
         "",
         "| model | steps | words that exist | judge | characters/s |",
         "|---|---|---|---|---|",
     ]
     for name, row in report["parallel"].items():
         for one in row:
-            words, judge, rate = (one[key]["median"] for key in ("words", "judge", "chars_per_second"))
-            page.append(f"| {name} | {one.get('steps', 'one a character')} | {words:.2f} | {judge:.2f} | {rate:.0f} |")
+            words, judge, rate = _told(one["words"], 2), _told(one["judge"], 2), _told(one["chars_per_second"])
+            page.append(f"| {name} | {one.get('steps', 'one a character')} | {words} | {judge} | {rate} |")
     return page
 
 
 def _models(rows: dict) -> list[str]:
-    page = ["", "## Models", "", "| model | parameters | nats per character | characters/s, batch 1 | of a batch |"]
-    page.append("|---|---|---|---|---|")
+    page = ["", "## Models", "", "| model | parameters | nats per character | bits | characters/s, batch 1 | of a batch |"]
+    page.append("|---|---|---|---|---|---|")
     trained = {name: row for name, row in rows.items() if "parameters" in row}
     for name, row in rows.items():
         if "missing" in row:
-            page.append(f"| {name} | {row['missing']} | | | |")
+            page.append(f"| {name} | {row['missing']} | | | | |")
         elif name in trained:
-            nats = "not measured" if row["nats_per_char"] is None else f"{'' if row['exact'] else 'at most '}{row['nats_per_char']:.4f}"
+            said, bound = row["nats_per_char"], "" if row["exact"] else "at most "
+            nats = "not measured" if said is None else f"{bound}{said:.4f}"
+            bits = "" if said is None else f"{bound}{said / math.log(2):.3f}"
             if row.get("standard_error"):
                 nats += f" ± {row['standard_error']:.4f}"
-            speed, many = row["chars_per_second"]["median"], row["chars_per_second_of_a_batch"]
-            page.append(f"| {name} | {row['parameters']:,} | {nats} | {speed:.0f} | {many:.0f} |")
-    for temperature in ("0.8", "1.0"):
+            if said is not None and not row.get("measured", True):
+                nats += " (from its card)"
+            speed, many = _told(row["chars_per_second"]), _told(row["chars_per_second_of_a_batch"])
+            page.append(f"| {name} | {row['parameters']:,} | {nats} | {bits} | {speed} | {many} |")
+    page += _by_place({name: row["by_place"] for name, row in trained.items()}) + _curves(trained)
+    for temperature in map(str, quality.TEMPERATURES):
         told = {name: row["quality"][temperature] for name, row in rows.items() if temperature in row.get("quality", {})}
         page += ["", f"## Text at temperature {temperature} (means, and bootstrap intervals over the texts)", ""]
         measures = list(next(iter(told.values()), {}))
@@ -501,6 +487,24 @@ def _models(rows: dict) -> list[str]:
         for name, row in told.items():
             page.append(f"| {name} | " + " | ".join(_cell(row[measure]) for measure in measures) + " |")
     return page
+
+
+def _by_place(rows: dict[str, list]) -> list[str]:
+    """How much a longer past is worth: mean nats by the place in the window, from there to the next."""
+    places = sorted({place for row in rows.values() for place, _ in row})
+    page = ["", "## Nats per character, by place in the window", ""]
+    page += ["| model | from place " + " | ".join(f"{p + 1}" for p in places) + " |", "|---" * (len(places) + 1) + "|"]
+    for name, row in rows.items():
+        there = {place: f"{nats:.3f}" for place, nats in row}
+        page.append(f"| {name} | " + " | ".join(there.get(place, "") for place in places) + " |")
+    return page if rows else []
+
+
+def _curves(rows: dict[str, dict]) -> list[str]:
+    """What was met on the way while what ships was trained, where its card says so."""
+    told = {name: row["curve"] for name, row in rows.items() if "curve" in row}
+    page = ["", "## Validation while training: nats per character after millions of characters", ""] if told else []
+    return page + [f"- {name}: " + ", ".join(f"{nats:.3f} after {seen / 1e6:.1f}" for seen, nats in curve) for name, curve in told.items()]
 
 
 def _cell(value) -> str:

@@ -171,9 +171,8 @@ def race(report: dict, *, against: str = "characters", ax=None):
 
     ax = ax or plt.subplots()[1]
     place, unit = {"characters": (0, 1e6), "seconds": (1, 1)}[against]
-    palette = [*HUES.values(), *SPARE]
     for i, (name, row) in enumerate(report["rows"].items()):
-        hue = HUES.get(name.split("-")[0], palette[i % len(palette)])
+        hue = HUES.get(name.split("-")[0], SPARE[i % len(SPARE)])
         for k, curve in enumerate(row["curves"]):
             x, y = [point[place] / unit for point in curve], [point[2] for point in curve]
             ax.plot(x, y, marker=".", lw=1, color=hue, ls="-" if row["exact"] else "--", label=None if k else name)
@@ -181,6 +180,34 @@ def race(report: dict, *, against: str = "characters", ax=None):
         xlabel={"characters": "millions of characters trained on", "seconds": "seconds of training"}[against],
         ylabel="validation, nats per character",
     )
+    ax.legend()
+    return ax
+
+
+def learning(models: dict, *, ax=None):
+    """Draw the validation losses that the models' cards keep, against characters, bounds dashed -> the axes."""
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots()[1]
+    for name, row in models.items():
+        if "curve" in row:
+            seen, nats = zip(*row["curve"], strict=True)
+            ax.plot([s / 1e6 for s in seen], nats, marker=".", color=colour(name), label=name, ls="-" if row["exact"] else "--")
+    ax.set(xscale="log", xlabel="millions of characters trained on", ylabel="validation, nats per character")
+    ax.legend()
+    return ax
+
+
+def places(models: dict, *, ax=None):
+    """Draw what a character costs against its place in the window, bounds dashed -> the axes."""
+    import matplotlib.pyplot as plt
+
+    ax = ax or plt.subplots()[1]
+    for name, row in models.items():
+        if "by_place" in row:
+            x, nats = zip(*row["by_place"], strict=True)
+            ax.plot([p + 1 for p in x], nats, marker="o", ms=4, color=colour(name), label=name, ls="-" if row["exact"] else "--")
+    ax.set(xscale="log", xlabel="place in the window", ylabel="nats per character", title="What a longer past is worth")
     ax.legend()
     return ax
 

@@ -1,16 +1,21 @@
 """What text looks like from outside: words that exist, borrowed passages, repetition, and what a judge says that is no network.
 
-Everything here reads strings; nothing knows of a model. `Corpus` holds what is remembered of the training text.
+The measures read strings and know of no model; `samples` and `written` ask one for them. `Corpus` holds what is remembered of
+the training text.
 """
 
+import functools
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+
+import torch
 
 WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 ORDER = 6  # of the judge: how many characters before it sees
 COPIED = 20  # characters in a row that count as copied
+SAMPLES, LENGTH, TEMPERATURES = 8, 400, (0.8, 1.0)  # texts that a model is measured by, and their characters
 
 
 class Corpus:
@@ -23,10 +28,10 @@ class Corpus:
         self.symbols = len(set(text))
         self.counts: list[dict[str, Counter]] = []
         for k in range(ORDER + 1):
-            after: dict[str, Counter] = {}
+            after: dict[str, Counter] = defaultdict(Counter)
             for i in range(k, len(text)):
-                after.setdefault(text[i - k : i], Counter())[text[i]] += 1
-            self.counts.append({context: Counter(seen) for context, seen in after.items()})
+                after[text[i - k : i]][text[i]] += 1
+            self.counts.append(dict(after))
         self.totals = [{context: sum(seen.values()) for context, seen in table.items()} for table in self.counts]
 
     def judge(self, text: str, start: int = 0) -> float:
@@ -63,6 +68,40 @@ class Corpus:
         return best
 
 
+@functools.lru_cache(1)
+def counted(train: str) -> Corpus:
+    """-> the Corpus of a text, made once: to count all its runs takes ten seconds, and a report asks for it several times."""
+    return Corpus(train)
+
+
+def samples(model, vocabulary, count: int, n: int, temperature: float, seed: int = 0) -> list[str]:
+    """-> `count` texts of n characters, each begun from a newline, which is left out."""
+    start = vocabulary.encode("\n").expand(count, 1)
+    *_, draft = model.generate(start, n, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    return [vocabulary.decode(row[1:]) for row in draft.ids]
+
+
+def written(model, text, count: int = SAMPLES, n: int = LENGTH) -> tuple[dict[str, dict], dict[str, str]]:
+    """-> by temperature: what `count` texts of n characters look like (`report`), and the first of them. Keys are text, as in JSON."""
+    corpus, told, first = counted(text.vocabulary.decode(text.train)), {}, {}
+    for temperature in TEMPERATURES:
+        texts = samples(model, text.vocabulary, count, n, temperature)
+        told[str(temperature)], first[str(temperature)] = report(texts, corpus, reference(text)), texts[0]
+    return told, first
+
+
+def real(text, count: int = SAMPLES, n: int = LENGTH) -> dict:
+    """-> what pieces of the validation part look like: a model's measures, asked of the real thing."""
+    first = text.vocabulary.decode(text.val[: len(text.val) // 2])
+    pieces = [first[i * len(first) // count :][:n] for i in range(count)]
+    return report(pieces, counted(text.vocabulary.decode(text.train)), reference(text))
+
+
+def reference(text) -> str:
+    """-> the text that others should resemble: the validation part's second half, so that pieces of the first are not in it."""
+    return text.vocabulary.decode(text.val[len(text.val) // 2 :])
+
+
 def words(text: str) -> list[str]:
     return WORD.findall(text)
 
@@ -88,7 +127,7 @@ def repeated(text: str, n: int = 4) -> float:
 
 
 def in_form(text: str, longest: int = 66) -> float:
-    """-> the share of lines that a page of the plays could have: a speaker with a colon, nothing, or verse that is not too long."""
+    """-> the share of lines that a page of the plays could have: not longer than its longest verse, no blank at either end."""
     lines = text.split("\n")[1:-1]
     return sum(len(line) <= longest and line == line.strip() for line in lines) / len(lines) if lines else 0.0
 

@@ -2,7 +2,7 @@
 
 | race         | the question                                                                                                   |
 |--------------|----------------------------------------------------------------------------------------------------------------|
-| models       | how well do all five learn, with as many parameters, from as many characters, and in as many seconds?          |
+| models       | how well do all five learn and write, with as many parameters, from as many characters, in as many seconds?    |
 | thinker      | what do rounds of two shared blocks buy, beside a plain GPT of as many parameters and one of as many layers?   |
 | thinker-long | the same where a model sees all of the text many times, as those that ship do: hours, so best with `--seeds 1` |
 | nanogpt      | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?        |
@@ -11,6 +11,7 @@ Within a race and a seed, arms of one window and batch see the very same charact
 part, every character once. An arm that was interrupted goes on where it stopped, and an arm that is done is not run again.
 """
 
+import functools
 import json
 import math
 import signal
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from . import shakespeare, zoo
+from . import quality, shakespeare, zoo
 from .models.diffusion import DiffusionConfig
 from .models.gpt import GPTConfig
 from .models.mamba import MambaConfig
@@ -54,12 +55,13 @@ def model_arms(quick: bool) -> dict[str, Arm]:
     recipe = Recipe(steps=steps, batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012, evaluate_every=steps // 5)
     wide, narrow = round(width * 1.4 / 4) * 4, round(width * 0.94 / 4) * 4
     page = DiffusionConfig(window=window, page=window // 2, layers=4, heads=2, width=narrow)
+    look = functools.partial(look_at_text, count=2, n=40) if quick else look_at_text
     return {
-        "gpt": Arm("gpt", GPTConfig.fast(window=window, layers=4, heads=2, width=width), recipe),
-        "mamba": Arm("mamba", MambaConfig.fast(window=window, layers=7, width=width), recipe),
-        "thinker": Arm("thinker", ThinkerConfig(window=window, width=wide, rounds=6, **zoo.DEEP), recipe),
-        "thinker-page": Arm("thinker-page", ThinkerConfig(window=window, width=wide, rounds=4), recipe),
-        "diffusion": Arm("diffusion", page, replace(recipe, average=0.99)),
+        "gpt": Arm("gpt", GPTConfig.fast(window=window, layers=4, heads=2, width=width), recipe, look),
+        "mamba": Arm("mamba", MambaConfig.fast(window=window, layers=7, width=width), recipe, look),
+        "thinker": Arm("thinker", ThinkerConfig(window=window, width=wide, rounds=6, **zoo.DEEP), recipe, look),
+        "thinker-page": Arm("thinker-page", ThinkerConfig(window=window, width=wide, rounds=4), recipe, look),
+        "diffusion": Arm("diffusion", page, replace(recipe, average=0.99), look),
     }
 
 
@@ -112,26 +114,30 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
     """Run a race -> what it ran on, and `rows`: by arm its parameters, characters, whether its nats are `exact`, and lists.
 
     One entry per seed in `nats`, `seconds` (of training, without validation), `curves` (points of characters, seconds,
-    nats) and `looks`. Written to `out`/NAME.json after each arm.
+    nats) and `looks` (what else the race measures of a trained arm). Written to `out`/NAME.json after each arm.
     """
     arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.json"
     before = stored(page, quick)
-    report = {"race": name, "quick": quick, "torch": torch.__version__, "threads": torch.get_num_threads(), "seeds": seeds, "rows": {}}
-    report["rows"] = before.get("rows", {})
+    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    report = {"race": name, "quick": quick, **here, "seeds": seeds, "notes": [], "rows": {}} | (before if before.get("rows") else {})
+    report["seeds"], around = seeds, f"{here['threads']} threads, torch {here['torch']}"
     for seed in range(seeds):
         for arm_name, arm in arms.items():
             row = report["rows"].setdefault(arm_name, {"arm": arm.settings(), "nats": [], "seconds": [], "curves": [], "looks": []})
             folder = out / "runs" / f"{name}-{arm_name.replace(', ', '-').replace(' ', '-')}-{seed}"
-            if row["arm"] != arm.settings():
-                changed = ", ".join(key for key, value in arm.settings().items() if row["arm"].get(key) != value)
+            was, now = row.get("arm", {}), arm.settings()
+            if was != now:
+                changed = ", ".join(key for key in now | was if was.get(key) != now.get(key))
                 raise ValueError(
                     f"{page} holds '{arm_name}' with other settings ({changed}): delete that row and {folder}, or choose another --out"
                 )
-            if len(row["nats"]) > seed:
+            if len(row["nats"]) > seed and (not arm.look or len(row["looks"]) > seed):
                 continue
             print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
+            if any(report[key] != value for key, value in here.items()):
+                report["notes"].append(f"{arm_name}, seed {seed}: {around}")
             run_arm(arm, text, seed, folder, row)
             write_atomically(page, (json.dumps(report, indent=1) + "\n").encode())
     return report
@@ -147,12 +153,12 @@ def stored(page: Path, quick: bool) -> dict:
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{page} is not a report: delete it, or choose another --out") from None
     if other:
-        raise ValueError(f"{page} holds a {'full' if quick else 'quick'} report: delete its folder, or choose another --out")
+        raise ValueError(f"{page} holds a {'full' if quick else 'quick'} report: delete it and its runs, or choose another --out")
     return report
 
 
 def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
-    """Train one arm, or the rest of it, and add what it reached to its row."""
+    """Train one arm, or the rest of it, and put what it reached into its row, in the seed's place."""
     model = zoo.build(arm.model, arm.config, seed=seed)
     recipe = replace(arm.recipe, seed=seed)
     for tick in progress(train(model, text, recipe, run=folder, resume=True), recipe.steps):
@@ -167,18 +173,31 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
     each = recipe.batch * arm.config.window
     row["parameters"], row["characters"] = sum(p.numel() for p in model.parameters()), recipe.steps * each
     row["exact"], seconds = model.exact, training_seconds(log)
-    row["nats"].append(log[-1]["validation"])
-    row["seconds"].append(round(seconds, 1))
     met = [line for line in log if "validation" in line]
-    row["curves"].append([[line["step"] * each, round(seconds * line["step"] / len(log), 1), line["validation"]] for line in met])
+    row["nats"][seed:] = [log[-1]["validation"]]
+    row["seconds"][seed:] = [round(seconds, 1)]
+    row["curves"][seed:] = [[[line["step"] * each, round(seconds * line["step"] / len(log), 1), line["validation"]] for line in met]]
     if arm.look:
-        row["looks"].append(arm.look(model, text))
+        row["looks"][seed:] = [arm.look(model, text)]
 
 
 def training_seconds(log: list[dict]) -> float:
-    """Lines of metrics.jsonl -> what the steps took: the median of those that did not validate, times all. A busy minute does not count."""
-    spent = [b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0.0}, *log], log, strict=False) if "validation" not in b]
-    return statistics.median(spent) * len(log)
+    """Lines of metrics.jsonl -> what the steps took: the mean of the middle half of those that did not validate, times all.
+
+    So a busy minute does not count, and of steps that are of two kinds, as the page thinker's, both do.
+    """
+    spent = sorted(b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0.0}, *log], log, strict=False) if "validation" not in b)
+    quarter = len(spent) // 4
+    return statistics.mean(spent[quarter : len(spent) - quarter]) * len(log)
+
+
+def look_at_text(model, text: Text, count: int = quality.SAMPLES, n: int = quality.LENGTH) -> dict[str, dict[str, float]]:
+    """-> by temperature, the means of what quality.written says of `count` texts of n characters."""
+    told, _ = quality.written(model, text, count, n)
+    return {
+        temperature: {name: value["mean"] if isinstance(value, dict) else value for name, value in measures.items()}
+        for temperature, measures in told.items()
+    }
 
 
 def look_at_64(model, text: Text) -> dict:
@@ -217,16 +236,16 @@ class _With:
 
 def markdown(report: dict) -> str:
     """A race as a page: every arm's losses, and what the question's answer comes to."""
-    rows, seeds = report["rows"], len(next(iter(report["rows"].values()))["nats"])
+    rows, counts = report["rows"], sorted({len(row["nats"]) for row in report["rows"].values()})
+    seeds = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
     page = [f"## {report['race']}: {seeds} seeds, {report['threads']} threads, torch {report['torch']}", ""]
+    page += [line for note in report.get("notes", ()) for line in (f"({note})", "")]
     page += ["| arm | parameters | characters | nats per character (lowest, highest) | seconds of training |", "|---|---|---|---|---|"]
     for name, row in rows.items():
         nats, seconds = row["nats"], statistics.median(row["seconds"])
         told = f"{'' if row['exact'] else 'at most '}{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
         page.append(f"| {name} | {row['parameters']:,} | {row['characters']:,} | {told} | {seconds:.0f} |")
-    return "\n".join(
-        [*page, "", *{"models": _at_equal_time, "thinker": _gap, "thinker-long": _gap, "nanogpt": _sooner}[report["race"]](rows)]
-    )
+    return "\n".join([*page, "", *{"models": _of_all, "thinker": _gap, "thinker-long": _gap, "nanogpt": _sooner}[report["race"]](rows)])
 
 
 def gap(rows: dict) -> dict[str, tuple[list[float], list[float]]]:
@@ -257,13 +276,39 @@ def at_seconds(curve: list[list[float]], seconds: float) -> float:
     return math.nan
 
 
+def _of_all(rows: dict) -> list[str]:
+    return [*_at_equal_time(rows), *_texts({name: row for name, row in rows.items() if row["looks"]})]
+
+
 def _at_equal_time(rows: dict) -> list[str]:
-    fastest = min(statistics.median(row["seconds"]) for row in rows.values())
+    """Where all stand when the fastest is done, seed by seed: those of one seed ran side by side, others perhaps on a busier machine."""
+    done = [min(seconds) for seconds in zip(*(row["seconds"] for row in rows.values()), strict=False)]
     told = []
     for name, row in rows.items():
-        there = statistics.mean(at_seconds(curve, min(fastest, curve[-1][1])) for curve in row["curves"])
-        told.append(f"{name} not measured yet" if math.isnan(there) else f"{name} {'' if row['exact'] else 'at most '}{there:.3f}")
-    return [f"When the fastest of them is done, after {fastest:.0f} s of training, they stand at: {', '.join(told)}."]
+        there = [at_seconds(curve, min(then, curve[-1][1])) for curve, then in zip(row["curves"], done, strict=False)]
+        unknown, bound = any(map(math.isnan, there)), "" if row["exact"] else "at most "
+        told.append(f"{name} not measured yet" if unknown else f"{name} {bound}{_over_seeds(there)}")
+    after = " or ".join(f"{then:.0f}" for then in sorted(done))
+    return [f"When the fastest of them is done, after {after} s of training by seed, they stand at: {', '.join(told)}."]
+
+
+def _texts(rows: dict) -> list[str]:
+    """What the models of a race write, as tables."""
+    page = []
+    for temperature in map(str, quality.TEMPERATURES if rows else ()):
+        measures = list(next(iter(rows.values()))["looks"][0][temperature])
+        page += ["", f"## Text at temperature {temperature} (means over seeds, lowest and highest seed)", ""]
+        page += ["| text of | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
+        for name, row in rows.items():
+            cells = (_over_seeds([look[temperature][measure] for look in row["looks"]]) for measure in measures)
+            page.append(f"| {name} | " + " | ".join(cells) + " |")
+    return page
+
+
+def _over_seeds(values: list[float]) -> str:
+    """-> mean (lowest, highest), whole numbers without a point."""
+    low, high = (f"{x}" if isinstance(x, int) else f"{x:.3f}" for x in (min(values), max(values)))
+    return f"{statistics.mean(values):.3f} ({low}, {high})"
 
 
 def _gap(rows: dict) -> list[str]:

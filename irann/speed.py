@@ -1,7 +1,8 @@
 """What the models cost: a step of training, the first character, each further one, and how that grows with length.
 
-Times are taken on one thread, everyone in turn in one process, and given as median, lowest and highest. Untrained weights
-serve as well as trained ones wherever only time is asked for.
+Times are taken on one thread, and given as median, lowest and highest. What is to be compared runs in turn in one process, after
+a round that does not count. Untrained weights serve as well as trained ones where only time is asked for, except for thinkers:
+how long they think depends on what they have learnt, and on the text.
 """
 
 import statistics
@@ -10,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from . import quality, zoo
+from . import quality, shakespeare, zoo
 from .layers import Attention
 from .models.gpt import GPT, GPTConfig
 from .models.mamba import MambaConfig, Mixer
@@ -43,15 +44,20 @@ def in_turn(runners: dict[str, Callable], rounds: int) -> dict:
 
 
 def steps_of_all(quick: bool) -> dict:
-    """Loss and gradients of every model at the size that ships (quick: tiny), the same number of characters each."""
-    which, b, rounds = ("tiny", 4, 2) if quick else ("gpu", 4, 5)
+    """Loss and gradients of every model at the size that ships (quick: tiny), the same number of characters each.
+
+    What the page models draw makes some of their steps longer than others; every round draws its own.
+    """
+    which, b, rounds = ("tiny", 4, 2) if quick else ("gpu", 4, 9)
     runners, window = {}, None
     for name in zoo.MODELS:
         config = zoo.recipe(name, which)[0]
         model, window = zoo.build(name, config).train(), config.window
         ids = torch.randint(config.vocabulary, (b, window + 1), generator=torch.Generator().manual_seed(0))
         runners[name] = lambda model=model, ids=ids: model.loss(ids)[0].backward()
-    return {"b": b, "t": window, **in_turn(runners, rounds)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {"b": b, "t": window, **in_turn(runners, rounds)}
 
 
 def gpt_beside_transformers(quick: bool) -> dict:
@@ -76,11 +82,12 @@ def gpt_beside_transformers(quick: bool) -> dict:
     )
 
     def train_theirs():
-        logits = theirs.train()(ids[:, :-1]).logits
+        logits = theirs.train()(ids[:, :-1], use_cache=False).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
 
     def write_theirs():
-        theirs.eval().generate(prompt, max_new_tokens=n, do_sample=True, pad_token_id=0, attention_mask=torch.ones_like(prompt))
+        mask = torch.ones_like(prompt)
+        theirs.eval().generate(prompt, max_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0, attention_mask=mask)
 
     training["transformers"], writing["transformers"] = train_theirs, write_theirs
     return {"step": in_turn(training, rounds), "write": in_turn(writing, rounds), "b": b, "t": t, "n": n}
@@ -103,13 +110,15 @@ def cost_against_window(quick: bool) -> dict:
 def writing_by_length(quick: bool) -> dict:
     """Batch 1, sizes that ship: seconds to the first new character on the screen, and characters per second, by prompt and reply.
 
-    For a model that writes a page at once, the first draft of the page is what is first on the screen.
+    The prompts are from the validation part. For a model that writes a page at once, the first draft of the page is what is
+    first on the screen.
     """
     which, prompts, replies, rounds = ("tiny", (10, 100), (10,), 1) if quick else ("gpu", (100, 1000, 10_000), (50, 250), 3)
     rows: dict[str, list] = {}
+    ids = shakespeare.load().val[None, : max(prompts)]
     for name in zoo.MODELS:
         model = zoo.load(name) if name in zoo.shipped() and not quick else zoo.build(name, zoo.recipe(name, which)[0]).eval()
-        ids = torch.randint(65, (1, max(prompts)), generator=torch.Generator().manual_seed(0))
+        write_once(model, ids[:, : prompts[0]], replies[0], 0)  # does not count
         rows[name] = []
         for prompt in prompts:
             for reply in replies:
@@ -129,7 +138,7 @@ def write_once(model, prompt: torch.Tensor, n: int, seed: int) -> tuple[float, f
 
 
 def speed_against_quality(quick: bool, corpus: quality.Corpus, vocabulary) -> dict:
-    """Models that write a page at once, by the number of their steps: words that exist, the judge, characters per second."""
+    """Words that exist, the judge and characters per second of all that ships; of models that write a page at once, by steps."""
     counts, samples, n = ((2, 4), 1, 32) if quick else ((4, 8, 16, 32, 64), 6, 192)
     rows: dict[str, list] = {}
     for name in zoo.shipped():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,6 @@ from irann import bench, quality, zoo
 from irann.checkpoint import CheckpointError
 from irann.lm import Draft
 from irann.speed import write_once
-from irann.text import Vocabulary
 
 
 def test_all_contestants_compute_the_same():
@@ -31,7 +31,6 @@ def test_all_contestants_compute_the_same():
 
 def test_arithmetic_by_hand():
     assert bench.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
-    assert bench.ratios([4.0, 9.0], [2.0, 3.0]) == [2, 3]
     assert bench.spread([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
 
 
@@ -79,7 +78,24 @@ def test_shipped_models_are_compared_with_the_real_thing(quick):
     assert set(report["steps"]["rows"]) == set(report["step_memory"]["MB"]) == set(report["lengths"]) == set(bench.zoo.MODELS)
     assert all(one["first"]["median"] > 0 and one["chars_per_second"]["low"] > 0 for row in report["lengths"].values() for one in row)
     assert len(report["parallel"]["diffusion"]) > 1 and "steps" not in report["parallel"]["gpt"][0]
-    assert {path.name for path in out.glob("*.png")} == {f"all-{name}.png" for name in ("windows", "lengths", "parallel")}
+    assert {path.name for path in out.glob("*.png")} == {
+        f"all-{name}.png" for name in ("windows", "lengths", "parallel", "learning", "places")
+    }
+    assert page.count("(from its card)") == 5 and "| gpt | 1,794,432 | 1.4282 (from its card) | 2.060 |" in page
+    for one in report["lengths"]["mamba"]:
+        first, rate = (one[key] for key in ("first", "chars_per_second"))
+        assert f"{first['median']:.3f} ({first['low']:.3f}, {first['high']:.3f}) | {rate['median']:.0f} ({rate['low']:.0f}," in page
+    for ms in report["windows"]["rows"]["attention"]:
+        assert f"{ms['median']:.1f} ({ms['low']:.1f}, {ms['high']:.1f})" in page
+    assert "| mamba | " + " | ".join(f"{nats:.3f}" for _, nats in report["models"]["mamba"]["by_place"]) + " |" in page
+    assert "- mamba: 1.501 after 4.1, " in page
+
+
+def test_a_report_of_another_torch_is_not_gone_on_with(tmp_path, monkeypatch):
+    (tmp_path / "scan.json").write_text(json.dumps({"quick": True, "torch": "1.0", "scan": {}}))
+    with pytest.raises(ValueError, match=r"scan.json was measured with torch 1.0, this is .*: delete it, or choose another --out"):
+        bench.measure("scan", True, tmp_path)
+    assert json.loads((tmp_path / "scan.json").read_text())["torch"] == "1.0"
 
 
 class Slow:
@@ -105,10 +121,10 @@ def test_the_first_character_does_not_count_where_only_further_ones_are_asked_fo
     assert bench.write_on(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14) == 7
 
 
-def test_times_of_the_scan_are_against_the_first_and_without_the_first_round(monkeypatch):
+def test_times_of_the_scan_are_against_the_first_and_without_the_first_round(monkeypatch, clock):
     taken = {"a": iter([100, 2, 2, 2]), "b": iter([100, 4, 4, 4])}
     monkeypatch.setattr(bench, "contestants", lambda: {name: spent.__next__ for name, spent in taken.items()})
-    monkeypatch.setattr(bench, "forward_backward", lambda scan, inputs: scan())
+    monkeypatch.setattr(bench, "forward_backward", lambda scan, inputs: clock(scan()))
     rows = bench.scan_times(quick=True)["rows"]
     assert rows["a"] == {"ms": bench.spread([2000]), "times": bench.spread([1])}
     assert rows["b"] == {"ms": bench.spread([4000]), "times": bench.spread([2])}
@@ -140,29 +156,50 @@ def test_a_place_is_given_the_mean_from_there_to_the_next():
     assert bench.by_place(model, SimpleNamespace(val=torch.arange(200)), pages=25) == [[0, 0], [1, 1], [2, 2.5], [4, 5]]
 
 
-def test_samples_are_without_the_newline_they_begin_from():
-    asked = []
+def test_no_windows_are_measured_with_the_same_noise():
+    model = SimpleNamespace(config=SimpleNamespace(window=1), training=False)
+    model.surprise = lambda ids, generator: torch.rand(len(ids), 1, generator=generator)
+    noise = torch.rand(40, 1, generator=torch.Generator().manual_seed(0))
+    ((_, nats),) = bench.by_place(model, SimpleNamespace(val=torch.arange(60)), pages=40)
+    assert nats == pytest.approx(noise.mean().item())
 
-    def generate(start, n, *, temperature, generator):
-        asked.append((start.tolist(), temperature, generator.initial_seed()))
-        yield Draft(start, 1)
-        yield Draft(torch.cat([start, torch.ones_like(start).expand(-1, n)], 1), 1 + n)
 
-    assert bench.samples_of(SimpleNamespace(generate=generate), Vocabulary("\nab"), 2, 3, 0.8, seed=4) == ["aaa", "aaa"]
-    assert asked == [([[0], [0]], 0.8, 4)]
+def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch, clock):
+    rates = iter([1, 1, 100, 10, 200, 20])  # after 100 and after 1,000, three rounds
+    monkeypatch.setattr(bench, "write_on", lambda model, prompt, n: next(rates))
+
+    class Theirs:
+        started = False
+
+        def eval(self):
+            return self
+
+        def generate(self, ids, *, max_new_tokens, do_sample, top_k):
+            assert do_sample and top_k == 0  # as ours: all characters may come
+            clock(3 + (max_new_tokens - 1) / 5 + (0 if self.started else 50))
+            self.started = True
+
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(MambaConfig=dict, MambaForCausalLM=lambda config: Theirs()))
+    told = bench.writing(quick=True)
+    assert told["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
+    assert told["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
+    assert told["transformers, cached, after 100"] == pytest.approx(bench.spread([5.0, 5.0]))
 
 
 def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, capsys, clock):
     monkeypatch.setattr("irann.shakespeare.load", lambda: small)
-    monkeypatch.setattr(bench, "counted", quality.Corpus)
+    monkeypatch.setattr(quality, "counted", quality.Corpus)
     monkeypatch.setattr(bench, "evaluate", lambda model, text: SimpleNamespace(nats_per_char=1.5, standard_error=0.1))
-    monkeypatch.setattr(bench, "by_place", lambda model, text: [[0, 2.0]])
-    rate = {1: 10, bench.SAMPLES: 100}  # characters per second, of one text and of many
-    monkeypatch.setattr(bench, "samples_of", lambda model, vocabulary, count, n, *_: clock(count * n / rate[count]) or ["To be"] * count)
+    monkeypatch.setattr(bench, "by_place", lambda model, text, pages: [[0, 2.0]])
+    rate = {1: 10, quality.SAMPLES: 100}  # characters per second, of one text and of many
+    shown = "10 (10, 10) | 100 (100, 100)"
+    monkeypatch.setattr(quality, "samples", lambda model, vocabulary, count, n, *_: clock(count * n / rate[count]) or ["To be"] * count)
     rows = bench.main("gpt", out=tmp_path)["models"]
     page = capsys.readouterr().out
-    assert list(rows) == ["validation text", "gpt"] and {path.name for path in tmp_path.iterdir()} == {"gpt.json", "gpt.md"}
-    assert page.startswith("## Models") and f"| gpt | {rows['gpt']['parameters']:,} | 1.5000 ± 0.1000 | 10 | 100 |" in page
+    assert list(rows) == ["validation text", "gpt"] and {path.name for path in tmp_path.iterdir()} == {
+        *("gpt.json", "gpt.md", "gpt-learning.png", "gpt-places.png")
+    }
+    assert page.startswith("## Models") and f"| gpt | {rows['gpt']['parameters']:,} | 1.5000 ± 0.1000 | 2.164 | {shown} |" in page
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="irann train mamba"):

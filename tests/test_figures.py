@@ -33,7 +33,9 @@ def test_every_model_has_its_colour_and_a_new_one_is_given_another(ax):
     row = {"curves": [[[1, 1.0, 2.0]]], "exact": True}
     names = [*zoo.MODELS, *(f"newcomer {i}" for i in range(5))]
     figures.race({"rows": dict.fromkeys(names, row)}, ax=ax)
-    assert [line.get_label() for line in ax.lines] == names and ax.lines[0].get_color() == figures.HUES["gpt"]
+    hues = [line.get_color() for line in ax.lines]
+    assert [line.get_label() for line in ax.lines] == names and hues[: len(zoo.MODELS)] == [figures.colour(name) for name in zoo.MODELS]
+    assert set(hues[len(zoo.MODELS) :]) == set(figures.SPARE)
 
 
 def test_what_is_shown_is_the_source(capsys):
@@ -84,6 +86,21 @@ def test_a_race_is_drawn_against_what_is_asked(ax, against, x):
     assert [data(line) for line in ax.lines] == [(x, [1.5, 1.4])] * 3 and [line.get_ls() for line in ax.lines] == ["-", "-", "--"]
     assert against in ax.get_xlabel() and "nats" in ax.get_ylabel()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["gpt", "diffusion"]
+
+
+def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
+    rows = {
+        "validation text": {},
+        "gpt": {"exact": True, "curve": [[2_000_000, 1.5], [4_000_000, 1.4]], "by_place": [[0, 2.5], [1, 2.0]]},
+        "diffusion": {"exact": False, "by_place": [[0, 3.0], [4, 2.5]]},
+    }
+    figures.learning(rows, ax=ax)
+    assert [(line.get_label(), data(line)) for line in ax.lines] == [("gpt", ([2, 4], [1.5, 1.4]))]
+    assert "millions of characters" in ax.get_xlabel() and "nats" in ax.get_ylabel()
+    ax.clear()
+    figures.places(rows, ax=ax)
+    drawn = [(line.get_label(), data(line), line.get_ls()) for line in ax.lines]
+    assert drawn == [("gpt", ([1, 2], [2.5, 2.0]), "-"), ("diffusion", ([1, 5], [3.0, 2.5]), "--")] and "place" in ax.get_xlabel()
 
 
 def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):

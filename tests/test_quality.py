@@ -4,11 +4,15 @@ import math
 import random
 import statistics
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
 from scipy.spatial.distance import jensenshannon
 
 from irann import quality
+from irann.lm import Draft
+from irann.text import Vocabulary
 
 CORPUS = quality.Corpus("the cat sat on the mat.\nthe dog sat on the log.\n" * 3)
 
@@ -88,3 +92,38 @@ def test_a_report_of_the_corpus_itself_is_perfect():
     rows = quality.report([CORPUS.text], CORPUS, CORPUS.text)
     assert rows["words that exist"]["mean"] == 1 and rows["copied runs of 20"]["mean"] == 1 and rows["trigram divergence"] == 0
     assert rows["longest copy"] == len(CORPUS.text) and rows["lines in form"]["mean"] == 1
+
+
+def test_samples_are_without_the_newline_they_begin_from():
+    asked = []
+
+    def generate(start, n, *, temperature, generator):
+        asked.append((start.tolist(), temperature, generator.initial_seed()))
+        yield Draft(start, 1)
+        yield Draft(torch.cat([start, torch.ones_like(start).expand(-1, n)], 1), 1 + n)
+
+    assert quality.samples(SimpleNamespace(generate=generate), Vocabulary("\nab"), 2, 3, 0.8, seed=4) == ["aaa", "aaa"]
+    assert asked == [([[0], [0]], 0.8, 4)]
+
+
+def test_what_is_written_is_measured_at_both_temperatures(small):
+    def generate(start, n, *, temperature, generator):
+        dice = torch.Generator().manual_seed(round(10 * temperature))
+        places = torch.randint(3000, (len(start), 1), generator=dice) + torch.arange(n)
+        yield SimpleNamespace(ids=torch.cat([start, small.train[places]], 1))
+
+    model = SimpleNamespace(generate=generate)
+    told, first = quality.written(model, small, 3, 60)
+    corpus, real = quality.Corpus(small.vocabulary.decode(small.train)), small.vocabulary.decode(small.val[350:])
+    for temperature in (0.8, 1.0):
+        texts = quality.samples(model, small.vocabulary, 3, 60, temperature)
+        assert told[str(temperature)] == quality.report(texts, corpus, real) and first[str(temperature)] == texts[0]
+        assert told[str(temperature)]["copied runs of 20"]["mean"] == 1
+    assert told["0.8"] != told["1.0"]
+
+
+def test_shakespeare_is_not_compared_with_himself(small):
+    val = small.vocabulary.decode(small.val)
+    assert quality.reference(small) == val[350:]
+    corpus = quality.Corpus(small.vocabulary.decode(small.train))
+    assert quality.real(small, 5, 40) == quality.report([val[70 * i :][:40] for i in range(5)], corpus, val[350:])

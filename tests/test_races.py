@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import excite
 
-from irann import bench, races, zoo
+from irann import bench, quality, races, zoo
 from irann.text import Text, windows
 from irann.train import Trainer
 
@@ -90,13 +90,38 @@ def test_every_race_runs_and_tells(name, told, short, tmp_path, capsys):
 
 
 def test_the_race_of_all_models(short, tmp_path, capsys):
-    rows = bench.main("models", quick=True, out=tmp_path, seeds=1)["rows"]
+    report = bench.main("models", quick=True, out=tmp_path, seeds=1)
+    rows = report["rows"]
     page = capsys.readouterr().out
     assert list(rows) == ["gpt", "mamba", "thinker", "thinker-page", "diffusion"] and page.count("| at most") == 2
-    for row in rows.values():
+    for name, row in rows.items():
         assert [point[0] for point in row["curves"][0]] == [12 * 32 * step for step in (4, 8, 12, 16, 20)]
+        look = row["looks"][0]["0.8"]
+        exist, judged = (f"{look[measure]:.3f}" for measure in ("words that exist", "judge, nats per character"))
+        assert f"| {name} | {exist} ({exist}, {exist}) | {judged} ({judged}, {judged}) |" in page
+    assert page.count("## Text at temperature") == 2 and "Text" not in races.markdown(
+        report | {"rows": {"gpt": rows["gpt"] | {"looks": []}}}
+    )
     sizes = [sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for arm in races.model_arms(quick=False).values()]
-    assert max(sizes) / min(sizes) < 1.1
+    assert max(sizes) / min(sizes) < 1.04
+    assert {path.name for path in tmp_path.glob("*.png")} == {"models-curves.png", "models-seconds.png"}
+
+
+def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_keep_their_place(short, tmp_path, monkeypatch):
+    report = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
+    page = tmp_path / "nanogpt.json"
+    old = json.loads(page.read_text())
+    del old["rows"]["ours, short"]["looks"][1]
+    page.write_text(json.dumps(old))
+    monkeypatch.setattr(races, "train", lambda *arguments, **settings: iter(()))  # nothing is trained again
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    again = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
+    was, now = report["rows"]["ours, short"], again["rows"]["ours, short"]
+    assert now | {"looks": 0} == was | {"looks": 0} and now["looks"][0] == was["looks"][0] and len(now["looks"]) == 2
+    assert again["torch"] == report["torch"] and again["notes"] == [f"ours, short, seed 1: {again['threads']} threads, torch 9.9"]
+    assert f"({again['notes'][0]})" in races.markdown(again)
+    again["rows"]["ours, long"]["nats"].pop()
+    assert "1 to 2 seeds" in races.markdown(again)
 
 
 @pytest.mark.parametrize(("race", "deep"), [("thinker", (4, 6)), ("thinker-long", (4,))])
@@ -137,6 +162,14 @@ def test_the_look_at_rounds_is_the_likelihood_by_round(short):
     assert (taken := [rounds for _, rounds in look["learned"].values()]) == sorted(taken)
 
 
+def test_the_look_at_text_keeps_the_means_of_what_is_written(short, monkeypatch):
+    told = {"0.8": {"words that exist": quality.interval([0.25, 0.75]), "longest copy": 7}}
+    monkeypatch.setattr(
+        quality, "written", lambda model, text, count, n: (told, {}) if (model, text, count, n) == ("a", short, 3, 60) else 0
+    )
+    assert races.look_at_text("a", short, 3, 60) == {"0.8": {"words that exist": 0.5, "longest copy": 7}}
+
+
 def test_the_look_at_64_gives_no_character_a_longer_past(short):
     model = excite(zoo.build("gpt", replace(zoo.recipe("gpt", "tiny")[0], window=128)).eval())
     short = Text(short.train, short.val[:640], short.vocabulary, short.source, short.sha256)
@@ -148,7 +181,7 @@ def test_the_look_at_64_gives_no_character_a_longer_past(short):
 
 def test_a_run_that_lost_its_last_line_is_measured_anew(short, tmp_path):
     arm, row, again = races.model_arms(quick=True)["gpt"], *({"nats": [], "seconds": [], "curves": []} for _ in range(2))
-    arm = replace(arm, recipe=replace(arm.recipe, steps=3, evaluate_every=0))
+    arm = replace(arm, recipe=replace(arm.recipe, steps=3, evaluate_every=0), look=None)
     races.run_arm(arm, short, 0, tmp_path, row)
     log = tmp_path / "metrics.jsonl"
     log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
@@ -180,5 +213,20 @@ def test_arithmetic_by_hand():
         {name: {"seconds": [s], "exact": True, "curves": [[[1, s, 3.0]]]} for name, s in (("a", 1.0), ("b", 2.0))}
     )
     assert "a not measured yet, b not measured yet" in told
+    two = {"seconds": [2.0, 6.0], "exact": True, "curves": [[[1, 1.0, 3.0], [2, 2.0, 2.0]], [[1, 3.0, 3.0], [2, 6.0, 1.0]]]}
+    slow = {"seconds": [4.0, 8.0], "exact": False, "curves": [[[1, 0.0, 5.0], [2, 4.0, 3.0]], [[1, 4.0, 5.0], [2, 8.0, 4.0]]]}
+    (told,) = races._at_equal_time({"quick": two, "slow": slow})
+    assert told == (
+        "When the fastest of them is done, after 2 or 6 s of training by seed, they stand at: "
+        "quick 1.500 (1.000, 2.000), slow at most 4.250 (4.000, 4.500)."
+    )
+    looks = [{t: {"words": x + shift, "longest copy": n} for t, shift in (("0.8", 0.0), ("1.0", 0.5))} for x, n in ((0.2, 26), (0.3, 31))]
+    page = races._texts({"gpt": {"looks": looks}})
+    assert "| gpt | 0.250 (0.200, 0.300) | 28.500 (26, 31) |" in page and "| gpt | 0.750 (0.700, 0.800) | 28.500 (26, 31) |" in page
+    assert page[1] == "## Text at temperature 0.8 (means over seeds, lowest and highest seed)"
     assert races.at_seconds(curve, 1.25) == pytest.approx(2.75) and math.isnan(races.at_seconds(curve, 0.5))
-    assert races.training_seconds(log) == pytest.approx(4 * 1.0)
+    assert races.training_seconds(log) == pytest.approx(4 * 1.5)
+    clock, log = 0.0, []
+    for spent in (1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0, 90.0):  # two kinds of steps, and a busy minute
+        log.append({"seconds": (clock := clock + spent)})
+    assert races.training_seconds(log) == pytest.approx(8 * 2.0)
