@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 class Entry:
     """A model: its class, its config, and by recipe's name a pair of config and recipe.
 
-    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute), `full` (75 to 90 minutes of
+    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute), `full` (70 to 80 minutes of
     two cores of a CPU without AVX-512) and `gpu` (minutes of a GPU). The weights that ship were made by `gpu`, the thinker's
     by a longer `full`.
     """
@@ -83,7 +83,7 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 ThinkerConfig(window=256, heads=3, width=264, rounds=6, dropout=0.1, **DEEP),
-                Recipe(steps=3000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.012, average=0.998, evaluate_every=1000, save_every=250),
+                Recipe(steps=2500, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.012, average=0.998, evaluate_every=500, save_every=250),
             ),
             "gpu": (
                 ThinkerConfig(window=256, heads=3, width=264, rounds=6, dropout=0.15, **DEEP),
@@ -105,7 +105,7 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 ThinkerConfig(window=256, heads=4, width=256, rounds=4),
-                Recipe(steps=6000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+                Recipe(steps=5000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
             ),
             "gpu": (
                 ThinkerConfig(window=256, heads=4, width=256, rounds=4, dropout=0.1),
@@ -127,7 +127,7 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 DiffusionConfig(window=256, layers=4, heads=3, width=192),
-                Recipe(steps=10_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=2000, save_every=250),
+                Recipe(steps=9000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=3000, save_every=250),
             ),
             "gpu": (
                 DiffusionConfig(window=256, layers=4, heads=3, width=192),
@@ -149,7 +149,7 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 MambaConfig.fast(window=256, layers=7, width=192, dropout=0.15),
-                Recipe(steps=8000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+                Recipe(steps=7000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
             ),
             "gpu": (
                 MambaConfig.fast(window=256, layers=7, width=192, dropout=0.2),
