@@ -32,7 +32,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 class Entry:
     """A model: its class, its config, and by recipe's name a pair of config and recipe.
 
-    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute), `full` (70 to 80 minutes of
+    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute), `full` (70 to 85 minutes of
     two cores of a CPU without AVX-512) and `gpu` (minutes of a GPU). The weights that ship were made by `gpu`, the thinker's
     by a longer `full`.
     """

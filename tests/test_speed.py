@@ -36,11 +36,14 @@ def test_every_model_s_step_is_its_own(monkeypatch):
     assert list(speed.steps_of_all(quick=True)["rows"]) == ran == list(zoo.MODELS)
 
 
-def test_each_length_is_measured_with_its_own_prompt_and_reply(monkeypatch):
-    monkeypatch.setattr(speed, "write_once", lambda model, prompt, reply, seed: (prompt.shape[1], reply))
+def test_each_length_is_measured_with_its_own_prompt_and_reply(corpus, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(speed, "write_once", lambda model, prompt, reply, seed: prompts.append(prompt) or (prompt.shape[1], reply))
     for row in speed.writing_by_length(quick=True).values():
         assert [(one["first"]["median"], one["chars_per_second"]["median"]) for one in row] == [(10, 10), (100, 10)]
         assert [(one["prompt"], one["reply"]) for one in row] == [(10, 10), (100, 10)]
+    assert all(torch.equal(prompt, corpus.val[None, : prompt.shape[1]]) for prompt in prompts)  # a thinker thinks as long as the text asks
+    assert len(prompts) == 3 * len(zoo.MODELS)  # one that does not count, and one of each length
 
 
 def test_a_number_of_steps_is_tried_by_words_judge_and_speed(clock):
