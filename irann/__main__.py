@@ -74,7 +74,7 @@ def train_command(
     text = _corpus(corpus)
     config, plan = zoo.recipe(model, recipe, **{"vocabulary": len(text.vocabulary)} | pairs)
     with _processes() as rank:
-        network = zoo.build(model, config, seed=plan.seed).to(_device(device, rank))
+        network = zoo.build(model, config, seed=plan.seed).to(_for_training(device, rank))
         run = run or Path("runs") / f"{model}-{recipe}"
         say = print if rank == 0 else lambda *_: None
         size = sum(p.numel() for p in network.parameters())
@@ -184,17 +184,20 @@ def bench(
         str,
         typer.Argument(
             help="scan: the scan against others; all: trained models too; gpt, thinker-page, diffusion or mamba: that one alone; "
-            "models, thinker, thinker-long, nanogpt: races, trained side by side"
+            "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
         ),
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="small sizes, to see whether it runs: about three minutes for all")] = False,
     out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes; bench-report, or bench-report/quick")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="how often a race is run")] = 3,
+    device: Annotated[str, typer.Option(help="what a race is trained on: cpu, cuda, mps or auto")] = "cpu",
 ):
     """Time the selective scan against others, compare the trained models, or train models side by side. Goes on where it stopped."""
     from . import bench as benchmark
 
-    benchmark.main(what, quick=quick, out=out or Path("bench-report") / ("quick" if quick else ""), seeds=seeds)
+    benchmark.main(
+        what, quick=quick, out=out or Path("bench-report") / ("quick" if quick else ""), seeds=seeds, device=_for_training(device)
+    )
 
 
 def _first(model: str) -> None:
@@ -251,6 +254,15 @@ def _device(name: str, rank: int = 0):
     if name != "cpu" and name != gpu:
         raise ValueError(f"--device {name}: there is none here; use cpu or auto")
     return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+
+
+def _for_training(name: str, rank: int = 0):
+    import torch
+
+    device = _device(name, rank)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # products in TF32, whose ten bits are enough for gradients
+    return device
 
 
 @contextlib.contextmanager

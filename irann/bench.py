@@ -1,6 +1,6 @@
 """The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models,
-and a model's name takes that one alone; `models`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py;
-so the thinker alone has no name here).
+and a model's name takes that one alone; `models`, `models-long`, `thinker`, `thinker-long` and `nanogpt` train models side by
+side (races.py; so the thinker alone has no name here).
 
 Where implementations are compared, times are ratios: every round runs all contestants one after the other in the same process,
 on one thread, and a ratio is the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh
@@ -33,16 +33,18 @@ from .train import evaluate
 STATE = 16
 
 
-def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-report"), seeds: int = 3) -> dict:
-    """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` are those of a race.
+def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-report"), seeds: int = 3, device="cpu") -> dict:
+    """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` and `device` are those of a race.
 
-    Raises ValueError for another `what` and for a report in `out` that this one would not go on from, CheckpointError for
-    a model's name where it has no weights.
+    Raises ValueError for another `what`, for a report in `out` that this one would not go on from, and for a device other
+    than the CPU where no race is run; CheckpointError for a model's name where it has no weights.
     """
     known = dict.fromkeys(("all", "scan", *races.RACES, *zoo.MODELS))  # `thinker` is a race
     if what not in known:
         raise ValueError(f"bench takes one of {', '.join(known)}; got {what!r}")
-    report = races.run(what, seeds=seeds, quick=quick, out=out) if what in races.RACES else measure(what, quick, Path(out))
+    if what not in races.RACES and torch.device(device).type != "cpu":
+        raise ValueError(f"{what} is measured on the CPU; --device is for races: {', '.join(races.RACES)}")
+    report = races.run(what, seeds=seeds, quick=quick, out=out, device=device) if what in races.RACES else measure(what, quick, Path(out))
     page = races.markdown(report) if what in races.RACES else markdown(report)
     print(page)
     (Path(out) / f"{what}.md").write_text(page + "\n")
@@ -63,6 +65,8 @@ def draw(report: dict, what: str, out: Path) -> None:
     plots: dict[str, Callable] = {}
     if what in races.RACES:
         plots = {"curves": lambda ax: figures.race(report, ax=ax), "seconds": lambda ax: figures.race(report, against="seconds", ax=ax)}
+    if what == "models-long":  # several runs at a time may share the GPU
+        del plots["seconds"]
     if "windows" in report:
         plots = {name: lambda ax, name=name: getattr(figures, name)(report[name], ax=ax) for name in ("windows", "lengths", "parallel")}
     if any("curve" in row for row in report.get("models", {}).values()):
@@ -95,6 +99,8 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     if before and not missing:
         print(f"all of it is measured already; to measure again, delete {numbers}", file=sys.stderr)
     report |= before
+    if retrained := [name for name, row in report.get("models", {}).items() if row.get("weights") not in (None, weights_of(name))]:
+        print(f"{numbers} was measured with other weights of {', '.join(retrained)}; to measure again, delete it", file=sys.stderr)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -349,7 +355,7 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
             continue
         row: dict = {"parameters": sum(p.numel() for p in model.parameters()), "exact": model.exact}
         card = model.card or {}
-        row |= {key: card[key] for key in ("characters", "curve") if key in card}
+        row |= {key: card[key] for key in ("characters", "curve") if key in card} | {"weights": weights_of(name)}
         if quick:
             row |= {"nats_per_char": card.get("validation"), "standard_error": card.get("standard_error"), "measured": False}
         else:
@@ -361,6 +367,15 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
             row[key] = spread([_rate(model, text.vocabulary, batch, 200, seed) for seed in range(rounds)])
         rows[name] = row
     return rows
+
+
+def weights_of(name: str) -> str | None:
+    """-> which weights `load(name)` would give, in short, or None where there are none: by hash, or by the run's step and loss."""
+    try:
+        card = zoo.load(name).card
+    except CheckpointError:
+        return None
+    return card["sha256"][:12] if "sha256" in card else f"step {card['step']}, {card['validation']}"
 
 
 def _rate(model, vocabulary, count: int, n: int, seed: int) -> float:

@@ -3,8 +3,9 @@
 | race         | the question                                                                                                   |
 |--------------|----------------------------------------------------------------------------------------------------------------|
 | models       | how well do all five learn and write, with as many parameters, from as many characters, in as many seconds?    |
+| models-long  | the same at the size of those that ship, from twenty passes over the text: for a GPU (`--device cuda`)         |
 | thinker      | what do rounds of two shared blocks buy, beside a plain GPT of as many parameters and one of as many layers?   |
-| thinker-long | the same where a model sees all of the text many times, as those that ship do: hours, so best with `--seeds 1` |
+| thinker-long | the same from eleven passes over the text: hours of a CPU, or minutes of a GPU (`--device cuda`)               |
 | nanogpt      | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?        |
 
 Within a race and a seed, arms of one window and batch see the very same characters. Losses are over the whole validation
@@ -65,6 +66,22 @@ def model_arms(quick: bool) -> dict[str, Arm]:
     }
 
 
+def models_long_arms(quick: bool) -> dict[str, Arm]:
+    """All five at 1.7 million parameters (within 9 %), 20 million characters each, in batches of 32 windows.
+
+    Step, averaging and dropout are those of each one's recipe `gpu`; the thinker, whose own batches are smaller, has more dropout.
+    """
+    arms = {}
+    steps, batch = (20, 8) if quick else (2500, 32)
+    look = functools.partial(look_at_text, count=2, n=40) if quick else look_at_text
+    sizes = {} if quick else {"diffusion": {"heads": 2, "width": 176}, "thinker": {"dropout": 0.15}}
+    for name in zoo.MODELS:
+        config, recipe = zoo.recipe(name, "tiny" if quick else "gpu", **sizes.get(name, {}))
+        recipe = replace(recipe, steps=steps, batch=batch, evaluate_every=steps // 5, precision="float32")
+        arms[name] = Arm(name, config, recipe, look)
+    return arms
+
+
 def thinker_arms(quick: bool) -> dict[str, Arm]:
     """At 0.41 million parameters, beside GPTs as deep as some of its rounds, and as all of them."""
     window, width, some, rounds, steps = (32, 32, 2, 3, 20) if quick else (128, 128, 4, 6, 1200)
@@ -107,10 +124,10 @@ def nanogpt_arms(quick: bool) -> dict[str, Arm]:
     }
 
 
-RACES = {"models": model_arms, "thinker": thinker_arms, "thinker-long": long_arms, "nanogpt": nanogpt_arms}
+RACES = {"models": model_arms, "models-long": models_long_arms, "thinker": thinker_arms, "thinker-long": long_arms, "nanogpt": nanogpt_arms}
 
 
-def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
+def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path, device: str | torch.device = "cpu") -> dict:
     """Run a race -> what it ran on, and `rows`: by arm its parameters, characters, whether its nats are `exact`, and lists.
 
     One entry per seed in `nats`, `seconds` (of training, without validation), `curves` (points of characters, seconds,
@@ -120,9 +137,11 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.json"
     before = stored(page, quick)
-    here = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    report = {"race": name, "quick": quick, **here, "seeds": seeds, "notes": [], "rows": {}} | (before if before.get("rows") else {})
-    report["seeds"], around = seeds, f"{here['threads']} threads, torch {here['torch']}"
+    here = {"device": hardware(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    report = {"race": name, "quick": quick, **here, "seeds": seeds, "notes": [], "rows": {}}
+    if before.get("rows"):
+        report |= {"device": "cpu"} | before  # older reports do not name it
+    report["seeds"] = seeds
     for seed in range(seeds):
         for arm_name, arm in arms.items():
             row = report["rows"].setdefault(arm_name, {"arm": arm.settings(), "nats": [], "seconds": [], "curves": [], "looks": []})
@@ -137,10 +156,22 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path) -> dict:
                 continue
             print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
             if any(report[key] != value for key, value in here.items()):
-                report["notes"].append(f"{arm_name}, seed {seed}: {around}")
-            run_arm(arm, text, seed, folder, row)
+                report["notes"].append(f"{arm_name}, seed {seed}: {_around(here)}")
+            run_arm(arm, text, seed, folder, row, device)
             write_atomically(page, (json.dumps(report, indent=1) + "\n").encode())
     return report
+
+
+def hardware(device: str | torch.device) -> str:
+    """-> what a report calls a device: a GPU by its name, any other by its kind."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _around(here: dict) -> str:
+    """What a report ran on, in words; older ones do not say that it was a CPU."""
+    device = here.get("device", "cpu")
+    return f"{here['threads']} threads, torch {here['torch']}" if device == "cpu" else f"{device}, torch {here['torch']}"
 
 
 def stored(page: Path, quick: bool) -> dict:
@@ -157,9 +188,9 @@ def stored(page: Path, quick: bool) -> dict:
     return report
 
 
-def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
-    """Train one arm, or the rest of it, and put what it reached into its row, in the seed's place."""
-    model = zoo.build(arm.model, arm.config, seed=seed)
+def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict, device: str | torch.device = "cpu"):
+    """Train one arm, or the rest of it, and put what it reached into its row, in the seed's place -> the trained model."""
+    model = zoo.build(arm.model, arm.config, seed=seed).to(device)
     recipe = replace(arm.recipe, seed=seed)
     for tick in progress(train(model, text, recipe, run=folder, resume=True), recipe.steps):
         if tick.interrupted:
@@ -179,6 +210,7 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict) -> None:
     row["curves"][seed:] = [[[line["step"] * each, round(seconds * line["step"] / len(log), 1), line["validation"]] for line in met]]
     if arm.look:
         row["looks"][seed:] = [arm.look(model, text)]
+    return model
 
 
 def training_seconds(log: list[dict]) -> float:
@@ -238,14 +270,16 @@ def markdown(report: dict) -> str:
     """A race as a page: every arm's losses, and what the question's answer comes to."""
     rows, counts = report["rows"], sorted({len(row["nats"]) for row in report["rows"].values()})
     seeds = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
-    page = [f"## {report['race']}: {seeds} seeds, {report['threads']} threads, torch {report['torch']}", ""]
+    page = [f"## {report['race']}: {seeds} seeds, {_around(report)}", ""]
     page += [line for note in report.get("notes", ()) for line in (f"({note})", "")]
-    page += ["| arm | parameters | characters | nats per character (lowest, highest) | seconds of training |", "|---|---|---|---|---|"]
+    page += ["| arm | parameters | characters | nats per character (lowest, highest) | seconds of training, by seed |"]
+    page += ["|---|---|---|---|---|"]
     for name, row in rows.items():
-        nats, seconds = row["nats"], statistics.median(row["seconds"])
+        nats, seconds = row["nats"], ", ".join(f"{spent:.0f}" for spent in row["seconds"])
         told = f"{'' if row['exact'] else 'at most '}{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
-        page.append(f"| {name} | {row['parameters']:,} | {row['characters']:,} | {told} | {seconds:.0f} |")
-    return "\n".join([*page, "", *{"models": _of_all, "thinker": _gap, "thinker-long": _gap, "nanogpt": _sooner}[report["race"]](rows)])
+        page.append(f"| {name} | {row['parameters']:,} | {row['characters']:,} | {told} | {seconds} |")
+    answers = {"models": _of_all, "models-long": _of_long, "thinker": _gap, "thinker-long": _gap, "nanogpt": _sooner}
+    return "\n".join([*page, "", *answers[report["race"]](rows)])
 
 
 def gap(rows: dict) -> dict[str, tuple[list[float], list[float]]]:
@@ -276,8 +310,23 @@ def at_seconds(curve: list[list[float]], seconds: float) -> float:
     return math.nan
 
 
+def lowest(row: dict) -> list[tuple[int, float]]:
+    """-> by seed, where on the way an arm's loss was lowest: characters, nats."""
+    return [min(((point[0], point[2]) for point in curve), key=lambda point: point[1]) for curve in row["curves"]]
+
+
 def _of_all(rows: dict) -> list[str]:
-    return [*_at_equal_time(rows), *_texts({name: row for name, row in rows.items() if row["looks"]})]
+    return [*_at_equal_time(rows), *_texts(rows)]
+
+
+def _of_long(rows: dict) -> list[str]:
+    page = ["Where each was lowest, by the validation part itself:", ""]
+    page += ["| arm | nats per character (lowest, highest) | after characters, by seed |", "|---|---|---|"]
+    for name, row in rows.items():
+        seen, nats = zip(*lowest(row), strict=True)
+        told = f"{'' if row['exact'] else 'at most '}{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
+        page.append(f"| {name} | {told} | {', '.join(f'{n:,}' for n in seen)} |")
+    return [*page, *_texts(rows)]
 
 
 def _at_equal_time(rows: dict) -> list[str]:
@@ -293,8 +342,8 @@ def _at_equal_time(rows: dict) -> list[str]:
 
 
 def _texts(rows: dict) -> list[str]:
-    """What the models of a race write, as tables."""
-    page = []
+    """What the models of a race write, as tables, where that was measured."""
+    page, rows = [], {name: row for name, row in rows.items() if row["looks"]}
     for temperature in map(str, quality.TEMPERATURES if rows else ()):
         measures = list(next(iter(rows.values()))["looks"][0][temperature])
         page += ["", f"## Text at temperature {temperature} (means over seeds, lowest and highest seed)", ""]

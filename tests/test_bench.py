@@ -3,15 +3,17 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from irann import bench, quality, zoo
+from irann import bench, quality, shakespeare, zoo
 from irann.checkpoint import CheckpointError
 from irann.lm import Draft
 from irann.speed import write_once
+from irann.train import train
 
 
 def test_all_contestants_compute_the_same():
@@ -96,6 +98,24 @@ def test_a_report_of_another_torch_is_not_gone_on_with(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"scan.json was measured with torch 1.0, this is .*: delete it, or choose another --out"):
         bench.measure("scan", True, tmp_path)
     assert json.loads((tmp_path / "scan.json").read_text())["torch"] == "1.0"
+
+
+def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys):
+    assert bench.measure("all", True, quick[0])["models"]["gpt"]["weights"] == zoo.load("gpt").card["sha256"][:12]
+    assert "other weights" not in capsys.readouterr().err
+    numbers = json.loads((quick[0] / "all.json").read_text())
+    numbers["models"]["mamba"]["weights"] = "0" * 12
+    (tmp_path / "all.json").write_text(json.dumps(numbers))
+    bench.measure("all", True, tmp_path)
+    assert f"{tmp_path / 'all.json'} was measured with other weights of mamba; to measure again, delete it" in capsys.readouterr().err
+    monkeypatch.setattr("irann.zoo.WEIGHTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert bench.weights_of("gpt") is None
+    for _ in train(
+        zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]), shakespeare.load(), replace(zoo.recipe("gpt", "tiny")[1], steps=1), run="runs/mine"
+    ):
+        pass
+    assert bench.weights_of("gpt").startswith("step 1, 4.")
 
 
 class Slow:

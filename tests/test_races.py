@@ -107,6 +107,42 @@ def test_the_race_of_all_models(short, tmp_path, capsys):
     assert {path.name for path in tmp_path.glob("*.png")} == {"models-curves.png", "models-seconds.png"}
 
 
+def test_the_long_race_trains_what_ships_at_equal_size_on_as_many_characters():
+    arms = races.models_long_arms(quick=False)
+    assert list(arms) == list(zoo.MODELS)
+    sizes = [sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters()) for arm in arms.values()]
+    assert max(sizes) / min(sizes) < 1.1
+    assert {arm.recipe.steps * arm.recipe.batch * arm.config.window for arm in arms.values()} == {20_480_000}
+    for name, arm in arms.items():
+        config, recipe = zoo.recipe(name, "gpu")
+        assert name in ("diffusion", "thinker") or arm.config == config
+        assert (arm.recipe.lr, arm.recipe.muon_lr, arm.recipe.average) == (recipe.lr, recipe.muon_lr, recipe.average)
+
+
+def test_a_race_says_what_it_ran_on(short, tmp_path, monkeypatch):
+    assert races.hardware(torch.device("cpu")) == "cpu"
+    with pytest.raises(ValueError, match="scan is measured on the CPU; --device is for races: models, "):
+        bench.main("scan", quick=True, out=tmp_path, device="cuda")
+    report = races.run("models-long", seeds=1, quick=True, out=tmp_path)
+    assert report["device"] == "cpu" and report["notes"] == []
+    page = tmp_path / "models-long.json"
+    old = json.loads(page.read_text())
+    assert f"1 seeds, {old['threads']} threads, torch {torch.__version__}" in races.markdown(old)
+    del old["device"], old["rows"]["gpt"]["looks"][0], old["rows"]["mamba"]["looks"][0]  # as it was written before it named one
+    page.write_text(json.dumps(old))
+    monkeypatch.setattr(races, "run_arm", lambda arm, text, seed, folder, row, device: row["looks"].append({}))
+    monkeypatch.setattr(races, "hardware", lambda device: {"cuda": "NVIDIA X"}.get(device, device))
+    again = races.run("models-long", seeds=1, quick=True, out=tmp_path, device="cuda")
+    assert again["notes"] == [f"{name}, seed 0: NVIDIA X, torch {torch.__version__}" for name in ("gpt", "mamba")]
+    row = again["rows"]["gpt"]
+    row["curves"] = [[[1000, 0, 2.5], [2000, 0, 1.25], [3000, 0, 1.5]]]
+    assert races.lowest(row) == [(2000, 1.25)]
+    on_gpu = again | {"device": "NVIDIA X", "rows": {name: row | {"looks": []} for name, row in again["rows"].items()}}
+    page = races.markdown(on_gpu)
+    assert page.startswith(f"## models-long: 1 seeds, NVIDIA X, torch {torch.__version__}")
+    assert "| gpt | 1.2500 (1.2500, 1.2500) | 2,000 |" in page and "Text" not in page
+
+
 def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_keep_their_place(short, tmp_path, monkeypatch):
     report = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
     page = tmp_path / "nanogpt.json"
