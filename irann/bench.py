@@ -43,7 +43,7 @@ def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-repo
     if what not in known:
         raise ValueError(f"bench takes one of {', '.join(known)}; got {what!r}")
     if what not in races.RACES and torch.device(device).type != "cpu":
-        raise ValueError(f"{what} is measured on the CPU; --device is for races: {', '.join(races.RACES)}")
+        raise ValueError(f"{what} is measured on the CPU: leave --device out, it is for races ({', '.join(races.RACES)})")
     report = races.run(what, seeds=seeds, quick=quick, out=out, device=device) if what in races.RACES else measure(what, quick, Path(out))
     page = races.markdown(report) if what in races.RACES else markdown(report)
     print(page)
@@ -65,8 +65,6 @@ def draw(report: dict, what: str, out: Path) -> None:
     plots: dict[str, Callable] = {}
     if what in races.RACES:
         plots = {"curves": lambda ax: figures.race(report, ax=ax), "seconds": lambda ax: figures.race(report, against="seconds", ax=ax)}
-    if what == "models-long":  # several runs at a time may share the GPU
-        del plots["seconds"]
     if "windows" in report:
         plots = {name: lambda ax, name=name: getattr(figures, name)(report[name], ax=ax) for name in ("windows", "lengths", "parallel")}
     if any("curve" in row for row in report.get("models", {}).values()):
@@ -99,7 +97,8 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     if before and not missing:
         print(f"all of it is measured already; to measure again, delete {numbers}", file=sys.stderr)
     report |= before
-    if retrained := [name for name, row in report.get("models", {}).items() if row.get("weights") not in (None, weights_of(name))]:
+    measured = {name: row["weights"] for name, row in report.get("models", {}).items() if "weights" in row}
+    if retrained := [name for name, weights in measured.items() if weights_of(name) not in (None, weights)]:
         print(f"{numbers} was measured with other weights of {', '.join(retrained)}; to measure again, delete it", file=sys.stderr)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -77,7 +77,7 @@ def counted(train: str) -> Corpus:
 def samples(model, vocabulary, count: int, n: int, temperature: float, seed: int = 0) -> list[str]:
     """-> `count` texts of n characters, each begun from a newline, which is left out."""
     start = vocabulary.encode("\n").expand(count, 1)
-    *_, draft = model.generate(start, n, temperature=temperature, generator=torch.Generator().manual_seed(seed))
+    *_, draft = model.generate(start, n, temperature=temperature, generator=torch.Generator(model.device).manual_seed(seed))
     return [vocabulary.decode(row[1:]) for row in draft.ids]
 
 

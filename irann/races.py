@@ -3,9 +3,9 @@
 | race         | the question                                                                                                   |
 |--------------|----------------------------------------------------------------------------------------------------------------|
 | models       | how well do all five learn and write, with as many parameters, from as many characters, in as many seconds?    |
-| models-long  | the same at the size of those that ship, from twenty passes over the text: for a GPU (`--device cuda`)         |
+| models-long  | how do all five end at the size of those that ship, after twenty passes? For a GPU (`--device cuda`)           |
 | thinker      | what do rounds of two shared blocks buy, beside a plain GPT of as many parameters and one of as many layers?   |
-| thinker-long | the same from eleven passes over the text: hours of a CPU, or minutes of a GPU (`--device cuda`)               |
+| thinker-long | the same from eleven passes over the text: hours of a CPU, or minutes of a GPU                                 |
 | nanogpt      | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?        |
 
 Within a race and a seed, arms of one window and batch see the very same characters. Losses are over the whole validation
@@ -67,7 +67,7 @@ def model_arms(quick: bool) -> dict[str, Arm]:
 
 
 def models_long_arms(quick: bool) -> dict[str, Arm]:
-    """All five at 1.7 million parameters (within 9 %), 20 million characters each, in batches of 32 windows.
+    """All five at 1.7 million parameters (within 8 %), 20 million characters each, in batches of 32 windows.
 
     Step, averaging and dropout are those of each one's recipe `gpu`; the thinker, whose own batches are smaller, has more dropout.
     """
@@ -136,11 +136,13 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path, device: st
     arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.json"
-    before = stored(page, quick)
+    before, save = stored(page, quick), lambda report: write_atomically(page, (json.dumps(report, indent=1) + "\n").encode())
     here = {"device": hardware(device), "torch": torch.__version__, "threads": torch.get_num_threads()}
     report = {"race": name, "quick": quick, **here, "seeds": seeds, "notes": [], "rows": {}}
-    if before.get("rows"):
+    if before:
         report |= {"device": "cpu"} | before  # older reports do not name it
+    else:
+        save(report)  # what it began on, should it be stopped before a row is there
     report["seeds"] = seeds
     for seed in range(seeds):
         for arm_name, arm in arms.items():
@@ -155,10 +157,11 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path, device: st
             if len(row["nats"]) > seed and (not arm.look or len(row["looks"]) > seed):
                 continue
             print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
-            if any(report[key] != value for key, value in here.items()):
-                report["notes"].append(f"{arm_name}, seed {seed}: {_around(here)}")
+            if _around(here) != _around(report):
+                task = "looked at on " if len(row["nats"]) > seed else ""
+                report["notes"].append(f"{arm_name}, seed {seed}: {task}{_around(here)}")
             run_arm(arm, text, seed, folder, row, device)
-            write_atomically(page, (json.dumps(report, indent=1) + "\n").encode())
+            save(report)
     return report
 
 
@@ -188,8 +191,8 @@ def stored(page: Path, quick: bool) -> dict:
     return report
 
 
-def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict, device: str | torch.device = "cpu"):
-    """Train one arm, or the rest of it, and put what it reached into its row, in the seed's place -> the trained model."""
+def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict, device: str | torch.device = "cpu") -> None:
+    """Train one arm, or the rest of it, and put what it reached into its row, in the seed's place."""
     model = zoo.build(arm.model, arm.config, seed=seed).to(device)
     recipe = replace(arm.recipe, seed=seed)
     for tick in progress(train(model, text, recipe, run=folder, resume=True), recipe.steps):
@@ -210,7 +213,6 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict, device: st
     row["curves"][seed:] = [[[line["step"] * each, round(seconds * line["step"] / len(log), 1), line["validation"]] for line in met]]
     if arm.look:
         row["looks"][seed:] = [arm.look(model, text)]
-    return model
 
 
 def training_seconds(log: list[dict]) -> float:

@@ -111,6 +111,8 @@ def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("irann.zoo.WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert bench.weights_of("gpt") is None
+    bench.measure("all", True, quick[0])
+    assert "other weights" not in capsys.readouterr().err  # there are none, so none are others
     for _ in train(
         zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]), shakespeare.load(), replace(zoo.recipe("gpt", "tiny")[1], steps=1), run="runs/mine"
     ):

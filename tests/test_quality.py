@@ -94,7 +94,7 @@ def test_a_report_of_the_corpus_itself_is_perfect():
     assert rows["longest copy"] == len(CORPUS.text) and rows["lines in form"]["mean"] == 1
 
 
-def test_samples_are_without_the_newline_they_begin_from():
+def test_samples_are_without_the_newline_they_begin_from(monkeypatch):
     asked = []
 
     def generate(start, n, *, temperature, generator):
@@ -102,8 +102,11 @@ def test_samples_are_without_the_newline_they_begin_from():
         yield Draft(start, 1)
         yield Draft(torch.cat([start, torch.ones_like(start).expand(-1, n)], 1), 1 + n)
 
-    assert quality.samples(SimpleNamespace(generate=generate), Vocabulary("\nab"), 2, 3, 0.8, seed=4) == ["aaa", "aaa"]
-    assert asked == [([[0], [0]], 0.8, 4)]
+    made, real = [], torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda device="cpu": made.append(device) or real())
+    model = SimpleNamespace(generate=generate, device="cuda")
+    assert quality.samples(model, Vocabulary("\nab"), 2, 3, 0.8, seed=4) == ["aaa", "aaa"]
+    assert asked == [([[0], [0]], 0.8, 4)] and made == ["cuda"]
 
 
 def test_what_is_written_is_measured_at_both_temperatures(small):
@@ -112,7 +115,7 @@ def test_what_is_written_is_measured_at_both_temperatures(small):
         places = torch.randint(3000, (len(start), 1), generator=dice) + torch.arange(n)
         yield SimpleNamespace(ids=torch.cat([start, small.train[places]], 1))
 
-    model = SimpleNamespace(generate=generate)
+    model = SimpleNamespace(generate=generate, device="cpu")
     told, first = quality.written(model, small, 3, 60)
     corpus, real = quality.Corpus(small.vocabulary.decode(small.train)), small.vocabulary.decode(small.val[350:])
     for temperature in (0.8, 1.0):

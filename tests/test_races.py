@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,7 +84,10 @@ def test_a_row_of_other_settings_is_not_taken_for_done(short, tmp_path, monkeypa
         races.run("nanogpt", seeds=1, quick=True, out=tmp_path)
 
 
-@pytest.mark.parametrize(("name", "told"), [("nanogpt", "of its time"), ("thinker-long", "With 2 rounds the thinker closes")])
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("nanogpt", "of its time"), ("thinker-long", "With 2 rounds the thinker closes"), ("models-long", "Where each was lowest")],
+)
 def test_every_race_runs_and_tells(name, told, short, tmp_path, capsys):
     bench.main(name, quick=True, out=tmp_path, seeds=1)
     assert told in capsys.readouterr().out
@@ -121,19 +125,26 @@ def test_the_long_race_trains_what_ships_at_equal_size_on_as_many_characters():
 
 def test_a_race_says_what_it_ran_on(short, tmp_path, monkeypatch):
     assert races.hardware(torch.device("cpu")) == "cpu"
-    with pytest.raises(ValueError, match="scan is measured on the CPU; --device is for races: models, "):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    assert races.hardware("cuda") == "NVIDIA X"
+    with pytest.raises(ValueError, match="scan is measured on the CPU: leave --device out, it is for races"):
         bench.main("scan", quick=True, out=tmp_path, device="cuda")
     report = races.run("models-long", seeds=1, quick=True, out=tmp_path)
     assert report["device"] == "cpu" and report["notes"] == []
     page = tmp_path / "models-long.json"
     old = json.loads(page.read_text())
     assert f"1 seeds, {old['threads']} threads, torch {torch.__version__}" in races.markdown(old)
-    del old["device"], old["rows"]["gpt"]["looks"][0], old["rows"]["mamba"]["looks"][0]  # as it was written before it named one
+    del old["device"], old["rows"]["gpt"]["looks"][0], old["rows"]["mamba"]  # as it was written before it named one
     page.write_text(json.dumps(old))
-    monkeypatch.setattr(races, "run_arm", lambda arm, text, seed, folder, row, device: row["looks"].append({}))
-    monkeypatch.setattr(races, "hardware", lambda device: {"cuda": "NVIDIA X"}.get(device, device))
+
+    def run_arm(arm, text, seed, folder, row, device):
+        assert device == "cuda"
+        row.update(parameters=1, characters=1, exact=True, nats=[2.0], seconds=[1.0], looks=[{}], curves=[[[1, 1.0, 2.0]]])
+
+    monkeypatch.setattr(races, "run_arm", run_arm)
     again = races.run("models-long", seeds=1, quick=True, out=tmp_path, device="cuda")
-    assert again["notes"] == [f"{name}, seed 0: NVIDIA X, torch {torch.__version__}" for name in ("gpt", "mamba")]
+    on = f"NVIDIA X, torch {torch.__version__}"
+    assert again["notes"] == [f"gpt, seed 0: looked at on {on}", f"mamba, seed 0: {on}"]
     row = again["rows"]["gpt"]
     row["curves"] = [[[1000, 0, 2.5], [2000, 0, 1.25], [3000, 0, 1.5]]]
     assert races.lowest(row) == [(2000, 1.25)]
@@ -141,6 +152,28 @@ def test_a_race_says_what_it_ran_on(short, tmp_path, monkeypatch):
     page = races.markdown(on_gpu)
     assert page.startswith(f"## models-long: 1 seeds, NVIDIA X, torch {torch.__version__}")
     assert "| gpt | 1.2500 (1.2500, 1.2500) | 2,000 |" in page and "Text" not in page
+
+
+def test_a_race_is_trained_on_the_device_it_is_given_and_that_is_written_down_first(short, tmp_path, monkeypatch):
+    class Moved(Exception):
+        pass
+
+    class Model:
+        def to(self, device):
+            assert json.loads((tmp_path / "thinker.json").read_text())["device"] == "NVIDIA X"
+            raise Moved(device)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(zoo, "build", lambda *_, seed: Model())
+    with pytest.raises(Moved, match="cuda"):
+        bench.main("thinker", quick=True, out=tmp_path, device="cuda")
+
+
+def test_stored_pages_are_what_the_stored_numbers_say():
+    reports = Path(__file__).parents[1] / "book/report"
+    for page in reports.glob("*.md"):
+        write = bench.markdown if page.stem == "all" else races.markdown
+        assert page.read_text() == write(json.loads(page.with_suffix(".json").read_text())) + "\n", page.stem
 
 
 def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_keep_their_place(short, tmp_path, monkeypatch):
@@ -154,7 +187,9 @@ def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_keep_their_place(s
     again = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
     was, now = report["rows"]["ours, short"], again["rows"]["ours, short"]
     assert now | {"looks": 0} == was | {"looks": 0} and now["looks"][0] == was["looks"][0] and len(now["looks"]) == 2
-    assert again["torch"] == report["torch"] and again["notes"] == [f"ours, short, seed 1: {again['threads']} threads, torch 9.9"]
+    assert again["torch"] == report["torch"] and again["notes"] == [
+        f"ours, short, seed 1: looked at on {again['threads']} threads, torch 9.9"
+    ]
     assert f"({again['notes'][0]})" in races.markdown(again)
     again["rows"]["ours, long"]["nats"].pop()
     assert "1 to 2 seeds" in races.markdown(again)
