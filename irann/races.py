@@ -277,8 +277,7 @@ def markdown(report: dict) -> str:
     page += ["| arm | parameters | characters | nats per character (lowest, highest) | seconds of training, by seed |"]
     page += ["|---|---|---|---|---|"]
     for name, row in rows.items():
-        nats, seconds = row["nats"], ", ".join(f"{spent:.0f}" for spent in row["seconds"])
-        told = f"{'' if row['exact'] else 'at most '}{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
+        told, seconds = _bounded(row, row["nats"]), ", ".join(f"{spent:.0f}" for spent in row["seconds"])
         page.append(f"| {name} | {row['parameters']:,} | {row['characters']:,} | {told} | {seconds} |")
     answers = {"models": _of_all, "models-long": _of_long, "thinker": _gap, "thinker-long": _gap, "nanogpt": _sooner}
     return "\n".join([*page, "", *answers[report["race"]](rows)])
@@ -312,6 +311,11 @@ def at_seconds(curve: list[list[float]], seconds: float) -> float:
     return math.nan
 
 
+def _bounded(row: dict, nats: list[float]) -> str:
+    """-> mean (lowest, highest), called a bound where the arm gives one."""
+    return f"{'' if row['exact'] else 'at most '}{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
+
+
 def lowest(row: dict) -> list[tuple[int, float]]:
     """-> by seed, where on the way an arm's loss was lowest: characters, nats."""
     return [min(((point[0], point[2]) for point in curve), key=lambda point: point[1]) for curve in row["curves"]]
@@ -326,8 +330,7 @@ def _of_long(rows: dict) -> list[str]:
     page += ["| arm | nats per character (lowest, highest) | after characters, by seed |", "|---|---|---|"]
     for name, row in rows.items():
         seen, nats = zip(*lowest(row), strict=True)
-        told = f"{'' if row['exact'] else 'at most '}{statistics.mean(nats):.4f} ({min(nats):.4f}, {max(nats):.4f})"
-        page.append(f"| {name} | {told} | {', '.join(f'{n:,}' for n in seen)} |")
+        page.append(f"| {name} | {_bounded(row, nats)} | {', '.join(f'{n:,}' for n in seen)} |")
     return [*page, *_texts(rows)]
 
 
