@@ -5,6 +5,7 @@ The hues are from Okabe and Ito's palette, which colour-blind readers can tell a
 
 import inspect
 import textwrap
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -186,28 +187,29 @@ def race(report: dict, *, against: str = "characters", ax=None):
 
 def learning(models: dict, *, ax=None):
     """Draw the validation losses that the models' cards keep, against characters, bounds dashed -> the axes."""
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots()[1]
-    for name, row in models.items():
-        if "curve" in row:
-            seen, nats = zip(*row["curve"], strict=True)
-            ax.plot([s / 1e6 for s in seen], nats, marker=".", color=colour(name), label=name, ls="-" if row["exact"] else "--")
-    ax.set(xscale="log", xlabel="millions of characters trained on", ylabel="validation, nats per character")
-    ax.legend()
+    ax = _each(models, "curve", lambda characters: characters / 1e6, ax)
+    ax.set(xlabel="millions of characters trained on", ylabel="validation, nats per character")
     return ax
 
 
 def places(models: dict, *, ax=None):
     """Draw what a character costs against its place in the window, bounds dashed -> the axes."""
+    ax = _each(models, "by_place", lambda place: place + 1, ax)
+    ax.set(xlabel="place in the window", ylabel="nats per character", title="What a longer past is worth")
+    return ax
+
+
+def _each(models: dict, key: str, scaled: Callable[[float], float], ax):
+    """Draw the nats that each model has under `key`, against the numbers beside them, on a logarithmic scale -> the axes."""
     import matplotlib.pyplot as plt
 
     ax = ax or plt.subplots()[1]
     for name, row in models.items():
-        if "by_place" in row:
-            x, nats = zip(*row["by_place"], strict=True)
-            ax.plot([p + 1 for p in x], nats, marker="o", ms=4, color=colour(name), label=name, ls="-" if row["exact"] else "--")
-    ax.set(xscale="log", xlabel="place in the window", ylabel="nats per character", title="What a longer past is worth")
+        if key in row:
+            x, nats = zip(*row[key], strict=True)
+            dashes = "-" if row["exact"] else "--"
+            ax.plot([scaled(at) for at in x], nats, marker="o", ms=4, color=colour(name), label=name, ls=dashes)
+    ax.set_xscale("log")
     ax.legend()
     return ax
 

@@ -48,3 +48,46 @@ def excite(model: torch.nn.Module, std: float = 0.6, seed: int = 0) -> torch.nn.
         for p in model.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * std)
     return model
+
+
+@torch.no_grad()
+def stablelm(blocks, width: int, heads: int, gains=None):
+    """Blocks with rotary positions, QK-norm, squared ReLU and plain norms, gains (blocks 2 d) -> a StableLM of transformers, double.
+
+    It has all that they have, written by others. Its angles belong to channels j and j + c/2, ours to neighbours: so the channels
+    of q and k change places. Its MLP is gated, relu(gate) * up: one matrix as both is the squared ReLU. Gains go into the matrices.
+    """
+    from transformers import StableLmConfig, StableLmModel
+
+    config = StableLmConfig(
+        vocab_size=1,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=len(blocks),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        layer_norm_eps=1e-5,
+        hidden_act="relu",
+        qk_layernorm=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+        attn_implementation="eager",
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    theirs, halves = StableLmModel(config).double().eval(), torch.arange(width).view(heads, -1, 2).mT.flatten()
+    for i, (ours, layer) in enumerate(zip(blocks, theirs.layers, strict=True)):
+        sees, widens = ours.attention.qkv.weight, ours.mlp.up.weight
+        if gains is not None:
+            sees, widens = sees * gains[i, 0], widens * gains[i, 1]
+        q, k, v = sees.chunk(3)
+        for here, there in (
+            (q[halves], layer.self_attn.q_proj),
+            (k[halves], layer.self_attn.k_proj),
+            (v, layer.self_attn.v_proj),
+            (ours.attention.out.weight, layer.self_attn.o_proj),
+            (widens, layer.mlp.gate_proj),
+            (widens, layer.mlp.up_proj),
+            (ours.mlp.out.weight, layer.mlp.down_proj),
+        ):
+            there.weight.copy_(here)
+    return theirs

@@ -1,12 +1,13 @@
-"""irann.layers and irann.models.gpt against transformers' GPT-2, on excited weights."""
+"""irann.layers and irann.models.gpt against transformers' GPT-2 and StableLM, on excited weights."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import excite
+from conftest import excite, stablelm
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from irann import zoo
 from irann.core import attention as core
 from irann.layers import ACTIVATIONS, RENAMED, Attention, rotary_table, rotate
 from irann.models.gpt import GPT, GPTConfig
@@ -62,6 +63,28 @@ def test_logits_equal_transformers(options, dtype, tolerance, copy):
             a, b = ours(page), theirs(page).logits
         assert a.dtype == dtype
         torch.testing.assert_close(a, b, atol=tolerance * max(1, b.abs().max().item()), rtol=0)
+
+
+def as_transformers(ours, page):
+    """(b t) -> logits (b t v) of a GPT with `fast`'s options, computed by transformers."""
+    theirs = stablelm(ours.blocks, ours.config.width, ours.config.heads)
+    return theirs(inputs_embeds=ours.embed(page)).last_hidden_state @ ours.head.weight.T
+
+
+@pytest.mark.parametrize("sizes", [dict(window=33, layers=3, heads=3, width=48), dict(window=8, layers=1, heads=1, width=16)])
+@torch.no_grad()
+def test_the_fast_options_all_at_once_equal_transformers(sizes):
+    ours, page = excite(GPT(GPTConfig.fast(**sizes))).double().eval(), ids(3, sizes["window"])
+    oracle = as_transformers(ours, page)
+    torch.testing.assert_close(ours(page), oracle, atol=2e-6 * oracle.abs().max().item(), rtol=0)  # their angles are float32
+
+
+@torch.no_grad()
+def test_the_gpt_that_ships_equals_transformers(corpus):
+    ours = zoo.load("gpt").double()
+    page = corpus.val[None, : ours.config.window]
+    oracle = as_transformers(ours, page)
+    torch.testing.assert_close(ours(page), oracle, atol=1e-5 * oracle.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("activation", sorted({*ACTIVATIONS, *RENAMED} - {*RENAMED.values()}))

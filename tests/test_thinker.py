@@ -6,10 +6,11 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import excite
+from conftest import excite, stablelm
 from scipy.stats import chisquare
 from torch.nn import functional as F
 
+from irann import zoo
 from irann.core.halting import expected_rounds, halting_distribution, kl_to_geometric
 from irann.models.thinker import PageThinker, Thinker, ThinkerConfig
 
@@ -118,6 +119,41 @@ def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, c
         ours, state = model.read(text, packed=packed, stop=stop, generator=rng(), **rule)
         assert state.rounds[0].tolist() == rounds.tolist()
         torch.testing.assert_close(ours[0], logits, atol=1e-10 * max(1, logits.abs().max()), rtol=0)
+
+
+def rounds_by_transformers(model, page, rounds, mask=None):
+    """(b t) -> logits (b t v r) of every round, the blocks and the norm after them computed by transformers."""
+
+    def through(blocks, x, gains=None):
+        return stablelm(blocks, model.config.width, model.config.heads, gains)(inputs_embeds=x, attention_mask=mask).last_hidden_state
+
+    given = through(model.prelude, model.embed(page))
+    thought, logits = torch.zeros_like(given), []
+    for r in range(rounds):
+        thought = through(model.core, thought + given, None if model.gains is None else model.gains[min(r, model.config.rounds - 1)])
+        logits.append(thought @ model.head.weight.T)
+    return torch.stack(logits, -1)
+
+
+@pytest.mark.parametrize("options", [dict(prelude=1, core=1), dict(prelude=0, core=2, round_gains=True, rounds=3)])
+@pytest.mark.parametrize("kind", [Thinker, PageThinker])
+@torch.no_grad()
+def test_rounds_equal_transformers(kind, options):
+    model, page = thinker(kind, **options), ids(2, 20)
+    everywhere = torch.zeros(2, 1, 20, 20).double() if kind is PageThinker else None
+    oracle = rounds_by_transformers(model, page, 5, everywhere)
+    ours = model.every_round(page, 5)[0]
+    torch.testing.assert_close(ours, oracle, atol=2e-6 * oracle.abs().max().item(), rtol=0)  # their angles are float32
+
+
+@pytest.mark.parametrize("name", ["thinker", "thinker-page"])
+@torch.no_grad()
+def test_the_thinkers_that_ship_equal_transformers(name, corpus):
+    model = zoo.load(name).double()
+    page = corpus.val[None, :100]
+    everywhere = None if name == "thinker" else torch.zeros(1, 1, 100, 100).double()
+    oracle = rounds_by_transformers(model, page, 2, everywhere)
+    torch.testing.assert_close(model.every_round(page, 2)[0], oracle, atol=1e-5 * oracle.abs().max().item(), rtol=0)
 
 
 @torch.no_grad()
