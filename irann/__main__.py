@@ -263,6 +263,8 @@ def _processes():
     import torch
     import torch.distributed as dist
 
+    if torch.cuda.is_available():  # NCCL talks from the current GPU, which is the first one until someone says so
+        torch.cuda.set_device(_device("cuda", int(os.environ["LOCAL_RANK"])))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield dist.get_rank()

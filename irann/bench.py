@@ -180,9 +180,9 @@ from irann import bench
 
 def peak():
     try:
-        return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1])
+        return int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) * 1024
     except OSError:  # not Linux: the peak since the process began, in bytes
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 torch.set_num_threads(1)
 run = bench.prepared(sys.argv[1], *map(int, sys.argv[2:]))
@@ -215,7 +215,7 @@ def step_memory(quick: bool) -> dict:
 def memory_of(subject: str, b: int, t: int, e: int) -> float:
     """-> MB."""
     command = [sys.executable, "-c", MEMORY, subject, *map(str, (b, t, e))]
-    return float(subprocess.run(command, check=True, capture_output=True).stdout) / 1000
+    return float(subprocess.run(command, check=True, capture_output=True).stdout) / 1e6
 
 
 def prepared(subject: str, b: int, t: int, e: int) -> Callable:

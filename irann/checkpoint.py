@@ -78,7 +78,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     files["vocabulary.json"] = _json(list(snapshot.vocabulary))
     listing = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     files["manifest.json"] = _manifest({"format": FORMAT, "environment": environment(), "files": listing})
-    aside = None
+    aside = before = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
@@ -88,22 +88,26 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
         _fsync(aside)
-        before = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent)) if folder.exists() else None
-        if before:  # out of the way in no time, and removed when the new one is there
+        if folder.exists():  # out of the way in no time, and removed when the new one is there
+            before = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
             os.rename(folder, before / folder.name)
         os.rename(aside, folder)
         _fsync(folder.parent)
-        if before:
-            shutil.rmtree(before, ignore_errors=True)
     except OSError as error:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
         raise DiskError(f"the checkpoint {folder} could not be written ({why(error)}); the older ones are intact") from None
-    except BaseException:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
+    finally:
+        for left in filter(None, (before, aside)):
+            _put_back_and_remove(left)
     return folder
+
+
+def _put_back_and_remove(unfinished: Path) -> None:
+    """Remove a temporary folder; a whole checkpoint in it, which was about to be replaced by one that never came, is put back first."""
+    for whole in unfinished.glob("step-*"):
+        if not (unfinished.parent / whole.name).exists():
+            with suppress(OSError):
+                os.rename(whole, unfinished.parent / whole.name)
+    shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def why(error: OSError) -> str:
@@ -217,10 +221,10 @@ def set_aside(folder: Path) -> str:
 
 
 def sweep(run: Path) -> int:
-    """Remove what a kill left half-written -> how many."""
+    """Remove what a kill left half-written -> how many. What it caught half-way through being replaced is put back."""
     left = list((Path(run) / "checkpoints").glob(UNFINISHED + "*"))
     for folder in left:
-        shutil.rmtree(folder, ignore_errors=True)
+        _put_back_and_remove(folder)
     return len(left)
 
 

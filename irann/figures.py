@@ -4,6 +4,7 @@ The hues are from Okabe and Ito's palette, which colour-blind readers can tell a
 """
 
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable
 
@@ -172,8 +173,9 @@ def race(report: dict, *, against: str = "characters", ax=None):
 
     ax = ax or plt.subplots()[1]
     place, unit = {"characters": (0, 1e6), "seconds": (1, 1)}[against]
-    for i, (name, row) in enumerate(report["rows"].items()):
-        hue = HUES.get(name.split("-")[0], SPARE[i % len(SPARE)])
+    spare = itertools.cycle(SPARE)
+    for name, row in report["rows"].items():
+        hue = HUES.get(name.split("-")[0]) or next(spare)
         for k, curve in enumerate(row["curves"]):
             x, y = [point[place] / unit for point in curve], [point[2] for point in curve]
             ax.plot(x, y, marker=".", lw=1, color=hue, ls="-" if row["exact"] else "--", label=None if k else name)

@@ -128,7 +128,10 @@ class Reader(LanguageModel):
         return self.config.window
 
     def read(self, ids: Tensor, state=None):
-        """(b t), state -> (b t v), state: logits of the character after every new place. The state is the model's own affair."""
+        """(b t), state -> (b t v), state: logits of the character after every new place. The state is the model's own affair.
+
+        The inner loop of writing: ids are taken as they come. `loss`, `surprise`, `generate`, `inside` and a call of the model check them.
+        """
         raise NotImplementedError
 
     def notes(self, state) -> dict:
@@ -137,11 +140,11 @@ class Reader(LanguageModel):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(b t) -> (b t v)"""
-        return self.read(ids)[0]
+        return self.read(self.check_ids(ids))[0]
 
     def surprise(self, ids: Tensor, *, generator=None) -> Tensor:
         ids = self.check_ids(ids)
-        return cross_entropy(self(ids[:, :-1]), ids[:, 1:])
+        return cross_entropy(self.read(ids[:, :-1])[0], ids[:, 1:])
 
     def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = self.surprise(ids).mean()

@@ -46,8 +46,8 @@ class Arm:
     look: Callable[[object, Text], dict] | None = None
 
     def settings(self) -> dict:
-        """-> sizes and recipe, flat, as a report keeps them beside what they gave."""
-        return {"model": self.model, **asdict(self.config), **asdict(self.recipe)}
+        """-> sizes and recipe, flat, as a report keeps them beside what they gave; without a seed, for each run has its own."""
+        return {"model": self.model, **asdict(self.config), **{k: v for k, v in asdict(self.recipe).items() if k != "seed"}}
 
 
 def model_arms(quick: bool) -> dict[str, Arm]:
@@ -149,17 +149,20 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path, device: st
             row = report["rows"].setdefault(arm_name, {"arm": arm.settings(), "nats": [], "seconds": [], "curves": [], "looks": []})
             folder = out / "runs" / f"{name}-{arm_name.replace(', ', '-').replace(' ', '-')}-{seed}"
             was, now = row.get("arm", {}), arm.settings()
-            if was != now:
-                changed = ", ".join(key for key in now | was if was.get(key) != now.get(key))
+            changed = [key for key in now | was if was.get(key) != now.get(key) and key not in ("seed", "save_every")]
+            if changed:  # how often it is saved changes nothing, and older reports name a seed
                 raise ValueError(
-                    f"{page} holds '{arm_name}' with other settings ({changed}): delete that row and {folder}, or choose another --out"
+                    f"{page} holds '{arm_name}' with other settings ({', '.join(changed)}): delete that row and "
+                    f"{folder.with_name(folder.name.removesuffix(str(seed)) + '*')}, or choose another --out"
                 )
             if len(row["nats"]) > seed and (not arm.look or len(row["looks"]) > seed):
                 continue
             print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
             if _around(here) != _around(report):
-                task = "looked at on " if len(row["nats"]) > seed else ""
-                report["notes"].append(f"{arm_name}, seed {seed}: {task}{_around(here)}")
+                note = f"{arm_name}, seed {seed}: {'looked at on ' if len(row['nats']) > seed else ''}{_around(here)}"
+                if note not in report["notes"]:
+                    report["notes"].append(note)
+                    save(report)  # before the work, which may be stopped and go on elsewhere
             run_arm(arm, text, seed, folder, row, device)
             save(report)
     return report
@@ -208,21 +211,22 @@ def run_arm(arm: Arm, text: Text, seed: int, folder: Path, row: dict, device: st
     row["parameters"], row["characters"] = sum(p.numel() for p in model.parameters()), recipe.steps * each
     row["exact"], seconds = model.exact, training_seconds(log)
     met = [line for line in log if "validation" in line]
-    row["nats"][seed:] = [log[-1]["validation"]]
-    row["seconds"][seed:] = [round(seconds, 1)]
-    row["curves"][seed:] = [[[line["step"] * each, round(seconds * line["step"] / len(log), 1), line["validation"]] for line in met]]
+    here = slice(seed, seed + 1)  # later seeds may be there already
+    row["nats"][here] = [log[-1]["validation"]]
+    row["seconds"][here] = [round(seconds, 1)]
+    row["curves"][here] = [[[line["step"] * each, round(seconds * line["step"] / recipe.steps, 1), line["validation"]] for line in met]]
     if arm.look:
-        row["looks"][seed:] = [arm.look(model, text)]
+        row["looks"][here] = [arm.look(model, text)]
 
 
 def training_seconds(log: list[dict]) -> float:
     """Lines of metrics.jsonl -> what the steps took: the mean of the middle half of those that did not validate, times all.
 
-    So a busy minute does not count, and of steps that are of two kinds, as the page thinker's, both do.
+    So a busy minute does not count, nor a line that was lost; and of steps that are of two kinds, as the page thinker's, both do.
     """
     spent = sorted(b["seconds"] - a["seconds"] for a, b in zip([{"seconds": 0.0}, *log], log, strict=False) if "validation" not in b)
     quarter = len(spent) // 4
-    return statistics.mean(spent[quarter : len(spent) - quarter]) * len(log)
+    return statistics.mean(spent[quarter : len(spent) - quarter]) * log[-1]["step"]
 
 
 def look_at_text(model, text: Text, count: int = quality.SAMPLES, n: int = quality.LENGTH) -> dict[str, dict[str, float]]:
@@ -244,13 +248,13 @@ def look_at_rounds(model, text: Text) -> dict:
 
     Keys are text, as JSON has them.
     """
-    fixed = {str(rounds): evaluate(_With(model, stop="fixed", rounds=rounds), text).nats_per_char for rounds in ROUNDS}
+    trained = model.config.rounds
+    fixed = {str(rounds): evaluate(_With(model, stop="fixed", rounds=rounds), text).nats_per_char for rounds in sorted({*ROUNDS, trained})}
     learned = {}
     for threshold in THRESHOLDS:
         asked = _With(model, threshold=threshold)
         learned[str(threshold)] = [evaluate(asked, text).nats_per_char, asked.rounds / asked.places]
-    everyone = evaluate(_With(model, stop="fixed"), text).nats_per_char
-    return {"all": everyone, "trained": model.config.rounds, "fixed": fixed, "learned": learned}
+    return {"all": fixed[str(trained)], "trained": trained, "fixed": fixed, "learned": learned}
 
 
 class _With:

@@ -79,7 +79,7 @@ class Recipe:
         least = {"steps": 1, "batch": 1, "accumulate": 1}
         most = {"beta1": 1, "beta2": 1, "momentum": 1, "final_lr": 1, "average": 1}
         choices = {"optimizer": ("adamw", "muon"), "decay": ("linear", "cosine", "none"), "precision": ("float32", "bfloat16")}
-        whole, below = {f.name for f in dataclasses.fields(self) if f.type is int or f.type == "int"}, ("beta1", "beta2")
+        whole, below = {f.name for f in dataclasses.fields(self) if f.type is int or f.type == "int"}, ("beta1", "beta2", "momentum")
         for name, value in dataclasses.asdict(self).items():
             low, high = least.get(name, 0), most.get(name, 2**62 if name in whole else math.inf)
             if name in choices:
@@ -196,7 +196,7 @@ def train(
     Raises NotFinite; CheckpointError when the run's checkpoints cannot be used or belong to another model, vocabulary or
     corpus; RunError when the directory holds a run and neither `resume` nor `overwrite` is given; InUse; DiskError.
     """
-    if not resume:  # or the run's checkpoints say what fits
+    if not (resume and run is not None and checkpoint.listed(Path(run))):  # or the run's checkpoints say what fits
         _check_vocabulary(model, text)
     if len(text.vocabulary) != model.config.vocabulary:
         raise ValueError(f"the text has {len(text.vocabulary)} different characters, the model was made for {model.config.vocabulary}")
@@ -209,7 +209,6 @@ def train(
         raise ValueError(f"a batch of {recipe.batch} cannot be shared by {world} processes in {recipe.accumulate} parts each")
     if resume and overwrite:
         raise ValueError("resume and overwrite exclude each other")
-    model.vocabulary = text.vocabulary
     return _train(model, text, recipe, Path(run) if run is not None else None, resume, overwrite)
 
 
@@ -218,6 +217,7 @@ def _train(model, text, recipe, run, resume, overwrite):
     trainer = Trainer(model, text, recipe)  # what it refuses must not cost an older run
     with _claimed(run, resume, overwrite), _signals() as (caught, listen):
         notes, metrics = trainer.resume(run) if run and resume else (), None
+        model.vocabulary = text.vocabulary
         saved_at = trainer.step
         try:
             if trainer.step and trainer.validation is None and validates(trainer.step):  # the stop came before it
@@ -453,7 +453,7 @@ class Trainer:
         """Raises CheckpointError that names both values if the checkpoint belongs to another model, text or recipe."""
         ours, theirs = self.describe(), saved.config
         if theirs["model"] != ours["model"]:
-            raise CheckpointError(f"{folder} holds a {theirs['model']}, not a {ours['model']}")
+            raise CheckpointError(f"{folder} holds a {theirs['model']}, not a {ours['model']}: train that, or start another run")
         free = ("evaluate_every", "save_every", "compile")  # the first two do not change the path; of the third, `resume` warns
         for what in ("config", "recipe"):
             for name in sorted(ours[what].keys() | theirs[what].keys()):
@@ -463,12 +463,15 @@ class Trainer:
                         f"{folder} was trained with {name} = {a!r}, asked for is {name} = {b!r}: resume as it began, or start another run"
                     )
         if saved.vocabulary != self.text.vocabulary.characters:
-            raise CheckpointError(f"{folder} knows the characters {saved.vocabulary!r}, this text has {self.text.vocabulary.characters!r}")
+            raise CheckpointError(
+                f"{folder} knows the characters {saved.vocabulary!r}, this text has {self.text.vocabulary.characters!r}: "
+                "resume with the text it began with, or start another run"
+            )
         if theirs["corpus"]["sha256"] not in (self.sha256, self.text.sha256):  # an older irann noted none where the text has none
             raise CheckpointError(
                 f"{folder} was trained on another text: {theirs['corpus']['source']}, "
                 f"SHA-256 {theirs['corpus']['sha256'][:12] or 'unknown'}; "
-                f"this one is {self.text.source}, {self.sha256[:12]}"
+                f"this one is {self.text.source}, {self.sha256[:12]}: resume with the text it began with, or start another run"
             )
         then, here = theirs["corpus"].get("training_characters", len(self.text.train)), len(self.text.train)
         if then != here:

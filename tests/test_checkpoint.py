@@ -185,6 +185,26 @@ def test_a_kill_while_one_is_replaced_leaves_one(tmp_path, saved, monkeypatch):
     assert checkpoint.newest(tmp_path)[1].config["validation"] == 1.0
 
 
+def test_a_failed_or_killed_replacement_leaves_the_old_one(tmp_path, saved, monkeypatch):
+    moves, move = [], os.rename
+
+    def stuck(source, target):
+        moves.append(source)
+        if len(moves) == 2:  # the old one is out of the way, the new one does not come
+            raise OSError(5, "input/output error")
+        move(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(DiskError, match="the older ones are intact"):
+        patch.setattr(os, "rename", stuck)
+        checkpoint.save(saved, snapshot(1, 1.0))
+    assert len(moves) == 3 and checkpoint.newest(tmp_path)[0] == saved and not list(saved.parent.glob(".unfinished*"))
+
+    (saved.parent / ".unfinished-abc").mkdir()
+    saved.rename(saved.parent / ".unfinished-abc" / saved.name)  # killed there, nothing could put it back
+    assert checkpoint.listed(tmp_path) == []
+    assert checkpoint.sweep(tmp_path) == 1 and checkpoint.newest(tmp_path)[0] == saved
+
+
 def test_damaged_ones_are_skipped_and_named(tmp_path):
     for step in (1, 2, 3):
         checkpoint.save(tmp_path / "checkpoints" / f"step-{step:08d}", snapshot(step, 4.0 - step))

@@ -162,9 +162,10 @@ def test_characters_may_be_whole_numbers_of_any_kind(name):
         assert torch.equal(loss, model.loss(wanted)[0])
         *_, last = model.generate(wanted[:, :5].to(kind), 3, generator=rng())
         assert last.ids.dtype == torch.long and last.ids.shape == (2, 8)
-    for ask in (model.loss, model.surprise):
+    shows = type(model).inside is not lm.LanguageModel.inside
+    for ask in (model.loss, model.surprise, *[model.inside] * shows, *[model] * isinstance(model, Reader)):
         with pytest.raises(ValueError, match="ids lie in 0..64; got 0..65"):
-            ask(torch.tensor([[0] * 32 + [65]] * 2))
+            ask(torch.tensor([[0] * 32 + [65]]))
     assert model.surprise(wanted[:, :1]).shape == (2, 0)
 
 

@@ -154,7 +154,10 @@ def test_a_new_checkpoint_survives_older_damaged_ones_with_higher_numbers(small,
 def test_loading_a_run_tells_of_what_it_skipped(small, tmp_path):
     config, recipe = zoo.recipe("gpt", "tiny", steps=4, evaluate_every=2)
     list(train(zoo.build("gpt", config), small, recipe, run=tmp_path))
-    flip(checkpoint.best(tmp_path)[0] / "model.safetensors")
+    damaged = checkpoint.best(tmp_path)[0]
+    flip(damaged / "model.safetensors")
+    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors is damaged: .*; give its run instead"):
+        zoo.load(damaged)
     with pytest.warns(UserWarning, match=r"skipped: .*model\.safetensors is damaged"):
         zoo.load(tmp_path)
 

@@ -88,6 +88,13 @@ def test_a_race_is_drawn_against_what_is_asked(ax, against, x):
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["gpt", "diffusion"]
 
 
+def test_no_two_arms_of_a_race_share_a_colour(ax):
+    curve = [[2_000_000, 30.0, 1.5]]
+    names = ("gpt, equal parameters", "thinker", "gpt, as deep as 4 rounds", "gpt, as deep as 6 rounds")
+    figures.race({"rows": {name: {"curves": [curve], "exact": True} for name in names}}, ax=ax)
+    assert len({line.get_color() for line in ax.lines}) == 4 and ax.lines[1].get_color() == figures.HUES["thinker"]
+
+
 def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
     rows = {
         "validation text": {},

@@ -80,8 +80,12 @@ def test_a_row_of_other_settings_is_not_taken_for_done(short, tmp_path, monkeypa
         "nanogpt",
         lambda quick: {k: replace(arm, recipe=replace(arm.recipe, lr=7e-3)) for k, arm in races.nanogpt_arms(quick).items()},
     )
-    with pytest.raises(ValueError, match=r"nanogpt.json holds 'nanoGPT's recipe' with other settings \(lr\)"):
+    with pytest.raises(ValueError, match=r"nanogpt.json holds 'nanoGPT's recipe' with other settings \(lr\): .*recipe-\*, or"):
         races.run("nanogpt", seeds=1, quick=True, out=tmp_path)
+    rarely = {k: replace(arm, recipe=replace(arm.recipe, save_every=7, seed=2)) for k, arm in races.nanogpt_arms(True).items()}
+    monkeypatch.setitem(races.RACES, "nanogpt", lambda quick: rarely)
+    monkeypatch.setattr(races, "run_arm", None)  # how often it is saved, and a seed that no arm takes, change nothing
+    assert "seed" not in races.run("nanogpt", seeds=1, quick=True, out=tmp_path)["rows"]["ours, short"]["arm"]
 
 
 @pytest.mark.parametrize(
@@ -165,8 +169,14 @@ def test_a_race_is_trained_on_the_device_it_is_given_and_that_is_written_down_fi
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     monkeypatch.setattr(zoo, "build", lambda *_, seed: Model())
-    with pytest.raises(Moved, match="cuda"):
-        bench.main("thinker", quick=True, out=tmp_path, device="cuda")
+    for _ in range(2):
+        with pytest.raises(Moved, match="cuda"):
+            bench.main("thinker", quick=True, out=tmp_path, device="cuda")
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    for _ in range(2):  # begun on another machine: that is written down before the work, and once
+        with pytest.raises(Moved, match="cuda"):
+            bench.main("thinker", quick=True, out=tmp_path, device="cuda")
+        assert json.loads((tmp_path / "thinker.json").read_text())["notes"] == ["gpt, equal parameters, seed 0: NVIDIA X, torch 9.9"]
 
 
 def test_stored_pages_are_what_the_stored_numbers_say():
@@ -180,17 +190,22 @@ def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_keep_their_place(s
     report = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
     page = tmp_path / "nanogpt.json"
     old = json.loads(page.read_text())
+    later = old["rows"]["ours, long"]
+    assert len(later["nats"]) == 2
+    later["looks"].clear()  # of both seeds: measuring the first must leave the second where it is
     del old["rows"]["ours, short"]["looks"][1]
     page.write_text(json.dumps(old))
     monkeypatch.setattr(races, "train", lambda *arguments, **settings: iter(()))  # nothing is trained again
     monkeypatch.setattr(torch, "__version__", "9.9")
+    halfway = races.run("nanogpt", seeds=1, quick=True, out=tmp_path)["rows"]["ours, long"]
+    assert halfway | {"looks": 0} == report["rows"]["ours, long"] | {"looks": 0} and len(halfway["looks"]) == 1
     again = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
     was, now = report["rows"]["ours, short"], again["rows"]["ours, short"]
     assert now | {"looks": 0} == was | {"looks": 0} and now["looks"][0] == was["looks"][0] and len(now["looks"]) == 2
-    assert again["torch"] == report["torch"] and again["notes"] == [
-        f"ours, short, seed 1: looked at on {again['threads']} threads, torch 9.9"
-    ]
-    assert f"({again['notes'][0]})" in races.markdown(again)
+    again_on = f"looked at on {again['threads']} threads, torch 9.9"
+    looks = [f"{which}: {again_on}" for which in ("ours, long, seed 0", "ours, short, seed 1", "ours, long, seed 1")]
+    assert again["torch"] == report["torch"] and again["notes"] == looks
+    assert looks[0] in races.markdown(again)
     again["rows"]["ours, long"]["nats"].pop()
     assert "1 to 2 seeds" in races.markdown(again)
 
@@ -263,6 +278,15 @@ def test_a_run_that_lost_its_last_line_is_measured_anew(short, tmp_path):
         races.run_arm(arm, short, 0, tmp_path, again)
 
 
+def test_seconds_do_not_count_a_busy_minute_nor_lost_lines():
+    log = [{"step": i + 1, "seconds": 2.0 * (i + 1) + (60 if i > 4 else 0)} for i in range(12)]
+    assert races.training_seconds(log) == 24
+    log[-1]["validation"] = 2.0
+    log[-1]["seconds"] += 9
+    assert races.training_seconds(log) == 24
+    assert races.training_seconds(log[:3] + log[6:]) == 24
+
+
 def test_sooner_by_hand():
     def row(seconds, nats):
         return {"seconds": seconds, "looks": [{"windows of 64": x} for x in nats]}
@@ -277,7 +301,7 @@ def test_arithmetic_by_hand():
     rows = {"thinker": {"looks": [{"fixed": {"1": 1.55, "2": 1.5}}]}, "gpt, equal parameters": {"nats": [1.6]}}
     told = races.gap(rows | {"gpt, as deep as 2 rounds": {"nats": [1.475]}})
     assert list(told) == ["2"] and told["2"][0] == pytest.approx([0.8]) and told["2"][1] == pytest.approx([0.1])
-    log = [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0, "validation": 2.0}, {"seconds": 11.5}]
+    log = [{"seconds": 1.0}, {"seconds": 2.0}, {"seconds": 9.0, "validation": 2.0}, {"seconds": 11.5, "step": 4}]
     curve = [[10, 1.0, 3.0], [20, 2.0, 2.0], [30, 3.0, 1.8]]
     assert races.at_seconds([[10, 1.0, 3.0], [20, 1.0, 2.0]], 1.0) == 2.0
     (told,) = races._at_equal_time(
@@ -299,5 +323,5 @@ def test_arithmetic_by_hand():
     assert races.training_seconds(log) == pytest.approx(4 * 1.5)
     clock, log = 0.0, []
     for spent in (1.0, 3.0, 1.0, 3.0, 1.0, 3.0, 1.0, 90.0):  # two kinds of steps, and a busy minute
-        log.append({"seconds": (clock := clock + spent)})
+        log.append({"step": len(log) + 1, "seconds": (clock := clock + spent)})
     assert races.training_seconds(log) == pytest.approx(8 * 2.0)

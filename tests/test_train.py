@@ -198,13 +198,18 @@ def test_training_that_goes_on_in_a_second_cell_still_saves(small, tmp_path, mon
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_another_vocabulary_of_the_same_size_is_refused(small):
+def test_another_vocabulary_of_the_same_size_is_refused(small, tmp_path):
     model, recipe = tiny(steps=1)
     list(train(model, small, recipe))
     other = Text(small.train, small.val, Vocabulary("".join(map(chr, range(0x400, 0x400 + len(small.vocabulary))))), "Cyrillic", "")
-    for work in (lambda: evaluate(model, other), lambda: list(train(model, other, recipe))):
+    anew = lambda: list(train(model, other, recipe, run=tmp_path / "new", resume=True))  # nothing is there that could be resumed
+    for work in (lambda: evaluate(model, other), lambda: list(train(model, other, recipe)), anew):
         with pytest.raises(ValueError, match=r"not those that the model was trained on: .* vocabulary=model.vocabulary"):
             work()
+    list(train(tiny()[0], other, recipe, run=tmp_path / "other"))
+    with pytest.raises(checkpoint.CheckpointError, match="or start another run"):
+        list(train(model, small, recipe, run=tmp_path / "other", resume=True))
+    assert model.vocabulary == small.vocabulary
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(small):
@@ -516,6 +521,7 @@ def test_recipes_out_of_range():
         ("lr", -1.0),
         ("lr", math.nan),
         ("beta1", 1.5),
+        ("momentum", 1.0),  # its mean would never move
         ("beta2", 1.0),
         ("lr", "3e-3"),
         ("clip", math.inf),

@@ -108,6 +108,16 @@ def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
     assert zoo.newest_run("gpt", tmp_path).name == "b"
 
 
+def test_what_a_buffer_counts_ships_whole(tmp_path, monkeypatch, text):
+    """Half precision ends at 65,504."""
+    model = zoo.build("diffusion", zoo.recipe("diffusion", "tiny")[0])
+    model.vocabulary = text.vocabulary
+    model.visits.fill_(100_001.0)
+    zoo.ship(model, "diffusion", type(text)(text.train[:2000], text.val[:200], text.vocabulary, text.source, text.sha256), folder=tmp_path)
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    assert (zoo.load("diffusion").visits == 100_001).all()
+
+
 def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
     model.vocabulary = text.vocabulary

@@ -16,10 +16,12 @@ shape; Muon's `(k m n)` are k matrices of m rows and n columns. Symbols, as valu
 - halting: `p` is a distribution over rounds, `g` that of the prior, `R` how many rounds there are.
 - noise: `alpha_bar` is the share of signal variance left at a noise level, `snr` signal over noise, `T` how many levels there
   are, `x0` what is clean, `x_tau` the same at level tau, `eps` standard normal noise, `eta` how much of a step's fresh noise is used.
-- scan: `u` is what comes in, `y` what goes out, `delta` the step size, `A, B, C, D` the matrices, `h` the hidden state, `g` its gradient.
+- scan: `u` is what comes in, `y` what goes out, `delta` the step size, `A, B, C, D` the matrices, `h` the hidden state; there `g` is the
+  gradient of `h`.
 - elsewhere `u` is uniform in 0..1, as a number drawn or as time in a schedule.
 
 Likelihoods are in nats per character.
 
-Everything here takes tensors and returns tensors: no modules, no files, and float64 in gives float64 out.
+Everything here takes tensors and returns tensors: no modules, and float64 in gives float64 out. No files either, but for the scan's
+C kernel, which is compiled once and kept in the cache.
 """

@@ -212,7 +212,7 @@ class Diffusion(LanguageModel):
         """
         even = torch.ones(BINS, dtype=torch.float64) / BINS
         if self.config.adaptive:
-            curve = F.pad(self.unsure.double().cpu()[None], (2, 2), mode="replicate").unfold(1, 5, 1).mean(-1)[0].cummax(0).values
+            curve = F.pad(self.unsure.cpu().double()[None], (2, 2), mode="replicate").unfold(1, 5, 1).mean(-1)[0].cummax(0).values
             rise = curve.diff(prepend=curve[:1] * 0).clamp(min=0)
             even = 0.9 * rise / rise.sum().clamp(min=1e-9) + 0.1 * even
         width = self.config.levels / BINS
@@ -228,7 +228,7 @@ class Diffusion(LanguageModel):
         probability, in random order."""
         odds = self.level_odds()
         drawn = {"generator": generator, "device": generator.device if generator else None}
-        u = ((torch.randperm(count, **drawn) + torch.rand(count, **drawn).double()) / count).cpu()
+        u = (torch.randperm(count, **drawn).cpu() + torch.rand(count, **drawn).cpu().double()) / count  # MPS has no doubles
         tau = torch.searchsorted(odds.cumsum(0), u.clamp(max=1 - 1e-12), right=True).clamp(1, self.config.levels - 1)
         return tau, odds[tau].to(self.points)
 
@@ -444,7 +444,7 @@ def neighbourhood(x: Tensor, reach: int) -> Tensor:
 
 def waves(level: Tensor) -> Tensor:
     """(b 1 1) -> (b 1 32): a noise level (log signal-to-noise) as sines and cosines from slow to fast."""
-    angle = level * torch.logspace(-1.5, 0.5, 16, dtype=level.dtype, device=level.device)
+    angle = level * torch.logspace(-1.5, 0.5, 16, dtype=level.dtype).to(level.device)
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 

@@ -122,7 +122,7 @@ class GPT(Reader):
     @torch.no_grad()
     def inside(self, ids: Tensor) -> dict[str, Tensor]:
         """(1 t) -> `attention` (layers h t s): where each place looks, in every layer and head."""
-        x, turn = self.enter(ids)
+        x, turn = self.enter(self.check_ids(ids))
         maps = []
         for block in self.blocks:
             maps.append(block.attention.look(block.norm_attention(x), turn)[0])

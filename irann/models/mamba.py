@@ -224,7 +224,7 @@ class Mamba(Reader):
     @torch.no_grad()
     def inside(self, ids: Tensor) -> dict[str, Tensor]:
         """(1 t) -> `delta` (t): the mean pace at each character, how much of the state it rewrites."""
-        x, paces = self.embed(ids), []
+        x, paces = self.embed(self.check_ids(ids)), []
         for block in self.blocks:
             signal, _, _ = block.mixer.enter(block.norm(x))
             paces.append(block.mixer.select(signal)[0][0].mean(-1))

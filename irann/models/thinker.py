@@ -283,6 +283,7 @@ class Thinker(Body, Reader):
 
         See `read` for the settings.
         """
+        ids = self.check_ids(ids)
         logits, odds, _ = self.every_round(ids, self.rule(settings)["rounds"])
         return {
             "rounds": self.read(ids, generator=generator, **settings)[1].rounds[0].float(),
