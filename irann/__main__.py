@@ -74,7 +74,7 @@ def train_command(
     text = _corpus(corpus)
     config, plan = zoo.recipe(model, recipe, **{"vocabulary": len(text.vocabulary)} | pairs)
     with _processes() as rank:
-        network = zoo.build(model, config, seed=plan.seed).to(_device(device, rank))
+        network = zoo.build(model, config, seed=plan.seed).to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
         run = run or Path("runs") / f"{model}-{recipe}"
         say = print if rank == 0 else lambda *_: None
         size = sum(p.numel() for p in network.parameters())

@@ -105,8 +105,10 @@ def _put_back_and_remove(unfinished: Path) -> None:
     """Remove a temporary folder; a whole checkpoint in it, which was about to be replaced by one that never came, is put back first."""
     for whole in unfinished.glob("step-*"):
         if not (unfinished.parent / whole.name).exists():
-            with suppress(OSError):
+            try:
                 os.rename(whole, unfinished.parent / whole.name)
+            except OSError:
+                return  # it stays where it is, for the next sweep
     shutil.rmtree(unfinished, ignore_errors=True)
 
 

@@ -153,7 +153,7 @@ def run(name: str, *, seeds: int = 3, quick: bool = False, out: Path, device: st
             if changed:  # how often it is saved changes nothing, and older reports name a seed
                 raise ValueError(
                     f"{page} holds '{arm_name}' with other settings ({', '.join(changed)}): delete that row and "
-                    f"{folder.with_name(folder.name.removesuffix(str(seed)) + '*')}, or choose another --out"
+                    f"{folder.with_name(folder.name.removesuffix(str(seed)) + '[0-9]*')}, or choose another --out"
                 )
             if len(row["nats"]) > seed and (not arm.look or len(row["looks"]) > seed):
                 continue

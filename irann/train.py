@@ -216,6 +216,8 @@ def _train(model, text, recipe, run, resume, overwrite):
     validates = lambda step: step == recipe.steps or (recipe.evaluate_every and step % recipe.evaluate_every == 0)
     trainer = Trainer(model, text, recipe)  # what it refuses must not cost an older run
     with _claimed(run, resume, overwrite), _signals() as (caught, listen):
+        if trainer.world > 1:
+            dist.barrier()  # what the first process swept or put back, all must see
         notes, metrics = trainer.resume(run) if run and resume else (), None
         model.vocabulary = text.vocabulary
         saved_at = trainer.step

@@ -1,7 +1,7 @@
 """The models of this book: the one list of their names, classes, sizes, recipes, and where their weights are.
 
-A new model is one more entry here; trainer, chat, benchmark and command line then have it. (Help texts name the models that
-there are, and a race its arms.)
+A new model is one more entry here; trainer, chat, benchmark and command line then have it. (Help texts, colours and races name
+models too; a new one works without them.)
 """
 
 import dataclasses
@@ -259,7 +259,8 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", say: Callable[
         try:
             saved = checkpoint.load(path)
         except CheckpointError as error:
-            raise CheckpointError(f"{error}; give its run instead, and the best checkpoint that is whole is taken") from None
+            way_out = "; give its run instead, and the best checkpoint that is whole is taken" if path.parent.name == "checkpoints" else ""
+            raise CheckpointError(f"{error}{way_out}") from None
         model = restore(saved, path)
     else:
         raise ValueError(f"{str(name)!r} is neither a model ({', '.join(MODELS)}) nor a run or checkpoint on this disk")
@@ -272,7 +273,7 @@ def shipped() -> list[str]:
 
 
 def ship(model: LanguageModel, name: str, text, *, folder: Path | None = None, **about) -> dict:
-    """Write a trained model's weights, in half precision, and its card, to where `load(name)` finds them -> the card.
+    """Write a trained model's weights, in half precision (buffers as they are), and its card, to where `load(name)` finds them -> the card.
 
     The card says what `about` says, and what is measured here on the very weights that are written: the likelihood of the
     whole validation part of `text`, and a sample.

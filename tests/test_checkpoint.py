@@ -199,6 +199,20 @@ def test_a_failed_or_killed_replacement_leaves_the_old_one(tmp_path, saved, monk
         checkpoint.save(saved, snapshot(1, 1.0))
     assert len(moves) == 3 and checkpoint.newest(tmp_path)[0] == saved and not list(saved.parent.glob(".unfinished*"))
 
+    def broken(source, target):
+        moves.append(source)
+        if len(moves) > 1:  # nor can the old one be put back
+            raise OSError(5, "input/output error")
+        move(source, target)
+
+    moves.clear()
+    with monkeypatch.context() as patch, pytest.raises(DiskError):
+        patch.setattr(os, "rename", broken)
+        checkpoint.save(saved, snapshot(1, 1.0))
+    assert checkpoint.listed(tmp_path) == []
+    checkpoint.sweep(tmp_path)
+    assert checkpoint.newest(tmp_path)[0] == saved
+
     (saved.parent / ".unfinished-abc").mkdir()
     saved.rename(saved.parent / ".unfinished-abc" / saved.name)  # killed there, nothing could put it back
     assert checkpoint.listed(tmp_path) == []

@@ -113,6 +113,8 @@ def test_what_a_buffer_counts_ships_whole(tmp_path, monkeypatch, text):
     model = zoo.build("diffusion", zoo.recipe("diffusion", "tiny")[0])
     model.vocabulary = text.vocabulary
     model.visits.fill_(100_001.0)
+    write = zoo.stream
+    monkeypatch.setattr(zoo, "stream", lambda model, prompt, n, **settings: write(model, prompt, 16, **settings))  # quick
     zoo.ship(model, "diffusion", type(text)(text.train[:2000], text.val[:200], text.vocabulary, text.source, text.sha256), folder=tmp_path)
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     assert (zoo.load("diffusion").visits == 100_001).all()
