@@ -65,7 +65,8 @@ def test_one_batch_can_be_memorised(name, small):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[-10:]) / 10 < 0.5 * losses[0]
+    least = 0.1 if model.exact else 0.5 * losses[0]  # the best table of pairs of this very batch has 1.0; noise and blanks keep asking anew
+    assert sum(losses[-10:]) / 10 < least
 
 
 @in_every_mode
