@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbclient
 import nbformat
@@ -673,6 +674,26 @@ def test_markup_stays_text_everywhere():
         assert page.count("</div>") == page.count("<div")
         frame = draft_html(Frame(EVIL, 4))
         assert frame == "&lt;img<span class='irann-open'> src=x onerror=alert(1)&gt; &amp; &#x27;&quot;&lt;/div&gt;</span>"
+
+
+def test_markup_stays_text_in_the_book(tmp_path):
+    """A chapter whose stored outputs hold what a reader and a model said: printed, as a transcript, and as the chat leaves it."""
+    widget = Chat(Parrot(Vocabulary(EVIL + "ABCDEFGHIJKLMNOPQRSTUVWXYZ:\n abcdefghijklmnopqrstuvwxyz"), EVIL))
+    widget.say(EVIL)
+    stored = {"text/plain": widget.session.scene(), "text/html": widget._repr_html_()}
+    outputs = [
+        nbformat.v4.new_output("stream", text=widget.session.scene()),
+        nbformat.v4.new_output("display_data", data=stored),
+        nbformat.v4.new_output("execute_result", data={"text/plain": repr(EVIL)}),
+    ]
+    cells = [nbformat.v4.new_markdown_cell("# A chapter"), nbformat.v4.new_code_cell("chat", outputs=outputs, execution_count=1)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "chapter.ipynb")
+    (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: chapter\n")
+    (tmp_path / "_config.yml").write_text('title: a book\nexecute:\n  execute_notebooks: "off"\n')
+    command = [Path(sys.executable).with_name("jupyter-book"), "build", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    page = (tmp_path / "_build" / "html" / "chapter.html").read_text()
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 5 and not re.search(r"<img[^>]*onerror", page)
 
 
 def test_a_page_at_once_leaves_its_drafts_on_a_slider(chat):
