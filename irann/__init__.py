@@ -14,7 +14,7 @@ for tick in irann.train(model, text, irann.Recipe(steps=500)):
 from . import shakespeare, text
 from .lm import Draft, generate
 from .text import Text, Vocabulary
-from .train import Recipe, evaluate, progress, train
+from .training import Recipe, evaluate, progress, train
 from .zoo import build, load, recipe
 
 __version__ = "0.1.0"

@@ -32,7 +32,13 @@ from torch import Tensor
 
 FORMAT = 1
 TENSORS = ("model", "optimizer", "rng")
-FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "config.json", "vocabulary.json")
+FILES = (
+    "model.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "config.json",
+    "vocabulary.json",
+)
 UNFINISHED = ".unfinished-"
 
 
@@ -66,18 +72,26 @@ def environment() -> dict:
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "kernel": os.environ.get("IRANN_KERNEL") != "0" and shutil.which(os.environ.get("CC", "cc")) is not None,
+        "kernel": os.environ.get("IRANN_KERNEL") != "0"
+        and shutil.which(os.environ.get("CC", "cc")) is not None,
     }
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
     """Write a snapshot to `folder`, which appears whole or not at all -> folder. Raises DiskError."""
     folder = Path(folder)
-    files = {f"{part}.safetensors": tensors_to_bytes(_plain(getattr(snapshot, part))) for part in TENSORS}
+    files = {
+        f"{part}.safetensors": tensors_to_bytes(_plain(getattr(snapshot, part))) for part in TENSORS
+    }
     files["config.json"] = _json(snapshot.config)
     files["vocabulary.json"] = _json(list(snapshot.vocabulary))
-    listing = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    files["manifest.json"] = _manifest({"format": FORMAT, "environment": environment(), "files": listing})
+    listing = {
+        name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files.items()
+    }
+    files["manifest.json"] = _manifest(
+        {"format": FORMAT, "environment": environment(), "files": listing}
+    )
     aside = before = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +108,9 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         os.rename(aside, folder)
         _fsync(folder.parent)
     except OSError as error:
-        raise DiskError(f"the checkpoint {folder} could not be written ({why(error)}); the older ones are intact") from None
+        raise DiskError(
+            f"the checkpoint {folder} could not be written ({why(error)}); the older ones are intact"
+        ) from None
     finally:
         for left in filter(None, (before, aside)):
             _put_back_and_remove(left)
@@ -139,23 +155,35 @@ def load(folder: Path) -> Snapshot:
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{folder / 'manifest.json'} does not list {name}") from None
         if len(data[name]) != size:
-            raise CheckpointError(f"{folder / name} has {len(data[name]):,} bytes, its manifest says {told}: it was cut off or padded")
+            raise CheckpointError(
+                f"{folder / name} has {len(data[name]):,} bytes, its manifest says {told}: it was cut off or padded"
+            )
         if hashlib.sha256(data[name]).hexdigest() != digest:
-            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in its manifest")
+            raise CheckpointError(
+                f"{folder / name} is damaged: its SHA-256 is not the one in its manifest"
+            )
     try:
         tensors = {part: tensors_from_bytes(data[f"{part}.safetensors"]) for part in TENSORS}
         config, characters = json.loads(data["config.json"]), json.loads(data["vocabulary.json"])
         vocabulary = "".join(characters)
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error})") from None
-    if not isinstance(config, dict) or sorted(set(vocabulary)) != characters:  # well hashed, and yet not what `save` writes
+    if (
+        not isinstance(config, dict) or sorted(set(vocabulary)) != characters
+    ):  # well hashed, and yet not what `save` writes
         raise CheckpointError(f"{folder} cannot be read (its config or its vocabulary is not one)")
-    return Snapshot(**tensors, config=config, vocabulary=vocabulary, environment=manifest.get("environment"))
+    return Snapshot(
+        **tensors, config=config, vocabulary=vocabulary, environment=manifest.get("environment")
+    )
 
 
 def listed(run: Path) -> list[Path]:
     """-> the checkpoints of a run, newest first, valid or not."""
-    found = [p for p in (Path(run) / "checkpoints").glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
+    found = [
+        p
+        for p in (Path(run) / "checkpoints").glob("step-*")
+        if p.name[5:].isdecimal() and p.is_dir()
+    ]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
@@ -173,7 +201,9 @@ def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
 
 def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
     """-> the valid checkpoint with the lowest validation loss, or the newest where none was validated; and what was skipped."""
-    scored = [(value, folder) for folder in listed(run) if (value := validation_of(folder)) is not None]
+    scored = [
+        (value, folder) for folder in listed(run) if (value := validation_of(folder)) is not None
+    ]
     skipped = []
     for _, folder in sorted(scored):
         try:
@@ -238,11 +268,15 @@ def check_file(path: Path, digest: str) -> None:
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, and no two sharing memory, as safetensors wants them."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return {
+        name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()
+    }
 
 
 def _json(value) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+    return (
+        json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    ).encode()
 
 
 def _manifest(content: dict) -> bytes:
@@ -263,7 +297,9 @@ def _read_manifest(path: Path) -> dict:
     if not whole:
         raise CheckpointError(f"{path} is damaged: its content does not fit its own SHA-256")
     if version != FORMAT:
-        raise CheckpointError(f"{path} has format version {version}, this irann reads version {FORMAT}")
+        raise CheckpointError(
+            f"{path} has format version {version}, this irann reads version {FORMAT}"
+        )
     return content
 
 
@@ -271,7 +307,11 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        reason = (
+            "is missing"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read ({error.strerror})"
+        )
         raise CheckpointError(f"{path} {reason}") from None
 
 

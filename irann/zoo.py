@@ -22,9 +22,11 @@ from .lm import LanguageModel, stream
 from .models.diffusion import Diffusion, DiffusionConfig
 from .models.gpt import GPT, GPTConfig
 from .models.mamba import Mamba, MambaConfig
-from .models.thinker import PageThinker, Thinker, ThinkerConfig
+from .models.thinker import Thinker, ThinkerConfig
+from .models.thinker_page import PageThinker
+from .settings import InputError
 from .text import Vocabulary
-from .train import Recipe, evaluate
+from .training import Recipe, evaluate
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -45,7 +47,14 @@ class Entry:
 
 # the thinker's form that chapter 2 arrives at: all blocks in the core, and a prior by which a further round should gain
 # 0.07 nats (prior_weight times ln 2) to be as likely as the one before it
-DEEP = {"prelude": 0, "core": 2, "round_gains": True, "supervision": "late", "prior": 0.5, "prior_weight": 0.1}
+DEEP = {
+    "prelude": 0,
+    "core": 2,
+    "round_gains": True,
+    "supervision": "late",
+    "prior": 0.5,
+    "prior_weight": 0.1,
+}
 
 MODELS: dict[str, Entry] = {
     "gpt": Entry(
@@ -62,11 +71,27 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 GPTConfig.fast(window=256, layers=4, heads=3, width=192, dropout=0.15),
-                Recipe(steps=10_000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=1000, save_every=250),
+                Recipe(
+                    steps=10_000,
+                    batch=8,
+                    lr=4e-3,
+                    optimizer="muon",
+                    muon_lr=0.02,
+                    evaluate_every=1000,
+                    save_every=250,
+                ),
             ),
             "gpu": (
                 GPTConfig.fast(window=256, layers=4, heads=3, width=192, dropout=0.15),
-                Recipe(steps=5000, batch=32, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.998, evaluate_every=500),
+                Recipe(
+                    steps=5000,
+                    batch=32,
+                    lr=4e-3,
+                    optimizer="muon",
+                    muon_lr=0.02,
+                    average=0.998,
+                    evaluate_every=500,
+                ),
             ),
         },
     ),
@@ -84,7 +109,16 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 ThinkerConfig(window=256, heads=3, width=264, rounds=6, dropout=0.1, **DEEP),
-                Recipe(steps=2500, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.012, average=0.998, evaluate_every=500, save_every=250),
+                Recipe(
+                    steps=2500,
+                    batch=8,
+                    lr=4e-3,
+                    optimizer="muon",
+                    muon_lr=0.012,
+                    average=0.998,
+                    evaluate_every=500,
+                    save_every=250,
+                ),
             ),
             "gpu": (
                 ThinkerConfig(window=256, heads=3, width=264, rounds=6, dropout=0.1, **DEEP),
@@ -115,11 +149,27 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 ThinkerConfig(window=256, heads=3, width=264, rounds=4),
-                Recipe(steps=4500, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, evaluate_every=900, save_every=250),
+                Recipe(
+                    steps=4500,
+                    batch=8,
+                    lr=4e-3,
+                    optimizer="muon",
+                    muon_lr=0.02,
+                    evaluate_every=900,
+                    save_every=250,
+                ),
             ),
             "gpu": (
                 ThinkerConfig(window=256, heads=3, width=264, rounds=4, dropout=0.1),
-                Recipe(steps=5000, batch=64, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.998, evaluate_every=1000),
+                Recipe(
+                    steps=5000,
+                    batch=64,
+                    lr=4e-3,
+                    optimizer="muon",
+                    muon_lr=0.02,
+                    average=0.998,
+                    evaluate_every=1000,
+                ),
             ),
         },
     ),
@@ -128,7 +178,9 @@ MODELS: dict[str, Entry] = {
         DiffusionConfig,
         {
             "tiny": (
-                DiffusionConfig(window=32, page=16, layers=2, heads=2, width=32, channels=8, levels=200),
+                DiffusionConfig(
+                    window=32, page=16, layers=2, heads=2, width=32, channels=8, levels=200
+                ),
                 Recipe(steps=100, batch=8, optimizer="muon", evaluate_every=50),
             ),
             "demo": (
@@ -137,11 +189,28 @@ MODELS: dict[str, Entry] = {
             ),
             "full": (
                 DiffusionConfig(window=256, layers=4, heads=3, width=192),
-                Recipe(steps=9000, batch=8, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=3000, save_every=250),
+                Recipe(
+                    steps=9000,
+                    batch=8,
+                    lr=4e-3,
+                    optimizer="muon",
+                    muon_lr=0.02,
+                    average=0.999,
+                    evaluate_every=3000,
+                    save_every=250,
+                ),
             ),
             "gpu": (
                 DiffusionConfig(window=256, layers=4, heads=3, width=192),
-                Recipe(steps=6000, batch=64, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.999, evaluate_every=1500),
+                Recipe(
+                    steps=6000,
+                    batch=64,
+                    lr=4e-3,
+                    optimizer="muon",
+                    muon_lr=0.02,
+                    average=0.999,
+                    evaluate_every=1500,
+                ),
             ),
         },
     ),
@@ -150,7 +219,7 @@ MODELS: dict[str, Entry] = {
         MambaConfig,
         {
             "tiny": (
-                MambaConfig.fast(window=32, layers=2, width=32, state=4),
+                MambaConfig.fast(window=32, layers=2, width=32, d_state=4),
                 Recipe(steps=100, batch=8, optimizer="muon", evaluate_every=50),
             ),
             "demo": (
@@ -172,7 +241,15 @@ MODELS: dict[str, Entry] = {
             ),
             "gpu": (
                 MambaConfig.fast(window=256, layers=7, width=192, dropout=0.2),
-                Recipe(steps=5000, batch=32, lr=4e-3, optimizer="muon", muon_lr=0.02, average=0.998, evaluate_every=500),
+                Recipe(
+                    steps=5000,
+                    batch=32,
+                    lr=4e-3,
+                    optimizer="muon",
+                    muon_lr=0.02,
+                    average=0.998,
+                    evaluate_every=500,
+                ),
             ),
         },
     ),
@@ -182,7 +259,7 @@ MODELS: dict[str, Entry] = {
 def entry(name: str) -> Entry:
     """-> the entry of a model. Raises ValueError that lists the names there are."""
     if name not in MODELS:
-        raise ValueError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+        raise InputError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
     return MODELS[name]
 
 
@@ -193,13 +270,16 @@ def recipe(name: str, which: str = "demo", /, **changes) -> tuple[object, Recipe
     """
     recipes = entry(name).recipes
     if which not in recipes:
-        raise ValueError(f"there is no recipe {which!r} for {name}; there are {', '.join(recipes)}")
-    pair, new = recipes[which], ({}, {})  # replaced all at once: halfway, a config may not fit together
+        raise InputError(f"there is no recipe {which!r} for {name}; there are {', '.join(recipes)}")
+    pair, new = (
+        recipes[which],
+        ({}, {}),
+    )  # replaced all at once: halfway, a config may not fit together
     for field, value in changes.items():
         owners = [i for i in (0, 1) if field in {f.name for f in dataclasses.fields(pair[i])}]
         if not owners:
             known = sorted(f.name for part in pair for f in dataclasses.fields(part))
-            raise ValueError(f"{field} is nothing that can be set; there are {', '.join(known)}")
+            raise InputError(f"{field} is nothing that can be set; there are {', '.join(known)}")
         for i in owners:
             new[i][field] = _read(field, value, getattr(pair[i], field))
     return dataclasses.replace(pair[0], **new[0]), dataclasses.replace(pair[1], **new[1])
@@ -214,22 +294,26 @@ def _read(field: str, value, current):
                 return read if read is None else int(read)
         except (TypeError, ValueError, OverflowError):
             pass
-        raise ValueError(f"{field} is a whole number from 1 up, or null; got {value!r}")
+        raise InputError(f"{field} is a whole number from 1 up, or null; got {value!r}")
     if isinstance(current, bool):
         spoken = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
         if str(value).lower() in spoken:
             return spoken[str(value).lower()]
-        raise ValueError(f"{field} is true or false; got {value!r}")
+        raise InputError(f"{field} is true or false; got {value!r}")
     kinds = {int: "a whole number", float: "a number", str: "a word"}
     try:
         read = type(current)(value)
         if isinstance(current, int) and read != float(value):
-            raise ValueError
+            raise InputError
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{field} is {kinds.get(type(current), type(current).__name__)}; got {value!r}") from None
+        raise InputError(
+            f"{field} is {kinds.get(type(current), type(current).__name__)}; got {value!r}"
+        ) from None
     high = 1 if field.endswith("dropout") else 2**31 if isinstance(read, int) else math.inf
     if not isinstance(read, str) and not 0 <= read < high:  # NaN is not either
-        raise ValueError(f"{field} is a number from 0 {'up' if high == math.inf else f'to below {high:,}'}; got {read!r}")
+        raise InputError(
+            f"{field} is a number from 0 {'up' if high == math.inf else f'to below {high:,}'}; got {read!r}"
+        )
     return read
 
 
@@ -241,7 +325,12 @@ def build(name: str, config=None, *, seed: int = 1337) -> LanguageModel:
         return entry(name).model(config)
 
 
-def load(name: str | Path, *, device: str | torch.device = "cpu", say: Callable[[str], None] | None = None) -> LanguageModel:
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    say: Callable[[str], None] | None = None,
+) -> LanguageModel:
     """A model's name, a run directory or a checkpoint -> the trained model, in eval mode, with its `vocabulary` and `card`.
 
     A name finds the weights that come with this package, else the newest run under runs/. Of a run, the best checkpoint by
@@ -259,11 +348,17 @@ def load(name: str | Path, *, device: str | torch.device = "cpu", say: Callable[
         try:
             saved = checkpoint.load(path)
         except CheckpointError as error:
-            way_out = "; give its run instead, and the best checkpoint that is whole is taken" if path.parent.name == "checkpoints" else ""
+            way_out = (
+                "; give its run instead, and the best checkpoint that is whole is taken"
+                if path.parent.name == "checkpoints"
+                else ""
+            )
             raise CheckpointError(f"{error}{way_out}") from None
         model = restore(saved, path)
     else:
-        raise ValueError(f"{str(name)!r} is neither a model ({', '.join(MODELS)}) nor a run or checkpoint on this disk")
+        raise InputError(
+            f"{str(name)!r} is neither a model ({', '.join(MODELS)}) nor a run or checkpoint on this disk"
+        )
     return model.to(device).eval()
 
 
@@ -280,8 +375,13 @@ def ship(model: LanguageModel, name: str, text, *, folder: Path | None = None, *
     """
     folder = Path(folder or WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
-    halved = dict(model.named_parameters())  # not buffers: what they count may be more than half precision holds
-    weights = {key: (tensor.half() if key in halved else tensor).contiguous() for key, tensor in model.state_dict().items()}
+    halved = dict(
+        model.named_parameters()
+    )  # not buffers: what they count may be more than half precision holds
+    weights = {
+        key: (tensor.half() if key in halved else tensor).contiguous()
+        for key, tensor in model.state_dict().items()
+    }
     model.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
     path = folder / f"{name}.safetensors"
     save_file(weights, path)
@@ -296,7 +396,11 @@ def ship(model: LanguageModel, name: str, text, *, folder: Path | None = None, *
         "config": dataclasses.asdict(model.config),
         "characters_in_order": model.vocabulary.characters,
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "sample": {"seed": 1, "temperature": 0.8, "text": model.vocabulary.decode(draft.ids[0, 1:])},
+        "sample": {
+            "seed": 1,
+            "temperature": 0.8,
+            "text": model.vocabulary.decode(draft.ids[0, 1:]),
+        },
     }
     card = about | card
     card["card_sha256"] = _seal(card)
@@ -306,7 +410,9 @@ def ship(model: LanguageModel, name: str, text, *, folder: Path | None = None, *
 
 def _seal(card: dict) -> str:
     """-> the SHA-256 of a card without its own: what the weights are read by must not change unnoticed either."""
-    return hashlib.sha256(json.dumps({k: v for k, v in card.items() if k != "card_sha256"}, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps({k: v for k, v in card.items() if k != "card_sha256"}, sort_keys=True).encode()
+    ).hexdigest()
 
 
 def newest_run(name: str, runs: str | Path = "runs") -> Path:
@@ -322,7 +428,9 @@ def newest_run(name: str, runs: str | Path = "runs") -> Path:
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 continue
     if not found:
-        raise CheckpointError(f"there are no trained weights for {name} yet; train some with: irann train {name} --recipe demo")
+        raise CheckpointError(
+            f"there are no trained weights for {name} yet; train some with: irann train {name} --recipe demo"
+        )
     return max(found)[1]
 
 
@@ -333,8 +441,24 @@ def restore(saved: Snapshot, path: Path) -> LanguageModel:
     if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(f"{path} holds a {kind!r}; this irann knows {', '.join(kinds)}")
     weights = dict(saved.model)
-    weights |= {name.removeprefix("average."): w for name, w in saved.optimizer.items() if name.startswith("average.")}
-    card = {k: saved.config.get(k) for k in ("model", "config", "recipe", "step", "characters", "seconds", "validation", "exact")}
+    weights |= {
+        name.removeprefix("average."): w
+        for name, w in saved.optimizer.items()
+        if name.startswith("average.")
+    }
+    card = {
+        k: saved.config.get(k)
+        for k in (
+            "model",
+            "config",
+            "recipe",
+            "step",
+            "characters",
+            "seconds",
+            "validation",
+            "exact",
+        )
+    }
     return _assemble(kinds[kind], saved.config.get("config"), weights, saved.vocabulary, card, path)
 
 
@@ -344,7 +468,9 @@ def _assemble(entry: Entry, config, weights, characters: str, card: dict, path) 
         model = entry.model(entry.config(**fields))
         model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"{path} does not fit this irann's {entry.model.__name__}: {' '.join(str(error).split())}") from None
+        raise CheckpointError(
+            f"{path} does not fit this irann's {entry.model.__name__}: {' '.join(str(error).split())}"
+        ) from None
     if len(characters) != model.config.vocabulary:
         raise CheckpointError(
             f"{path} has {len(characters)} characters in its vocabulary, its model was made for {model.config.vocabulary}"
@@ -365,10 +491,22 @@ def _load_shipped(name: str) -> LanguageModel:
     try:
         card = json.loads(card_path.read_bytes())
         if card["card_sha256"] != _seal(card):
-            raise CheckpointError(f"{card_path} is damaged: its content does not fit its own SHA-256")
+            raise CheckpointError(
+                f"{card_path} is damaged: its content does not fit its own SHA-256"
+            )
         checkpoint.check_file(path, card["sha256"])
         weights = {key: tensor.float() for key, tensor in load_file(path).items()}
         kind = {e.model.__name__: e for e in MODELS.values()}[card["model"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CheckpointError) as error:
-        raise CheckpointError(f"the weights of {name} that came with this package cannot be used ({error}); install irann again") from None
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        CheckpointError,
+    ) as error:
+        raise CheckpointError(
+            f"the weights of {name} that came with this package cannot be used ({error}); install irann again"
+        ) from None
     return _assemble(kind, card["config"], weights, card["characters_in_order"], card, path)

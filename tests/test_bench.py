@@ -9,11 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from irann import bench, quality, shakespeare, zoo
+from irann import shakespeare, zoo
+from irann.bench import quality
+from irann.bench import suite as bench
 from irann.checkpoint import CheckpointError
 from irann.lm import Draft
-from irann.speed import write_once
-from irann.train import train
+from irann.bench.speed import write_once
+from irann.training import train
 
 
 def test_all_contestants_compute_the_same():
@@ -28,7 +30,9 @@ def test_all_contestants_compute_the_same():
         size = max(1, answers[loop].abs().max().item())
         torch.testing.assert_close(answers[name], answers[loop], rtol=0, atol=5e-6 * size, msg=name)
         for ours, theirs in zip(gradients[name], gradients[loop], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1, theirs.abs().max().item()), msg=name)
+            torch.testing.assert_close(
+                ours, theirs, rtol=0, atol=1e-5 * max(1, theirs.abs().max().item()), msg=name
+            )
 
 
 def test_arithmetic_by_hand():
@@ -47,12 +51,21 @@ def quick(tmp_path_factory):
 
 def test_quick_report(quick):
     _, numbers, page = quick
-    assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["scan"]["rows"].items())
-    assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["step"]["rows"].items())
+    assert all(
+        row["ms"]["median"] > 0 and name in page for name, row in numbers["scan"]["rows"].items()
+    )
+    assert all(
+        row["ms"]["median"] > 0 and name in page for name, row in numbers["step"]["rows"].items()
+    )
     assert all(speed["median"] > 0 and name in page for name, speed in numbers["writing"].items())
     memory = numbers["memory"]
-    assert 0 < memory["MB"]["irann, C kernel where there is one (auto)"] < 100  # torch alone takes more
-    assert memory["MB"]["mambapy, parallel scan"] > 0 and 0 < memory["grown"][0] < memory["grown"][1] < memory["grown"][2]
+    assert (
+        0 < memory["MB"]["irann, C kernel where there is one (auto)"] < 100
+    )  # torch alone takes more
+    assert (
+        memory["MB"]["mambapy, parallel scan"] > 0
+        and 0 < memory["grown"][0] < memory["grown"][1] < memory["grown"][2]
+    )
 
 
 def test_models_without_weights_are_named(tmp_path, monkeypatch):
@@ -63,7 +76,11 @@ def test_models_without_weights_are_named(tmp_path, monkeypatch):
 
 
 def test_what_was_measured_is_not_measured_again(quick, tmp_path, monkeypatch):
-    kept = {name: part for name, part in quick[1].items() if name in ("torch", "threads", "quick", "growth", "memory", "step", "scan")}
+    kept = {
+        name: part
+        for name, part in quick[1].items()
+        if name in ("torch", "threads", "quick", "growth", "memory", "step", "scan")
+    }
     (tmp_path / "scan.json").write_text(json.dumps(kept))
     monkeypatch.setattr(bench, "scan_times", lambda quick: pytest.fail("measured again"))
     report = bench.main("scan", quick=True, out=tmp_path)
@@ -77,44 +94,76 @@ def test_shipped_models_are_compared_with_the_real_thing(quick):
         assert report["models"][name]["chars_per_second"]["median"] > 0 and f"| {name} |" in page
         assert 0 < report["models"][name]["quality"]["0.8"]["words that exist"]["mean"] <= 1
     assert "at most" in page
-    assert set(report["steps"]["rows"]) == set(report["step_memory"]["MB"]) == set(report["lengths"]) == set(bench.zoo.MODELS)
-    assert all(one["first"]["median"] > 0 and one["chars_per_second"]["low"] > 0 for row in report["lengths"].values() for one in row)
+    assert (
+        set(report["steps"]["rows"])
+        == set(report["step_memory"]["MB"])
+        == set(report["lengths"])
+        == set(bench.zoo.MODELS)
+    )
+    assert all(
+        one["first"]["median"] > 0 and one["chars_per_second"]["low"] > 0
+        for row in report["lengths"].values()
+        for one in row
+    )
     assert len(report["parallel"]["diffusion"]) > 1 and "steps" not in report["parallel"]["gpt"][0]
     assert {path.name for path in out.glob("*.png")} == {
         f"all-{name}.png" for name in ("windows", "lengths", "parallel", "learning", "places")
     }
-    assert page.count("(from its card)") == 5 and "| gpt | 1,794,432 | 1.4282 (from its card) | 2.060 |" in page
+    assert (
+        page.count("(from its card)") == 5
+        and "| gpt | 1,794,432 | 1.4282 (from its card) | 2.060 |" in page
+    )
     for one in report["lengths"]["mamba"]:
         first, rate = (one[key] for key in ("first", "chars_per_second"))
-        assert f"{first['median']:.3f} ({first['low']:.3f}, {first['high']:.3f}) | {rate['median']:.0f} ({rate['low']:.0f}," in page
+        assert (
+            f"{first['median']:.3f} ({first['low']:.3f}, {first['high']:.3f}) | {rate['median']:.0f} ({rate['low']:.0f},"
+            in page
+        )
     for ms in report["windows"]["rows"]["attention"]:
         assert f"{ms['median']:.1f} ({ms['low']:.1f}, {ms['high']:.1f})" in page
-    assert "| mamba | " + " | ".join(f"{nats:.3f}" for _, nats in report["models"]["mamba"]["by_place"]) + " |" in page
+    assert (
+        "| mamba | "
+        + " | ".join(f"{nats:.3f}" for _, nats in report["models"]["mamba"]["by_place"])
+        + " |"
+        in page
+    )
     assert "- mamba: 1.501 after 4.1, " in page
 
 
 def test_a_report_of_another_torch_is_not_gone_on_with(tmp_path, monkeypatch):
     (tmp_path / "scan.json").write_text(json.dumps({"quick": True, "torch": "1.0", "scan": {}}))
-    with pytest.raises(ValueError, match=r"scan.json was measured with torch 1.0, this is .*: delete it, or choose another --out"):
+    with pytest.raises(
+        ValueError,
+        match=r"scan.json was measured with torch 1.0, this is .*: delete it, or choose another --out",
+    ):
         bench.measure("scan", True, tmp_path)
     assert json.loads((tmp_path / "scan.json").read_text())["torch"] == "1.0"
 
 
 def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys):
-    assert bench.measure("all", True, quick[0])["models"]["gpt"]["weights"] == zoo.load("gpt").card["sha256"][:12]
+    assert (
+        bench.measure("all", True, quick[0])["models"]["gpt"]["weights"]
+        == zoo.load("gpt").card["sha256"][:12]
+    )
     assert "other weights" not in capsys.readouterr().err
     numbers = json.loads((quick[0] / "all.json").read_text())
     numbers["models"]["mamba"]["weights"] = "0" * 12
     (tmp_path / "all.json").write_text(json.dumps(numbers))
     bench.measure("all", True, tmp_path)
-    assert f"{tmp_path / 'all.json'} was measured with other weights of mamba; to measure again, delete it" in capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'all.json'} was measured with other weights of mamba; to measure again, delete it"
+        in capsys.readouterr().err
+    )
     monkeypatch.setattr("irann.zoo.WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert bench.weights_of("gpt") is None
     bench.measure("all", True, quick[0])
     assert "other weights" not in capsys.readouterr().err  # there are none, so none are others
     for _ in train(
-        zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]), shakespeare.load(), replace(zoo.recipe("gpt", "tiny")[1], steps=1), run="runs/mine"
+        zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]),
+        shakespeare.load(),
+        replace(zoo.recipe("gpt", "tiny")[1], steps=1),
+        run="runs/mine",
     ):
         pass
     assert bench.weights_of("gpt").startswith("step 1, 4.")
@@ -145,7 +194,9 @@ def test_the_first_character_does_not_count_where_only_further_ones_are_asked_fo
 
 def test_times_of_the_scan_are_against_the_first_and_without_the_first_round(monkeypatch, clock):
     taken = {"a": iter([100, 2, 2, 2]), "b": iter([100, 4, 4, 4])}
-    monkeypatch.setattr(bench, "contestants", lambda: {name: spent.__next__ for name, spent in taken.items()})
+    monkeypatch.setattr(
+        bench, "contestants", lambda: {name: spent.__next__ for name, spent in taken.items()}
+    )
     monkeypatch.setattr(bench, "forward_backward", lambda scan, inputs: clock(scan()))
     rows = bench.scan_times(quick=True)["rows"]
     assert rows["a"] == {"ms": bench.spread([2000]), "times": bench.spread([1])}
@@ -159,28 +210,52 @@ def test_time_that_grows_with_the_square_of_the_length_is_said_to(monkeypatch):
 
 def test_rows_are_named_after_what_they_run(monkeypatch):
     """A training step with and without the kernel, and a GPT that reads what is new or all anew."""
-    monkeypatch.setattr(bench, "in_turn", lambda runners, rounds: {name: run() for name, run in runners.items() if name != "mambapy"})
+    monkeypatch.setattr(
+        bench,
+        "in_turn",
+        lambda runners, rounds: {name: run() for name, run in runners.items() if name != "mambapy"},
+    )
     switches, read = [], []
     loss, reads = bench.Mamba.loss, bench.GPT.read
-    monkeypatch.setattr(bench.Mamba, "loss", lambda self, ids: switches.append(os.environ["IRANN_KERNEL"]) or loss(self, ids))
-    monkeypatch.setattr(bench.GPT, "read", lambda self, ids, state=None: read.append(ids.shape[1]) or reads(self, ids, state))
+    monkeypatch.setattr(
+        bench.Mamba,
+        "loss",
+        lambda self, ids: switches.append(os.environ["IRANN_KERNEL"]) or loss(self, ids),
+    )
+    monkeypatch.setattr(
+        bench.GPT,
+        "read",
+        lambda self, ids, state=None: read.append(ids.shape[1]) or reads(self, ids, state),
+    )
     monkeypatch.setenv("IRANN_KERNEL", "mine")
     names = list(bench.training_step(quick=True))
-    assert names[4:] == ["irann, kernel where there is one", "irann, plain torch"] and switches == ["1", "0"]
+    assert names[4:] == ["irann, kernel where there is one", "irann, plain torch"] and switches == [
+        "1",
+        "0",
+    ]
     assert os.environ["IRANN_KERNEL"] == "mine"
     answer = bench.cache_gain(quick=True)
-    assert list(answer)[2:] == ["with the cache", "without"] and read == [1] * answer["n"] + list(range(1, answer["n"] + 1))
+    assert list(answer)[2:] == ["with the cache", "without"] and read == [1] * answer["n"] + list(
+        range(1, answer["n"] + 1)
+    )
 
 
 def test_a_place_is_given_the_mean_from_there_to_the_next():
     model = SimpleNamespace(config=SimpleNamespace(window=7), training=False)
-    model.surprise = lambda ids, generator: (ids[:, 1:] - 1) % 7 + 0.0  # the text counts places, if windows are cut side by side
-    assert bench.by_place(model, SimpleNamespace(val=torch.arange(200)), pages=25) == [[0, 0], [1, 1], [2, 2.5], [4, 5]]
+    model.nll = lambda ids, generator: (
+        (ids[:, 1:] - 1) % 7 + 0.0
+    )  # the text counts places, if windows are cut side by side
+    assert bench.by_place(model, SimpleNamespace(val=torch.arange(200)), pages=25) == [
+        [0, 0],
+        [1, 1],
+        [2, 2.5],
+        [4, 5],
+    ]
 
 
 def test_no_windows_are_measured_with_the_same_noise():
     model = SimpleNamespace(config=SimpleNamespace(window=1), training=False)
-    model.surprise = lambda ids, generator: torch.rand(len(ids), 1, generator=generator)
+    model.nll = lambda ids, generator: torch.rand(len(ids), 1, generator=generator)
     noise = torch.rand(40, 1, generator=torch.Generator().manual_seed(0))
     ((_, nats),) = bench.by_place(model, SimpleNamespace(val=torch.arange(60)), pages=40)
     assert nats == pytest.approx(noise.mean().item())
@@ -201,7 +276,11 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
             clock(3 + (max_new_tokens - 1) / 5 + (0 if self.started else 50))
             self.started = True
 
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(MambaConfig=dict, MambaForCausalLM=lambda config: Theirs()))
+    monkeypatch.setitem(
+        sys.modules,
+        "transformers",
+        SimpleNamespace(MambaConfig=dict, MambaForCausalLM=lambda config: Theirs()),
+    )
     told = bench.writing(quick=True)
     assert told["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
     assert told["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
@@ -211,17 +290,28 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
 def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, capsys, clock):
     monkeypatch.setattr("irann.shakespeare.load", lambda: small)
     monkeypatch.setattr(quality, "counted", quality.Corpus)
-    monkeypatch.setattr(bench, "evaluate", lambda model, text: SimpleNamespace(nats_per_char=1.5, standard_error=0.1))
+    monkeypatch.setattr(
+        bench,
+        "evaluate",
+        lambda model, text: SimpleNamespace(nats_per_char=1.5, standard_error=0.1),
+    )
     monkeypatch.setattr(bench, "by_place", lambda model, text, pages: [[0, 2.0]])
     rate = {1: 10, quality.SAMPLES: 100}  # characters per second, of one text and of many
     shown = "10 (10, 10) | 100 (100, 100)"
-    monkeypatch.setattr(quality, "samples", lambda model, vocabulary, count, n, *_: clock(count * n / rate[count]) or ["To be"] * count)
+    monkeypatch.setattr(
+        quality,
+        "samples",
+        lambda model, vocabulary, count, n, *_: clock(count * n / rate[count]) or ["To be"] * count,
+    )
     rows = bench.main("gpt", out=tmp_path)["models"]
     page = capsys.readouterr().out
-    assert list(rows) == ["validation text", "gpt"] and {path.name for path in tmp_path.iterdir()} == {
-        *("gpt.json", "gpt.md", "gpt-learning.png", "gpt-places.png")
-    }
-    assert page.startswith("## Models") and f"| gpt | {rows['gpt']['parameters']:,} | 1.5000 ± 0.1000 | 2.164 | {shown} |" in page
+    assert list(rows) == ["validation text", "gpt"] and {
+        path.name for path in tmp_path.iterdir()
+    } == {*("gpt.json", "gpt.md", "gpt-learning.png", "gpt-places.png")}
+    assert (
+        page.startswith("## Models")
+        and f"| gpt | {rows['gpt']['parameters']:,} | 1.5000 ± 0.1000 | 2.164 | {shown} |" in page
+    )
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="irann train mamba"):

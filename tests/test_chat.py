@@ -26,7 +26,7 @@ from irann.chat.terminal import Terminal, _visible
 from irann.chat.widget import Chat, draft_html, look_html, note_of, scene_html
 from irann.lm import Draft, LanguageModel
 from irann.text import Vocabulary
-from irann.train import train
+from irann.training import train
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -54,11 +54,20 @@ class Parrot(LanguageModel):
     def __init__(self, vocabulary, script: str, pages: bool = False, fails: int | None = None):
         super().__init__(type("Config", (), {"vocabulary": len(vocabulary), "window": 64}))
         self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.vocabulary, self.script, self.pages, self.fails, self.prompts = vocabulary, script, pages, fails, []
+        self.vocabulary, self.script, self.pages, self.fails, self.prompts = (
+            vocabulary,
+            script,
+            pages,
+            fails,
+            [],
+        )
 
     def generate(self, prompt, n, *, temperature=1.0, top_k=None, top_p=None, generator=None):
         self.prompts.append(self.vocabulary.decode(prompt[0]))
-        start, ids = prompt.shape[1], torch.cat([prompt, self.vocabulary.encode(self.script[:n])[None]], 1)
+        start, ids = (
+            prompt.shape[1],
+            torch.cat([prompt, self.vocabulary.encode(self.script[:n])[None]], 1),
+        )
         yield Draft(prompt, start, {"forgotten": start - 64} if start > 64 else {})
         for end in range(start + 1, ids.shape[1] + 1):
             if self.fails is not None and end - start > self.fails:
@@ -84,7 +93,9 @@ def test_a_scene_is_written_as_the_plays_write_it_and_the_reply_ends_with_the_sp
     assert session.turns[-1].ended == "speech" and session.turns[-1].model
     session.say("Farewell.")
     finish(session.reply())
-    assert session.model.prompts[1] == ("ROMEO:\nWho is there?\n\nJULIET:\nGood morrow,\ncousin.\n\nROMEO:\nFarewell.\n\nJULIET:\n")
+    assert session.model.prompts[1] == (
+        "ROMEO:\nWho is there?\n\nJULIET:\nGood morrow,\ncousin.\n\nROMEO:\nFarewell.\n\nJULIET:\n"
+    )
 
 
 def test_where_a_speech_ends():
@@ -109,7 +120,10 @@ def test_names_are_the_readers_choice(corpus):
 
 def test_a_name_in_characters_the_model_does_not_know_is_told_when_it_is_set(corpus, typed, capsys):
     heard, session = [], parrot(corpus, "Ay.")
-    assert session.set("speaker", "Juli\u00e9t") == session.clean("\u00c9")[1] != "" and session.set("speaker", "nurse") == ""
+    assert (
+        session.set("speaker", "Juli\u00e9t") == session.clean("\u00c9")[1] != ""
+        and session.set("speaker", "nurse") == ""
+    )
     Session(session.model, say=heard.append, reader="\u6731", speaker="nurse")
     assert heard == [session.clean("\u6731")[1]]
     typed("/to \u6731\u9e97\u8449")
@@ -127,7 +141,9 @@ def test_plain_mode_goes_on_with_the_text_itself_and_over_empty_lines(corpus):
     session.set("mode", "plain")
     session.say("To be, or not to")
     assert finish(session.reply()).text == " be.\n\nThat is it."
-    assert session.scene() == "To be, or not to be.\n\nThat is it." and session.model.prompts == ["To be, or not to"]
+    assert session.scene() == "To be, or not to be.\n\nThat is it." and session.model.prompts == [
+        "To be, or not to"
+    ]
     assert session.turns[-1].ended == "length"
 
 
@@ -199,12 +215,17 @@ def test_it_says_what_it_forgot(corpus):
     session.say("word " * 40)
     finish(session.reply())
     lost = len(session.model.prompts[-1]) - 64
-    assert f"could not read the first {lost} characters of the scene: its window of 64" in session.forgot()
+    assert (
+        f"could not read the first {lost} characters of the scene: its window of 64"
+        in session.forgot()
+    )
 
 
 @pytest.mark.parametrize("said, length, lost", [(30, 3, 0), (30, 4, 17), (30, 40, 30), (0, 40, 0)])
 def test_what_a_long_reply_pushed_out_of_the_window_is_forgotten_too(here, said, length, lost):
-    session = Session("gpt", mode="plain", length=length)  # sees 32 characters, and keeps 16 of them when they are full
+    session = Session(
+        "gpt", mode="plain", length=length
+    )  # sees 32 characters, and keeps 16 of them when they are full
     session.say("a" * said)
     finish(session.reply())
     assert session.turns[-1].forgotten == lost and bool(session.forgot()) == bool(lost)
@@ -223,7 +244,9 @@ def test_every_model_answers_with_a_seed_the_same(here, name):
     first, second = talk(), talk()
     assert first == second and first[0] != first[1]
     session = Session(name)
-    assert f"{sum(p.numel() for p in session.model.parameters()):,} parameters" in session.describe()
+    assert (
+        f"{sum(p.numel() for p in session.model.parameters()):,} parameters" in session.describe()
+    )
     assert ("at most" in session.describe()) == (not session.model.exact)
     assert "nats per character" in session.describe() and name in available()
 
@@ -256,11 +279,15 @@ def test_every_model_shows_its_inside_on_the_text(here, name):
     for values in look.values.values():
         assert len(values) == len(look.text) and all(math.isfinite(v) for v in values)
     if session.model.exact:
-        nats = session.model.surprise(session.model.vocabulary.encode(look.text)[None])[0]
-        assert look.values["surprise"] == pytest.approx([0.0, *nats.tolist()], rel=1e-4)
+        nats = session.model.nll(session.model.vocabulary.encode(look.text)[None])[0]
+        assert look.values["nll"] == pytest.approx([0.0, *nats.tolist()], rel=1e-4)
     for rows in look.maps.values():
         assert torch.allclose(rows.sum(-1), torch.ones(len(look.text)), atol=1e-4)
-    assert {"gpt": "attention" in look.maps, "mamba": "delta" in look.values, "thinker": "rounds" in look.values}.get(name, True)
+    assert {
+        "gpt": "attention" in look.maps,
+        "mamba": "delta" in look.values,
+        "thinker": "rounds" in look.values,
+    }.get(name, True)
 
 
 def test_the_inside_is_read_by_the_settings_of_the_model(here):
@@ -273,16 +300,24 @@ def test_the_inside_is_read_by_the_settings_of_the_model(here):
     for rounds in (5, 2):
         session.set("rounds", rounds)
         look = session.look()
-        assert set(look.values["rounds"]) == {rounds} and max(look.values["expected_rounds"]) < rounds + 1e-3
-        assert look.values["surprise"][1:] == pytest.approx(session.model.surprise(text, stop="fixed", rounds=rounds)[0].tolist(), rel=1e-4)
-    assert look.values["surprise"][1:] != pytest.approx(session.model.surprise(text)[0].tolist(), rel=1e-4)
+        assert (
+            set(look.values["rounds"]) == {rounds}
+            and max(look.values["expected_rounds"]) < rounds + 1e-3
+        )
+        assert look.values["nll"][1:] == pytest.approx(
+            session.model.nll(text, stop="fixed", rounds=rounds)[0].tolist(), rel=1e-4
+        )
+    assert look.values["nll"][1:] != pytest.approx(session.model.nll(text)[0].tolist(), rel=1e-4)
     session.set("stop", "sampled")
     before, look = torch.get_rng_state(), session.look()
     assert look.values == session.look().values and torch.equal(torch.get_rng_state(), before)
-    for name, settings in {"diffusion": {"steps": 3}, "thinker-page": {"stop": "fixed", "steps": 3}}.items():
+    for name, settings in {
+        "diffusion": {"steps": 3},
+        "thinker-page": {"stop": "fixed", "steps": 3},
+    }.items():
         session = Session(name, **settings)
         session.say("Hello there")
-        assert set(session.look().values) == {"surprise"}
+        assert set(session.look().values) == {"nll"}
 
 
 def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):
@@ -293,11 +328,18 @@ def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):
     session.set("speaker", "nurse")
     assert "JULIET" in scene_html(session, frame) and "NURSE" not in scene_html(session, frame)
     finish(frames)
-    assert (session.turns[-1].speaker, session.turns[-1].text, session.turns[-1].ended) == ("JULIET", "Good morrow.", "speech")
+    assert (session.turns[-1].speaker, session.turns[-1].text, session.turns[-1].ended) == (
+        "JULIET",
+        "Good morrow.",
+        "speech",
+    )
     frames = session.reply()
     session.set("mode", "play")
     finish(frames)
-    assert (session.turns[-1].speaker, session.turns[-1].ended) == ("NURSE", "length") and "Madam!" in session.turns[-1].text
+    assert (session.turns[-1].speaker, session.turns[-1].ended) == (
+        "NURSE",
+        "length",
+    ) and "Madam!" in session.turns[-1].text
 
 
 def test_switching_the_model_keeps_the_scene_and_drops_what_the_new_one_does_not_have(here):
@@ -362,7 +404,9 @@ def pipe(here, *arguments, text, **env):
 
 def test_a_pipe_gets_the_replies_only(runs):
     path = runs / "runs" / "gpt-tiny"
-    code, out, err = pipe(runs, path, "--length", 20, "--seed", 3, text="Who is there?\n/nonsense\n/temp 0\n/help\n")
+    code, out, err = pipe(
+        runs, path, "--length", 20, "--seed", 3, text="Who is there?\n/nonsense\n/temp 0\n/help\n"
+    )
     session = Session(path, length=20, seed=3)
     session.say("Who is there?")
     assert code == 0 and out == finish(session.reply()).text + "\n" and "\x1b" not in out
@@ -374,9 +418,16 @@ def test_a_pipe_gets_the_replies_only(runs):
 def test_a_pipe_that_is_not_text_is_refused_in_a_sentence(runs):
     command = [sys.executable, "-m", "irann", "chat", str(runs / "runs" / "gpt-tiny")]
     result = subprocess.run(
-        command, input=b"caf\xe9\n", capture_output=True, cwd=runs, env=ENV | {"PYTHONIOENCODING": "utf-8:strict"}, timeout=120
+        command,
+        input=b"caf\xe9\n",
+        capture_output=True,
+        cwd=runs,
+        env=ENV | {"PYTHONIOENCODING": "utf-8:strict"},
+        timeout=120,
     )
-    assert result.returncode == 2 and result.stderr.startswith(b"irann: what was said on standard input is not text")
+    assert result.returncode == 2 and result.stderr.startswith(
+        b"irann: what was said on standard input is not text"
+    )
     assert result.stderr.count(b"\n") == 1 and result.stdout == b""
 
 
@@ -389,7 +440,9 @@ def test_a_pipe_that_is_not_text_is_refused_in_a_sentence(runs):
         (["runs/gpt-tiny/checkpoints"], 3, ""),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence_and_an_exit_code(here, capsys, arguments, expected, words):
+def test_what_cannot_be_done_is_one_sentence_and_an_exit_code(
+    here, capsys, arguments, expected, words
+):
     with pytest.raises(SystemExit) as exit:
         command_line(["chat", *arguments])
     err = capsys.readouterr().err
@@ -426,12 +479,17 @@ def test_slash_commands(typed, capsys, tmp_path):
         "/temp 0.5", "/topk 3", "/topp 0.9", "/length 50", "/seed 4", "/as nurse", "/to Romeo", "Hello", "/again", f"/save {file}",
         f"/save {file}", "/save", "/temp high", "/temp", "/model nobody", "/scene", "/quit", "never read",
     )  # fmt: skip
-    assert session.values == {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "length": 50} and session.seed == 4
+    assert (
+        session.values == {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "length": 50}
+        and session.seed == 4
+    )
     assert file.read_text() == "NURSE:\nHello\n\nROMEO:\nAy, madam.\n"
     assert len(session.model.prompts) == 2 and len(session.turns) == 2
     out, err = capsys.readouterr()
     assert out.count("Ay, madam.") == 3 and "is there already" in err and "takes the name" in err
-    assert "temperature is a number" in err and "temperature: 0.5" in err and "neither a model" in err
+    assert (
+        "temperature is a number" in err and "temperature: 0.5" in err and "neither a model" in err
+    )
 
 
 def test_an_interrupt_at_the_prompt_is_no_end_and_a_broken_file_name_neither(typed, capsys):
@@ -482,10 +540,14 @@ def test_control_characters_do_not_reach_the_terminal():
     assert _visible("a\x1b[2J\nb\x07") == "a\ufffd[2J\nb\ufffd"
 
 
-def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c(corpus, monkeypatch):
+def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c(
+    corpus, monkeypatch
+):
     terminal = Terminal(parrot(corpus, "Ay."))
     monkeypatch.setattr(terminal, "colours", True)
-    monkeypatch.setattr("irann.chat.terminal.shutil.get_terminal_size", lambda: os.terminal_size((20, 24)))
+    monkeypatch.setattr(
+        "irann.chat.terminal.shutil.get_terminal_size", lambda: os.terminal_size((20, 24))
+    )
     for column in range(50):
         tail = terminal.tail("so many words that no line could hold them\nand more", column)
         assert column % 20 + len("^C" + tail) < 20 or not tail
@@ -508,7 +570,9 @@ def screen(written, width):
 
 
 @pytest.mark.parametrize("stride, stop", [(1, None), (2, None), (5, None), (1, 30)])
-def test_proposals_are_written_over_and_leave_nothing_on_the_screen(corpus, monkeypatch, capsys, stride, stop):
+def test_proposals_are_written_over_and_leave_nothing_on_the_screen(
+    corpus, monkeypatch, capsys, stride, stop
+):
     text = "Ay, madam, all of it is true, every word.\n\nWho says it is not?\n" + "So be it. " * 6
     written = ""
 
@@ -526,16 +590,37 @@ def test_proposals_are_written_over_and_leave_nothing_on_the_screen(corpus, monk
 
     terminal = Terminal(parrot(corpus, ""))
     terminal.live = terminal.colours = terminal.typed = True
-    monkeypatch.setattr("irann.chat.terminal.shutil.get_terminal_size", lambda: os.terminal_size((20, 24)))
+    monkeypatch.setattr(
+        "irann.chat.terminal.shutil.get_terminal_size", lambda: os.terminal_size((20, 24))
+    )
     terminal.answer(reply)
     written += capsys.readouterr().out
-    assert screen(written, 20) == screen(f"JULIET:\n{text[:stop]}\n{'[stopped]' + chr(10) if stop else ''}", 20)
+    assert screen(written, 20) == screen(
+        f"JULIET:\n{text[:stop]}\n{'[stopped]' + chr(10) if stop else ''}", 20
+    )
 
 
 def test_in_a_real_terminal_ctrl_c_stops_the_reply_and_not_the_session(runs):
     screen, child = pty.openpty()
-    arguments = [sys.executable, "-m", "irann", "chat", str(runs / "runs" / "gpt-tiny"), "--length", "100000", "--mode", "plain"]
-    process = subprocess.Popen(arguments, stdin=child, stdout=child, stderr=child, env=ENV | {"TERM": "xterm"}, start_new_session=True)
+    arguments = [
+        sys.executable,
+        "-m",
+        "irann",
+        "chat",
+        str(runs / "runs" / "gpt-tiny"),
+        "--length",
+        "100000",
+        "--mode",
+        "plain",
+    ]
+    process = subprocess.Popen(
+        arguments,
+        stdin=child,
+        stdout=child,
+        stderr=child,
+        env=ENV | {"TERM": "xterm"},
+        start_new_session=True,
+    )
     os.close(child)
     seen = ""
 
@@ -608,7 +693,10 @@ def test_what_was_forgotten_is_said_beside_another_note(chat):
     widget.say("word " * 40 + "\U0001f600")
     assert "not among" in widget.message.value and widget.message.value.count("could not read") == 1
     widget.regenerate()
-    assert "not among" not in widget.message.value and widget.message.value.count("could not read") == 1
+    assert (
+        "not among" not in widget.message.value
+        and widget.message.value.count("could not read") == 1
+    )
 
 
 def test_a_very_long_scene_shows_its_end(chat):
@@ -667,18 +755,29 @@ def test_markup_stays_text_everywhere():
         widget.session.set("reader", "<b>&")
         widget.say(EVIL)
         widget._tell(EVIL, error=True)
-        look = Look(EVIL, {"surprise": [float(i) for i in range(len(EVIL))]}, {"attention": torch.eye(len(EVIL))})
+        look = Look(
+            EVIL, {"nll": [float(i) for i in range(len(EVIL))]}, {"attention": torch.eye(len(EVIL))}
+        )
         page = widget.scene.value + widget.drafts.value + widget.message.value
-        page += look_html(look, "surprise") + look_html(look, "attention", 2)
-        assert "<img" not in page and "<b>" not in page.lower() and "&lt;img src=x onerror=alert(1)&gt;" in page
+        page += look_html(look, "nll") + look_html(look, "attention", 2)
+        assert (
+            "<img" not in page
+            and "<b>" not in page.lower()
+            and "&lt;img src=x onerror=alert(1)&gt;" in page
+        )
         assert page.count("</div>") == page.count("<div")
         frame = draft_html(Frame(EVIL, 4))
-        assert frame == "&lt;img<span class='irann-open'> src=x onerror=alert(1)&gt; &amp; &#x27;&quot;&lt;/div&gt;</span>"
+        assert (
+            frame
+            == "&lt;img<span class='irann-open'> src=x onerror=alert(1)&gt; &amp; &#x27;&quot;&lt;/div&gt;</span>"
+        )
 
 
 def test_markup_stays_text_in_the_book(tmp_path):
     """A chapter whose stored outputs hold what a reader and a model said: printed, as a transcript, and as the chat leaves it."""
-    widget = Chat(Parrot(Vocabulary(EVIL + "ABCDEFGHIJKLMNOPQRSTUVWXYZ:\n abcdefghijklmnopqrstuvwxyz"), EVIL))
+    widget = Chat(
+        Parrot(Vocabulary(EVIL + "ABCDEFGHIJKLMNOPQRSTUVWXYZ:\n abcdefghijklmnopqrstuvwxyz"), EVIL)
+    )
     widget.say(EVIL)
     stored = {"text/plain": widget.session.scene(), "text/html": widget._repr_html_()}
     outputs = [
@@ -686,14 +785,19 @@ def test_markup_stays_text_in_the_book(tmp_path):
         nbformat.v4.new_output("display_data", data=stored),
         nbformat.v4.new_output("execute_result", data={"text/plain": repr(EVIL)}),
     ]
-    cells = [nbformat.v4.new_markdown_cell("# A chapter"), nbformat.v4.new_code_cell("chat", outputs=outputs, execution_count=1)]
+    cells = [
+        nbformat.v4.new_markdown_cell("# A chapter"),
+        nbformat.v4.new_code_cell("chat", outputs=outputs, execution_count=1),
+    ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "chapter.ipynb")
     (tmp_path / "_toc.yml").write_text("format: jb-book\nroot: chapter\n")
     (tmp_path / "_config.yml").write_text('title: a book\nexecute:\n  execute_notebooks: "off"\n')
     command = [Path(sys.executable).with_name("jupyter-book"), "build", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     page = (tmp_path / "_build" / "html" / "chapter.html").read_text()
-    assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 5 and not re.search(r"<img[^>]*onerror", page)
+    assert page.count("&lt;img src=x onerror=alert(1)&gt;") >= 5 and not re.search(
+        r"<img[^>]*onerror", page
+    )
 
 
 def test_a_page_at_once_leaves_its_drafts_on_a_slider(chat):
@@ -712,7 +816,10 @@ def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch):
     assert "the model broke" in widget.message.value and not widget.send.disabled
     knob = next(k for k in widget.knobs.children if k.description == "top_k")
     knob.value = -4
-    assert "top_k is a whole number from 0" in widget.message.value and widget.session.get("top_k") == 0
+    assert (
+        "top_k is a whole number from 0" in widget.message.value
+        and widget.session.get("top_k") == 0
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zoo, "shipped", list)
     empty = Chat()
@@ -725,13 +832,20 @@ def test_a_knob_shows_what_is_set(chat):
     knobs = {knob.description: knob for knob in widget.knobs.children}
     knobs["seed"].value = " 7 "
     widget.say("Hm?")
-    refused = [("length", 0, "length is a whole", 300), ("seed", "-3", "seed is a whole", "7"), ("reader", ":", "name has 1", "ROMEO")]
+    refused = [
+        ("length", 0, "length is a whole", 300),
+        ("seed", "-3", "seed is a whole", "7"),
+        ("reader", ":", "name has 1", "ROMEO"),
+    ]
     for name, value, words, shown in refused:
         knobs[name].value = value
         assert knobs[name].value == shown and words in widget.message.value
     assert widget.session.asked == 1 and widget.session.seed == 7  # refused: the dice go on
     knobs["reader"].value = "first witch: "
-    assert knobs["reader"].value == widget.session.reader == "FIRST WITCH" and widget.message.value == ""
+    assert (
+        knobs["reader"].value == widget.session.reader == "FIRST WITCH"
+        and widget.message.value == ""
+    )
     knobs["length"].value = 50
     assert knobs["length"].value == widget.session.get("length") == 50
     bold = Chat(widget.session.model, temperature=5)
@@ -743,7 +857,11 @@ def test_a_model_that_could_not_be_loaded_hands_its_settings_to_the_one_that_can
     widget = Chat("runs/nope", seed=5, temperature=0.7)
     assert "neither a model" in widget.message.value and widget.session is None
     widget.names.value = "gpt"
-    assert widget.session.seed == 5 and widget.session.get("temperature") == 0.7 and widget.message.value == ""
+    assert (
+        widget.session.seed == 5
+        and widget.session.get("temperature") == 0.7
+        and widget.message.value == ""
+    )
     widget.names.value = "runs/nope"
     assert "neither a model" in widget.message.value and widget.names.value == "gpt"
     monkeypatch.chdir("runs/gpt-tiny")
@@ -767,13 +885,16 @@ def test_the_widget_with_every_model(here):
         assert "parameters" in widget.about.value and widget.message.value == ""
         widget.say("Hello there, gentle cousin")
         widget.look()
-        assert "irann-look" in widget.view.value and widget.kind.value == "surprise"
+        assert "irann-look" in widget.view.value and widget.kind.value == "nll"
         for kind in widget.kind.options:
             widget.kind.value = kind
             assert kind in widget.view.value
-        widget.kind.value = "surprise"
+        widget.kind.value = "nll"
         descriptions = [k.description for k in widget.knobs.children]
-        assert set(widget.session.model.settings) <= set(descriptions) and "temperature" in descriptions
+        assert (
+            set(widget.session.model.settings) <= set(descriptions)
+            and "temperature" in descriptions
+        )
     assert sum(not turn.model for turn in widget.session.turns) == len(zoo.MODELS)
 
 
@@ -783,7 +904,10 @@ def test_a_page_without_widgets_shows_the_transcript(chat):
     async def cell():  # a cell runs inside a loop, and nbconvert does not wait for tasks
         widget.say("Who is there?", wait=True)
         bundle = widget._repr_mimebundle_()
-        assert "Ay, madam." in bundle["text/html"] and "application/vnd.jupyter.widget-view+json" in bundle
+        assert (
+            "Ay, madam." in bundle["text/html"]
+            and "application/vnd.jupyter.widget-view+json" in bundle
+        )
         widget._entered(widget.line, {"event": "submit"}, [])
         widget.line.value = "typed fast"
         await asyncio.sleep(0.3)
@@ -820,12 +944,21 @@ def test_loading_and_writing_show_how_far_they_are(here, monkeypatch):
     paces = []
     widget.pace.observe(lambda change: paces.append(change["new"]), "value")
     widget.say("Speak.")
-    assert any("<progress value=3 max=6>" in pace and "3 characters, delta " in pace for pace in paces)
+    assert any(
+        "<progress value=3 max=6>" in pace and "3 characters, delta " in pace for pace in paces
+    )
     assert "6 characters in " in paces[-1] and "progress" not in paces[-1]
 
 
 def test_the_note_beside_a_draft_is_its_numbers():
-    note = {"forgotten": 7, "level": 412, "sure": 0.91666, "rounds": [3], "halted": [0.5, 0.2], "word": "<b>"}
+    note = {
+        "forgotten": 7,
+        "level": 412,
+        "sure": 0.91666,
+        "rounds": [3],
+        "halted": [0.5, 0.2],
+        "word": "<b>",
+    }
     assert note_of(Frame("Ay", 1, note)) == "level 412, sure 0.917, rounds 3"
 
 
@@ -835,13 +968,20 @@ def test_an_open_inside_keeps_up_with_the_scene_and_the_model(here):
     assert "say something first" in widget.view.value
     widget.say("Hello there, gentle cousin")
     first = widget.view.value
-    assert "nats that each character cost" in first and "at most" not in first and widget.place.layout.display == "none"
+    assert (
+        "nats that each character cost" in first
+        and "at most" not in first
+        and widget.place.layout.display == "none"
+    )
     widget.kind.value = "attention"
-    assert widget.place.layout.display == "" and "where the framed character looks" in widget.view.value
+    assert (
+        widget.place.layout.display == ""
+        and "where the framed character looks" in widget.view.value
+    )
     widget.say("What news from the town?")
     assert widget.view.value != first and widget.kind.value == "attention"
     widget.names.value = "diffusion"
-    assert widget.kind.options == ("surprise",) and "at most" in widget.view.value
+    assert widget.kind.options == ("nll",) and "at most" in widget.view.value
     widget.more.selected_index = None
     stale = widget.view.value
     widget.say("And then?")
@@ -849,20 +989,34 @@ def test_an_open_inside_keeps_up_with_the_scene_and_the_model(here):
 
 
 def test_a_map_is_coloured_by_what_comes_before_the_character():
-    rows = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.1, 0.3, 0.6, 0], [0.1, 0.1, 0.2, 0.6]])
+    rows = torch.tensor(
+        [[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.1, 0.3, 0.6, 0], [0.1, 0.1, 0.2, 0.6]]
+    )
     page = look_html(Look("abcd", {}, {"attention": rows}), "attention", 2)
     shades = [float(part.split(")")[0]) for part in page.split("rgba(230,159,0,")[1:]]
-    assert shades == [0.0, 1.0, 1.0, 0.0]  # b is the strongest before c; c itself is no measure, and d is not seen
+    assert shades == [
+        0.0,
+        1.0,
+        1.0,
+        0.0,
+    ]  # b is the strongest before c; c itself is no measure, and d is not seen
     assert [part.split(">")[1][0] for part in page.split("<span")[1:] if "outline" in part] == ["c"]
-    assert "at most" in look_html(Look("ab", {"surprise": [0.0, 1.0]}, {}, exact=False), "surprise")
+    assert "at most" in look_html(Look("ab", {"nll": [0.0, 1.0]}, {}, exact=False), "nll")
 
 
-def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_replies(chat, monkeypatch):
+def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_replies(
+    chat, monkeypatch
+):
     kernel = type("Kernel", (), {"_allow_stdin": True})
-    monkeypatch.setattr("irann.chat.widget.get_ipython", lambda: type("Shell", (), {"kernel": kernel}))
+    monkeypatch.setattr(
+        "irann.chat.widget.get_ipython", lambda: type("Shell", (), {"kernel": kernel})
+    )
     widget = chat("Ay,\nmadam.\n\n")
     view = "application/vnd.jupyter.widget-view+json"
-    assert view in widget._repr_mimebundle_() and widget._repr_mimebundle_()["text/plain"] == "an empty stage"
+    assert (
+        view in widget._repr_mimebundle_()
+        and widget._repr_mimebundle_()["text/plain"] == "an empty stage"
+    )
     kernel._allow_stdin = False
 
     async def cell():
@@ -880,11 +1034,16 @@ def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_repli
 def test_a_notebook_that_is_executed_without_a_reader_stores_the_transcript(here):
     cell = "from irann import Chat\nchat = Chat('runs/gpt-tiny', length=20, seed=3)\nchat.say('Who is there?')\nchat"
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
-    client = nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(here)}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(here)}}
+    )
     client.execute(env=ENV)
     outputs = [out for out in notebook.cells[0].outputs if out.output_type == "execute_result"]
     session = Session(here / "runs" / "gpt-tiny", length=20, seed=3)
     session.say("Who is there?")
     finish(session.reply())
     assert [set(out.data) for out in outputs] == [{"text/plain", "text/html"}]
-    assert outputs[0].data["text/plain"] == session.scene() and "irann-reader" in outputs[0].data["text/html"]
+    assert (
+        outputs[0].data["text/plain"] == session.scene()
+        and "irann-reader" in outputs[0].data["text/html"]
+    )

@@ -17,7 +17,7 @@ import torch
 
 from irann import checkpoint, zoo
 from irann.__main__ import _again, main
-from irann.train import evaluate, train
+from irann.training import evaluate, train
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 TINY = ["--recipe", "tiny", "--set", "steps=6"]
@@ -49,7 +49,9 @@ def trained(small, tmp_path_factory):
 
 def test_help_names_every_command(run):
     code, out, _ = run("--help")
-    assert code == 0 and all(word in out for word in ("data", "train", "sample", "chat", "eval", "bench"))
+    assert code == 0 and all(
+        word in out for word in ("data", "train", "sample", "chat", "eval", "bench")
+    )
     for command in ("data", "train", "sample", "chat", "eval", "bench"):
         assert run(command, "--help")[0] == 0
 
@@ -64,7 +66,9 @@ def test_without_a_command_there_is_help(run):
 
 
 def test_the_module_runs_too():
-    result = subprocess.run([sys.executable, "-m", "irann", "data"], capture_output=True, text=True, env=ENV, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "irann", "data"], capture_output=True, text=True, env=ENV, check=True
+    )
     assert "1,003,854 characters to train on, 111,540" in result.stdout
 
 
@@ -80,7 +84,10 @@ def test_data_writes_what_it_says(run, tmp_path):
     [
         (["trian"], "No such command"),
         (["train", "gtp"], "no model 'gtp'; the models are gpt"),
-        (["train", "gpt", "--recipe", "ful"], "no recipe 'ful' for gpt; there are tiny, demo, full"),
+        (
+            ["train", "gpt", "--recipe", "ful"],
+            "no recipe 'ful' for gpt; there are tiny, demo, full",
+        ),
         (["train", "gpt", "--set", "lrr=1"], "lrr is nothing that can be set; there are"),
         (["train", "gpt", "--set", "lr=fast"], "lr is a number; got 'fast'"),
         (["train", "gpt", "--set", "lr=-1"], "lr is a number from 0 up; got -1"),
@@ -126,7 +133,10 @@ def test_corpora_that_are_not_what_they_should_be_exit_4(run, tmp_path):
         (["train", "gpt", "--corpus", tmp_path / "empty.txt"], "empty.txt is empty"),
         (["data", "--corpus", tmp_path / "no.txt"], "cannot be read"),
         (["data", "--corpus", tmp_path / "latin1.txt"], "is not tiny-shakespeare"),
-        (["train", "gpt", "--corpus", tmp_path / "latin1.txt"], "is not UTF-8 text (byte 3 is 0xe9): save it as UTF-8"),
+        (
+            ["train", "gpt", "--corpus", tmp_path / "latin1.txt"],
+            "is not UTF-8 text (byte 3 is 0xe9): save it as UTF-8",
+        ),
         (["train", "gpt", "--corpus", tmp_path], "cannot be read"),
     ):
         code, _, err = run(*arguments)
@@ -154,14 +164,24 @@ def test_sample_and_eval(run, trained, corpus):
     code, _, err = run("sample", trained, "--prompt", "a" * 40, "--length", 2)
     assert code == 0 and "the first 8 of the prompt are not read" in err
     code, out, _ = run("eval", trained)
-    assert code == 0 and f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out and "111,540 characters" in out
+    assert (
+        code == 0
+        and f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out
+        and "111,540 characters" in out
+    )
 
 
 def test_another_text_has_its_own_vocabulary(run, tmp_path):
-    (tmp_path / "mine.txt").write_text("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. " * 40, encoding="utf-8")
-    code, out, _ = run("train", "gpt", *TINY, "--corpus", tmp_path / "mine.txt", "--run", tmp_path / "mine")
+    (tmp_path / "mine.txt").write_text(
+        "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. " * 40, encoding="utf-8"
+    )
+    code, out, _ = run(
+        "train", "gpt", *TINY, "--corpus", tmp_path / "mine.txt", "--run", tmp_path / "mine"
+    )
     assert code == 0 and "nats per character of the validation part" in out
-    assert len(zoo.load(tmp_path / "mine").vocabulary) == len(set("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. "))
+    assert len(zoo.load(tmp_path / "mine").vocabulary) == len(
+        set("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. ")
+    )
     code, _, err = run("eval", tmp_path / "mine")
     assert code == 2 and "these characters are not among the" in err
     code, _, err = run("train", "gpt", *TINY, "--run", tmp_path / "mine", "--resume")
@@ -178,7 +198,9 @@ def test_train_resume_overwrite(run, tmp_path):
     assert code == 3 and "steps = 6, asked for is steps = 9" in err
     assert run("train", "gpt", *TINY, "--overwrite")[0] == 0
     assert checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
-    assert run("sample", "gpt", "--length", 5)[0] == 0  # the newest run is found by the model's name
+    assert (
+        run("sample", "gpt", "--length", 5)[0] == 0
+    )  # the newest run is found by the model's name
 
 
 def test_not_finite_exits_5(run, tmp_path, monkeypatch):
@@ -196,14 +218,28 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); from irann.__main__ import main; main()"
     command = [sys.executable, "-c", code, "train", "gpt", *TINY, "--run", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert result.returncode == 1 and "the disk is full" in result.stderr and "Traceback" not in result.stderr
+    assert (
+        result.returncode == 1
+        and "the disk is full" in result.stderr
+        and "Traceback" not in result.stderr
+    )
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
 
 
 def start(run, *more, steps=100_000):
     command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
-    command += ["--set", f"steps={steps}", "--set", "save_every=5", "--set", "evaluate_every=0", *more]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    command += [
+        "--set",
+        f"steps={steps}",
+        "--set",
+        "save_every=5",
+        "--set",
+        "evaluate_every=0",
+        *more,
+    ]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
+    )
 
 
 def await_saves(run, process, beyond=0, patience=120.0):
@@ -226,7 +262,9 @@ def test_a_signal_saves_and_exits(tmp_path, signum, code):
 
 def test_a_closed_terminal_saves(tmp_path):
     """The run's terminal goes away while it trains: nothing more can be told, and still nothing is lost."""
-    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))  # Windows has no such terminals
+    fcntl, pty, termios = (
+        pytest.importorskip(name) for name in ("fcntl", "pty", "termios")
+    )  # Windows has no such terminals
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
     command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
@@ -237,7 +275,15 @@ def test_a_closed_terminal_saves(tmp_path):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
-    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=ENV, start_new_session=True, preexec_fn=claim)
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=ENV,
+        start_new_session=True,
+        preexec_fn=claim,
+    )
     os.close(theirs)
     until = time.monotonic() + 120
     while not log.exists() or log.read_bytes().count(b"\n") < 5:
@@ -256,7 +302,9 @@ def test_a_model_of_another_text_writes_and_says_what_it_is_measured_on(run, tmp
     (tmp_path / "digits.txt").write_text("0123456789" * 60)
     code, _, _ = run("train", "gpt", *TINY, "--corpus", "digits.txt", "--run", "of digits")
     assert code == 0
-    code, out, _ = run("sample", "of digits", "--length", "9", "--seed", "1")  # it has no newline to begin with
+    code, out, _ = run(
+        "sample", "of digits", "--length", "9", "--seed", "1"
+    )  # it has no newline to begin with
     assert code == 0 and len(out) == 1 + 9 + 1 and set(out.strip()) <= set("0123456789")
     code, _, err = run("eval", "of digits")
     assert code == 2 and "not among the 10" in err and "give that with --corpus FILE" in err
@@ -275,10 +323,22 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(tmp_path, run):
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     step = checkpoint.newest(tmp_path / "stopped")[1].config["step"]
-    changes = ["--recipe", "tiny", "--set", "save_every=5", "--set", "evaluate_every=0", "--set", "steps=3000"]
+    changes = [
+        "--recipe",
+        "tiny",
+        "--set",
+        "save_every=5",
+        "--set",
+        "evaluate_every=0",
+        "--set",
+        "steps=3000",
+    ]
 
     def losses(folder):
-        rows = [json.loads(line) for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        ]
         return [row["loss"] for row in rows][: step + 20]
 
     torch_threads = torch.get_num_threads()
@@ -287,8 +347,16 @@ def test_interrupted_and_resumed_is_as_if_never_stopped(tmp_path, run):
         from irann import shakespeare
 
         for folder, options in (("straight", {}), ("stopped", {"resume": True})):
-            config, recipe = zoo.recipe("gpt", "tiny", **dict(c.split("=") for c in changes if "=" in c))
-            stream = train(zoo.build("gpt", config), shakespeare.load(), recipe, run=tmp_path / folder, **options)
+            config, recipe = zoo.recipe(
+                "gpt", "tiny", **dict(c.split("=") for c in changes if "=" in c)
+            )
+            stream = train(
+                zoo.build("gpt", config),
+                shakespeare.load(),
+                recipe,
+                run=tmp_path / folder,
+                **options,
+            )
             for tick in stream:
                 if tick.step == step + 20:
                     break
@@ -307,14 +375,22 @@ def test_kills_lose_at_most_one_interval(tmp_path):
         time.sleep(rng.uniform(0, 0.1))
         process.kill()
         process.communicate()
-        metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+        metrics = [
+            json.loads(line)
+            for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+            if line.endswith("}")
+        ]
         step = checkpoint.newest(tmp_path / "run")[1].config["step"]
         assert step > reached and metrics[-1]["step"] - step <= 5
         reached = step
-    process = start(tmp_path / "run", "--resume")  # the lock of a killed process holds nobody up, and its leftovers are gone
+    process = start(
+        tmp_path / "run", "--resume"
+    )  # the lock of a killed process holds nobody up, and its leftovers are gone
     await_saves(tmp_path / "run", process, beyond=reached)
     process.terminate()
-    assert process.wait(60) == 143 and not list((tmp_path / "run" / "checkpoints").glob(".unfinished*"))
+    assert process.wait(60) == 143 and not list(
+        (tmp_path / "run" / "checkpoints").glob(".unfinished*")
+    )
 
 
 def test_two_trainers_one_directory_exits_6(tmp_path):
@@ -322,22 +398,42 @@ def test_two_trainers_one_directory_exits_6(tmp_path):
     await_saves(tmp_path / "run", first)
     second = start(tmp_path / "run", "--resume")
     _, err = second.communicate(timeout=60)
-    assert second.returncode == 6 and f"in use by process {first.pid} on " in err and "Traceback" not in err
+    assert (
+        second.returncode == 6
+        and f"in use by process {first.pid} on " in err
+        and "Traceback" not in err
+    )
     first.terminate()
     assert first.wait(60) == 143
 
 
 def test_a_reader_who_leaves_is_no_error(trained):
-    command = f"set -o pipefail; {sys.executable} -m irann sample {trained} --length 3000 | head -c 20"
+    command = (
+        f"set -o pipefail; {sys.executable} -m irann sample {trained} --length 3000 | head -c 20"
+    )
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=ENV)
     assert result.returncode == 0 and result.stderr == ""
 
 
 def test_a_reader_who_leaves_ends_a_training_and_loses_nothing(tmp_path):
-    command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(tmp_path), "--set", "steps=100000"]
+    command = [
+        sys.executable,
+        "-m",
+        "irann",
+        "train",
+        "gpt",
+        "--recipe",
+        "tiny",
+        "--run",
+        str(tmp_path),
+        "--set",
+        "steps=100000",
+    ]
     command += ["--set", "evaluate_every=0"]
     log, until = tmp_path / "metrics.jsonl", time.monotonic() + 120
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV
+    ) as process:
         while not log.exists() or not log.stat().st_size:
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.05)
@@ -348,6 +444,8 @@ def test_a_reader_who_leaves_ends_a_training_and_loses_nothing(tmp_path):
 
 def test_what_fails_beside_the_training_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("irann.__main__._logger", lambda *_: lambda tick: 1 / 0)
-    with pytest.raises(ZeroDivisionError) as _held:  # as a debugger holds it, and with it all that was under way
+    with pytest.raises(
+        ZeroDivisionError
+    ) as _held:  # as a debugger holds it, and with it all that was under way
         main(["train", "gpt", *TINY, "--run", str(tmp_path)])
     assert checkpoint.newest(tmp_path)[1].config["step"] == 1

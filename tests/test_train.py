@@ -14,9 +14,19 @@ import torch
 
 from irann import checkpoint, zoo
 from irann.checkpoint import CheckpointError, DiskError, Snapshot
-from irann.muon import Muon, orthogonalise
+from irann.training.muon import Muon, orthogonalise
 from irann.text import Text, Vocabulary
-from irann.train import InUse, NotFinite, Recipe, RunError, Trainer, evaluate, optimizers, progress, train
+from irann.training import (
+    InUse,
+    NotFinite,
+    Recipe,
+    RunError,
+    Trainer,
+    evaluate,
+    optimizers,
+    progress,
+    train,
+)
 
 
 def tiny(**changes):
@@ -28,8 +38,13 @@ def test_ticks(small):
     model, recipe = tiny(steps=4)
     ticks = list(train(model, small, recipe))
     assert [t.step for t in ticks] == [1, 2, 3, 4] and ticks[-1].characters == 4 * 8 * 32
-    assert all(t.chars_per_second > 0 and t.gradient > 0 and t.parts["nats_per_char"] == t.loss for t in ticks)
-    assert ticks[0].validation is None and ticks[-1].validation == evaluate(model, small).nats_per_char
+    assert all(
+        t.chars_per_second > 0 and t.gradient > 0 and t.parts["nats_per_char"] == t.loss
+        for t in ticks
+    )
+    assert (
+        ticks[0].validation is None and ticks[-1].validation == evaluate(model, small).nats_per_char
+    )
     assert list(progress(iter(ticks), 4, disable=True)) == ticks
 
 
@@ -49,12 +64,16 @@ def test_the_rate_reaches_the_optimizers(small):
 
 
 def test_evaluate_scores_every_character_once(corpus):
-    """Against a model whose surprise is the character's own place: the sum tells which were scored, and how often."""
+    """Against a model whose nll is the character's own place: the sum tells which were scored, and how often."""
 
     class Places(torch.nn.Module):
-        exact, config, device = True, dataclasses.make_dataclass("C", ["window"])(window=7), torch.device("cpu")
+        exact, config, device = (
+            True,
+            dataclasses.make_dataclass("C", ["window"])(window=7),
+            torch.device("cpu"),
+        )
 
-        def surprise(self, ids, generator=None):
+        def nll(self, ids, generator=None):
             seen.append(ids)
             return ids[:, 1:].double()
 
@@ -64,7 +83,9 @@ def test_evaluate_scores_every_character_once(corpus):
         score = evaluate(Places(), text, batch=4)
         assert score.characters == length and score.nats_per_char == pytest.approx((length - 1) / 2)
         assert seen[0][0, 0] == 2000  # the first is predicted from the end of the training part
-        assert sorted(i for page in seen for row in page[:, 1:].tolist() for i in row) == list(range(length))
+        assert sorted(i for page in seen for row in page[:, 1:].tolist() for i in row) == list(
+            range(length)
+        )
 
 
 def test_evaluate_equals_a_plain_sum_and_disturbs_nothing(small):
@@ -82,16 +103,22 @@ def test_evaluate_equals_a_plain_sum_and_disturbs_nothing(small):
         page = ids[None, start : start + 33]
         total -= model(page[:, :-1]).log_softmax(-1).gather(-1, page[:, 1:, None]).sum().item()
     assert score.nats_per_char == pytest.approx(total / len(small.val), abs=1e-6)
-    assert score.bits_per_char == pytest.approx(score.nats_per_char / math.log(2)) and "exact" not in str(score)
+    assert score.bits_per_char == pytest.approx(
+        score.nats_per_char / math.log(2)
+    ) and "exact" not in str(score)
 
 
 def test_the_standard_error_is_that_of_a_mean_over_windows(corpus):
-    """Windows whose surprise is 1, 2, 3 and 4: a variance of 1.25, and three windows beside the one that fixes the mean."""
+    """Windows whose nll is 1, 2, 3 and 4: a variance of 1.25, and three windows beside the one that fixes the mean."""
 
     class Stairs(torch.nn.Module):
-        exact, config, device = False, dataclasses.make_dataclass("C", ["window"])(window=5), torch.device("cpu")
+        exact, config, device = (
+            False,
+            dataclasses.make_dataclass("C", ["window"])(window=5),
+            torch.device("cpu"),
+        )
 
-        def surprise(self, ids, generator=None):
+        def nll(self, ids, generator=None):
             return ids[:, 1:] // 5 + 1.0
 
     text = Text(torch.tensor([0]), torch.arange(20), corpus.vocabulary)
@@ -101,9 +128,14 @@ def test_the_standard_error_is_that_of_a_mean_over_windows(corpus):
 def test_accumulation_gives_the_same_gradient(small):
     one, recipe = tiny(batch=8, clip=0)
     four, _ = tiny()
-    a, b = Trainer(one, small, recipe), Trainer(four, small, dataclasses.replace(recipe, accumulate=4))
+    a, b = (
+        Trainer(one, small, recipe),
+        Trainer(four, small, dataclasses.replace(recipe, accumulate=4)),
+    )
     first, second = a.advance(), b.advance()
-    assert first.loss == pytest.approx(second.loss, abs=1e-6) and first.gradient == pytest.approx(second.gradient, rel=1e-4)
+    assert first.loss == pytest.approx(second.loss, abs=1e-6) and first.gradient == pytest.approx(
+        second.gradient, rel=1e-4
+    )
 
 
 def test_clipping_bounds_the_gradient(small):
@@ -111,7 +143,9 @@ def test_clipping_bounds_the_gradient(small):
     norms = []
     trainer = Trainer(model, small, recipe)
     trainer.optimizers[0].register_step_pre_hook(
-        lambda *_: norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+        lambda *_: norms.append(
+            torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        )
     )
     tick = trainer.advance()
     assert tick.gradient > 0.01 and norms == [pytest.approx(0.01, rel=1e-3)]
@@ -131,16 +165,26 @@ def test_resume_after_each_kind_of_stop_is_bitwise_with_dropout_and_average(smal
     assert checkpoint.listed(tmp_path)[0].name == "step-00000005"
     third, _ = tiny(**changes)
     rest = list(train(third, small, recipe, run=tmp_path, resume=True))
-    assert losses + [t.loss for t in rest] == straight and any("resumed from" in note for note in rest[0].notes)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), third.state_dict().values()))
+    assert losses + [t.loss for t in rest] == straight and any(
+        "resumed from" in note for note in rest[0].notes
+    )
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), third.state_dict().values())
+    )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, 10)) and [row["loss"] for row in rows] == straight
+    assert [row["step"] for row in rows] == list(range(1, 10)) and [
+        row["loss"] for row in rows
+    ] == straight
 
 
 def test_averaged_weights_are_what_is_measured_and_loaded(small, tmp_path):
     model, recipe = tiny(steps=6, average=0.5)
     *_, tick = train(model, small, recipe, run=tmp_path)
-    assert evaluate(model, small).nats_per_char == tick.validation == evaluate(zoo.load(tmp_path), small).nats_per_char
+    assert (
+        evaluate(model, small).nats_per_char
+        == tick.validation
+        == evaluate(zoo.load(tmp_path), small).nats_per_char
+    )
     raw = checkpoint.load(tick.saved).model
     assert any(not torch.equal(raw[name], p) for name, p in model.state_dict().items())
 
@@ -152,7 +196,9 @@ def test_the_average_by_hand(small):
     for step in range(1, 7):
         trainer.advance()
         decay = min(0.3, step / (step + 10))
-        expected = {n: decay * expected[n] + (1 - decay) * p.detach() for n, p in model.named_parameters()}
+        expected = {
+            n: decay * expected[n] + (1 - decay) * p.detach() for n, p in model.named_parameters()
+        }
     for name, p in trainer.average.items():
         torch.testing.assert_close(p, expected[name])
 
@@ -161,7 +207,9 @@ def test_the_average_by_hand(small):
 def test_the_precision_is_that_of_the_recipe(small, monkeypatch, precision):
     model, recipe = tiny(precision=precision)
     loss, mixed = model.loss, []
-    monkeypatch.setattr(model, "loss", lambda ids: (mixed.append(torch.is_autocast_enabled("cpu")), loss(ids))[1])
+    monkeypatch.setattr(
+        model, "loss", lambda ids: (mixed.append(torch.is_autocast_enabled("cpu")), loss(ids))[1]
+    )
     Trainer(model, small, recipe).advance()
     assert mixed == [precision == "bfloat16"]
 
@@ -174,7 +222,11 @@ def test_sigint_ends_the_step_and_saves(small, tmp_path):
         ticks.append(tick)
         if tick.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-    assert ticks[-1].interrupted == signal.SIGINT and ticks[-1].step == 4 and ticks[-1].saved.name == "step-00000004"
+    assert (
+        ticks[-1].interrupted == signal.SIGINT
+        and ticks[-1].step == 4
+        and ticks[-1].saved.name == "step-00000004"
+    )
     assert signal.getsignal(signal.SIGINT) is before
     model(small.val[None, :5])  # still usable
 
@@ -201,10 +253,21 @@ def test_training_that_goes_on_in_a_second_cell_still_saves(small, tmp_path, mon
 def test_another_vocabulary_of_the_same_size_is_refused(small, tmp_path):
     model, recipe = tiny(steps=1)
     list(train(model, small, recipe))
-    other = Text(small.train, small.val, Vocabulary("".join(map(chr, range(0x400, 0x400 + len(small.vocabulary))))), "Cyrillic", "")
-    anew = lambda: list(train(model, other, recipe, run=tmp_path / "new", resume=True))  # nothing is there that could be resumed
+    other = Text(
+        small.train,
+        small.val,
+        Vocabulary("".join(map(chr, range(0x400, 0x400 + len(small.vocabulary))))),
+        "Cyrillic",
+        "",
+    )
+    anew = lambda: list(
+        train(model, other, recipe, run=tmp_path / "new", resume=True)
+    )  # nothing is there that could be resumed
     for work in (lambda: evaluate(model, other), lambda: list(train(model, other, recipe)), anew):
-        with pytest.raises(ValueError, match=r"not those that the model was trained on: .* vocabulary=model.vocabulary"):
+        with pytest.raises(
+            ValueError,
+            match=r"not those that the model was trained on: .* vocabulary=model.vocabulary",
+        ):
             work()
     list(train(tiny()[0], other, recipe, run=tmp_path / "other"))
     with pytest.raises(checkpoint.CheckpointError, match="or start another run"):
@@ -217,7 +280,9 @@ def test_a_hangup_that_is_ignored_stays_ignored(small):
     model, recipe = tiny(steps=3)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        ticks = [(tick, os.kill(os.getpid(), signal.SIGHUP))[0] for tick in train(model, small, recipe)]
+        ticks = [
+            (tick, os.kill(os.getpid(), signal.SIGHUP))[0] for tick in train(model, small, recipe)
+        ]
         assert len(ticks) == 3 and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -230,7 +295,10 @@ def test_a_validation_that_was_cut_off_is_made_up_for(small, tmp_path, monkeypat
         return train(model, small, recipe, run=tmp_path / name, **options)
 
     def told(name):
-        rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        ]
         return [(row["step"], row["loss"], row.get("validation")) for row in rows]
 
     list(run("straight"))
@@ -244,7 +312,11 @@ def test_a_validation_that_was_cut_off_is_made_up_for(small, tmp_path, monkeypat
             patch.setattr(Trainer, "validate", lambda self: 1 / 0)
             next(stream)
     stopped = checkpoint.newest(tmp_path / "cut")[0]
-    assert stopped.name == "step-00000002" and checkpoint.validation_of(stopped) is None and len(told("cut")) == 2
+    assert (
+        stopped.name == "step-00000002"
+        and checkpoint.validation_of(stopped) is None
+        and len(told("cut")) == 2
+    )
     stream = run("cut", resume=True)
     next(stream)
     assert checkpoint.validation_of(stopped) == told("straight")[1][2]
@@ -268,8 +340,13 @@ def test_a_step_is_told_before_it_is_saved(small, tmp_path, monkeypatch):
         patch.setattr(checkpoint, "save", full)
         next(stream)
     assert "validation" in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[3])
-    assert [tick.step for tick in train(tiny()[0], small, recipe, run=tmp_path, resume=True)] == [3, 4]
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [tick.step for tick in train(tiny()[0], small, recipe, run=tmp_path, resume=True)] == [
+        3,
+        4,
+    ]
+    assert [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ] == [1, 2, 3, 4]
 
 
 def test_a_second_sigint_quits_at_once(small):
@@ -300,10 +377,16 @@ def test_not_finite_stops_before_the_update(small, tmp_path, where):
 
     def broken(ids):
         loss, parts = plain(ids)
-        return (loss * math.nan if where == "loss" else loss + (model.embed.weight.sum() * 0).sqrt() * 1.0), parts
+        return (
+            loss * math.nan
+            if where == "loss"
+            else loss + (model.embed.weight.sum() * 0).sqrt() * 1.0
+        ), parts
 
     model.loss = broken
-    with pytest.raises(NotFinite, match=r"at step 3 the loss is .* gradient's norm nan, learning rate"):
+    with pytest.raises(
+        NotFinite, match=r"at step 3 the loss is .* gradient's norm nan, learning rate"
+    ):
         next(stream)
     assert all(torch.equal(weights[n], p) for n, p in model.named_parameters())
     assert checkpoint.newest(tmp_path)[1].config["step"] == 2
@@ -319,7 +402,11 @@ def test_a_run_directory_holds_one_run(small, tmp_path):
     assert list(train(model, small, recipe, run=tmp_path, resume=True)) == []
     before = checkpoint.listed(tmp_path)
     with pytest.raises(ValueError, match="beta"):  # what is refused costs nothing
-        list(train(model, small, dataclasses.replace(recipe, beta1=1.0), run=tmp_path, overwrite=True))
+        list(
+            train(
+                model, small, dataclasses.replace(recipe, beta1=1.0), run=tmp_path, overwrite=True
+            )
+        )
     assert checkpoint.listed(tmp_path) == before
     assert len(list(train(model, small, recipe, run=tmp_path, overwrite=True))) == 2
     with pytest.raises(ValueError, match="exclude"):
@@ -355,24 +442,34 @@ def test_resume_refuses_what_does_not_fit_and_names_both(small, tmp_path):
 
     wide, _ = tiny(width=64)
     assert "width = 32, asked for is width = 64" in resume(wide, small, recipe)
-    assert "lr = 0.003, asked for is lr = 0.1" in resume(model, small, dataclasses.replace(recipe, lr=0.1))
+    assert "lr = 0.003, asked for is lr = 0.1" in resume(
+        model, small, dataclasses.replace(recipe, lr=0.1)
+    )
     other = Text(small.train, small.val, small.vocabulary, "another excerpt", "1" * 64)
     message = resume(model, other, recipe)
     assert "000000000000" in message and "another excerpt, 111111111111" in message
-    longer = Text(torch.cat([small.train, small.val]), small.val, small.vocabulary, small.source, small.sha256)
+    longer = Text(
+        torch.cat([small.train, small.val]), small.val, small.vocabulary, small.source, small.sha256
+    )
     assert f"first {len(small.train):,} characters" in resume(model, longer, recipe)
-    forth, back = (Text(ids, small.val, small.vocabulary) for ids in (small.train, small.train.flip(0)))  # no hash, equal lengths
+    forth, back = (
+        Text(ids, small.val, small.vocabulary) for ids in (small.train, small.train.flip(0))
+    )  # no hash, equal lengths
     list(train(tiny(steps=2)[0], forth, recipe, run=tmp_path / "ids"))
     assert list(train(tiny(steps=2)[0], forth, recipe, run=tmp_path / "ids", resume=True)) == []
     with pytest.raises(CheckpointError, match="trained on another text"):
         list(train(tiny(steps=2)[0], back, recipe, run=tmp_path / "ids", resume=True))
     longhand = small.vocabulary.decode(small.train)
-    forth, back = (Text.of(page, vocabulary=small.vocabulary) for page in (longhand, longhand[::-1]))  # the same characters
+    forth, back = (
+        Text.of(page, vocabulary=small.vocabulary) for page in (longhand, longhand[::-1])
+    )  # the same characters
     list(train(tiny(steps=2)[0], forth, recipe, run=tmp_path / "forth"))
     with pytest.raises(CheckpointError, match="trained on another text"):
         list(train(tiny(steps=2)[0], back, recipe, run=tmp_path / "forth", resume=True))
     shuffled = type(small.vocabulary)("".join(chr(200 + i) for i in range(65)))
-    assert "knows the characters" in resume(model, Text(small.train, small.val, shuffled, "x", small.sha256), recipe)
+    assert "knows the characters" in resume(
+        model, Text(small.train, small.val, shuffled, "x", small.sha256), recipe
+    )
 
 
 def test_resume_falls_back_and_says_so(small, tmp_path):
@@ -390,7 +487,9 @@ def test_why_one_was_skipped_is_told_although_no_step_follows(small, tmp_path):
     list(train(model, small, recipe, run=tmp_path))
     (checkpoint.listed(tmp_path)[0] / "rng.safetensors").unlink()
     model.loss = lambda ids: 1 / 0
-    with pytest.warns(UserWarning, match=r"set aside as skipped-step-00000006: .*rng\.safetensors is missing"):
+    with pytest.warns(
+        UserWarning, match=r"set aside as skipped-step-00000006: .*rng\.safetensors is missing"
+    ):
         with pytest.raises(ZeroDivisionError):
             next(train(model, small, recipe, run=tmp_path, resume=True))
 
@@ -424,7 +523,9 @@ def test_another_machine_is_warned_of(small, tmp_path, monkeypatch, name, what, 
         gpu = "an abacus"
     else:
         recipe = dataclasses.replace(recipe, compile=True)
-    with pytest.warns(UserWarning, match=f"saved with {name} .*, here it is .*: not bitwise") as told:
+    with pytest.warns(
+        UserWarning, match=f"saved with {name} .*, here it is .*: not bitwise"
+    ) as told:
         list(train(model, small, recipe, run=tmp_path, resume=True))
     assert len(told) == 1
 
@@ -432,7 +533,9 @@ def test_another_machine_is_warned_of(small, tmp_path, monkeypatch, name, what, 
 def test_what_an_older_checkpoint_did_not_note_is_no_difference(small, tmp_path, recwarn):
     model, recipe = tiny(steps=1)
     *_, tick = train(model, small, recipe, run=tmp_path)
-    content = json.loads((tick.saved / "manifest.json").read_bytes()) | {"environment": {"torch": torch.__version__}}
+    content = json.loads((tick.saved / "manifest.json").read_bytes()) | {
+        "environment": {"torch": torch.__version__}
+    }
     content.pop("sha256")
     (tick.saved / "manifest.json").write_bytes(checkpoint._manifest(content))
     assert list(train(model, small, recipe, run=tmp_path, resume=True)) == [] and not recwarn.list
@@ -443,7 +546,10 @@ def test_resuming_on_mps_is_said_not_to_be_bitwise(small, tmp_path):
     list(train(model, small, recipe, run=tmp_path))
     trainer = Trainer(model, small, recipe)
     trainer.device = torch.device("mps")
-    with pytest.warns(UserWarning, match="generator of mps: not bitwise"), pytest.warns(UserWarning, match="device cpu, here it is mps"):
+    with (
+        pytest.warns(UserWarning, match="generator of mps: not bitwise"),
+        pytest.warns(UserWarning, match="device cpu, here it is mps"),
+    ):
         trainer.resume(tmp_path)
 
 
@@ -451,9 +557,14 @@ def test_weights_that_do_not_fit_are_one_line(small, tmp_path):
     model, recipe = tiny(steps=1)
     *_, tick = train(model, small, recipe, run=tmp_path)
     loaded = checkpoint.load(tick.saved)
-    weights = {name: tensor for name, tensor in loaded.model.items() if not name.startswith("blocks.0")}
+    weights = {
+        name: tensor for name, tensor in loaded.model.items() if not name.startswith("blocks.0")
+    }
     checkpoint.save(tick.saved, Snapshot(**vars(loaded) | {"model": weights}))
-    for work in (lambda: list(train(model, small, recipe, run=tmp_path, resume=True)), lambda: zoo.load(tmp_path)):
+    for work in (
+        lambda: list(train(model, small, recipe, run=tmp_path, resume=True)),
+        lambda: zoo.load(tmp_path),
+    ):
         with pytest.raises(CheckpointError, match="does not fit.*Missing key") as caught:
             work()
         assert "\n" not in str(caught.value)
@@ -465,14 +576,19 @@ def test_a_checkpoint_tells_only_the_loss_it_was_measured_at(small, tmp_path):
     ticks = [next(stream) for _ in range(3)]
     stream.close()
     third, second = checkpoint.listed(tmp_path)[:2]
-    assert checkpoint.validation_of(third) is None and checkpoint.validation_of(second) == ticks[1].validation
+    assert (
+        checkpoint.validation_of(third) is None
+        and checkpoint.validation_of(second) == ticks[1].validation
+    )
     assert checkpoint.best(tmp_path)[0] == second
 
 
 def test_a_signal_during_the_last_validation_is_passed_on(small, tmp_path, monkeypatch):
     model, recipe = tiny(steps=2)
     measure = Trainer.validate
-    monkeypatch.setattr(Trainer, "validate", lambda self: (os.kill(os.getpid(), signal.SIGTERM), measure(self))[1])
+    monkeypatch.setattr(
+        Trainer, "validate", lambda self: (os.kill(os.getpid(), signal.SIGTERM), measure(self))[1]
+    )
     *_, last = train(model, small, recipe, run=tmp_path)
     assert last.step == 2 and last.interrupted == signal.SIGTERM and last.saved
 
@@ -510,9 +626,17 @@ def test_another_device_is_warned_of(small, tmp_path, monkeypatch):
 
 def test_changes_are_made_at_once():
     """Halfway a page of 64 would not fit into a window of 32, and five heads would not divide a width of 192."""
-    for changes in ({"window": 32, "page": 16}, {"page": 16, "window": 32}, {"heads": 5, "width": 160}, {"accumulate": "5", "batch": "10"}):
+    for changes in (
+        {"window": 32, "page": 16},
+        {"page": 16, "window": 32},
+        {"heads": 5, "width": 160},
+        {"accumulate": "5", "batch": "10"},
+    ):
         config, recipe = zoo.recipe("diffusion", "full", **changes)
-        assert all(getattr(config, name, None) == int(v) or getattr(recipe, name, None) == int(v) for name, v in changes.items())
+        assert all(
+            getattr(config, name, None) == int(v) or getattr(recipe, name, None) == int(v)
+            for name, v in changes.items()
+        )
 
 
 def test_recipes_out_of_range():
@@ -529,7 +653,13 @@ def test_recipes_out_of_range():
     ):
         with pytest.raises(ValueError, match=f"{name} is a (whole )?number from"):
             Recipe(**{name: value})
-    for name, value in (("batch", 0), ("steps", 2.5), ("steps", math.inf), ("seed", 2**70), ("batch", 2.0)):
+    for name, value in (
+        ("batch", 0),
+        ("steps", 2.5),
+        ("steps", math.inf),
+        ("seed", 2**70),
+        ("batch", 2.0),
+    ):
         with pytest.raises(ValueError, match=f"{name} is a whole number from"):
             Recipe(**{name: value})
     for name in ("optimizer", "decay", "precision"):
@@ -556,7 +686,11 @@ def test_orthogonalise_brings_singular_values_near_one():
         values = torch.linalg.svdvals(orthogonalise(g))
         assert values.min() > 0.3 and values.max() < 1.25
         u, _, vh = torch.linalg.svd(g, full_matrices=False)
-        cosine = (orthogonalise(g) * (u @ vh)).sum((1, 2)) / orthogonalise(g).norm(dim=(1, 2)) / (u @ vh).norm(dim=(1, 2))
+        cosine = (
+            (orthogonalise(g) * (u @ vh)).sum((1, 2))
+            / orthogonalise(g).norm(dim=(1, 2))
+            / (u @ vh).norm(dim=(1, 2))
+        )
         assert cosine.min() > 0.95
 
 
@@ -565,7 +699,12 @@ def test_muon_by_hand(shape):
     generator = torch.Generator().manual_seed(0)
     w = torch.nn.Parameter(torch.randn(shape, generator=generator))
     stacked = torch.nn.Parameter(torch.cat([w.detach(), w.detach()]))
-    muon = Muon([{"params": [w]}, {"params": [stacked], "stacked": 2}], lr=0.1, momentum=0.9, weight_decay=0.5)
+    muon = Muon(
+        [{"params": [w]}, {"params": [stacked], "stacked": 2}],
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.5,
+    )
     expected, momentum = w.detach().clone(), torch.zeros(shape)
     for _ in range(2):
         grad = torch.randn(shape, generator=generator)
@@ -573,7 +712,9 @@ def test_muon_by_hand(shape):
         muon.step()
         momentum = 0.9 * momentum + 0.1 * grad
         update = 0.9 * momentum + 0.1 * grad  # Nesterov: momentum looks one step ahead
-        expected = expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * math.sqrt(6) * orthogonalise(update[None])[0]
+        expected = (
+            expected * (1 - 0.1 * 0.5) - 0.1 * 0.2 * math.sqrt(6) * orthogonalise(update[None])[0]
+        )
         torch.testing.assert_close(w.detach(), expected)
         torch.testing.assert_close(stacked.detach(), torch.cat([expected, expected]))
 
@@ -582,32 +723,55 @@ def test_which_parameter_goes_where(small):
     model, recipe = tiny(optimizer="muon")
     adam, muon = optimizers(model, recipe)
     hidden = {id(p) for group in muon.param_groups for p in group["params"]}
-    assert hidden == {id(p) for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim == 2}
+    assert hidden == {
+        id(p) for n, p in model.named_parameters() if n.startswith("blocks") and p.ndim == 2
+    }
     everything = [id(p) for o in (adam, muon) for group in o.param_groups for p in group["params"]]
     assert sorted(everything) == sorted(id(p) for p in model.parameters())
     plain = zoo.build("gpt", dataclasses.replace(model.config, norm="layer", bias=True))
-    decays = {id(p) for group in optimizers(plain, Recipe())[0].param_groups if group["weight_decay"] for p in group["params"]}
+    decays = {
+        id(p)
+        for group in optimizers(plain, Recipe())[0].param_groups
+        if group["weight_decay"]
+        for p in group["params"]
+    }
     assert decays == {id(p) for p in plain.parameters() if p.ndim >= 2}
 
 
 def test_what_the_recipe_says_arrives_in_the_optimizers():
-    recipe = Recipe(optimizer="muon", lr=0.1, beta1=0.7, beta2=0.8, muon_lr=0.2, momentum=0.6, weight_decay=0.3)
+    recipe = Recipe(
+        optimizer="muon", lr=0.1, beta1=0.7, beta2=0.8, muon_lr=0.2, momentum=0.6, weight_decay=0.3
+    )
     for name, spared in (("mamba", "log_A"), ("diffusion", "points")):
         model = zoo.build(name, zoo.recipe(name, "tiny")[0])
         adam, muon = optimizers(model, recipe)
-        without = {id(p) for group in adam.param_groups if not group["weight_decay"] for p in group["params"]}
-        matrices = {n: p for n, p in model.named_parameters() if n.split(".")[-1] == spared or spared in n.split(".")}
+        without = {
+            id(p)
+            for group in adam.param_groups
+            if not group["weight_decay"]
+            for p in group["params"]
+        }
+        matrices = {
+            n: p
+            for n, p in model.named_parameters()
+            if n.split(".")[-1] == spared or spared in n.split(".")
+        }
         assert matrices and all(p.ndim == 2 and id(p) in without for p in matrices.values())
         assert {group["weight_decay"] for group in adam.param_groups} == {0.3, 0.0}
-        assert all(group["betas"] == (0.7, 0.8) and group["lr"] == 0.1 for group in adam.param_groups)
-        assert all((g["momentum"], g["weight_decay"], g["lr"]) == (0.6, 0.3, 0.2) for g in muon.param_groups)
+        assert all(
+            group["betas"] == (0.7, 0.8) and group["lr"] == 0.1 for group in adam.param_groups
+        )
+        assert all(
+            (g["momentum"], g["weight_decay"], g["lr"]) == (0.6, 0.3, 0.2)
+            for g in muon.param_groups
+        )
 
 
 TWO = """
 import sys, torch, torch.distributed as dist
 from pathlib import Path
 from irann import zoo, shakespeare
-from irann.train import Trainer
+from irann.training import Trainer
 from irann.text import Text
 dist.init_process_group("gloo")
 corpus = shakespeare.load()
@@ -649,7 +813,9 @@ def test_two_processes_train_as_one(tmp_path, small):
         str(script),
         str(tmp_path / "out.safetensors"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     model, recipe = tiny(batch=8, accumulate=2, clip=0)
     trainer = Trainer(model, small, recipe)

@@ -23,12 +23,26 @@ from torch import Tensor
 
 from .. import zoo
 from ..checkpoint import CheckpointError
-from ..lm import SAMPLING, LanguageModel, Setting, evaluating, stream, vocabulary_of
+from ..lm import SAMPLING, LanguageModel, evaluating, stream, vocabulary_of
+from ..settings import InputError, Setting
 
 LENGTH = Setting(300, "characters in a reply at most", low=1, high=100_000)
-SEED = Setting(0, "the same seed gives the same conversation; none: a new one each time", low=0, high=2**62)
+SEED = Setting(
+    0, "the same seed gives the same conversation; none: a new one each time", low=0, high=2**62
+)
 MODES = ("play", "plain")
-PLAINER = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--", "\t": " ", "\r": ""})
+PLAINER = str.maketrans(
+    {
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2013": "-",
+        "\u2014": "--",
+        "\t": " ",
+        "\r": "",
+    }
+)
 KEPT = 400  # frames of a reply for the slider at most
 END = "\n\n"  # an empty line ends a speech
 
@@ -62,13 +76,21 @@ class Look:
     text: str
     values: dict[str, list[float]]
     maps: dict[str, Tensor]
-    exact: bool = True  # or is the surprise a bound?
+    exact: bool = True  # or is the nll a bound?
 
 
 class Session:
     """The turns so far, the settings, and the model that answers."""
 
-    def __init__(self, model: LanguageModel | str | Path, /, *, device="cpu", say: Callable[[str], None] | None = None, **settings):
+    def __init__(
+        self,
+        model: LanguageModel | str | Path,
+        /,
+        *,
+        device="cpu",
+        say: Callable[[str], None] | None = None,
+        **settings,
+    ):
         self.turns: list[Turn] = []
         self.reader, self.speaker, self.mode = "ROMEO", "JULIET", "play"
         self.seed: int | None = None
@@ -86,7 +108,11 @@ class Session:
 
         Raises CheckpointError or ValueError as `zoo.load` does; the old model then stays.
         """
-        new = zoo.load(model, device=self.device, say=self.told) if isinstance(model, (str, Path)) else model
+        new = (
+            zoo.load(model, device=self.device, say=self.told)
+            if isinstance(model, (str, Path))
+            else model
+        )
         vocabulary_of(new)
         self.name = str(model) if isinstance(model, (str, Path)) else type(model).__name__
         self.model, dropped = new, []
@@ -106,7 +132,9 @@ class Session:
     def option(self, name: str) -> Setting:
         """-> one of the options. Raises ValueError that lists them."""
         if name not in self.options:
-            raise ValueError(f"{self.name} has no setting {name!r}; it has {', '.join([*self.options, 'seed'])}")
+            raise InputError(
+                f"{self.name} has no setting {name!r}; it has {', '.join([*self.options, 'seed'])}"
+            )
         return self.options[name]
 
     def set(self, name: str, value) -> str:
@@ -115,11 +143,15 @@ class Session:
         Raises ValueError that names what was set and its range.
         """
         if name == "seed":
-            self.seed = None if value is None or str(value).lower() in ("none", "random") else SEED.check("seed", value)
+            self.seed = (
+                None
+                if value is None or str(value).lower() in ("none", "random")
+                else SEED.check("seed", value)
+            )
             self.asked = 0
         elif name == "mode":
             if value not in MODES:
-                raise ValueError(f"mode is one of {', '.join(MODES)}; got {value!r}")
+                raise InputError(f"mode is one of {', '.join(MODES)}; got {value!r}")
             self.mode = value
         elif name in ("reader", "speaker"):
             setattr(self, name, _name(value))
@@ -152,7 +184,11 @@ class Session:
         strange = "".join(c for c in unknown if c != "\r")
         shown = strange if len(strange) <= 20 else strange[:20] + "..."
         known = len(self.model.vocabulary)
-        note = f"{shown!r}: not among the {known} characters this model knows; replaced by plainer ones or left out" if shown else ""
+        note = (
+            f"{shown!r}: not among the {known} characters this model knows; replaced by plainer ones or left out"
+            if shown
+            else ""
+        )
         return text.translate(swap), note
 
     def say(self, text: str) -> str:
@@ -185,12 +221,14 @@ class Session:
         seed = None if self.seed is None else (self.seed + self.asked) % (SEED.high + 1)
         drafts = stream(self.model, prompt, self.get("length"), seed=seed, **settings)
         self.asked += 1
-        return self._follow(drafts, len(prompt), self.mode, self.speaker)  # as they are now: both may be set while it writes
+        return self._follow(
+            drafts, len(prompt), self.mode, self.speaker
+        )  # as they are now: both may be set while it writes
 
     def again(self) -> Iterator[Frame]:
         """Write the last reply anew. Raises ValueError if there is none; the old one stays if nothing new comes."""
         if not self.turns or not self.turns[-1].model:
-            raise ValueError("there is no reply yet that could be written anew")
+            raise InputError("there is no reply yet that could be written anew")
         old, count = self.turns.pop(), len(self.turns)
         try:
             yield from self.reply()
@@ -205,27 +243,41 @@ class Session:
 
     def _follow(self, drafts, start: int, mode: str, speaker: str) -> Iterator[Frame]:
         decode, text, frames = self.model.vocabulary.decode, "", []
-        place, ended, forgotten, failed = max(1, start), "stopped", 0, False  # an empty prompt is read as one newline
+        place, ended, forgotten, failed = (
+            max(1, start),
+            "stopped",
+            0,
+            False,
+        )  # an empty prompt is read as one newline
         try:
             for draft in drafts:
                 if draft.settled > place:
-                    text += decode(draft.ids[0, place : draft.settled])  # settled text never changes: decoded once
+                    text += decode(
+                        draft.ids[0, place : draft.settled]
+                    )  # settled text never changes: decoded once
                     place = draft.settled
-                forgotten = min(start, max(forgotten, draft.note.get("forgotten", 0)))
+                forgotten = min(start, max(forgotten, draft.forgotten))
                 end = _speech_end(text) if mode == "play" else None
                 if end is not None:
                     text = text[:end]
                     yield self._keep(frames, Frame(text, len(text), draft.note, speaker))
                     ended = "speech"
                     return
-                yield self._keep(frames, Frame(text + decode(draft.ids[0, place:]), len(text), draft.note, speaker))
+                yield self._keep(
+                    frames,
+                    Frame(text + decode(draft.ids[0, place:]), len(text), draft.note, speaker),
+                )
             ended = "length"
         except Exception:
             failed = True
             raise
         finally:
             if not failed and text:
-                kept = tuple(frames) if any(len(frame.text) > frame.settled for frame in frames) else ()
+                kept = (
+                    tuple(frames)
+                    if any(len(frame.text) > frame.settled for frame in frames)
+                    else ()
+                )
                 self.turns.append(Turn(speaker, text, True, ended, forgotten, kept))
 
     @staticmethod
@@ -233,7 +285,9 @@ class Session:
         """Remember a frame for the slider; a model that never proposes ahead has nothing to slide through."""
         if len(frame.text) > frame.settled or frames:
             frames.append(frame)
-        if len(frames) > KEPT:  # every frame holds a whole draft: of a long reply every other one must do
+        if (
+            len(frames) > KEPT
+        ):  # every frame holds a whole draft: of a long reply every other one must do
             del frames[1:-1:2]
         return frame
 
@@ -247,22 +301,26 @@ class Session:
 
     @torch.no_grad()
     def look(self) -> Look:
-        """-> the model's inside on the last window of the scene: `surprise` for every model, and what the model itself shows.
+        """-> the model's inside on the last window of the scene: `nll` for every model, and what the model itself shows.
 
         The model's own settings count, as when it writes; but a bound is the same for every way of writing.
         """
         text = self.clean(self.scene())[0][-self.model.config.window :]
         if len(text) < 2:
-            raise ValueError("there is nothing to look at yet: say something first")
+            raise InputError("there is nothing to look at yet: say something first")
         ids = self.model.vocabulary.encode(text)[None].to(self.model.device)
         own = {name: value for name, value in self.values.items() if name in self.model.settings}
         dice = lambda: torch.Generator(self.model.device).manual_seed(0)
         with evaluating(self.model):
-            nats = self.model.surprise(ids, generator=dice(), **(own if self.model.exact else {}))[0]
-            inside = self.model.inside(ids, **(own | {"generator": dice()} if own else {}))
-        values = {"surprise": [0.0, *nats.float().tolist()]}  # nothing comes before the first character
+            nats = self.model.nll(ids, generator=dice(), **(own if self.model.exact else {}))[0]
+            inside = self.model.inspect(ids, **(own | {"generator": dice()} if own else {}))
+        values = {"nll": [0.0, *nats.float().tolist()]}  # nothing comes before the first character
         values |= {name: t.float().tolist() for name, t in inside.items() if t.ndim == 1}
-        maps = {name: t.float().flatten(0, -3).mean(0).cpu() for name, t in inside.items() if t.ndim > 2 and t.shape[-1] == t.shape[-2]}
+        maps = {
+            name: t.float().flatten(0, -3).mean(0).cpu()
+            for name, t in inside.items()
+            if t.ndim > 2 and t.shape[-1] == t.shape[-2]
+        }
         return Look(text, values, maps, self.model.exact)
 
 
@@ -277,7 +335,7 @@ def _name(value) -> str:
     """-> the name of a character, in capitals as in the plays."""
     name = " ".join(str(value).upper().replace(":", " ").split())
     if not name or len(name) > 40:
-        raise ValueError(f"a character's name has 1 to 40 letters; got {value!r}")
+        raise InputError(f"a character's name has 1 to 40 letters; got {value!r}")
     return name
 
 

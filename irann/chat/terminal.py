@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..checkpoint import CheckpointError
 from ..lm import SAMPLING
+from ..settings import InputError
 from .session import LENGTH, MODES, SEED, Session
 
 HELP = """Write a line and press Enter; the model answers. An empty line lets it speak
@@ -33,7 +34,9 @@ SHORT = {"temp": "temperature", "topk": "top_k", "topp": "top_p", "as": "reader"
 def main(model="gpt", device="cpu", **settings) -> None:
     """Talk until the input ends or says /quit. Raises ValueError and CheckpointError for what cannot be loaded or set."""
     settings = {SHORT.get(name, name): value for name, value in settings.items()}
-    for name, known in ({"length": LENGTH} | SAMPLING).items():  # what can be refused without loading is refused first
+    for name, known in (
+        {"length": LENGTH} | SAMPLING
+    ).items():  # what can be refused without loading is refused first
         if name in settings:
             known.check(name, settings[name])
     Terminal(Session(model, device=device, say=_tell, **settings)).run()
@@ -81,7 +84,9 @@ class Terminal:
             try:
                 line = sys.stdin.readline()
             except UnicodeDecodeError as error:
-                raise ValueError(f"what was said on standard input is not text ({error}): say it in UTF-8") from None
+                raise InputError(
+                    f"what was said on standard input is not text ({error}): say it in UTF-8"
+                ) from None
             return line.rstrip("\r\n") if line else None
         try:
             return input(f"{self.session.reader}> " if self.session.mode == "play" else "> ")
@@ -101,10 +106,16 @@ class Terminal:
                     fresh = _visible(frame.text[shown : frame.settled])
                     shown = max(shown, frame.settled)
                     if self.live:
-                        column = len(fresh) - fresh.rfind("\n") - 1 if "\n" in fresh else column + len(fresh)
+                        column = (
+                            len(fresh) - fresh.rfind("\n") - 1
+                            if "\n" in fresh
+                            else column + len(fresh)
+                        )
                         tail = self.tail(frame.text[shown:], column)
                         if fresh or tail or grey:
-                            sys.stdout.write(("\x1b[K" if grey else "") + fresh)  # erased after a full line, it would take a letter
+                            sys.stdout.write(
+                                ("\x1b[K" if grey else "") + fresh
+                            )  # erased after a full line, it would take a letter
                             if tail:
                                 sys.stdout.write(f"{self.paint(tail, '90')}\x1b[{len(tail)}D")
                             grey = len(tail)
@@ -132,7 +143,9 @@ class Terminal:
         width = shutil.get_terminal_size().columns
         if not self.colours or (column and column % width == 0):
             return ""
-        return _visible(proposed).split("\n")[0][: max(0, width - column % width - 3)]  # the terminal may write ^C there
+        return _visible(proposed).split("\n")[0][
+            : max(0, width - column % width - 3)
+        ]  # the terminal may write ^C there
 
     def command(self, line: str) -> bool:
         """Do what follows a slash -> whether to go on. What cannot be done is said in a sentence."""
@@ -142,7 +155,10 @@ class Terminal:
             if word in ("quit", "exit", "q"):
                 return False
             if word == "help":
-                own = [f"  /{name} N: {setting.help}" for name, setting in self.session.model.settings.items()]
+                own = [
+                    f"  /{name} N: {setting.help}"
+                    for name, setting in self.session.model.settings.items()
+                ]
                 _tell("\n".join([HELP, *own]), bare=True)
             elif word == "again":
                 self.answer(self.session.again)
@@ -168,10 +184,12 @@ class Terminal:
         if name in ("reader", "speaker", "mode", "seed"):
             if value and (note := session.set(name, value)):
                 _tell(note)
-            meaning = {"mode": f"one of {', '.join(MODES)}", "seed": SEED.help}.get(name, "a character of the play")
+            meaning = {"mode": f"one of {', '.join(MODES)}", "seed": SEED.help}.get(
+                name, "a character of the play"
+            )
             _tell(f"{name}: {getattr(session, name)} ({meaning})")
         elif name not in session.options:
-            raise ValueError(f"there is no /{name} for {session.name}; /help lists what there is")
+            raise InputError(f"there is no /{name} for {session.name}; /help lists what there is")
         else:
             if value:
                 session.set(name, value)
@@ -187,17 +205,21 @@ class Terminal:
     def save(self, name: str) -> None:
         """Write the scene to a new file."""
         if not name:
-            raise ValueError("/save takes the name of a file")
+            raise InputError("/save takes the name of a file")
         try:
             path = Path(name).expanduser()
             with open(path, "x", encoding="utf-8") as file:
                 file.write(self.session.scene() + "\n")
         except FileExistsError:
-            raise ValueError(f"{name} is there already; choose another name") from None
+            raise InputError(f"{name} is there already; choose another name") from None
         except (OSError, RuntimeError) as error:  # no such home, for one
-            if getattr(error, "filename", name) is None:  # it was open: half a scene would stand in the way of the next try
+            if (
+                getattr(error, "filename", name) is None
+            ):  # it was open: half a scene would stand in the way of the next try
                 path.unlink()
-            raise ValueError(f"{name} could not be written: {getattr(error, 'strerror', None) or error}") from None
+            raise InputError(
+                f"{name} could not be written: {getattr(error, 'strerror', None) or error}"
+            ) from None
         _tell(f"saved {name}")
 
     def paint(self, text: str, code: str) -> str:

@@ -17,10 +17,13 @@ from IPython import get_ipython
 from .. import zoo
 from ..checkpoint import CheckpointError
 from ..figures import ACCENT, INK, PALE
-from ..lm import SAMPLING, LanguageModel, Setting
+from ..lm import SAMPLING, LanguageModel
+from ..settings import Setting
 from .session import MODES, Frame, Look, Session, Turn, available
 
-EVERY = 0.08  # seconds between two redraws at least: drawing takes the browser more time than Python
+EVERY = (
+    0.08  # seconds between two redraws at least: drawing takes the browser more time than Python
+)
 SHOWN = 20_000  # characters of a long scene on the screen
 STYLE = f"""<style>
 .irann-chat .irann-scene, .irann-chat .irann-look {{font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; padding: 8px;
@@ -44,7 +47,7 @@ COPY = """<button class="jupyter-widgets jupyter-button widget-button irann-copy
   const say = words => { this.textContent = words; setTimeout(() => this.textContent = 'Copy', 2000) };
   (navigator.clipboard?.writeText(text) ?? Promise.reject()).then(() => say('Copied'), () => say('Below, as text'))">Copy</button>"""
 MEANINGS = {
-    "surprise": "nats that each character cost",
+    "nll": "nats that each character cost",
     "rounds": "rounds of thought for what comes after each character",
     "expected_rounds": "rounds that the learned odds expect",
     "delta": "how much of its state the model rewrites at each character",
@@ -75,7 +78,10 @@ class Chat(w.VBox):
                 self.scene,
                 self.message,
                 self.line,
-                w.HBox([self.send, self.stop, self.again, self.clear, w.HTML(COPY), self.pace], layout=WRAP),
+                w.HBox(
+                    [self.send, self.stop, self.again, self.clear, w.HTML(COPY), self.pace],
+                    layout=WRAP,
+                ),
                 self.more,
             ]
         )
@@ -86,14 +92,20 @@ class Chat(w.VBox):
             self.names.options = [(label, first), *((name, name) for name in zoo.MODELS)]
         self.names.value, self.current = first, None
         self._use(first)
-        self.names.observe(lambda change: change["new"] == self.current or self._use(change["new"]), "value")
+        self.names.observe(
+            lambda change: change["new"] == self.current or self._use(change["new"]), "value"
+        )
         self._draw()
 
     def _build(self):
         narrow = {"style": {"description_width": "auto"}, "layout": w.Layout(width="auto")}
         self.names = w.Dropdown(options=list(zoo.MODELS), description="model", **narrow)
         self.about, self.scene, self.message, self.pace = w.HTML(), w.HTML(), w.HTML(), w.HTML()
-        self.line = w.Text(placeholder="Say something and press Enter", continuous_update=True, layout=w.Layout(width="98%"))
+        self.line = w.Text(
+            placeholder="Say something and press Enter",
+            continuous_update=True,
+            layout=w.Layout(width="98%"),
+        )
         self.send, self.stop, self.again, self.clear = (
             w.Button(description=name, tooltip=tip, layout=w.Layout(width="auto", flex="0 0 auto"))
             for name, tip in (
@@ -119,7 +131,9 @@ class Chat(w.VBox):
         self.place = w.IntSlider(description="character", min=0, max=0, continuous_update=True)
         self.view, self.looked = w.HTML(), None
         self.film = w.Play(min=0, max=0, interval=100, show_repeat=False)
-        self.slide = w.IntSlider(description="draft", min=0, max=0, layout=w.Layout(flex="1 1 200px"))
+        self.slide = w.IntSlider(
+            description="draft", min=0, max=0, layout=w.Layout(flex="1 1 200px")
+        )
         w.jslink((self.film, "value"), (self.slide, "value"))
         self.drafts = w.HTML()
         self.kind.observe(lambda _: self._draw_look(), "value")
@@ -128,7 +142,9 @@ class Chat(w.VBox):
         inside = w.VBox([w.HBox([self.kind, self.place], layout=WRAP), self.view])
         drafts = w.VBox([w.HBox([self.film, self.slide], layout=WRAP), self.drafts])
         self.more = w.Accordion([self.knobs, inside, drafts, self.copy], selected_index=None)
-        for i, title in enumerate(("Settings", "Inside the model", "Drafts of the last reply", "The scene as text")):
+        for i, title in enumerate(
+            ("Settings", "Inside the model", "Drafts of the last reply", "The scene as text")
+        ):
             self.more.set_title(i, title)
         self.more.observe(lambda change: change["new"] == INSIDE and self.look(), "selected_index")
 
@@ -142,7 +158,9 @@ class Chat(w.VBox):
         While a reply is written nothing is heard: a text is refused in a sentence, and the line keeps what stands on it.
         """
         if self.busy and text is not None:
-            self._tell("not heard, for a reply is being written: say it again when it has ended, or press Stop first")
+            self._tell(
+                "not heard, for a reply is being written: say it again when it has ended, or press Stop first"
+            )
         if self.busy or self.session is None:
             return
         text, self.line.value = self.line.value if text is None else text, ""
@@ -175,7 +193,10 @@ class Chat(w.VBox):
         try:
             self.looked = self.session.look()
         except Exception as error:
-            self.looked, self.view.value = None, f"<span class='irann-small'>{escape(str(error) or type(error).__name__)}</span>"
+            self.looked, self.view.value = (
+                None,
+                f"<span class='irann-small'>{escape(str(error) or type(error).__name__)}</span>",
+            )
             return
         self.place.max = len(self.looked.text) - 1
         self.place.value = self.place.max
@@ -221,7 +242,9 @@ class Chat(w.VBox):
                 if time.monotonic() - self.drawn >= EVERY:
                     self._draw()
                 yield
-        except Exception as error:  # the reader sees a sentence; a cell that is long done cannot show a traceback
+        except (
+            Exception
+        ) as error:  # the reader sees a sentence; a cell that is long done cannot show a traceback
             self._tell(str(error) or type(error).__name__, error=True)
         finally:
             if frames is not None:
@@ -252,18 +275,24 @@ class Chat(w.VBox):
             if self.session is None:
                 session, dropped = Session(model, device=self.device, say=self.heard.append), []
                 settings, self.settings = self.settings, {}  # refused ones are not tried again
-                self.heard += filter(None, [session.set(name, value) for name, value in settings.items()])
+                self.heard += filter(
+                    None, [session.set(name, value) for name, value in settings.items()]
+                )
                 self.session = session
             else:
                 dropped = self.session.use(model)
             self.current = model
-            self.heard += [f"{self.session.name} does not have {', '.join(dropped)}"] if dropped else []
+            self.heard += (
+                [f"{self.session.name} does not have {', '.join(dropped)}"] if dropped else []
+            )
             self._tell("; ".join(self.heard))
         except OSError as error:
             self._tell(f"{model} cannot be read ({error.strerror or error})", error=True)
         except (ValueError, CheckpointError) as error:
             self._tell(str(error), error=True)
-        self.names.value = self.current  # none, if there is none yet: then each can be chosen, the one that failed too
+        self.names.value = (
+            self.current
+        )  # none, if there is none yet: then each can be chosen, the one that failed too
         self.about.value = f"<span class='irann-small'>{escape(self.session.describe()) if self.session else 'no model yet'}</span>"
         self.heard.clear()
         self.pace.value = ""
@@ -277,10 +306,22 @@ class Chat(w.VBox):
         if session is None:
             self.knobs.children = ()
             return
-        knobs = [_knob(name, setting, self._shown(name)) for name, setting in session.options.items()]
-        knobs.append(w.Text(value=self._shown("seed"), placeholder="none", description="seed", continuous_update=False))
+        knobs = [
+            _knob(name, setting, self._shown(name)) for name, setting in session.options.items()
+        ]
+        knobs.append(
+            w.Text(
+                value=self._shown("seed"),
+                placeholder="none",
+                description="seed",
+                continuous_update=False,
+            )
+        )
         knobs.append(w.Dropdown(options=MODES, value=self._shown("mode"), description="mode"))
-        knobs += [w.Text(value=self._shown(name), description=name, continuous_update=False) for name in ("reader", "speaker")]
+        knobs += [
+            w.Text(value=self._shown(name), description=name, continuous_update=False)
+            for name in ("reader", "speaker")
+        ]
         for knob in knobs:
             knob.style = {"description_width": "90px"}
             knob.add_class(f"irann-knob-{knob.description}")
@@ -313,7 +354,9 @@ class Chat(w.VBox):
 
     def _tell(self, message: str, error: bool = False) -> None:
         kind = "error" if error else "small"
-        self.message.value = f"<span class='irann-{kind}'>{escape(message)}</span>" if message else ""
+        self.message.value = (
+            f"<span class='irann-{kind}'>{escape(message)}</span>" if message else ""
+        )
 
     def _draw(self) -> None:
         """Redraw the transcript; between two drafts only the growing reply is new."""
@@ -339,7 +382,10 @@ class Chat(w.VBox):
         self.drafts.value = f"<div class='irann-look'>{draft_html(frame)}</div><span class='irann-small'>{escape(note_of(frame))}</span>"
 
     def _draw_look(self) -> None:
-        if self.looked is not None and self.kind.value in {**self.looked.values, **self.looked.maps}:
+        if self.looked is not None and self.kind.value in {
+            **self.looked.values,
+            **self.looked.maps,
+        }:
             self.place.layout.display = "" if self.kind.value in self.looked.maps else "none"
             self.view.value = look_html(self.looked, self.kind.value, self.place.value)
 
@@ -357,7 +403,10 @@ class Chat(w.VBox):
 
     def _repr_mimebundle_(self, **kwargs):
         """The live widget, and the transcript for where there are none: a page that nbconvert made, or GitHub."""
-        plain = {"text/plain": (self.session and self.session.scene()) or "an empty stage", "text/html": self._repr_html_()}
+        plain = {
+            "text/plain": (self.session and self.session.scene()) or "an empty stage",
+            "text/html": self._repr_html_(),
+        }
         return plain if _static() else (super()._repr_mimebundle_(**kwargs) or {}) | plain
 
     def _repr_html_(self) -> str:
@@ -382,19 +431,30 @@ def _static() -> bool:
         kernel = get_ipython().kernel
     except AttributeError:  # plain Python, or IPython without a kernel
         return False
-    return not getattr(kernel, "_allow_stdin", True) and "voila" not in os.environ.get("SERVER_SOFTWARE", "")
+    return not getattr(kernel, "_allow_stdin", True) and "voila" not in os.environ.get(
+        "SERVER_SOFTWARE", ""
+    )
 
 
 def note_of(frame: Frame) -> str:
     """-> what the model said beside a draft, in words: its numbers, one per name."""
-    singles = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in frame.note.items()}
-    return ", ".join(f"{name} {value:.3g}" for name, value in singles.items() if isinstance(value, (int, float)) and name != "forgotten")
+    singles = {
+        name: value[0] if isinstance(value, list) and len(value) == 1 else value
+        for name, value in frame.note.items()
+    }
+    return ", ".join(
+        f"{name} {value:.3g}"
+        for name, value in singles.items()
+        if isinstance(value, (int, float)) and name != "forgotten"
+    )
 
 
 def draft_html(frame: Frame) -> str:
     """-> the settled part in ink and the rest in grey, escaped."""
     grey = frame.text[frame.settled :]
-    return escape(frame.text[: frame.settled]) + (f"<span class='irann-open'>{escape(grey)}</span>" if grey else "")
+    return escape(frame.text[: frame.settled]) + (
+        f"<span class='irann-open'>{escape(grey)}</span>" if grey else ""
+    )
 
 
 def turn_html(turn: Turn) -> str:
@@ -410,7 +470,11 @@ def scene_html(session: Session, frame: Frame | None = None) -> str:
     if frame is not None:
         parts.append(_bubble(frame.speaker, draft_html(frame), True))
     for turn in reversed(session.turns):
-        parts.append(turn_html(turn) if len(turn.text) <= room else _bubble(turn.speaker, "... " + escape(turn.text[-room:]), turn.model))
+        parts.append(
+            turn_html(turn)
+            if len(turn.text) <= room
+            else _bubble(turn.speaker, "... " + escape(turn.text[-room:]), turn.model)
+        )
         room -= len(turn.text)
         if room <= 0:
             break
@@ -428,7 +492,9 @@ def look_html(look: Look, name: str, place: int = -1) -> str:
     is_map = name in look.maps
     values = look.maps[name][place].tolist() if is_map else look.values[name]
     place %= len(values)
-    others = values[:place] if is_map and place else values  # a character looks at itself most, which would outshine the rest
+    others = (
+        values[:place] if is_map and place else values
+    )  # a character looks at itself most, which would outshine the rest
     low, high = min(others), max(others)
     parts = []
     for i, (character, value) in enumerate(zip(look.text, values, strict=True)):
@@ -437,7 +503,7 @@ def look_html(look: Look, name: str, place: int = -1) -> str:
         style += ";outline:1px solid" if is_map and i == place else ""
         shown = "\u21b5\n" if character == "\n" else escape(character)
         parts.append(f"<span title='{value:.3f}' style='{style}'>{shown}</span>")
-    bound = "at most, " if name == "surprise" and not look.exact else ""
+    bound = "at most, " if name == "nll" and not look.exact else ""
     legend = f"{name}: {bound}{MEANINGS.get(name, 'a number')}, from {low:.2f} (plain) to {high:.2f} (orange)"
     return f"<div class='irann-look'>{''.join(parts)}</div><span class='irann-small'>{escape(legend)}</span>"
 
@@ -445,9 +511,18 @@ def look_html(look: Look, name: str, place: int = -1) -> str:
 def _knob(name: str, setting: Setting, value):
     """-> the widget for one setting: a list of choices, or a number that the session checks."""
     if setting.choices is not None:
-        return w.Dropdown(options=setting.choices, value=value, description=name, tooltip=setting.help)
+        return w.Dropdown(
+            options=setting.choices, value=value, description=name, tooltip=setting.help
+        )
     if name in SAMPLING and isinstance(setting.default, float):
         high = max(2.0, value) if name == "temperature" else setting.high
-        return w.FloatSlider(value=value, min=setting.low, max=high, step=0.05, description=name, tooltip=setting.help)
+        return w.FloatSlider(
+            value=value,
+            min=setting.low,
+            max=high,
+            step=0.05,
+            description=name,
+            tooltip=setting.help,
+        )
     kind = w.IntText if isinstance(setting.default, int) else w.FloatText
     return kind(value=value, description=name, tooltip=setting.help)

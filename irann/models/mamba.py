@@ -20,45 +20,40 @@ Ours beside the paper: `init="fan_in"` and `tied=False`, as in this book's other
 """
 
 import math
-import os
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
-from ..layers import ACTIVATIONS, RENAMED, init_fan_in, make_norm
-from ..lm import PIECE, Reader, check_sizes
+from ..layers import ACTIVATIONS, init_fan_in, make_norm
+from ..lm import PIECE, Reader
+from ..settings import Checked, field
 
 
 @dataclass(frozen=True)
-class MambaConfig:
-    """Sizes and options; the defaults are the paper's choices at a size for two CPU cores. `window` matters in training only."""
+class MambaConfig(Checked):
+    """Sizes and options; the defaults are the paper's choices at a size for two CPU cores."""
 
-    vocabulary: int = 65
-    window: int = 256
-    layers: int = 4
-    width: int = 128
-    inner: int | None = None  # e; None: twice the width
-    state: int = 16  # n
-    taps: int = 4  # places the convolution looks at
-    rank: int | None = None  # of delta; None: a sixteenth of the width, rounded up
-    dropout: float = 0.0
-    bias: bool = False
-    convolution_bias: bool = True
-    activation: str = "silu"
-    eps: float = 1e-5
-    tied: bool = True
-    init: str = "mamba"
-
-    def __post_init__(self):
-        check_sizes(self, "vocabulary", "window", "layers", "width", "inner", "state", "taps", "rank")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
-        if self.init not in ("mamba", "fan_in"):
-            raise ValueError(f"init is one of mamba, fan_in; got {self.init!r}")
+    vocabulary: int = field(65, "different characters", low=1)
+    window: int = field(256, "characters seen at once; matters in training only", low=1)
+    layers: int = field(4, "Mamba blocks", low=1)
+    width: int = field(128, "of the residual stream", low=1)
+    d_inner: int | None = field(None, "inner width, e; null: twice `width`", low=1, kind=int)
+    d_state: int = field(16, "of the state space, n", low=1)
+    d_conv: int = field(4, "positions that the convolution looks at", low=1)
+    dt_rank: int | None = field(
+        None, "of delta's map; null: a sixteenth of `width`, rounded up", low=1, kind=int
+    )
+    dropout: float = field(0.0, "of the residual stream's updates", low=0.0, high=1.0)
+    bias: bool = field(False, "biases in in_proj and out_proj")
+    conv_bias: bool = field(True, "a bias in the convolution")
+    activation: str = field("silu", "after the convolution", choices=tuple(ACTIVATIONS))
+    eps: float = field(1e-5, "of the norms", low=0.0)
+    tied: bool = field(True, "one matrix for reading and writing characters")
+    init: str = field("mamba", "how weights begin", choices=("mamba", "fan_in"))
 
     @classmethod
     def fast(cls, **sizes) -> "MambaConfig":
@@ -87,44 +82,55 @@ class Mixer(nn.Module):
     def __init__(self, config: MambaConfig):
         super().__init__()
         c = config
-        self.inner, self.state, self.rank = c.inner or 2 * c.width, c.state, c.rank or math.ceil(c.width / 16)
+        self.inner, self.state, self.rank = (
+            c.d_inner or 2 * c.width,
+            c.d_state,
+            c.dt_rank or math.ceil(c.width / 16),
+        )
         self.activation = ACTIVATIONS[c.activation]
-        self.widen = nn.Linear(c.width, 2 * self.inner, bias=c.bias)
-        self.widen.stacked = 2  # two matrices on top of each other; Muon treats each on its own
-        self.convolution = nn.Conv1d(self.inner, self.inner, c.taps, groups=self.inner, bias=c.convolution_bias)
-        self.choose = nn.Linear(self.inner, self.rank + 2 * c.state, bias=False)
-        self.pace = nn.Linear(self.rank, self.inner)
-        self.log_A = nn.Parameter(torch.arange(1.0, c.state + 1).log().repeat(self.inner, 1))  # A = -1, -2, ..., -n: S4D-real
+        self.in_proj = nn.Linear(c.width, 2 * self.inner, bias=c.bias)
+        self.in_proj.stacked = 2  # two matrices on top of each other; Muon treats each on its own
+        self.conv1d = nn.Conv1d(
+            self.inner, self.inner, c.d_conv, groups=self.inner, bias=c.conv_bias
+        )
+        self.x_proj = nn.Linear(self.inner, self.rank + 2 * c.d_state, bias=False)
+        self.dt_proj = nn.Linear(self.rank, self.inner)
+        self.A_log = nn.Parameter(
+            torch.arange(1.0, c.d_state + 1).log().repeat(self.inner, 1)
+        )  # A = -1, -2, ..., -n: S4D-real
         self.D = nn.Parameter(torch.ones(self.inner))
-        self.log_A.no_decay = self.D.no_decay = True
-        self.out = nn.Linear(self.inner, c.width, bias=c.bias)
+        self.out_proj = nn.Linear(self.inner, c.width, bias=c.bias)
 
     @torch.no_grad()
-    def init_pace(self, low: float = 1e-3, high: float = 0.1):
+    def init_dt(self, low: float = 1e-3, high: float = 0.1):
         """delta starts log-uniform in [low, high] (section 3.6): some channels count single characters, some whole lines."""
-        nn.init.uniform_(self.pace.weight, -(self.rank**-0.5), self.rank**-0.5)
-        delta = torch.empty_like(self.pace.bias).uniform_(math.log(low), math.log(high)).exp()
-        self.pace.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
+        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(low), math.log(high)).exp()
+        self.dt_proj.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
         """(b t d) -> (b t d), and what to remember."""
         x, gate, tail = self.enter(x, memory and memory.tail)
         delta, B, C = self.select(x)
-        y, h = selective_scan(x, delta, -torch.exp(self.log_A), B, C, self.D, state=memory and memory.h)
-        return self.out(y * F.silu(gate)), Memory(tail, h, delta[:, -1].clone())
+        y, h = selective_scan(
+            x, delta, -torch.exp(self.A_log), B, C, self.D, state=memory and memory.h
+        )
+        return self.out_proj(y * F.silu(gate)), Memory(tail, h, delta[:, -1].clone())
 
     def enter(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(b t d), (b taps-1 e) -> (b t e), (b t e), (b taps-1 e): the signal after its convolution, its gate, the new tail."""
-        x, gate = self.widen(x).chunk(2, -1)
-        before = self.convolution.kernel_size[0] - 1
+        x, gate = self.in_proj(x).chunk(2, -1)
+        before = self.conv1d.kernel_size[0] - 1
         x = torch.cat([x.new_zeros(len(x), before, self.inner) if tail is None else tail, x], 1)
-        tail = x[:, x.shape[1] - before :].clone()  # a copy, or the view would keep the whole text alive
-        return self.activation(self.convolution(x.mT).mT), gate, tail
+        tail = x[
+            :, x.shape[1] - before :
+        ].clone()  # a copy, or the view would keep the whole text alive
+        return self.activation(self.conv1d(x.mT).mT), gate, tail
 
     def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(... e) -> (... e), (... n), (... n): delta, B and C, each character's own."""
-        delta, B, C = self.choose(x).split([self.rank, self.state, self.state], -1)
-        return F.softplus(self.pace(delta)), B, C
+        delta, B, C = self.x_proj(x).split([self.rank, self.state, self.state], -1)
+        return F.softplus(self.dt_proj(delta)), B, C
 
 
 class Block(nn.Module):
@@ -146,9 +152,9 @@ class Block(nn.Module):
         m = self.mixer
         cuts = [m.rank, m.state, m.state]
         shape, gain, eps = self.norm.normalized_shape, self.norm.weight, self.norm.eps
-        linear = [(part.weight, part.bias) for part in (m.widen, m.choose, m.pace, m.out)]
-        taps, bias = m.convolution.weight.squeeze(1).T.contiguous(), m.convolution.bias
-        return shape, gain, eps, *linear, taps, bias, m.activation, cuts, -torch.exp(m.log_A), m.D
+        linear = [(part.weight, part.bias) for part in (m.in_proj, m.x_proj, m.dt_proj, m.out_proj)]
+        taps, bias = m.conv1d.weight.squeeze(1).T.contiguous(), m.conv1d.bias
+        return shape, gain, eps, *linear, taps, bias, m.activation, cuts, -torch.exp(m.A_log), m.D
 
 
 def write(ready: tuple, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
@@ -170,24 +176,29 @@ def write(ready: tuple, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
 class Mamba(Reader):
     """Characters to logits: embed, a stack of blocks, norm, head."""
 
-    memory = None  # the state never fills up
+    max_context = None  # the state never fills up
+    no_decay = ("A_log", ".D")
 
     def __init__(self, config: MambaConfig):
         super().__init__(config)
-        self.embed = nn.Embedding(config.vocabulary, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm("rms", config.width, eps=config.eps)
-        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        self.embeddings = nn.Embedding(config.vocabulary, config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm_f = make_norm("rms", config.width, eps=config.eps)
+        self.lm_head = (
+            None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        )
         if config.init == "fan_in":
             init_fan_in(self)
         else:
-            nn.init.normal_(self.embed.weight, std=0.02)
-        for block in self.blocks:
-            block.mixer.init_pace()
+            nn.init.normal_(self.embeddings.weight, std=0.02)
+        for block in self.layers:
+            block.mixer.init_dt()
             if config.init == "mamba":
                 with torch.no_grad():
-                    block.mixer.out.weight /= math.sqrt(config.layers)  # as the published code, after GPT-2
+                    block.mixer.out_proj.weight /= math.sqrt(
+                        config.layers
+                    )  # as the published code, after GPT-2
 
     def read(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """(b t), state -> (b t v), state: each block's `Memory`, of the same size after any number of characters.
@@ -201,82 +212,48 @@ class Mamba(Reader):
                 logits.append(more)
             return torch.cat(logits, 1), state
         if ids.shape[1] == 0:
-            return self.embed.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
-        before, ready, after = *(state or ([None] * len(self.blocks), None)), []
+            return self.embeddings.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
+        before, ready, after = *(state or ([None] * len(self.layers), None)), []
         if state and ids.shape[1] == 1 and not self.training:
-            ready = ready or [block.ready() for block in self.blocks]
-            x = self.embed(ids[:, 0])
+            ready = ready or [block.ready() for block in self.layers]
+            x = self.embeddings(ids[:, 0])
             for weights, memory in zip(ready, before, strict=True):
                 x, memory = write(weights, x, memory)
                 after.append(memory)
             x = x.unsqueeze(1)
         else:
-            x = self.dropout(self.embed(ids))
-            for block, memory in zip(self.blocks, before, strict=True):
+            x = self.drop(self.embeddings(ids))
+            for block, memory in zip(self.layers, before, strict=True):
                 x, memory = block(x, memory)
                 after.append(memory)
-        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight), State(after, ready)
+        return F.linear(
+            self.norm_f(x), self.embeddings.weight if self.lm_head is None else self.lm_head.weight
+        ), State(after, ready)
 
     def notes(self, state: State) -> dict:
         """The mean pace at the last character: near 0 it was let pass, large it was written and older things made room."""
-        return {"delta": torch.stack([memory.delta for memory in state.layers]).mean().item()} if state else {}
+        return (
+            {"delta": torch.stack([memory.delta for memory in state.layers]).mean().item()}
+            if state
+            else {}
+        )
 
     @torch.no_grad()
-    def inside(self, ids: Tensor) -> dict[str, Tensor]:
+    def inspect(self, ids: Tensor) -> dict[str, Tensor]:
         """(1 t) -> `delta` (t): the mean pace at each character, how much of the state it rewrites."""
-        x, paces = self.embed(self.check_ids(ids)), []
-        for block in self.blocks:
+        x, paces = self.embeddings(self.check_ids(ids)), []
+        for block in self.layers:
             signal, _, _ = block.mixer.enter(block.norm(x))
             paces.append(block.mixer.select(signal)[0][0].mean(-1))
             x, _ = block(x)
         return {"delta": torch.stack(paces).mean(0)}
 
     @classmethod
-    def from_transformers(cls, source, *, window: int = 1024) -> "Mamba":
+    def from_transformers(cls, source: Any, *, window: int = 1024) -> "Mamba":
         """A `MambaForCausalLM`, or a name or folder that transformers resolves -> the same model in this book's form.
 
         Its config knows no window; `window` is the length in which ours is then evaluated and trained.
-        Raises ValueError for an activation that is not one of ours.
         """
-        if isinstance(source, (str, os.PathLike)):
-            from transformers import MambaForCausalLM
+        from .interop import mamba_from_transformers
 
-            source = MambaForCausalLM.from_pretrained(source)
-        hf = source.config
-        model = cls(
-            MambaConfig(
-                vocabulary=hf.vocab_size,
-                window=window,
-                layers=hf.num_hidden_layers,
-                width=hf.hidden_size,
-                inner=hf.intermediate_size,
-                state=hf.state_size,
-                taps=hf.conv_kernel,
-                rank=int(hf.time_step_rank),
-                bias=hf.use_bias,
-                convolution_bias=hf.use_conv_bias,
-                activation=RENAMED.get(hf.hidden_act, hf.hidden_act),
-                eps=hf.layer_norm_epsilon,
-                tied=source.lm_head.weight is source.backbone.embeddings.weight,
-            )
-        ).to(source.lm_head.weight)
-
-        theirs = source.state_dict()
-        names = {"embed": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
-        inside = {
-            "norm": "norm",
-            "mixer.widen": "mixer.in_proj",
-            "mixer.convolution": "mixer.conv1d",
-            "mixer.choose": "mixer.x_proj",
-            "mixer.pace": "mixer.dt_proj",
-            "mixer.out": "mixer.out_proj",
-            "mixer.log_A": "mixer.A_log",
-            "mixer.D": "mixer.D",
-        }
-        for i in range(hf.num_hidden_layers):
-            names |= {f"blocks.{i}.{ours}": f"backbone.layers.{i}.{their}" for ours, their in inside.items()}
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                module, _, kind = name.rpartition(".")
-                weight.copy_(theirs[names[name] if name in names else f"{names[module]}.{kind}"])
-        return model.train(source.training)
+        return mamba_from_transformers(source, window=window)

@@ -13,7 +13,11 @@ class Reader:
     """Types, clicks and looks."""
 
     def __init__(self, page):
-        self.page, self.scene, self.line = page, page.locator(".irann-chat .irann-scene"), page.locator(".irann-line input")
+        self.page, self.scene, self.line = (
+            page,
+            page.locator(".irann-chat .irann-scene"),
+            page.locator(".irann-line input"),
+        )
 
     def click(self, name: str) -> None:
         self.page.locator(f"button.irann-{name}:enabled").click(timeout=WAIT)
@@ -42,7 +46,9 @@ class Reader:
         self.page.wait_for_selector(f".irann-chat .irann-small:has-text('{name}:')", timeout=WAIT)
 
     def wait(self, what: str, count: int = 1) -> None:
-        self.page.wait_for_function(f"document.querySelectorAll('.irann-chat {what}').length >= {count}", timeout=WAIT)
+        self.page.wait_for_function(
+            f"document.querySelectorAll('.irann-chat {what}').length >= {count}", timeout=WAIT
+        )
 
     def done(self) -> str:
         """-> the last reply, once it is written and the screen rests: buttons and text may come in either order."""
@@ -57,7 +63,9 @@ class Reader:
         watch = "window.wrote = 0; new MutationObserver(() => window.wrote++).observe(STOP, {attributes: true})"
         self.page.evaluate(watch.replace("STOP", "document.querySelector('button.irann-stop')"))
         self.click("regenerate")
-        self.page.wait_for_function("window.wrote > 0", timeout=WAIT)  # a short reply may be over before we look
+        self.page.wait_for_function(
+            "window.wrote > 0", timeout=WAIT
+        )  # a short reply may be over before we look
         return self.done()
 
 
@@ -123,7 +131,9 @@ def test_settings_regenerate_and_clear(reader, settings):
     reader.set("length", 40)
     reader.set("length", 0)
     reader.page.wait_for_selector(".irann-error:has-text('length is a whole number')", timeout=WAIT)
-    reader.page.wait_for_function("document.querySelector('.irann-knob-length input').value == '40'", timeout=WAIT)
+    reader.page.wait_for_function(
+        "document.querySelector('.irann-knob-length input').value == '40'", timeout=WAIT
+    )
     reader.set("temperature", 0)
     reader.type("What news?")
     reader.click("send")
@@ -173,7 +183,12 @@ def test_loading_shows_progress_and_a_reply_how_far_it_is(reader, settings):
     reader.enter()
     reader.wait(".irann-model")
     reader.done()
-    assert reader.page.locator(".irann-small", has_text=re.compile(r"^60 characters in [\d.]+ s$")).count() == 1
+    assert (
+        reader.page.locator(
+            ".irann-small", has_text=re.compile(r"^60 characters in [\d.]+ s$")
+        ).count()
+        == 1
+    )
     reader.choose("diffusion")
     reader.choose("gpt")
     bars = reader.page.evaluate("window.bars")
@@ -205,7 +220,9 @@ def test_the_inside_keeps_up_and_shows_where_a_character_looks(reader, settings)
     reader.wait(".irann-look span", 30)
     before = reader.page.locator(".irann-look").first.inner_text()
     reader.written()
-    reader.page.wait_for_function("old => document.querySelector('.irann-look').innerText != old", arg=before, timeout=WAIT)
+    reader.page.wait_for_function(
+        "old => document.querySelector('.irann-look').innerText != old", arg=before, timeout=WAIT
+    )
     reader.page.locator(".irann-chat select").last.select_option("attention")
     framed = reader.page.locator(".irann-look span[style*=outline]")
     framed.wait_for(timeout=WAIT)
@@ -231,8 +248,12 @@ def test_a_page_leaves_a_film_of_its_drafts(reader, settings):
         reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
         reader.page.keyboard.press("Home")
         reader.page.locator(".irann-look:visible .irann-open").wait_for(timeout=WAIT)
-        reader.page.locator(".irann-chat .widget-play button").first.click()  # and from there it runs by itself
-        reader.page.locator(".irann-look:visible .irann-open").wait_for(state="detached", timeout=WAIT)
+        reader.page.locator(
+            ".irann-chat .widget-play button"
+        ).first.click()  # and from there it runs by itself
+        reader.page.locator(".irann-look:visible .irann-open").wait_for(
+            state="detached", timeout=WAIT
+        )
         assert look.inner_text().strip() in final
     finally:
         reader.choose("gpt")

@@ -15,7 +15,11 @@ import torch
 WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 ORDER = 6  # of the judge: how many characters before it sees
 COPIED = 20  # characters in a row that count as copied
-SAMPLES, LENGTH, TEMPERATURES = 8, 400, (0.8, 1.0)  # texts that a model is measured by, and their characters
+SAMPLES, LENGTH, TEMPERATURES = (
+    8,
+    400,
+    (0.8, 1.0),
+)  # texts that a model is measured by, and their characters
 
 
 class Corpus:
@@ -32,7 +36,10 @@ class Corpus:
             for i in range(k, len(text)):
                 after[text[i - k : i]][text[i]] += 1
             self.counts.append(dict(after))
-        self.totals = [{context: sum(seen.values()) for context, seen in table.items()} for table in self.counts]
+        self.totals = [
+            {context: sum(seen.values()) for context, seen in table.items()}
+            for table in self.counts
+        ]
 
     def judge(self, text: str, start: int = 0) -> float:
         """-> nats per character of text[start:]: interpolated n-grams with Witten and Bell's weights (1991), down to uniform."""
@@ -77,16 +84,23 @@ def counted(train: str) -> Corpus:
 def samples(model, vocabulary, count: int, n: int, temperature: float, seed: int = 0) -> list[str]:
     """-> `count` texts of n characters, each begun from a newline, which is left out."""
     start = vocabulary.encode("\n").expand(count, 1)
-    *_, draft = model.generate(start, n, temperature=temperature, generator=torch.Generator(model.device).manual_seed(seed))
+    *_, draft = model.generate(
+        start, n, temperature=temperature, generator=torch.Generator(model.device).manual_seed(seed)
+    )
     return [vocabulary.decode(row[1:]) for row in draft.ids]
 
 
-def written(model, text, count: int = SAMPLES, n: int = LENGTH) -> tuple[dict[str, dict], dict[str, str]]:
+def written(
+    model, text, count: int = SAMPLES, n: int = LENGTH
+) -> tuple[dict[str, dict], dict[str, str]]:
     """-> by temperature: what `count` texts of n characters look like (`report`), and the first of them. Keys are text, as in JSON."""
     corpus, told, first = counted(text.vocabulary.decode(text.train)), {}, {}
     for temperature in TEMPERATURES:
         texts = samples(model, text.vocabulary, count, n, temperature)
-        told[str(temperature)], first[str(temperature)] = report(texts, corpus, reference(text)), texts[0]
+        told[str(temperature)], first[str(temperature)] = (
+            report(texts, corpus, reference(text)),
+            texts[0],
+        )
     return told, first
 
 
@@ -129,7 +143,11 @@ def repeated(text: str, n: int = 4) -> float:
 def in_form(text: str, longest: int = 66) -> float:
     """-> the share of lines that a page of the plays could have: not longer than its longest verse, no blank at either end."""
     lines = text.split("\n")[1:-1]
-    return sum(len(line) <= longest and line == line.strip() for line in lines) / len(lines) if lines else 0.0
+    return (
+        sum(len(line) <= longest and line == line.strip() for line in lines) / len(lines)
+        if lines
+        else 0.0
+    )
 
 
 def interval(values: list[float], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
@@ -139,7 +157,11 @@ def interval(values: list[float], *, draws: int = 2000, seed: int = 0) -> dict[s
     """
     dice = random.Random(seed)
     means = sorted(sum(dice.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return {"mean": sum(values) / len(values), "low": means[int(0.025 * draws)], "high": means[int(0.975 * draws)]}
+    return {
+        "mean": sum(values) / len(values),
+        "low": means[int(0.025 * draws)],
+        "high": means[int(0.975 * draws)],
+    }
 
 
 def report(samples: list[str], corpus: Corpus, reference: str) -> dict:
@@ -151,9 +173,13 @@ def report(samples: list[str], corpus: Corpus, reference: str) -> dict:
         "repeated runs of 4 words": repeated,
         "lines in form": in_form,
     }
-    rows: dict = {name: interval([measure(text) for text in samples]) for name, measure in per_text.items()}
+    rows: dict = {
+        name: interval([measure(text) for text in samples]) for name, measure in per_text.items()
+    }
     rows["longest copy"] = max(corpus.longest_copy(text) for text in samples)
-    rows["trigram divergence"] = divergence(sum((ngrams(text, 3) for text in samples), Counter()), ngrams(reference, 3))
+    rows["trigram divergence"] = divergence(
+        sum((ngrams(text, 3) for text in samples), Counter()), ngrams(reference, 3)
+    )
     said = [word.lower() for text in samples for word in words(text)]
     rows["different words"] = len(set(said)) / max(1, len(said))
     return rows

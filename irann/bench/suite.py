@@ -20,20 +20,29 @@ from pathlib import Path
 
 import torch
 
-from . import quality, races, shakespeare, speed, zoo
-from .checkpoint import CheckpointError
-from .core.scan import selective_scan
-from .lm import evaluating
-from .models.gpt import GPT
-from .models.mamba import Mamba, MambaConfig
-from .shakespeare import write_atomically
+from .. import shakespeare, zoo
+from ..checkpoint import CheckpointError
+from ..core.scan import selective_scan
+from ..lm import evaluating
+from ..models.gpt import GPT
+from ..models.mamba import Mamba, MambaConfig
+from ..settings import InputError
+from ..shakespeare import write_atomically
+from ..training import evaluate
+from . import quality, races, speed
 from .speed import in_turn, spread
-from .train import evaluate
 
 STATE = 16
 
 
-def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-report"), seeds: int = 3, device="cpu") -> dict:
+def main(
+    what: str = "all",
+    *,
+    quick: bool = False,
+    out: Path = Path("bench-report"),
+    seeds: int = 3,
+    device="cpu",
+) -> dict:
     """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` and `device` are those of a race.
 
     Raises ValueError for another `what`, for a report in `out` that this one would not go on from, and for a device other
@@ -41,10 +50,16 @@ def main(what: str = "all", *, quick: bool = False, out: Path = Path("bench-repo
     """
     known = dict.fromkeys(("all", "scan", *races.RACES, *zoo.MODELS))  # `thinker` is a race
     if what not in known:
-        raise ValueError(f"bench takes one of {', '.join(known)}; got {what!r}")
+        raise InputError(f"bench takes one of {', '.join(known)}; got {what!r}")
     if what not in races.RACES and torch.device(device).type != "cpu":
-        raise ValueError(f"{what} is measured on the CPU: leave --device out, it is for races ({', '.join(races.RACES)})")
-    report = races.run(what, seeds=seeds, quick=quick, out=out, device=device) if what in races.RACES else measure(what, quick, Path(out))
+        raise InputError(
+            f"{what} is measured on the CPU: leave --device out, it is for races ({', '.join(races.RACES)})"
+        )
+    report = (
+        races.run(what, seeds=seeds, quick=quick, out=out, device=device)
+        if what in races.RACES
+        else measure(what, quick, Path(out))
+    )
     page = races.markdown(report) if what in races.RACES else markdown(report)
     print(page)
     (Path(out) / f"{what}.md").write_text(page + "\n")
@@ -59,16 +74,25 @@ def draw(report: dict, what: str, out: Path) -> None:
     except ImportError:
         print("no figures without matplotlib: pip install 'irann[book]'", file=sys.stderr)
         return
-    from . import figures
+    from .. import figures
 
     figures.use()
     plots: dict[str, Callable] = {}
     if what in races.RACES:
-        plots = {"curves": lambda ax: figures.race(report, ax=ax), "seconds": lambda ax: figures.race(report, against="seconds", ax=ax)}
+        plots = {
+            "curves": lambda ax: figures.race(report, ax=ax),
+            "seconds": lambda ax: figures.race(report, against="seconds", ax=ax),
+        }
     if "windows" in report:
-        plots = {name: lambda ax, name=name: getattr(figures, name)(report[name], ax=ax) for name in ("windows", "lengths", "parallel")}
+        plots = {
+            name: lambda ax, name=name: getattr(figures, name)(report[name], ax=ax)
+            for name in ("windows", "lengths", "parallel")
+        }
     if any("curve" in row for row in report.get("models", {}).values()):
-        plots |= {name: lambda ax, name=name: getattr(figures, name)(report["models"], ax=ax) for name in ("learning", "places")}
+        plots |= {
+            name: lambda ax, name=name: getattr(figures, name)(report["models"], ax=ax)
+            for name in ("learning", "places")
+        }
     for name, plot in plots.items():
         figure, ax = plt.subplots()
         plot(ax)
@@ -78,9 +102,20 @@ def draw(report: dict, what: str, out: Path) -> None:
 
 def measure(what: str, quick: bool, out: Path) -> dict:
     """Part after part, each kept in `out` when it is done -> the report. One thread."""
-    parts = {"scan": scan_times, "growth": scan_growth, "memory": scan_memory, "step": training_step, "writing": writing}
+    parts = {
+        "scan": scan_times,
+        "growth": scan_growth,
+        "memory": scan_memory,
+        "step": training_step,
+        "writing": writing,
+    }
     if what == "all":
-        parts |= {"cache": cache_gain, "steps": speed.steps_of_all, "step_memory": step_memory, "gpt": speed.gpt_beside_transformers}
+        parts |= {
+            "cache": cache_gain,
+            "steps": speed.steps_of_all,
+            "step_memory": step_memory,
+            "gpt": speed.gpt_beside_transformers,
+        }
         parts |= {"windows": speed.cost_against_window, "lengths": speed.writing_by_length}
         parts |= {"parallel": parallel_writing, "models": trained_models}
     if what in zoo.MODELS:
@@ -91,15 +126,22 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     before = races.stored(numbers, quick)
     missing = set(parts) - set(before)
     if before and missing and before.get("torch") != torch.__version__:
-        raise ValueError(
+        raise InputError(
             f"{numbers} was measured with torch {before.get('torch')}, this is {torch.__version__}: delete it, or choose another --out"
         )
     if before and not missing:
         print(f"all of it is measured already; to measure again, delete {numbers}", file=sys.stderr)
     report |= before
-    measured = {name: row["weights"] for name, row in report.get("models", {}).items() if "weights" in row}
-    if retrained := [name for name, weights in measured.items() if weights_of(name) not in (None, weights)]:
-        print(f"{numbers} was measured with other weights of {', '.join(retrained)}; to measure again, delete it", file=sys.stderr)
+    measured = {
+        name: row["weights"] for name, row in report.get("models", {}).items() if "weights" in row
+    }
+    if retrained := [
+        name for name, weights in measured.items() if weights_of(name) not in (None, weights)
+    ]:
+        print(
+            f"{numbers} was measured with other weights of {', '.join(retrained)}; to measure again, delete it",
+            file=sys.stderr,
+        )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -155,13 +197,18 @@ def scan_times(quick: bool) -> dict:
     """Forward and backward at b 16, t 256, e 256 (quick: b 2, t 64, e 64), everyone in turn, after one round that does not count."""
     b, t, e, rounds = (2, 64, 64, 3) if quick else (16, 256, 256, 7)
     inputs = scan_inputs(b, t, e)
-    runners = {name: functools.partial(forward_backward, scan, inputs) for name, scan in contestants().items()}
+    runners = {
+        name: functools.partial(forward_backward, scan, inputs)
+        for name, scan in contestants().items()
+    }
     return {"b": b, "t": t, "e": e, "n": STATE, **in_turn(runners, rounds)}
 
 
 def scan_growth(quick: bool) -> dict:
     """-> by method, the exponent with which time grows with length: the slope of log time over log t, least squares."""
-    lengths, e, rounds = ((64, 128, 256), 32, 3) if quick else ((256, 512, 1024, 2048, 4096), 256, 3)
+    lengths, e, rounds = (
+        ((64, 128, 256), 32, 3) if quick else ((256, 512, 1024, 2048, 4096), 256, 3)
+    )
     exponents = {}
     for method in ("auto", "chunked"):
         scan = lambda *x, method=method: selective_scan(*x, method=method)[0]
@@ -176,7 +223,7 @@ def scan_growth(quick: bool) -> dict:
 
 MEMORY = """
 import re, resource, sys, torch
-from irann import bench
+from irann.bench import suite
 
 def peak():
     try:
@@ -185,7 +232,7 @@ def peak():
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 torch.set_num_threads(1)
-run = bench.prepared(sys.argv[1], *map(int, sys.argv[2:]))
+run = suite.prepared(sys.argv[1], *map(int, sys.argv[2:]))
 try:
     open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
 except OSError:
@@ -202,14 +249,25 @@ def scan_memory(quick: bool) -> dict:
     peak = {name: memory_of(name, b, t, e) for name in contestants()}
     lengths = (t, 2 * t, 4 * t)
     ours = next(iter(peak))
-    return {"b": b, "t": t, "e": e, "MB": peak, "lengths": lengths, "grown": [memory_of(ours, b, length, e) for length in lengths]}
+    return {
+        "b": b,
+        "t": t,
+        "e": e,
+        "MB": peak,
+        "lengths": lengths,
+        "grown": [memory_of(ours, b, length, e) for length in lengths],
+    }
 
 
 def step_memory(quick: bool) -> dict:
     """Peak memory above weights and gradients of one training step of each model, in MB, each in a process of its own."""
     which, b = ("tiny", 4) if quick else ("gpu", 4)
     sizes = {name: zoo.recipe(name, which)[0].window for name in zoo.MODELS}
-    return {"b": b, "recipe": which, "MB": {name: memory_of(f"{name} {which}", b, t, 0) for name, t in sizes.items()}}
+    return {
+        "b": b,
+        "recipe": which,
+        "MB": {name: memory_of(f"{name} {which}", b, t, 0) for name, t in sizes.items()},
+    }
 
 
 def memory_of(subject: str, b: int, t: int, e: int) -> float:
@@ -250,16 +308,24 @@ def training_step(quick: bool) -> dict:
             try:
                 ours.loss(ids)[0].backward()
             finally:
-                os.environ.pop("IRANN_KERNEL") if before is None else os.environ.update(IRANN_KERNEL=before)
+                os.environ.pop("IRANN_KERNEL") if before is None else os.environ.update(
+                    IRANN_KERNEL=before
+                )
 
         return run
 
-    runners = {"irann, kernel where there is one": with_kernel("1"), "irann, plain torch": with_kernel("0")}
+    runners = {
+        "irann, kernel where there is one": with_kernel("1"),
+        "irann, plain torch": with_kernel("0"),
+    }
     try:
         from mambapy.mamba import Mamba as Theirs
         from mambapy.mamba import MambaConfig as TheirConfig
 
-        theirs, embed = Theirs(TheirConfig(d_model=width, n_layers=layers)), torch.nn.Embedding(65, width)
+        theirs, embed = (
+            Theirs(TheirConfig(d_model=width, n_layers=layers)),
+            torch.nn.Embedding(65, width),
+        )
 
         def peer():
             logits = theirs(embed(ids[:, :-1])) @ embed.weight.T
@@ -295,7 +361,9 @@ def writing(quick: bool) -> dict:
         from transformers import MambaForCausalLM
 
         size = {"vocab_size": 65, "hidden_size": 128, "num_hidden_layers": 4, "state_size": 16}
-        theirs = MambaForCausalLM(TheirConfig(**size, bos_token_id=0, eos_token_id=None, pad_token_id=0)).eval()
+        theirs = MambaForCausalLM(
+            TheirConfig(**size, bos_token_id=0, eos_token_id=None, pad_token_id=0)
+        ).eval()
         speeds["transformers, cached, after 100"] = []
     except ImportError:
         theirs = None
@@ -307,7 +375,9 @@ def writing(quick: bool) -> dict:
             theirs.generate(text[:, :100], max_new_tokens=1, do_sample=True, top_k=0)
             middle = time.perf_counter()
             theirs.generate(text[:, :100], max_new_tokens=n + 1, do_sample=True, top_k=0)
-            speeds["transformers, cached, after 100"].append(n / (time.perf_counter() - middle - (middle - began)))
+            speeds["transformers, cached, after 100"].append(
+                n / (time.perf_counter() - middle - (middle - began))
+            )
     return {name: spread(values[1:]) for name, values in speeds.items()}
 
 
@@ -324,15 +394,23 @@ def cache_gain(quick: bool) -> dict:
             ids = torch.cat([ids, torch.multinomial(odds, 1, generator=dice)], 1)
 
     def cached():
-        for _ in model.generate(torch.zeros(1, 1, dtype=torch.long), n, generator=torch.Generator().manual_seed(0)):
+        for _ in model.generate(
+            torch.zeros(1, 1, dtype=torch.long), n, generator=torch.Generator().manual_seed(0)
+        ):
             pass
 
-    return {"n": n, "window": model.config.window, **in_turn({"with the cache": cached, "without": anew}, rounds)}
+    return {
+        "n": n,
+        "window": model.config.window,
+        **in_turn({"with the cache": cached, "without": anew}, rounds),
+    }
 
 
 def parallel_writing(quick: bool) -> dict:
     text = shakespeare.load()
-    return speed.speed_against_quality(quick, quality.counted(text.vocabulary.decode(text.train)), text.vocabulary)
+    return speed.speed_against_quality(
+        quick, quality.counted(text.vocabulary.decode(text.train)), text.vocabulary
+    )
 
 
 def trained_models(quick: bool, only: str | None = None) -> dict:
@@ -343,7 +421,11 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
     text = shakespeare.load()
     count, n, rounds = (2, 100, 1) if quick else (quality.SAMPLES, quality.LENGTH, 3)
     real = quality.real(text, count, n)
-    rows: dict[str, dict] = {"validation text": {"quality": {str(temperature): real for temperature in quality.TEMPERATURES}}}
+    rows: dict[str, dict] = {
+        "validation text": {
+            "quality": {str(temperature): real for temperature in quality.TEMPERATURES}
+        }
+    }
     for name in [only] if only else zoo.MODELS:
         try:
             model = zoo.load(name)
@@ -354,16 +436,24 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
             continue
         row: dict = {"parameters": sum(p.numel() for p in model.parameters()), "exact": model.exact}
         card = model.card or {}
-        row |= {key: card[key] for key in ("characters", "curve") if key in card} | {"weights": weights_of(name)}
+        row |= {key: card[key] for key in ("characters", "curve") if key in card} | {
+            "weights": weights_of(name)
+        }
         if quick:
-            row |= {"nats_per_char": card.get("validation"), "standard_error": card.get("standard_error"), "measured": False}
+            row |= {
+                "nats_per_char": card.get("validation"),
+                "standard_error": card.get("standard_error"),
+                "measured": False,
+            }
         else:
             said = evaluate(model, text)
             row |= {"nats_per_char": said.nats_per_char, "standard_error": said.standard_error}
         row["by_place"] = by_place(model, text, pages=2 if quick else 60)
         row["quality"], row["samples"] = quality.written(model, text, count, n)
         for key, batch in (("chars_per_second", 1), ("chars_per_second_of_a_batch", count)):
-            row[key] = spread([_rate(model, text.vocabulary, batch, 200, seed) for seed in range(rounds)])
+            row[key] = spread(
+                [_rate(model, text.vocabulary, batch, 200, seed) for seed in range(rounds)]
+            )
         rows[name] = row
     return rows
 
@@ -390,9 +480,13 @@ def by_place(model, text, pages: int = 60) -> list[list[float]]:
     ids = text.val[: pages * window + 1].unfold(0, window + 1, window)
     dice = torch.Generator().manual_seed(0)
     with torch.no_grad(), evaluating(model):
-        nats = torch.cat([model.surprise(part, generator=dice) for part in ids.split(20)]).mean(0)
+        nats = torch.cat([model.nll(part, generator=dice) for part in ids.split(20)]).mean(0)
     edges = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256]
-    return [[a, nats[a:b].mean().item()] for a, b in zip(edges, edges[1:], strict=False) if a < len(nats)]
+    return [
+        [a, nats[a:b].mean().item()]
+        for a, b in zip(edges, edges[1:], strict=False)
+        if a < len(nats)
+    ]
 
 
 def exponent(lengths, seconds) -> float:
@@ -407,19 +501,40 @@ def markdown(report: dict) -> str:
         return "\n".join(_models(report["models"])[1:])
     s, g = report["scan"], report["growth"]
     size = f"b {s['b']}, t {s['t']}, e {s['e']}, n {s['n']}"
-    page = _table(f"Selective scan, forward and backward ({size}; one thread, {s['rounds']} rounds, torch {report['torch']})", s)[1:]
+    page = _table(
+        f"Selective scan, forward and backward ({size}; one thread, {s['rounds']} rounds, torch {report['torch']})",
+        s,
+    )[1:]
     if not any("mambapy" in name for name in s["rows"]):
         page += ["", "mambapy is not installed, so it is not compared: pip install 'irann[test]'"]
     grown = ", ".join(f"{name} {value:.2f}" for name, value in g["exponents"].items())
     told = f"t {g['lengths'][0]} to {g['lengths'][-1]}, b 1, e {g['e']}, medians of three"
     page += ["", f"Time grows with length to the power of: {grown} ({told})."]
     m, step = report["memory"], report["step"]
-    page += ["", f"## Memory above the inputs (b {m['b']}, t {m['t']}, e {m['e']}; MB, one process each)", ""]
+    page += [
+        "",
+        f"## Memory above the inputs (b {m['b']}, t {m['t']}, e {m['e']}; MB, one process each)",
+        "",
+    ]
     page += ["| implementation | MB |", "|---|---|"]
     page += [f"| {name} | {mb:.0f} |" for name, mb in m["MB"].items()]
-    page += ["", "Of the first, by length: " + ", ".join(f"t {t}: {mb:.0f}" for t, mb in zip(m["lengths"], m["grown"], strict=True)) + "."]
-    page += _table(f"A training step of Mamba ({step['layers']} layers, width {step['width']}, b {step['b']}, t {step['t']})", step)
-    page += ["", "## Mamba writes, batch 1 (characters per second, median, lowest, highest)", "", "| who | characters/s |", "|---|---|"]
+    page += [
+        "",
+        "Of the first, by length: "
+        + ", ".join(f"t {t}: {mb:.0f}" for t, mb in zip(m["lengths"], m["grown"], strict=True))
+        + ".",
+    ]
+    page += _table(
+        f"A training step of Mamba ({step['layers']} layers, width {step['width']}, b {step['b']}, t {step['t']})",
+        step,
+    )
+    page += [
+        "",
+        "## Mamba writes, batch 1 (characters per second, median, lowest, highest)",
+        "",
+        "| who | characters/s |",
+        "|---|---|",
+    ]
     page += [f"| {name} | {_told(speed)} |" for name, speed in report["writing"].items()]
     if "cache" in report:
         cache = report["cache"]
@@ -433,23 +548,60 @@ def markdown(report: dict) -> str:
 
 def _told(values: dict, digits: int = 0) -> str:
     """-> median (lowest, highest)."""
-    return f"{values['median']:.{digits}f} ({values['low']:.{digits}f}, {values['high']:.{digits}f})"
+    return (
+        f"{values['median']:.{digits}f} ({values['low']:.{digits}f}, {values['high']:.{digits}f})"
+    )
 
 
 def _table(title: str, measured: dict) -> list[str]:
-    page = ["", f"## {title}", "", "| implementation | ms, median (lowest, highest) | times as long as the first |", "|---|---|---|"]
-    return page + [f"| {name} | {_told(row['ms'], 1)} | {_told(row['times'], 2)} |" for name, row in measured["rows"].items()]
+    page = [
+        "",
+        f"## {title}",
+        "",
+        "| implementation | ms, median (lowest, highest) | times as long as the first |",
+        "|---|---|---|",
+    ]
+    return page + [
+        f"| {name} | {_told(row['ms'], 1)} | {_told(row['times'], 2)} |"
+        for name, row in measured["rows"].items()
+    ]
 
 
 def _speed(report: dict) -> list[str]:
-    steps, memory, gpt, windows = report["steps"], report["step_memory"]["MB"], report["gpt"], report["windows"]
-    page = _table(f"A training step of every model, at its size (b {steps['b']}, t {steps['t']})", steps)
-    page += ["", "Memory above weights and gradients, MB: " + ", ".join(f"{name} {mb:.0f}" for name, mb in memory.items()) + "."]
-    page += _table(f"GPT-2 of the same shape: a training step (b {gpt['b']}, t {gpt['t']})", gpt["step"])
-    page += _table(f"GPT-2 of the same shape: {gpt['n']} characters, batch 1, with the cache", gpt["write"])
-    page += ["", "## One layer, width 192, forward and backward, by window (ms, median, lowest, highest)", ""]
-    page += ["| t | " + " | ".join(map(str, windows["lengths"])) + " |", "|---" * (len(windows["lengths"]) + 1) + "|"]
-    page += [f"| {name} | " + " | ".join(_told(ms, 1) for ms in row) + " |" for name, row in windows["rows"].items()]
+    steps, memory, gpt, windows = (
+        report["steps"],
+        report["step_memory"]["MB"],
+        report["gpt"],
+        report["windows"],
+    )
+    page = _table(
+        f"A training step of every model, at its size (b {steps['b']}, t {steps['t']})", steps
+    )
+    page += [
+        "",
+        "Memory above weights and gradients, MB: "
+        + ", ".join(f"{name} {mb:.0f}" for name, mb in memory.items())
+        + ".",
+    ]
+    page += _table(
+        f"GPT-2 of the same shape: a training step (b {gpt['b']}, t {gpt['t']})", gpt["step"]
+    )
+    page += _table(
+        f"GPT-2 of the same shape: {gpt['n']} characters, batch 1, with the cache", gpt["write"]
+    )
+    page += [
+        "",
+        "## One layer, width 192, forward and backward, by window (ms, median, lowest, highest)",
+        "",
+    ]
+    page += [
+        "| t | " + " | ".join(map(str, windows["lengths"])) + " |",
+        "|---" * (len(windows["lengths"]) + 1) + "|",
+    ]
+    page += [
+        f"| {name} | " + " | ".join(_told(ms, 1) for ms in row) + " |"
+        for name, row in windows["rows"].items()
+    ]
     page += [
         "",
         "## Writing, batch 1 (medians, lowest, highest)",
@@ -470,13 +622,24 @@ def _speed(report: dict) -> list[str]:
     ]
     for name, row in report["parallel"].items():
         for one in row:
-            words, judge, rate = _told(one["words"], 2), _told(one["judge"], 2), _told(one["chars_per_second"])
-            page.append(f"| {name} | {one.get('steps', 'one a character')} | {words} | {judge} | {rate} |")
+            words, judge, rate = (
+                _told(one["words"], 2),
+                _told(one["judge"], 2),
+                _told(one["chars_per_second"]),
+            )
+            page.append(
+                f"| {name} | {one.get('steps', 'one a character')} | {words} | {judge} | {rate} |"
+            )
     return page
 
 
 def _models(rows: dict) -> list[str]:
-    page = ["", "## Models", "", "| model | parameters | nats per character | bits | characters/s, batch 1 | of a batch |"]
+    page = [
+        "",
+        "## Models",
+        "",
+        "| model | parameters | nats per character | bits | characters/s, batch 1 | of a batch |",
+    ]
     page.append("|---|---|---|---|---|---|")
     trained = {name: row for name, row in rows.items() if "parameters" in row}
     for name, row in rows.items():
@@ -494,12 +657,22 @@ def _models(rows: dict) -> list[str]:
             page.append(f"| {name} | {row['parameters']:,} | {nats} | {bits} | {speed} | {many} |")
     page += _by_place({name: row["by_place"] for name, row in trained.items()}) + _curves(trained)
     for temperature in map(str, quality.TEMPERATURES):
-        told = {name: row["quality"][temperature] for name, row in rows.items() if temperature in row.get("quality", {})}
-        page += ["", f"## Text at temperature {temperature} (means, and bootstrap intervals over the texts)", ""]
+        told = {
+            name: row["quality"][temperature]
+            for name, row in rows.items()
+            if temperature in row.get("quality", {})
+        }
+        page += [
+            "",
+            f"## Text at temperature {temperature} (means, and bootstrap intervals over the texts)",
+            "",
+        ]
         measures = list(next(iter(told.values()), {}))
         page += ["| text of | " + " | ".join(measures) + " |", "|---" * (len(measures) + 1) + "|"]
         for name, row in told.items():
-            page.append(f"| {name} | " + " | ".join(_cell(row[measure]) for measure in measures) + " |")
+            page.append(
+                f"| {name} | " + " | ".join(_cell(row[measure]) for measure in measures) + " |"
+            )
     return page
 
 
@@ -507,7 +680,10 @@ def _by_place(rows: dict[str, list]) -> list[str]:
     """How much a longer past is worth: mean nats by the place in the window, from there to the next."""
     places = sorted({place for row in rows.values() for place, _ in row})
     page = ["", "## Nats per character, by place in the window", ""]
-    page += ["| model | from place " + " | ".join(f"{p + 1}" for p in places) + " |", "|---" * (len(places) + 1) + "|"]
+    page += [
+        "| model | from place " + " | ".join(f"{p + 1}" for p in places) + " |",
+        "|---" * (len(places) + 1) + "|",
+    ]
     for name, row in rows.items():
         there = {place: f"{nats:.3f}" for place, nats in row}
         page.append(f"| {name} | " + " | ".join(there.get(place, "") for place in places) + " |")
@@ -517,8 +693,15 @@ def _by_place(rows: dict[str, list]) -> list[str]:
 def _curves(rows: dict[str, dict]) -> list[str]:
     """What was met on the way while what ships was trained, where its card says so."""
     told = {name: row["curve"] for name, row in rows.items() if "curve" in row}
-    page = ["", "## Validation while training: nats per character after millions of characters", ""] if told else []
-    return page + [f"- {name}: " + ", ".join(f"{nats:.3f} after {seen / 1e6:.1f}" for seen, nats in curve) for name, curve in told.items()]
+    page = (
+        ["", "## Validation while training: nats per character after millions of characters", ""]
+        if told
+        else []
+    )
+    return page + [
+        f"- {name}: " + ", ".join(f"{nats:.3f} after {seen / 1e6:.1f}" for seen, nats in curve)
+        for name, curve in told.items()
+    ]
 
 
 def _cell(value) -> str:

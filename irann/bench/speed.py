@@ -11,10 +11,11 @@ from collections.abc import Callable
 
 import torch
 
-from . import quality, shakespeare, zoo
-from .layers import Attention
-from .models.gpt import GPT, GPTConfig
-from .models.mamba import MambaConfig, Mixer
+from .. import shakespeare, zoo
+from ..layers import Attention
+from ..models.gpt import GPT, GPTConfig
+from ..models.mamba import MambaConfig, Mixer
+from . import quality
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -37,7 +38,10 @@ def in_turn(runners: dict[str, Callable], rounds: int) -> dict:
             seconds[name].append(time.perf_counter() - began)
     first = next(iter(runners))
     rows = {
-        name: {"ms": spread([1000 * s for s in taken[1:]]), "times": spread(ratios(taken[1:], seconds[first][1:]))}
+        name: {
+            "ms": spread([1000 * s for s in taken[1:]]),
+            "times": spread(ratios(taken[1:], seconds[first][1:])),
+        }
         for name, taken in seconds.items()
     }
     return {"rounds": rounds, "rows": rows}
@@ -53,7 +57,9 @@ def steps_of_all(quick: bool) -> dict:
     for name in zoo.MODELS:
         config = zoo.recipe(name, which)[0]
         model, window = zoo.build(name, config).train(), config.window
-        ids = torch.randint(config.vocabulary, (b, window + 1), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(
+            config.vocabulary, (b, window + 1), generator=torch.Generator().manual_seed(0)
+        )
         runners[name] = lambda model=model, ids=ids: model.loss(ids)[0].backward()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -75,10 +81,30 @@ def gpt_beside_transformers(quick: bool) -> dict:
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
-        return {"step": in_turn(training, rounds), "write": in_turn(writing, rounds), "b": b, "t": t, "n": n}
-    quiet = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "activation_function": "gelu"}
+        return {
+            "step": in_turn(training, rounds),
+            "write": in_turn(writing, rounds),
+            "b": b,
+            "t": t,
+            "n": n,
+        }
+    quiet = {
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "activation_function": "gelu",
+    }
     theirs = GPT2LMHeadModel(
-        GPT2Config(vocab_size=65, n_positions=t, n_embd=width, n_layer=layers, n_head=3, **quiet, bos_token_id=0, eos_token_id=None)
+        GPT2Config(
+            vocab_size=65,
+            n_positions=t,
+            n_embd=width,
+            n_layer=layers,
+            n_head=3,
+            **quiet,
+            bos_token_id=0,
+            eos_token_id=None,
+        )
     )
 
     def train_theirs():
@@ -87,10 +113,18 @@ def gpt_beside_transformers(quick: bool) -> dict:
 
     def write_theirs():
         mask = torch.ones_like(prompt)
-        theirs.eval().generate(prompt, max_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0, attention_mask=mask)
+        theirs.eval().generate(
+            prompt, max_new_tokens=n, do_sample=True, top_k=0, pad_token_id=0, attention_mask=mask
+        )
 
     training["transformers"], writing["transformers"] = train_theirs, write_theirs
-    return {"step": in_turn(training, rounds), "write": in_turn(writing, rounds), "b": b, "t": t, "n": n}
+    return {
+        "step": in_turn(training, rounds),
+        "write": in_turn(writing, rounds),
+        "b": b,
+        "t": t,
+        "n": n,
+    }
 
 
 def cost_against_window(quick: bool) -> dict:
@@ -100,7 +134,10 @@ def cost_against_window(quick: bool) -> dict:
     rows: dict[str, list] = {"attention": [], "mamba": []}
     for t in lengths:
         x = torch.randn(1, t, 192, generator=torch.Generator().manual_seed(0))
-        runners = {"attention": lambda x=x: attention(x)[0].sum().backward(), "mamba": lambda x=x: mixer(x)[0].sum().backward()}
+        runners = {
+            "attention": lambda x=x: attention(x)[0].sum().backward(),
+            "mamba": lambda x=x: mixer(x)[0].sum().backward(),
+        }
         measured = in_turn(runners, rounds)["rows"]
         for name, row in rows.items():
             row.append(measured[name]["ms"])
@@ -113,18 +150,31 @@ def writing_by_length(quick: bool) -> dict:
     The prompts are from the validation part. For a model that writes a page at once, the first draft of the page is what is
     first on the screen.
     """
-    which, prompts, replies, rounds = ("tiny", (10, 100), (10,), 1) if quick else ("gpu", (100, 1000, 10_000), (50, 250), 3)
+    which, prompts, replies, rounds = (
+        ("tiny", (10, 100), (10,), 1) if quick else ("gpu", (100, 1000, 10_000), (50, 250), 3)
+    )
     rows: dict[str, list] = {}
     ids = shakespeare.load().val[None, : max(prompts)]
     for name in zoo.MODELS:
-        model = zoo.load(name) if name in zoo.shipped() and not quick else zoo.build(name, zoo.recipe(name, which)[0]).eval()
+        model = (
+            zoo.load(name)
+            if name in zoo.shipped() and not quick
+            else zoo.build(name, zoo.recipe(name, which)[0]).eval()
+        )
         write_once(model, ids[:, : prompts[0]], replies[0], 0)  # does not count
         rows[name] = []
         for prompt in prompts:
             for reply in replies:
                 took = [write_once(model, ids[:, :prompt], reply, seed) for seed in range(rounds)]
                 first, speed = zip(*took, strict=True)
-                rows[name].append({"prompt": prompt, "reply": reply, "first": spread(first), "chars_per_second": spread(speed)})
+                rows[name].append(
+                    {
+                        "prompt": prompt,
+                        "reply": reply,
+                        "first": spread(first),
+                        "chars_per_second": spread(speed),
+                    }
+                )
     return rows
 
 
@@ -144,7 +194,9 @@ def speed_against_quality(quick: bool, corpus: quality.Corpus, vocabulary) -> di
     for name in zoo.shipped():
         model = zoo.load(name)
         choices = [{"steps": count} for count in counts] if "steps" in model.settings else [{}]
-        rows[name] = [_tried(model, settings, samples, n, corpus, vocabulary) for settings in choices]
+        rows[name] = [
+            _tried(model, settings, samples, n, corpus, vocabulary) for settings in choices
+        ]
     return rows
 
 
@@ -153,8 +205,17 @@ def _tried(model, settings, samples, n, corpus, vocabulary):
     texts, speeds = [], []
     for seed in range(samples):
         began = time.perf_counter()
-        *_, draft = model.generate(start, n, temperature=0.8, generator=torch.Generator().manual_seed(seed), **settings)
+        *_, draft = model.generate(
+            start, n, temperature=0.8, generator=torch.Generator().manual_seed(seed), **settings
+        )
         speeds.append(n / (time.perf_counter() - began))
         texts.append(vocabulary.decode(draft.ids[0, 1:]))
-    told = {"words": [corpus.existing(text) for text in texts], "judge": [corpus.judge(text) for text in texts]}
-    return settings | {name: spread(values) for name, values in told.items()} | {"chars_per_second": spread(speeds)}
+    told = {
+        "words": [corpus.existing(text) for text in texts],
+        "judge": [corpus.judge(text) for text in texts],
+    }
+    return (
+        settings
+        | {name: spread(values) for name, values in told.items()}
+        | {"chars_per_second": spread(speeds)}
+    )
