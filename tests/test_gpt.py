@@ -9,7 +9,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from irann import zoo
 from irann.core import attention as core
-from irann.layers import ACTIVATIONS, RENAMED, Attention, rotary_table, rotate
+from irann.layers import ACTIVATIONS, Attention, apply_rotary, rotary_table
+from irann.models.interop import RENAMED
 from irann.models.gpt import GPT, GPTConfig
 
 SHAPES = [
@@ -42,7 +43,7 @@ def without_biases(theirs):
         if name.endswith("bias"):
             p.data.zero_()
     copy = GPT.from_transformers(theirs)
-    ours = GPT(replace(copy.config, bias=False)).to(copy.embed.weight).eval()
+    ours = GPT(replace(copy.config, bias=False)).to(copy.wte.weight).eval()
     ours.load_state_dict(
         {name: p for name, p in copy.state_dict().items() if not name.endswith("bias")}
     )
@@ -69,8 +70,8 @@ def test_logits_equal_transformers(options, dtype, tolerance, copy):
 
 def as_transformers(ours, page):
     """(b t) -> logits (b t v) of a GPT with `fast`'s options, computed by transformers."""
-    theirs = stablelm(ours.blocks, ours.config.width, ours.config.heads)
-    return theirs(inputs_embeds=ours.embed(page)).last_hidden_state @ ours.head.weight.T
+    theirs = stablelm(ours.h, ours.config.width, ours.config.heads)
+    return theirs(inputs_embeds=ours.wte(page)).last_hidden_state @ ours.lm_head.weight.T
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_variants_of_gpt2(activation, tied, eps):
         **SHAPES[1],
     )
     ours = GPT.from_transformers(theirs)
-    assert (ours.head is None) == tied
+    assert (ours.lm_head is None) == tied
     with torch.no_grad():
         a, b = ours(ids(2, 8)), theirs(ids(2, 8)).logits
     torch.testing.assert_close(a, b, atol=1e-10 * max(1, b.abs().max().item()), rtol=0)
@@ -202,7 +203,7 @@ def test_rotary_scores_see_distance_only():
     c, generator = 16, torch.Generator().manual_seed(0)
     q, k = (torch.randn(c, dtype=torch.float64, generator=generator) for _ in range(2))
     table = rotary_table(50, c, torch.float64)
-    turned_q, turned_k = rotate(q.expand(50, c), table), rotate(k.expand(50, c), table)
+    turned_q, turned_k = apply_rotary(q.expand(50, c), table), apply_rotary(k.expand(50, c), table)
     scores = turned_q @ turned_k.T
     for distance in (0, 1, 7):
         diagonal = scores.diagonal(-distance)
@@ -224,15 +225,15 @@ def test_rotary_scores_see_distance_only():
 def test_gpt2s_initialisation():
     torch.manual_seed(0)
     model = GPT(GPTConfig(width=128, layers=8))
-    assert model.embed.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.blocks[3].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.blocks[3].mlp.c_proj.weight.std().item() == pytest.approx(
+    assert model.wte.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.h[3].attn.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.h[3].mlp.c_proj.weight.std().item() == pytest.approx(
         0.02 / 4, rel=0.05
     )  # sqrt(2 * 8 layers) = 4
-    assert not model.blocks[3].mlp.c_fc.bias.any()
+    assert not model.h[3].mlp.c_fc.bias.any()
     fast = GPT(GPTConfig.fast(width=128))
-    assert fast.blocks[0].attn.c_attn.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
-    assert not fast.blocks[0].attn.c_proj.weight.any() and not list(fast.norm.parameters())
+    assert fast.h[0].attn.c_attn.weight.std().item() == pytest.approx(128**-0.5, rel=0.05)
+    assert not fast.h[0].attn.c_proj.weight.any() and not list(fast.norm.parameters())
 
 
 def test_dropout_is_active_in_training_only():
@@ -250,7 +251,7 @@ def test_dropout_reaches_the_input_both_halves_of_a_block_and_the_weights():
     nothing = excite(
         GPT(GPTConfig(dropout=1.0, **sizes))
     )  # all is dropped, so that what adds to the stream adds zero
-    left = nothing.norm(torch.zeros(1, 8, 16)) @ nothing.embed.weight.T
+    left = nothing.norm(torch.zeros(1, 8, 16)) @ nothing.wte.weight.T
     assert torch.equal(nothing(ids(1, 8)), left) and not torch.allclose(
         nothing.eval()(ids(1, 8)), left
     )
@@ -261,7 +262,7 @@ def test_dropout_reaches_the_input_both_halves_of_a_block_and_the_weights():
 @pytest.mark.parametrize("make", [GPTConfig, GPTConfig.fast])
 def test_inside_shows_the_weights_that_were_used(make):
     model, seen = excite(GPT(make(layers=2, width=16, heads=2, window=8))).double().eval(), []
-    for block in model.blocks:
+    for block in model.h:
         block.attn.register_forward_hook(
             lambda layer, given, out: seen.append((layer, *given, out[0]))
         )
