@@ -66,11 +66,13 @@ def step(
 
     Raises ValueError when the shapes do not belong together.
     """
-    n = A.shape[-1]
-    fits = state is not None and state.shape == (*u.shape, n) and state.shape[1:] == A.shape
-    if not fits or delta.shape != u.shape or not B.shape == C.shape == (len(u), n):
-        raise ValueError(_misfit(STEP, u, delta, A, B, C, D, state))
-    if D is not None and D.shape != A.shape[:1]:
+    fits = u.ndim == A.ndim == 2 and state is not None
+    if fits:
+        b, e = u.shape
+        n = A.shape[1]
+        fits = delta.shape == (b, e) and A.shape == (e, n) and B.shape == C.shape == (b, n)
+        fits = fits and state.shape == (b, e, n) and (D is None or D.shape == (e,))
+    if not fits:
         raise ValueError(_misfit(STEP, u, delta, A, B, C, D, state))
     state = torch.addcmul(
         torch.exp(delta.unsqueeze(2) * A) * state, (delta * u).unsqueeze(2), B.unsqueeze(1)
@@ -155,7 +157,7 @@ def selective_scan(
         torch.float32 if dtype.itemsize < 4 else dtype
     )  # half precision loses the state within a hundred positions
     u, delta, A, B, C = (x.to(exact) for x in (u, delta, A, B, C))
-    state = u.new_zeros(len(u), *A.shape) if state is None else state.to(exact)
+    state = u.new_zeros(u.shape[0], *A.shape) if state is None else state.to(exact)
     if method == "sequential" or u.numel() == 0 or B.numel() == 0:
         y, state = sequential(u, delta, A, B, C, state)
     else:

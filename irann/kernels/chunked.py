@@ -36,7 +36,6 @@ def scan(
     """y without D u, and the last state, in chunks of `span` positions, each by a loop or by a
     tree."""
     u, delta, B, C = (x.transpose(0, 1).contiguous() for x in (u, delta, B, C))
-    span = min(span, len(u))
     y, last, _ = SCAN(u, delta, A, B, C, state, span, int(trees))
     return y.transpose(0, 1), last
 
@@ -48,7 +47,7 @@ def span(lanes: int, numbers: int) -> int:
 
 
 def _spans(u, span, trees):
-    return -(-len(u) // span)
+    return -(-u.shape[0] // span)
 
 
 def _forward(
@@ -59,6 +58,7 @@ def _forward(
     A2 = (A.T * LOG2E).contiguous()
     x = delta * u
     y = u.new_empty(u.shape)
+    span = min(span, t)
     a = u.new_empty(span, b, n, e)
     h = u.new_empty(span + 1, b, n, e)
     entry = u.new_empty(b, _spans(u, span, trees), n, e)
@@ -70,7 +70,7 @@ def _forward(
         _states(delta[now], x[now], A2, B[now], a[:s], h[: s + 1], trees)
         torch.bmm(C[now].view(-1, 1, n), h[1 : s + 1].view(-1, n, e), out=y[now].view(-1, 1, e))
         h[0] = h[s]
-    return y, h[0].mT.contiguous(), entry
+    return y, h[0].mT.contiguous(), entry.flatten()
 
 
 def _backward(
@@ -93,9 +93,11 @@ def _backward(
     x = delta * u
     dx, ddelta, dB, dC = (v.new_empty(v.shape) for v in (u, delta, B, C))
     dA = torch.zeros_like(A)
+    span = min(span, t)
     a = u.new_empty(span, b, n, e)
     g = u.new_empty(span, b, n, e)
     h = u.new_empty(span + 1, b, n, e)
+    entry = entry.view(b, -1, n, e)
     carry = dlast.mT.clone(
         memory_format=torch.contiguous_format
     )  # a_{t+1} g_{t+1} from the next chunk

@@ -63,7 +63,7 @@ def _forward(
     b, e, n = state.shape
     y = u.new_empty(u.shape)
     last = u.new_empty(b, n, e)
-    entry = u.new_empty(b, _spans(u), n, e)
+    entry = u.new_empty(b * _spans(u) * n * e)
     _call("forward", u, n, (u, delta, A.T * LOG2E, B, C, state.mT), (y, last, entry))
     return y, last.mT.contiguous(), entry
 

@@ -5,8 +5,8 @@ shapes from a rule, and its gradient is another such call. `torch.library.custom
 in fewer lines, but costs 60 microseconds a call, 12 % of a small scan, and refuses torch.func.grad;
 this costs 15. A scan differentiates once.
 
-All scans have one signature here. Shapes are those of `irann.core.scan`, and `entry` (b k n e) holds
-the state at the entry of each of k spans, kept for backward. `options` are whole numbers. What a
+All scans have one signature here. Shapes are those of `irann.core.scan`, and `entry` holds the state
+at the entry of each of k spans, (b k n e), flat: a k that is not known yet raises no questions. `options` are whole numbers. What a
 kernel returns is new memory, contiguous.
 """
 
@@ -39,7 +39,7 @@ def operator(
 
     `spans(u, *options)` is how many states `entry` holds.
     """
-    numbers = "".join(f", int {option}" for option in options)
+    numbers = "".join(f", SymInt {option}" for option in options)
     LIBRARY.define(
         f"{name}({INPUTS}, Tensor state{numbers}) -> (Tensor y, Tensor last, Tensor entry)"
     )
@@ -53,7 +53,7 @@ def operator(
 
     def fake_forward(u, delta, A, B, C, state, *numbers):
         b, e, n = state.shape
-        return u.new_empty(u.shape), u.new_empty(b, e, n), u.new_empty(b, spans(u, *numbers), n, e)
+        return u.new_empty(u.shape), u.new_empty(b, e, n), u.new_empty(b * spans(u, *numbers) * n * e)
 
     def fake_backward(dy, dlast, u, delta, A, B, C, entry, *numbers):
         return tuple(x.new_empty(x.shape) for x in (u, delta, A, B, C, dlast))
@@ -64,6 +64,7 @@ def operator(
             with torch._C._AutoDispatchBelowAutograd():
                 y, last, entry = there(*inputs)
             ctx.save_for_backward(*inputs[:5], entry)
+            ctx.state_shape = inputs[5].shape
             ctx.numbers = inputs[6:]
             ctx.mark_non_differentiable(entry)
             ctx.set_materialize_grads(False)
@@ -73,7 +74,7 @@ def operator(
         def backward(ctx, dy, dlast, _):
             u, delta, A, B, C, entry = ctx.saved_tensors
             dy = torch.zeros_like(u) if dy is None else dy
-            dlast = torch.zeros_like(entry[:, 0].mT) if dlast is None else dlast
+            dlast = u.new_zeros(ctx.state_shape) if dlast is None else dlast
             gradients = back(dy, dlast, u, delta, A, B, C, entry, *ctx.numbers)
             return *gradients, *(None for _ in ctx.numbers)
 

@@ -149,7 +149,7 @@ def _scan(
     u, delta, A2, B, C, state = (x.contiguous() for x in (u, delta, A.T * LOG2E, B, C, state.mT))
     y = u.new_empty(u.shape)
     last = u.new_empty(b, n, e)
-    entry = u.new_empty(b, _spans(u), n, e)
+    entry = u.new_empty(b * _spans(u) * n * e)
     with _on(u):
         _forward[(_parts(e), b)](
             u, delta, A2, B, C, state, y, last, entry, u.shape[1], e, n, *_sizes(n), num_warps=1
