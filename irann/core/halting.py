@@ -55,7 +55,7 @@ def expected_rounds(p: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch"]:
 
 
 def log_geometric(
-    prior: float,
+    prior: float | int,
     rounds: int,
     *,
     dtype: torch.dtype = torch.float64,
@@ -73,7 +73,7 @@ def log_geometric(
     return failed * math.log1p(-prior) + math.log(prior) * (failed < rounds - 1).to(dtype)
 
 
-def kl_to_geometric(p: Float[Tensor, "*batch r"], prior: float) -> Float[Tensor, "*batch"]:
+def kl_to_geometric(p: Float[Tensor, "*batch r"], prior: float | int) -> Float[Tensor, "*batch"]:
     """KL(p || geometric(prior)) in nats, the sum of p_r log(p_r / g_r).
 
     This direction averages over where p puts its mass: p may leave rounds out that the prior
@@ -103,7 +103,7 @@ def fixed_point(
     step: Callable[[Tensor], Tensor],
     x0: Float[Tensor, "b ..."],
     *,
-    tolerance: float,
+    tolerance: float | int,
     max_rounds: int,
 ) -> FixedPoint:
     """x <- step(x) until a row changes by at most `tolerance` (Euclidean norm), or `max_rounds`.

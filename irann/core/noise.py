@@ -156,10 +156,10 @@ def _check_shapes(**pair):
 def step(
     x0: Data,
     x: Data,
-    alpha_bar: float,
-    alpha_bar_next: float,
+    alpha_bar: float | int,
+    alpha_bar_next: float | int,
     *,
-    eta: float = 1.0,
+    eta: float | int = 1.0,
     noise: Callable[[Tensor], Tensor],
 ) -> Data:
     """x from one noise level to a lower one, given the guess x0 (eqs. 12 and 16 of Song et al.).
@@ -180,7 +180,7 @@ def sample(
     schedule: Schedule,
     *,
     timesteps: Sequence[int] | None = None,
-    eta: float = 1.0,
+    eta: float | int = 1.0,
     noise: Callable[[Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
@@ -226,7 +226,7 @@ def guided(
     denoiser: Denoiser,
     guide: Callable[[Tensor, Tensor], Tensor],
     schedule: Schedule,
-    strength: float = 1.0,
+    strength: float | int = 1.0,
 ) -> Denoiser:
     """-> a denoiser that is drawn towards a condition, where `guide(x_tau, tau) -> (b)` is its log
     probability.
