@@ -1,5 +1,6 @@
 """What can go wrong with standard input and a terminal: closed streams, other encodings, wide characters."""
 
+import os
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -7,6 +8,28 @@ from collections.abc import Callable
 from ..settings import InputError
 
 JOINERS = "\u200c\u200d"  # without them some scripts cannot be written
+
+
+def prepare() -> None:
+    """Once, as a program begins: no file may be opened as a standard stream that is closed, and output never breaks
+    off at a character that its encoding does not have."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    if getattr(sys.stdout, "errors", None) == "strict":
+        sys.stdout.reconfigure(errors="replace")
+
+
+def check_encoding(characters: str) -> None:
+    """Say beforehand that some of these characters will be written as question marks, and the way out."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    lost = characters.encode(encoding, "replace").decode(encoding) != characters
+    if lost:
+        tell(
+            f"standard output is {encoding}, and what it cannot hold becomes a question mark: set PYTHONIOENCODING=utf-8"
+        )
 
 
 def heard(read: Callable[[], str] | None = None) -> str:

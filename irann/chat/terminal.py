@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import CheckpointError
-from ..lm import SAMPLING
+from ..lm import SAMPLING, vocabulary_of
 from ..settings import InputError
 from .session import LENGTH, NAMES, SCENE, Frame, Session
-from .streams import advance, cells, check_stdin, heard, tell, visible
+from .streams import advance, cells, check_encoding, check_stdin, heard, tell, visible
 
 HELP = """Write a line and press Enter; the model answers. An empty line lets it speak
 again. Ctrl-C stops a reply, Ctrl-D leaves. Without a value: what is set.
@@ -37,14 +37,19 @@ TAB = "    "  # in a terminal, where columns are counted
 RESERVED = 3  # columns at a line's end: the terminal may write ^C there
 
 
-def main(model: str = "gpt", device: Any = "cpu", **settings: str) -> None:
+def main(model: str, settings: dict[str, str], *, device: Any = "cpu") -> None:
     """Talk until the input ends or says /quit. Raises InputError and CheckpointError for what cannot be loaded or set."""
     settings = {SHORT.get(name, name): value for name, value in settings.items()}
     known = {"length": LENGTH} | SAMPLING | SCENE
     for name in known.keys() & settings.keys():  # refused before anything is loaded
         known[name].read(name, settings[name])
     check_stdin()
-    Terminal(Session(model, device=device, say=tell, **settings)).run()
+    session = Session(model, device=device, say=tell)
+    for name, value in settings.items():
+        if note := session.set(name, value):
+            tell(note)
+    check_encoding(vocabulary_of(session.model).characters)
+    Terminal(session).run()
 
 
 class Terminal:
