@@ -41,7 +41,7 @@ class Vocabulary:
     def encode(self, text: str) -> Tensor:
         """-> (t) of int64. Raises ValueError that shows the characters it does not know."""
         try:
-            return torch.tensor([self._id[c] for c in text], dtype=torch.long)
+            return torch.tensor([self._id[c] for c in text], dtype=torch.long, device="cpu")
         except KeyError:
             unknown = self.unknown(text)
             shown = unknown if len(unknown) <= 20 else unknown[:20] + "..."
@@ -146,5 +146,5 @@ def windows(
         raise InputError(
             f"the text has {len(ids)} characters, too few for one window of {window} and the character after it"
         )
-    starts = torch.randint(len(ids) - window, (batch, 1), generator=generator)
-    return ids[starts + torch.arange(window + 1)]
+    starts = torch.randint(len(ids) - window, (batch, 1), generator=generator, device="cpu")
+    return ids[starts + torch.arange(window + 1, device="cpu")]
