@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +25,7 @@ from .sampling import SAMPLING
 from .settings import InputError, Setting
 from .shakespeare import CorpusError
 from .text import Text
-from .training import InUse, NotFinite, Tick, evaluate, progress, train
+from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
 
 EXIT_CODES: dict[type[Exception], int] = {
     CheckpointError: 3,
@@ -38,6 +38,10 @@ EXIT_CODES: dict[type[Exception], int] = {
 }
 SEEDS = Setting(3, "how often a race is run", low=1)
 WRITERS = ("train", "bench")  # they leave files: what they print may go nowhere
+NAMES = "gpt, thinker, thinker-page, diffusion or mamba"
+ABOUT = f"""Small language models on tiny-shakespeare: train them, let them write, compare them.
+
+MODEL is {NAMES}. Begin with: irann train gpt --recipe demo"""
 EXTRA: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 app = typer.Typer(
@@ -45,9 +49,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Small language models on tiny-shakespeare: train them, let them write, compare them.\n\n"
-    "MODEL is gpt, thinker, thinker-page, diffusion or mamba. Begin with: irann train gpt --recipe demo",
+    help=ABOUT,
 )
+
+
+def _option(help: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar)
 
 
 def _number(setting: Setting) -> Any:
@@ -55,16 +62,31 @@ def _number(setting: Setting) -> Any:
     return typer.Option(metavar="NUMBER", help=setting.help)
 
 
-Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="gpt, thinker, thinker-page, diffusion or mamba")
-]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES)]
 Trained = Annotated[
     str, typer.Argument(metavar="MODEL", help="a model's name, or a run directory, or a checkpoint")
 ]
-Corpus = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="another UTF-8 text instead of tiny-shakespeare")
-]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: a GPU where there is one")]
+OtherText = _option("another UTF-8 text instead of tiny-shakespeare", metavar="FILE")
+Corpus = Annotated[Path | None, OtherText]
+Device = Annotated[str, _option("cpu, cuda, mps, or auto: a GPU where there is one")]
+Recipe = _option("demo: about a minute; full: up to 90 minutes of two CPU cores")
+Changes = _option("change the recipe or the size, e.g. lr=1e-3", "--set", metavar="NAME=VALUE")
+Run = _option("where checkpoints and metrics go; default runs/MODEL-RECIPE", metavar="DIR")
+Resume = _option("go on from the newest checkpoint of the run", "--resume")
+Overwrite = _option("throw the run in this directory away and start anew", "--overwrite")
+Log = _option("also log to wandb or tensorboard (pip install 'irann[log]')", metavar="TOOL")
+Prompt = _option("what the text begins with; - reads it from standard input")
+Encoded = _option(
+    "also write train_encoded.npy, val_encoded.npy and vocab.json here", metavar="DIR"
+)
+Lies = _option("where tiny-shakespeare already lies", metavar="FILE")
+What = typer.Argument(
+    help=f"scan: the scan against others; all: trained models too; {NAMES}: that one alone; "
+    "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
+)
+Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
+Report = _option("where the report goes; bench-report, or bench-report/quick", metavar="DIR")
+RaceDevice = _option("cpu, cuda, mps or auto: what a race is trained on; all else is on the CPU")
 
 
 def _version(wanted: bool) -> None:
@@ -75,7 +97,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(help=ABOUT)
 def options(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="say it, and end")
@@ -84,21 +106,9 @@ def options(
     pass
 
 
-# The text that a command shows in --help is its docstring, and that of `app` for all of them.
-options.__doc__ = app.info.help
-
-
 @app.command()
 def data(
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="also write train_encoded.npy, val_encoded.npy and vocab.json here"
-        ),
-    ] = None,
-    corpus: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="where tiny-shakespeare already lies")
-    ] = None,
+    out: Annotated[Path | None, Encoded] = None, corpus: Annotated[Path | None, Lies] = None
 ) -> None:
     """Find or rebuild tiny-shakespeare, check it, and say where it came from."""
     text = shakespeare.load(corpus)
@@ -114,36 +124,14 @@ def data(
 @app.command("train")
 def train_command(
     model: Model,
-    recipe: Annotated[
-        str, typer.Option(help="demo: about a minute; full: up to 90 minutes of two CPU cores")
-    ] = "demo",
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="NAME=VALUE", help="change the recipe or the size, e.g. lr=1e-3"
-        ),
-    ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="where checkpoints and metrics go; default runs/MODEL-RECIPE"
-        ),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the newest checkpoint of the run")
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="throw the run in this directory away and start anew"),
-    ] = False,
+    recipe: Annotated[str, Recipe] = "demo",
+    changes: Annotated[list[str] | None, Changes] = None,
+    run: Annotated[Path | None, Run] = None,
+    resume: Annotated[bool, Resume] = False,
+    overwrite: Annotated[bool, Overwrite] = False,
     corpus: Corpus = None,
     device: Device = "auto",
-    log: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TOOL", help="also log to wandb or tensorboard (pip install 'irann[log]')"
-        ),
-    ] = None,
+    log: Annotated[str | None, Log] = None,
 ) -> None:
     """Train a model; Ctrl-C saves a checkpoint, --resume goes on from it."""
     if log not in (None, "wandb", "tensorboard"):
@@ -159,40 +147,49 @@ def train_command(
         network = network.to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
         size = sum(p.numel() for p in network.parameters())
         characters = plan.batch * network.config.window
-        say = print if rank == 0 else _nothing
+        say = _nothing if rank else print
         say(
             f"{model}, {size:,} parameters, recipe {recipe}: "
             f"{plan.steps:,} steps of {characters:,} characters; {run}"
         )
-        logger = _logger(log, run) if rank == 0 else None
-        ticks = train(network, text, plan, run=run, resume=resume, overwrite=overwrite)
-        last = None
-        with contextlib.closing(ticks):  # which saves, whatever fails here
-            for last in progress(ticks, plan.steps, mininterval=0.5) if rank == 0 else ticks:
-                for note in last.notes:
-                    say(note)
-                if logger:
-                    logger(last)
-        if last is None:
-            say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
-        elif last.interrupted:
-            say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
-            raise typer.Exit(128 + last.interrupted)
-        else:
-            nats = "nats" if network.exact else "nats, a bound,"
-            say(
-                f"{last.validation:.4f} {nats} per character of the validation part "
-                f"after {last.seconds:,.0f} s; saved in {last.saved}"
+        logger = None if rank else _logger(log, run)
+        with Signals() as stop:
+            ticks = train(
+                network, text, plan, run=run, resume=resume, overwrite=overwrite, stop=stop
             )
+            last = _follow(ticks, plan.steps, rank == 0, logger)
+            if last is None:
+                say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
+            elif last.interrupted:
+                say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
+                raise typer.Exit(128 + last.interrupted)
+            else:
+                nats = "nats" if network.exact else "nats, a bound,"
+                say(
+                    f"{last.validation:.4f} {nats} per character of the validation part "
+                    f"after {last.seconds:,.0f} s; saved in {last.saved}"
+                )
+
+
+def _follow(
+    ticks: Generator[Tick], steps: int, shown: bool, logger: Callable[[Tick], None] | None
+) -> Tick | None:
+    """Go through a training, on the screen if `shown` -> its last tick. Whatever fails here, a checkpoint is saved."""
+    last = None
+    with contextlib.closing(ticks):
+        for last in progress(ticks, steps, mininterval=0.5) if shown else ticks:
+            if shown and last.notes:
+                print(*last.notes, sep="\n")
+            if logger:
+                logger(last)
+    return last
 
 
 @app.command(context_settings=EXTRA)
 def sample(
     context: typer.Context,
     model: Trained,
-    prompt: Annotated[
-        str, typer.Option(help="what the text begins with; - reads it from standard input")
-    ] = "",
+    prompt: Annotated[str, Prompt] = "",
     length: Annotated[str, _number(lm.LENGTH)] = "500",
     temperature: Annotated[str, _number(SAMPLING["temperature"])] = "1.0",
     top_k: Annotated[str, _number(SAMPLING["top_k"])] = "0",
@@ -266,32 +263,11 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
 
 @app.command()
 def bench(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="scan: the scan against others; all: trained models too; gpt, thinker-page, diffusion or mamba: "
-            "that one alone; models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
-        ),
-    ] = "all",
-    quick: Annotated[
-        bool,
-        typer.Option(
-            "--quick", help="small sizes, to see whether it runs: about three minutes for all"
-        ),
-    ] = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="where the report goes; bench-report, or bench-report/quick"
-        ),
-    ] = None,
+    what: Annotated[str, What] = "all",
+    quick: Annotated[bool, Quick] = False,
+    out: Annotated[Path | None, Report] = None,
     seeds: Annotated[str, _number(SEEDS)] = "3",
-    device: Annotated[
-        str,
-        typer.Option(
-            help="cpu, cuda, mps or auto: what a race is trained on; all else is measured on the CPU"
-        ),
-    ] = "cpu",
+    device: Annotated[str, RaceDevice] = "cpu",
 ) -> None:
     """Time the selective scan against others, compare the trained models, or train models side by side.
 

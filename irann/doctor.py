@@ -74,8 +74,10 @@ def _torch(problems: list[str]) -> Iterator[str]:
 
 
 def _scan(problems: list[str]) -> Iterator[str]:
-    from .kernels import describe
-
+    try:
+        from .kernels import describe
+    except ImportError:
+        return
     yield from describe().splitlines()
 
 
