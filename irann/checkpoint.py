@@ -289,7 +289,7 @@ def _read_manifest(path: Path) -> dict[str, dict]:
             f"{path} has format version {version}, this irann reads version {FORMAT}: train the run anew "
             "(--overwrite), or go on with the irann that began it"
         )
-    if not whole or version is not FORMAT:
+    if not whole or type(version) is not int:
         raise CheckpointError(f"{path} is damaged: it is not as it was written")
     for name in FILES:
         entry = listing.get(name) if isinstance(listing, dict) else None
