@@ -52,7 +52,7 @@ def test_without_a_kernel_torch_takes_over_in_silence(fault, fresh, monkeypatch,
     close(everything(inputs, "auto"), everything(inputs, "chunked"), 0)
     with refuses("'native' is not to be had: .*(no C compiler|could not be built)"):
         selective_scan(*inputs[:6], method="native")
-    assert "cpu: chunked (no native kernel: " in kernels.describe()
+    assert "cpu: chunked (no C kernel: " in kernels.describe()
     assert capfd.readouterr() == ("", "")
 
 
