@@ -171,7 +171,7 @@ def test_compile_export_and_func_see_one_operator():
         assert max(found.values()) < 1e-12, (method, found)
 
 
-# --- Triton: on a GPU, or in its interpreter (conftest.py) -----------------------------------------
+# --- Triton: on a GPU, or in its interpreter (conftest.py) ----------------------------------------
 
 
 @pytest.mark.parametrize("b, t, e, n", [(2, 1, 3, 1), (2, 7, 4, 5), (1, 33, 35, 2)])

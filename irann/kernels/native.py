@@ -93,7 +93,7 @@ def _backward(
 
 
 def _parts(u):
-    """-> runs of channels that each text is cut into, so that every thread has work; their width."""
+    """-> runs of channels of a text, so that every thread has work; and their width."""
     b, _, e = u.shape
     lanes = BYTES // u.element_size()
     wide = -(-e // (lanes * -(-torch.get_num_threads() // b))) * lanes

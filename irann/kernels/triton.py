@@ -8,9 +8,9 @@ entry of every SPAN positions is kept; backward computes the states of one such 
 them in `notes`, and walks the span from the right. What all channels add to dB and dC is written
 apart by each program and summed afterwards, so that the same input gives the same bits.
 
-Layouts as in scan.c, last axis fastest: u, delta, y (b t e); A2 (n e); B, C (b t n);
-state, last (b n e); entry (b k n e). This file is imported where there is a GPU; with TRITON_INTERPRET=1 it runs
-without one, slowly, to be tested.
+Layouts as in scan.c, last axis fastest: u, delta, y (b t e); A2 (n e); B, C (b t n); state, last
+(b n e); entry (b k n e). This file is imported where there is a GPU; with TRITON_INTERPRET=1 it
+runs without one, slowly, to be tested.
 """
 
 import math
