@@ -129,7 +129,9 @@ def calls(b, t, e, n):
     u, delta, A, B, C, _, state = draw(b, t, e, n)
     yield native.SCAN, (u, delta, A, B, C, state)
     if kernels.why_not("triton", "cpu", n, u.dtype) == "":
-        yield kernels.triton.SCAN, (u, delta, A, B, C, state)
+        from irann.kernels import triton
+
+        yield triton.SCAN, (u, delta, A, B, C, state)
     u, delta, B, C = (
         v.detach().transpose(0, 1).contiguous().requires_grad_() for v in (u, delta, B, C)
     )

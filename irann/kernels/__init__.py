@@ -11,7 +11,6 @@ The environment variable IRANN_KERNEL=0 switches the C kernel off.
 import functools
 import importlib.util
 import os
-from types import ModuleType
 
 import torch
 from jaxtyping import Float
@@ -41,7 +40,9 @@ def scan(
     if method == "native":
         return native.scan(u, delta, A, B, C, state)
     if method == "triton":
-        return _triton().scan(u, delta, A, B, C, state)
+        from . import triton
+
+        return triton.scan(u, delta, A, B, C, state)
     lanes = state.numel()
     if method == "chunked":
         return chunked.scan(u, delta, A, B, C, state, span=chunked.span(lanes, chunked.ON_CPU))
@@ -63,7 +64,7 @@ def why_not(method: str, device: str, n: int, dtype: torch.dtype) -> str:
     if method == "native":
         return "it wants a CPU" if device != "cpu" else native.why_not(n, dtype)
     if method == "triton":
-        if _triton() is None:
+        if not _has_triton():
             return "Triton is not installed"
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"it wants a CUDA GPU, or the interpreter (TRITON_INTERPRET=1); got {device}"
@@ -71,13 +72,8 @@ def why_not(method: str, device: str, n: int, dtype: torch.dtype) -> str:
 
 
 @functools.cache
-def _triton() -> ModuleType | None:
-    """-> triton.py, imported at its first use, or None where there is no Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    from . import triton as kernel
-
-    return kernel
+def _has_triton():
+    return importlib.util.find_spec("triton") is not None
 
 
 def describe(n: int = 16, dtype: torch.dtype = torch.float32) -> str:

@@ -147,6 +147,7 @@ def _build(n, dtype, cc):
             ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's own threads, for scan.c
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         return Kernel(None, f"no C compiler ({error})")
+    reason = ""
     for threads in ("-fopenmp",), ():
         options = (*OPTIONS, f"-DN={n}", f"-DSPAN={SPAN}", *REALS[dtype], *threads)
         key = b"\0".join([source, target, *map(str.encode, (*compiler, *options))])

@@ -73,12 +73,13 @@ def operator(
             return y, last, entry
 
         @staticmethod
-        def backward(ctx, dy, dlast, _):
+        def backward(ctx, *gradients):
+            dy, dlast, _ = gradients
             u, delta, A, B, C, entry = ctx.saved_tensors
             dy = torch.zeros_like(u) if dy is None else dy
             dlast = u.new_zeros(ctx.state_shape) if dlast is None else dlast
-            gradients = back(dy, dlast, u, delta, A, B, C, entry, *ctx.numbers)
-            return *gradients, *(None for _ in ctx.numbers)
+            inputs = back(dy, dlast, u, delta, A, B, C, entry, *ctx.numbers)
+            return *inputs, *(None for _ in ctx.numbers)
 
     class Once(_SingleLevelFunction):
         @staticmethod

@@ -13,6 +13,9 @@ Layouts as in scan.c, last axis fastest: u, delta, y (b t e); A2 (n e); B, C (b 
 runs without one, slowly, to be tested.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (what stands under triton.jit is read by Triton)
+
 import math
 
 import torch
