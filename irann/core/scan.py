@@ -11,7 +11,7 @@ The same numbers come in several ways, `method`:
 | method     | how                                                 | depth in t |
 |------------|-----------------------------------------------------|------------|
 | sequential | the loop as written, differentiated by autograd     | t          |
-| parallel   | the tree below over all of t                        | 2 log2 t   |
+| parallel   | the tree of tree.py over all of t                   | 2 log2 t   |
 | chunked    | time outermost, all else in one row, chunk by chunk | t          |
 | native     | the loop in C, the state in registers               | t          |
 | triton     | the same loop in Triton, for CUDA                   | t          |
@@ -29,6 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import kernels
+from .tree import tree as tree
 
 SCAN = dict(u="b t e", delta="b t e", A="e n", B="b t n", C="b t n", D="e", state="b e n")
 STEP = dict(u="b e", delta="b e", A="e n", B="b n", C="b n", D="e", state="b e n")
@@ -97,29 +98,6 @@ def sequential(
         state = keep_t * state + add_t
         outputs.append(einsum(state, C_t, "b e n, b n -> b e").unsqueeze(1))
     return torch.cat(outputs, 1), state
-
-
-def tree(a: Float[Tensor, "t ..."], x: Float[Tensor, "t ..."]) -> None:
-    """h_t = a_t h_{t-1} + x_t along the first axis, in place: x becomes h.
-
-    The work-efficient tree (Blelloch 1990). A position is the map h -> a h + x, and maps compose:
-    (a1, x1) then (a2, x2) is (a1 a2, a2 x1 + x2). Composition is associative, so any bracketing
-    will do. Only products of a enter, never quotients or logarithms: nothing overflows.
-    """
-    a = a.clone()
-    t = len(a)
-    stride = 1
-    while stride < t:  # up: pairs, fours, ...; the end of a pair takes in its first half
-        first = slice(stride - 1, t - stride, 2 * stride)
-        second = slice(2 * stride - 1, t, 2 * stride)
-        x[second].addcmul_(a[second], x[first])
-        a[second] *= a[first]
-        stride *= 2
-    while stride > 1:  # down: a position takes in the finished one before it
-        stride //= 2
-        finished = slice(2 * stride - 1, t - stride, 2 * stride)
-        between = slice(3 * stride - 1, t, 2 * stride)
-        x[between].addcmul_(a[between], x[finished])
 
 
 def selective_scan(

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core import scan as core
+from ..core.tree import tree
 from .operator import operator
 
 LOG2E = 1 / math.log(2)  # exp(x) = exp2(x log2 e), and exp2 is the cheaper one
@@ -131,7 +131,7 @@ def _states(delta, x, A2, B, a, h, trees):
     torch.mul(B[..., None], x[:, :, None], out=h[1:])
     h[1].addcmul_(a[0], h[0])
     if trees:
-        core.tree(a, h[1:])
+        tree(a, h[1:])
         return
     positions = h[1:].unbind()
     for previous, now, keep in zip(positions, positions[1:], a.unbind()[1:]):
@@ -142,7 +142,7 @@ def _from_the_right(a, g, trees):
     """g_t += a_{t+1} g_{t+1}, in place, from the last position to the first."""
     if trees:
         reversed_g = g.flip(0)
-        core.tree(a.roll(-1, 0).flip(0), reversed_g)  # the first factor is never read
+        tree(a.roll(-1, 0).flip(0), reversed_g)  # the first factor is never read
         g.copy_(reversed_g.flip(0))
         return
     positions = g.unbind()
