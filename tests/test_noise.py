@@ -32,7 +32,7 @@ def uneven(steps, count, seed=0):
 
 # --- schedules ------------------------------------------------------------------------------------
 
-TABLE = {  # beta_1, alpha_bar at 500 and 1000, posterior variance at 500; computed apart, from the papers
+TABLE = {  # beta_1, alpha_bar at 500 and 1000, posterior variance at 500; from the papers
     "linear": (1e-4, 7.8587242882e-2, 4.0358297654e-5, 1.0031355415e-2),
     "cosine": (4.1284224822e-5, 4.9384359044e-1, 2.4287669070e-9, 3.1361999041e-3),
     "sqrt": (2.3400250408e-2, 2.9578031482e-1, 4.5464777332e-7, 2.4074962267e-3),
