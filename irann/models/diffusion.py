@@ -98,16 +98,14 @@ class Diffusion(Denoiser):
         normal = noise.normal(generator)
         eps = normal(x0)
         dtype = torch.promote_types(x0.dtype, torch.float32)
-        self_conditioned = (
-            torch.rand(len(ids), generator=generator, device=_device(generator)) < 0.5
-        )
+        self_conditioned = torch.rand(len(ids), generator=generator, device=device) < 0.5
         return {
             "mask": mask,
             "weight": mask.to(dtype) / mask.to(dtype).mean(),
             "tau": tau.to(device),
             "p": p.to(device),
             "eps": eps,
-            "self_conditioned": self_conditioned.to(device),
+            "self_conditioned": self_conditioned,
             "eps_rounding": normal(x0),
         }
 
@@ -156,7 +154,7 @@ class Diffusion(Denoiser):
 
     @torch.no_grad()
     def bound(
-        self, ids: Int[Tensor, "b t+1"], *, generator: torch.Generator | None = None, draws: int = 4
+        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None, draws: int = 4
     ) -> Bound:
         """The terms of an upper bound of -log p, in nats, for each character of `ids[:, 1:]`.
 
@@ -190,7 +188,7 @@ class Diffusion(Denoiser):
         return prior[:, start:], steps[None, :, start:], rounding[:, start:]
 
     def nll(
-        self, ids: Int[Tensor, "b t+1"], *, generator: torch.Generator | None = None
+        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "b t"]:
         """An upper bound, on average over the noise, of the nats of each character of `ids[:, 1:]`."""
         bound = self.bound(ids, generator=generator)
