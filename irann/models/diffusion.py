@@ -41,7 +41,7 @@ from ..lm import (
     seeded,
     vocabulary_of,
 )
-from ..sampling import check_sampling, filter_logits
+from ..sampling import Sampling, check_sampling, filter_logits
 from ..settings import InputError, Setting
 from .denoiser import Denoiser, DiffusionConfig, draw_mask
 
@@ -58,7 +58,7 @@ class Denoising:
     levels: list[int]  # noise levels, decreasing
     eta: float
     clamp: bool
-    sampling: dict  # temperature, top_k, top_p
+    sampling: Sampling
     guide: Guide | None
     strength: float
 
@@ -189,7 +189,7 @@ class Diffusion(Denoiser):
 
     def nll(
         self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b t"]:
+    ) -> Float[Tensor, "b t-1"]:
         """An upper bound, on average over the noise, of the nats of each character of `ids[:, 1:]`."""
         bound = self.bound(ids, generator=generator)
         return bound.prior + bound.steps[0] + bound.reconstruction
@@ -310,7 +310,7 @@ class Diffusion(Denoiser):
             with evaluating(self):
                 level = torch.full((len(x),), tau, device=x.device)
                 logits = self(x, level, ids, mask, guess)
-                filtered = filter_logits(logits, **how.sampling)
+                filtered = filter_logits(logits, **how.sampling._asdict())
                 guess = filtered.softmax(-1)  # p(character | x)
                 likeliest = filtered.argmax(-1)
                 x0 = self.embeddings[likeliest] if how.clamp else guess @ self.embeddings
@@ -321,7 +321,7 @@ class Diffusion(Denoiser):
                 )
                 nearest = (x @ self.embeddings.T).argmax(-1)
             ids = torch.where(mask, likeliest, ids)
-            temperature = max(how.sampling["temperature"], COLDEST)
+            temperature = max(how.sampling.temperature, COLDEST)
             sure = (logits / temperature).softmax(-1).amax(-1)  # a filter makes no guess surer
             settled = leading(~mask | (sure > SURE))  # in each row
             mask = mask & (position >= settled[:, None])  # what has settled is known from here on
