@@ -113,7 +113,7 @@ def _train(model, text, recipe, folder, resume, overwrite, stop) -> Iterator[Tic
                         for group in optimizer.param_groups:
                             group["lr"] = group["full_lr"] * rate
                         optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
+                    model.zero_grad(set_to_none=True)
                     add_up(model.observed())
                     model.absorb()
                     state.step = step

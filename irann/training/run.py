@@ -182,13 +182,13 @@ class Run:
         try:
             check_fits(folder, saved, self.state)
             self.state.restore(saved)
+            self._warn_of_differences(folder, saved)
         except CheckpointError as error:
             where = "" if str(folder) in str(error) else f"{folder} does not fit: "
             raise CheckpointError(f"{where}{error}") from None
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{folder} does not fit: {reason}") from None
-        self._warn_of_differences(folder, saved)
         notes = [f"resumed from {folder} at step {self.state.step}"]
         newer = found[: found.index(folder)] if self.writes else []
         for damaged, reason in reversed(list(zip(newer, skipped, strict=True))):

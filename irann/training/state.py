@@ -19,6 +19,7 @@ from .processes import gathered, rank_and_world
 from .recipe import Recipe, optimizers
 
 REMEMBERED = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}  # per parameter
+GLOBAL_GENERATOR = threading.RLock()  # one thread at a time swaps or seeds torch's
 
 
 class NotFinite(Exception):
@@ -210,11 +211,8 @@ class State:
 class PrivateStream:
     """A stream of random numbers for dropout: `with stream:` swaps it in for torch's global one, and out again.
 
-    What the caller draws between two steps, a sample or a plot, therefore cannot change what training draws. There is
-    one global generator, so one thread at a time is inside such a block.
+    What the caller draws between two steps, a sample or a plot, therefore cannot change what training draws.
     """
-
-    lock = threading.RLock()
 
     def __init__(self, seed: int, device: torch.device):
         self.cuda = device if device.type == "cuda" else None
@@ -223,12 +221,12 @@ class PrivateStream:
             self.states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
 
     def __enter__(self) -> None:
-        self.lock.acquire()
+        GLOBAL_GENERATOR.acquire()
         self.outer = self._swap(self.states)
 
     def __exit__(self, *_: Any) -> None:
         self.states = self._swap(self.outer)
-        self.lock.release()
+        GLOBAL_GENERATOR.release()
 
     def _swap(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         """Set torch's global generators -> what they were."""
