@@ -65,6 +65,7 @@ class Schedule:
             betas = 1 - curve[1:] / curve[:-1]
         self.betas: Table = betas.clamp(max=0.999)
         self.alpha_bar: Table = (1 - self.betas).cumprod(0)  # eq. 4 of Ho et al.
+        self.alpha_bar_T = self.alpha_bar[-1].item()
         self.snr: Table = self.alpha_bar / (1 - self.alpha_bar)
         # The posterior of one step back, eqs. 6 and 7: its variance, and two weights in its mean.
         previous = torch.cat([self.alpha_bar.new_ones(1), self.alpha_bar[:-1]])  # at tau - 1
@@ -91,10 +92,9 @@ class Schedule:
         if tau.ndim and x.ndim and len(tau) != len(x) and 1 not in (len(tau), len(x)):
             got = f"{len(tau)} beside x {tuple(x.shape)}"
             raise ValueError(f"there is one tau for all rows or one for each; got {got}")
-        on_cpu = (
-            tau.device.type == "cpu"
-        )  # elsewhere looking would make a GPU wait; it checks indices itself
-        if on_cpu and tau.numel() and not (tau.min() >= 1 and tau.max() <= self.steps):
+        # Elsewhere looking would make a GPU wait, and it checks indices itself; a compiler cannot look.
+        look = tau.device.type == "cpu" and not torch.compiler.is_compiling()
+        if look and tau.numel() and not (tau.min() >= 1 and tau.max() <= self.steps):
             got = f"{int(tau.min())}..{int(tau.max())}"
             raise ValueError(f"noise levels of this schedule are 1..{self.steps}; got {got}")
         entry = table.to(x)[tau.to(x.device) - 1]
@@ -256,7 +256,7 @@ class Bound(NamedTuple):
     reconstruction: Float[Tensor, " b"]  # -log p(x0 | x_1), the step from 1 to 0
 
     @property
-    def total(self) -> Float[Tensor, " b"]:
+    def total(self) -> Float[Tensor, "*b"]:
         """The bound."""
         return self.prior + self.steps.sum(0) + self.reconstruction
 
@@ -264,7 +264,7 @@ class Bound(NamedTuple):
 def prior_kl(schedule: Schedule, x0: Data) -> Data:
     """KL(q(x_T | x0) || N(0, 1)) for each number, in nats (the first term of eq. 5 of Ho et
     al.)."""
-    alpha_bar = schedule.alpha_bar[-1].item()
+    alpha_bar = schedule.alpha_bar_T
     return (alpha_bar * x0**2 - alpha_bar - math.log1p(-alpha_bar)) / 2
 
 

@@ -1,76 +1,65 @@
-"""selective_scan in torch.compile, torch.export and torch.func: prints one line of JSON.
+"""selective_scan in torch.compile, torch.export and torch.func: prints differences as JSON.
 
 A program of its own: the checker of types that the tests install would be traced, too.
 """
 
 import json
-import sys
 
 import torch
 
 from irann.core.scan import selective_scan, step
 
-method = sys.argv[1]
-
-
-def draw(b, t, e, n):
-    """-> u, delta, A, B, C, D and a state, of float64."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (b, t, e), (b, t, e), (e, n), (b, t, n), (b, t, n), (e,), (b, e, n)
-    u, delta, A, *others = (
-        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
-    )
-    return [u, delta.sigmoid(), -0.5 - A.sigmoid(), *others]
+SHAPES = (3, 40, 19), (3, 40, 19), (19, 5), (3, 40, 5), (3, 40, 5), (19,), (3, 19, 5)
+generator = torch.Generator().manual_seed(0)
+inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+inputs[1].sigmoid_()
+inputs[2] = -0.5 - inputs[2].sigmoid()
+u, delta, A, B, C, D, state = inputs
 
 
 class Layer(torch.nn.Module):
-    def __init__(self):
+    def __init__(self, method):
         super().__init__()
+        self.method = method
         self.A = torch.nn.Parameter(A)
-        self.D = torch.nn.Parameter(D)
 
     def forward(self, u, delta, B, C):
-        return selective_scan(u, delta, self.A, B, C, self.D, method=method)
-
-
-def loss(u, delta, A, B, C, D, state):
-    y, last = selective_scan(u, delta, A, B, C, D, state=state, method=method)
-    return y.sin().sum() + last.cos().sum()
-
-
-def gradients(function):
-    inputs = [x.clone().requires_grad_() for x in given]
-    return torch.autograd.grad(function(*inputs), inputs)
+        return selective_scan(u, delta, self.A, B, C, D, method=self.method)
 
 
 def gap(ours, theirs):
-    """-> the largest difference of two lists of tensors."""
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs))
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
-u, delta, A, B, C, D, state = given = draw(3, 40, 19, 5)
-reference = gradients(loss)
-everything = tuple(range(7))
-compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-layer = Layer()
-length = torch.export.Dim("t", min=2, max=4096)
-shapes = {"u": {1: length}, "delta": {1: length}, "B": {1: length}, "C": {1: length}}
-exported = torch.export.export(layer, (u, delta, B, C), dynamic_shapes=shapes).module()
-shorter = [x[:, :23] for x in (u, delta, B, C)]
-per_text = torch.func.vmap(
-    torch.func.grad(lambda *v: loss(*(x[None] for x in v[:2]), A, *(x[None] for x in v[2:4]), D, v[4][None]))
-)
-print(
-    json.dumps(
-        {
-            "breaks": torch._dynamo.explain(loss)(*given).graph_break_count,
-            "breaks of a step": torch._dynamo.explain(step)(
-                u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, state
-            ).graph_break_count,
-            "compiled": gap(gradients(compiled), reference),
-            "exported": gap(exported(*shorter), layer(*shorter)),
-            "func": gap(torch.func.grad(loss, everything)(*given), reference),
-            "vmap": gap([per_text(u, delta, B, C, state)], reference[:1]),
-        }
-    )
-)
+def gradients(function):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*leaves), leaves)
+
+
+def differences(method):
+    def loss(u, delta, A, B, C, D, state):
+        y, last = selective_scan(u, delta, A, B, C, D, state=state, method=method)
+        return y.sin().sum() + last.cos().sum()
+
+    def one_text(u, delta, B, C, state):
+        return loss(u[None], delta[None], A, B[None], C[None], D, state[None])
+
+    torch._dynamo.reset()
+    one = u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, state
+    explained = torch._dynamo.explain(loss)(*inputs), torch._dynamo.explain(step)(*one)
+    expected = gradients(loss)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    layer, length = Layer(method), {1: torch.export.Dim("t", min=2, max=4096)}
+    program = torch.export.export(layer, (u, delta, B, C), dynamic_shapes=(length,) * 4)
+    shorter = [x[:, :23] for x in (u, delta, B, C)]
+    per_text = torch.func.vmap(torch.func.grad(one_text))(u, delta, B, C, state)
+    return {
+        "graph breaks": sum(found.graph_break_count for found in explained),
+        "compile": gap(gradients(compiled), expected),
+        "export": gap(program.module()(*shorter), layer(*shorter)),
+        "func.grad": gap(torch.func.grad(loss, tuple(range(7)))(*inputs), expected),
+        "vmap of func.grad": gap([per_text], expected[:1]),
+    }
+
+
+print(json.dumps({method: differences(method) for method in ("auto", "chunked", "parallel")}))
