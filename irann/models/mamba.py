@@ -83,6 +83,7 @@ class StepWeights(NamedTuple):
     A: Float[Tensor, "e n"]
     D: Float[Tensor, "e"]
     out_proj: tuple
+    sources: tuple[Tensor, Tensor]  # the parameters that `A` and `conv` are computed from
 
 
 class MambaState(NamedTuple):
@@ -90,7 +91,10 @@ class MambaState(NamedTuple):
 
     layers: list[LayerState]
     weights: list[StepWeights] | None = None
-    version: int | None = None  # of the parameters that `weights` were computed from
+    version: int = 0  # of the sources of `weights`
+
+
+Update = tuple[Float[Tensor, "b t d"], LayerState]
 
 
 class Mixer(nn.Module):
@@ -121,9 +125,7 @@ class Mixer(nn.Module):
         delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(low), math.log(high)).exp()
         self.dt_proj.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
 
-    def forward(
-        self, x: Float[Tensor, "b t d"], state: LayerState | None = None
-    ) -> tuple[Float[Tensor, "b t d"], LayerState]:
+    def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
         u, gate, conv_state = self.convolve(x, state.conv_state if state else None)
         delta, B, C = self.select(u)
         ssm_state = state.ssm_state if state else None
@@ -161,9 +163,7 @@ class Block(nn.Module):
         self.mixer = Mixer(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x: Float[Tensor, "b t d"], state: LayerState | None = None
-    ) -> tuple[Float[Tensor, "b t d"], LayerState]:
+    def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
         y, state = self.mixer(self.norm(x), state)
         return x + self.dropout(y), state
 
@@ -190,9 +190,12 @@ class Block(nn.Module):
         maps = (m.in_proj, m.x_proj, m.dt_proj, m.out_proj)
         in_proj, x_proj, dt_proj, out_proj = ((f.weight, f.bias) for f in maps)
         norm = (self.norm.normalized_shape, self.norm.weight, self.norm.eps)
+        sources = (m.A_log, m.conv1d.weight)
         conv = m.conv1d.weight.squeeze(1).T.contiguous()
         A = -torch.exp(m.A_log)
-        return StepWeights(norm, in_proj, conv, m.conv1d.bias, x_proj, dt_proj, A, m.D, out_proj)
+        return StepWeights(
+            norm, in_proj, conv, m.conv1d.bias, x_proj, dt_proj, A, m.D, out_proj, sources
+        )
 
 
 class Mamba(Reader):
@@ -249,17 +252,17 @@ class Mamba(Reader):
         return F.linear(self.norm_f(x), head.weight), state
 
     def _step(self, ids, state):
-        """The blocks for one character; weights are prepared anew after training or loading has changed them."""
-        version = sum(0 if p.is_inference() else p._version for p in self.parameters())
+        """The blocks for one character; after training or loading their weights are prepared anew."""
         weights = state.weights
-        if weights is None or version != state.version:
+        same = weights is not None and weights[0].D is self.layers[0].mixer.D
+        if not same or version_of(weights) != state.version:
             weights = [block.step_weights() for block in self.layers]
         x = self.embeddings(ids)
         layers = []
         for block, w, layer in zip(self.layers, weights, state.layers, strict=True):
             x, layer = block.step(w, x, layer)
             layers.append(layer)
-        return x.unsqueeze(1), MambaState(layers, weights, version)
+        return x.unsqueeze(1), MambaState(layers, weights, version_of(weights))
 
     def notes(self, state: MambaState | None) -> dict:
         """Each row's mean step size at its last character: near 0 it was let pass, large it replaced older ones."""
@@ -288,3 +291,8 @@ class Mamba(Reader):
         from .interop import mamba_from_transformers
 
         return mamba_from_transformers(source, window=window)
+
+
+def version_of(weights: list[StepWeights]) -> int:
+    """A number that grows whenever one of the sources is changed in place, by a step or by other weights loaded."""
+    return sum(0 if p.is_inference() else p._version for w in weights for p in w.sources)
