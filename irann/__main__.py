@@ -331,13 +331,20 @@ def _corpus(path: Path | None) -> Text:
         raise CorpusError(
             f"{path} is empty: give a text of some thousand characters, or none for tiny-shakespeare"
         )
+    if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise CorpusError(f"{path} looks like UTF-16 or is no text (NUL bytes): save it as UTF-8")
     try:
-        content = data.decode("utf-8")
+        content = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(
-            f"{path} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x}): save it as UTF-8"
+            f"{path} is not UTF-8 text (byte {error.start:,} is {error.object[error.start]:#04x}): save it as UTF-8"
         ) from None
-    return Text.of(content, source=str(path), sha256=hashlib.sha256(data).hexdigest())
+    source = str(path)
+    if "\r" in content:
+        content = content.replace("\r\n", "\n").replace("\r", "\n")
+        source += ", its line ends (CR LF) read as LF"
+        streams.tell(source)
+    return Text.of(content, source=source, sha256=hashlib.sha256(data).hexdigest())
 
 
 def _device(name: str, rank: int = 0) -> torch.device:
@@ -420,8 +427,7 @@ def main(arguments: list[str] | None = None) -> None:
         if sys.stdout is None and not set(arguments[:1]) & set(WRITERS):
             raise InputError("standard output is closed: there is nowhere to write to")
         code = app(arguments or ["--help"], standalone_mode=False, prog_name="irann")
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here a full disk or a reader that left is still met below
+        print(end="", flush=True)  # here a full disk or a reader that left is still met below
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
@@ -436,7 +442,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         streams.tell(_words(error).rstrip("."))
         try:
-            sys.stdout.flush()
+            print(end="", flush=True)
         except (
             OSError
         ):  # our own output could not be written, and Python would try again while it ends
