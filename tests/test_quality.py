@@ -84,8 +84,8 @@ def test_the_interval_holds_the_mean():
 
 
 def test_the_interval_is_the_normal_one_for_many_values():
-    dice = random.Random(0)
-    values = [dice.gauss(5, 2) for _ in range(200)]
+    generator = random.Random(0)
+    values = [generator.gauss(5, 2) for _ in range(200)]
     given, side = quality.interval(values), 1.96 * statistics.stdev(values) / math.sqrt(200)
     assert (
         given["mean"] - given["low"]
@@ -129,8 +129,8 @@ def test_samples_are_without_the_newline_they_begin_from(monkeypatch):
 
 def test_what_is_written_is_measured_at_both_temperatures(small):
     def generate(start, n, *, temperature, generator):
-        dice = torch.Generator().manual_seed(round(10 * temperature))
-        places = torch.randint(3000, (len(start), 1), generator=dice) + torch.arange(n)
+        generator = torch.Generator().manual_seed(round(10 * temperature))
+        places = torch.randint(3000, (len(start), 1), generator=generator) + torch.arange(n)
         yield SimpleNamespace(ids=torch.cat([start, small.train[places]], 1))
 
     model = SimpleNamespace(generate=generate, device="cpu")

@@ -66,17 +66,17 @@ def section(title: str, header: Sequence, rows: Iterable[Sequence]) -> list[str]
 def timed(title: str, measured: dict) -> list[str]:
     """What `speed.in_turn` gave."""
     rows = measured["rows"].items()
-    return section(title, TIMES, ([name, ms(row), told(row["times"], 2)] for name, row in rows))
+    return section(title, TIMES, ([name, ms(row), ranged(row["times"], 2)] for name, row in rows))
 
 
-def told(spread: dict, digits: int = 0) -> str:
+def ranged(spread: dict, digits: int = 0) -> str:
     """-> median (lowest, highest)."""
     median, low, high = (f"{spread[key]:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} ({low}, {high})"
 
 
 def ms(row: dict) -> str:
-    return told(row["ms"], 1)
+    return ranged(row["ms"], 1)
 
 
 def over(values: Sequence[float], form: str = ".3f") -> str:
@@ -113,7 +113,7 @@ def _scan(report: dict) -> list[str]:
     sizes = f"{step['layers']} layers, width {step['width']}, b {step['b']}, t {step['t']}"
     page += timed(f"A training step of Mamba ({sizes})", step)
     title = "Mamba writes, batch 1 (characters per second, median, lowest, highest)"
-    rows = ([name, told(rate)] for name, rate in report["writing"].items())
+    rows = ([name, ranged(rate)] for name, rate in report["writing"].items())
     return page + section(title, ("who", "characters/s"), rows)
 
 
@@ -131,7 +131,7 @@ def _speed(report: dict) -> list[str]:
     page += section(
         "One layer, width 192, forward and backward, by window (ms, median, lowest, highest)",
         ["t", *windows["lengths"]],
-        ([name, *(told(ms, 1) for ms in row)] for name, row in windows["rows"].items()),
+        ([name, *(ranged(ms, 1) for ms in row)] for name, row in windows["rows"].items()),
     )
     page += section(
         "Writing, batch 1 (medians, lowest, highest)",
@@ -141,8 +141,8 @@ def _speed(report: dict) -> list[str]:
                 name,
                 f"{one['prompt']:,}",
                 one["reply"],
-                told(one["first"], 3),
-                told(one["chars_per_second"]),
+                ranged(one["first"], 3),
+                ranged(one["chars_per_second"]),
             ]
             for name, row in report["lengths"].items()
             for one in row
@@ -155,9 +155,9 @@ def _speed(report: dict) -> list[str]:
             [
                 name,
                 one.get("steps", "one a character"),
-                told(one["words"], 2),
-                told(one["judge"], 2),
-                told(one["chars_per_second"]),
+                ranged(one["words"], 2),
+                ranged(one["judge"], 2),
+                ranged(one["chars_per_second"]),
             ]
             for name, row in report["parallel"].items()
             for one in row
@@ -193,7 +193,7 @@ def _models(rows: Rows) -> list[str]:
 def _model(row: dict) -> list[str]:
     """One model's parameters, likelihood and speeds."""
     nll = row["nats_per_char"]
-    rates = [told(row["chars_per_second"]), told(row["chars_per_second_of_a_batch"])]
+    rates = [ranged(row["chars_per_second"]), ranged(row["chars_per_second_of_a_batch"])]
     if nll is None:
         return [f"{row['parameters']:,}", "not measured", "", *rates]
     nats = f"{bound(row)}{nll:.4f}"
