@@ -302,25 +302,10 @@ def _extra(arguments: list[str]) -> dict[str, str]:
 
 def _corpus(path: Path | None):
     """tiny-shakespeare, or any other UTF-8 text with a vocabulary of its own."""
-    import hashlib
-
     from . import shakespeare
-    from .text import Text
+    from .text import read_text
 
-    if path is None:
-        return shakespeare.load()
-    data = shakespeare.read_file(path)
-    if not data:
-        raise shakespeare.CorpusError(
-            f"{path} is empty: give a text of some thousand characters, or none for tiny-shakespeare"
-        )
-    try:
-        content = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise shakespeare.CorpusError(
-            f"{path} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x}): save it as UTF-8"
-        ) from None
-    return Text.of(content, source=str(path), sha256=hashlib.sha256(data).hexdigest())
+    return shakespeare.load() if path is None else read_text(path)
 
 
 def _device(name: str, rank: int = 0):
