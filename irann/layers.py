@@ -13,10 +13,10 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core.attention import causal_mask, merge_heads, weights
+from .core.attention import attention_weights, causal_mask, merge_heads
 from .settings import InputError
 
-KeyValue = tuple[Float[Tensor, "b h s c"], Float[Tensor, "b h s c"]]  # one layer's KV cache
+KeyValue = tuple[Float[Tensor, "b h _ c"], Float[Tensor, "b h _ c"]]  # one layer's KV cache
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) ->
 
 def rotary_table(
     start: int, end: int, c: int, *, like: Tensor, base: float = 10_000.0
-) -> Complex[Tensor, "t c/2"]:
+) -> Complex[Tensor, "t pairs"]:
     """The rotation of each pair of channels at positions start..end, as a number on the unit circle.
 
     Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * base^(-2j/c). Computed in float64,
@@ -82,7 +82,7 @@ def rotary_table(
 
 
 def apply_rotary(
-    x: Float[Tensor, "*batch t c"], rotary: Complex[Tensor, "t c/2"]
+    x: Float[Tensor, "*batch t c"], rotary: Complex[Tensor, "t pairs"]
 ) -> Float[Tensor, "*batch t c"]:
     """Turn every pair of neighbouring channels by its position's angle.
 
@@ -91,6 +91,14 @@ def apply_rotary(
     """
     pairs = torch.view_as_complex(x.to(rotary.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
+
+
+class StackedLinear(nn.Linear):
+    """Several matrices on top of each other, for one product; Muon treats each on its own."""
+
+    def __init__(self, inputs: int, outputs: int, *, stacked: int, bias: bool = True):
+        super().__init__(inputs, outputs, bias=bias)
+        self.stacked = stacked
 
 
 class Attention(nn.Module):
@@ -109,15 +117,14 @@ class Attention(nn.Module):
         self.causal = causal
         self.qk_norm = qk_norm
         self.dropout = dropout
-        self.c_attn = nn.Linear(width, 3 * width, bias=bias)
-        self.c_attn.stacked = 3  # q, k and v on top of each other; Muon treats each on its own
+        self.c_attn = StackedLinear(width, 3 * width, stacked=3, bias=bias)  # q, k, v
         self.c_proj = nn.Linear(width, width, bias=bias)
 
     def forward(
         self,
         x: Float[Tensor, "b t d"],
         cache: KeyValue | None = None,
-        rotary: Complex[Tensor, "t c/2"] | None = None,
+        rotary: Complex[Tensor, "t pairs"] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], KeyValue]:
         """The residual stream's update, and keys and values of past and present."""
         q, k, v = self.project(x, rotary)
@@ -137,7 +144,7 @@ class Attention(nn.Module):
         return self.c_proj(merge_heads(y)), (k, v)
 
     def project(
-        self, x: Float[Tensor, "b t d"], rotary: Complex[Tensor, "t c/2"] | None = None
+        self, x: Float[Tensor, "b t d"], rotary: Complex[Tensor, "t pairs"] | None = None
     ) -> tuple[Float[Tensor, "b h t c"], Float[Tensor, "b h t c"], Float[Tensor, "b h t c"]]:
         """Queries, keys and values, normed and rotated as the options say.
 
@@ -153,11 +160,11 @@ class Attention(nn.Module):
         return qk[0], qk[1], v[0]
 
     def attention_weights(
-        self, x: Float[Tensor, "b t d"], rotary: Complex[Tensor, "t c/2"] | None = None
+        self, x: Float[Tensor, "b t d"], rotary: Complex[Tensor, "t pairs"] | None = None
     ) -> Float[Tensor, "b h t s"]:
         """What `forward` averages the values with, to look at."""
         q, k, _ = self.project(x, rotary)
-        return weights(q, k, causal=self.causal)
+        return attention_weights(q, k, causal=self.causal)
 
 
 class MLP(nn.Module):
@@ -206,13 +213,13 @@ class Block(nn.Module):
         self,
         x: Float[Tensor, "b t d"],
         cache: KeyValue | None = None,
-        rotary: Complex[Tensor, "t c/2"] | None = None,
+        rotary: Complex[Tensor, "t pairs"] | None = None,
         gains: Float[Tensor, "2 d"] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], KeyValue]:
         """The residual stream, and the KV cache for next time. `gains` scale what attention and MLP see."""
-        y, cache = self.attn(scale(self.ln_1(x), gains, 0), cache, rotary)
+        y, keys_values = self.attn(scale(self.ln_1(x), gains, 0), cache, rotary)
         x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(scale(self.ln_2(x), gains, 1))), cache
+        return x + self.dropout(self.mlp(scale(self.ln_2(x), gains, 1))), keys_values
 
 
 def scale(

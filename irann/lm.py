@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .sampling import SAMPLING, check_sampling, filter_logits, sample
+from .sampling import SAMPLING, Sampling, check_sampling, filter_logits, sample
 from .settings import InputError, Setting
 from .text import Vocabulary
 
@@ -67,7 +67,7 @@ class LanguageModel(nn.Module):
         return next(self.parameters()).device
 
     def draw(
-        self, ids: Int[Tensor, "b window+1"], *, generator: torch.Generator | None = None
+        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
     ) -> dict[str, Any]:
         """What `loss` draws at random for a whole batch, dropout aside: tensors whose first axis is the batch.
 
@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
         return {}
 
     def loss(
-        self, ids: Int[Tensor, "b window+1"], draws: dict[str, Any] | None = None
+        self, ids: Int[Tensor, "b t"], draws: dict[str, Any] | None = None
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """A scalar to minimise, in nats per character, and its parts by their honest names, detached."""
         raise NotImplementedError
@@ -89,8 +89,8 @@ class LanguageModel(nn.Module):
         """Once per optimizer step, after the gradients of the whole batch: use what `loss` has observed."""
 
     def nll(
-        self, ids: Int[Tensor, "b t+1"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b t"]:
+        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b t-1"]:
         """Negative log-likelihood of each character of `ids[:, 1:]` in nats, exactly, or a bound if not `exact`."""
         raise NotImplementedError
 
@@ -156,13 +156,13 @@ class Reader(LanguageModel):
         return self.read(self.check_ids(ids))[0]
 
     def nll(
-        self, ids: Int[Tensor, "b t+1"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b t"]:
+        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b t-1"]:
         ids = self.check_ids(ids)
         return cross_entropy(self.read(ids[:, :-1])[0], ids[:, 1:])
 
     def loss(
-        self, ids: Int[Tensor, "b window+1"], draws: dict[str, Any] | None = None
+        self, ids: Int[Tensor, "b t"], draws: dict[str, Any] | None = None
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         loss = self.nll(ids).mean()
         return loss, {"nats_per_char": loss.detach()}
@@ -217,7 +217,7 @@ def left_to_right(
 
 @torch.no_grad()
 def _left_to_right(model, page, start, chosen, generator, read):
-    unfiltered = chosen == {name: setting.default for name, setting in SAMPLING.items()}
+    unfiltered = chosen == Sampling()
     context = model.max_context
     read_to = max(0, start - context) if context else 0
     state, held, forgotten = None, 0, read_to
@@ -228,13 +228,15 @@ def _left_to_right(model, page, start, chosen, generator, read):
             read_to = end - max(1, context // 2)
             forgotten = min(read_to, start)
         with evaluating(model):
-            for piece in page[:, read_to:end].split(PIECE, 1):
-                logits, state = read(piece, state)
+            *pieces, piece = page[:, read_to:end].split(PIECE, 1)
+            for earlier in pieces:
+                _, state = read(earlier, state)
+            logits, state = read(piece, state)
             last = logits[:, -1]
-            if chosen["temperature"] == 0:
+            if chosen.temperature == 0:
                 page[:, end] = last.argmax(-1)
             else:
-                last = last if unfiltered else filter_logits(last, **chosen)
+                last = last if unfiltered else filter_logits(last, **chosen._asdict())
                 page[:, end] = sample(last, generator)
         held += end - read_to
         read_to = end

@@ -70,13 +70,13 @@ class Setting:
         noun = "a whole number" if self.type is int else "a number"
         start = ""
         if self.low is not None:
-            start = f" from {self.low:,}"
+            start = f" from {_shown(self.low)}"
         elif self.above is not None:
-            start = f" above {self.above:,}"
+            start = f" above {_shown(self.above)}"
         if self.below is not None:
-            end = f" to below {self.below:,}"
+            end = f" to below {_shown(self.below)}"
         elif self.high is not None and self.high < 2**62:
-            end = f" to {self.high:,}"
+            end = f" to {_shown(self.high)}"
         else:
             end = " up" if start else ""
         return noun + start + end + (", or null" if self.default is None else "")
@@ -113,6 +113,10 @@ class Checked:
         """-> what can be set, by name."""
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
         return {f.name: f.metadata["setting"] for f in fields}
+
+
+def _shown(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
 def _scalar(value: Any) -> int | float | None:

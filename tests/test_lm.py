@@ -1,10 +1,17 @@
 """irann.lm against transformers' warpers, against counting, and against a model small enough to compute by hand."""
 
+import copy
+import pickle
+import threading
+import time
 import warnings
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from conftest import refuses
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import (
     LogitsProcessorList,
@@ -14,7 +21,8 @@ from transformers import (
 )
 
 from irann import lm, zoo
-from irann.lm import SEED, Draft, Reader, Setting, filter_logits
+from irann.lm import Draft, Reader, filter_logits
+from irann.sampling import sample
 from irann.text import Vocabulary
 
 
@@ -58,14 +66,14 @@ def test_by_hand():
     assert torch.equal(filter_logits(x, top_k=None, top_p=None).softmax(-1), x.softmax(-1))
     for kind in (torch.float64, torch.float32, torch.float16):
         assert filter_logits(logits().to(kind), temperature=1e-300).softmax(-1).isfinite().all()
-    # temperature comes first: at 2 the four shares are flatter, so 0.5 needs two of them
+    # temperature comes first: at 2 the four probabilities are flatter, so 0.5 needs two of them
     assert filter_logits(x, temperature=2.0, top_p=0.5).isfinite().sum() == 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}])
-def test_samples_follow_the_filtered_odds(settings):
+def test_samples_follow_the_filtered_probabilities(settings):
     x = filter_logits(logits(12, 1, seed=4), **settings)
-    drawn = lm.sample(x.expand(20_000, -1), torch.Generator().manual_seed(0))
+    drawn = sample(x.expand(20_000, -1), torch.Generator().manual_seed(0))
     counts, p = drawn.bincount(minlength=12), x[0].softmax(-1)
     assert counts[p == 0].sum() == 0
     assert chisquare(counts[p > 0].numpy(), (20_000 * p[p > 0]).numpy()).pvalue > 1e-3
@@ -77,22 +85,8 @@ def test_samples_follow_the_filtered_odds(settings):
      {"top_k": -1}, {"top_k": 2.5}, {"top_p": -0.1}, {"top_p": 1.01}, {"top_p": float("nan")}],
 )  # fmt: skip
 def test_out_of_range(setting):
-    with pytest.raises(ValueError, match=f"{next(iter(setting))} is a .*number from .*got"):
+    with refuses(f"{next(iter(setting))} is a .*number from .*got"):
         filter_logits(logits(), **setting)
-
-
-def test_setting():
-    steps = Setting(100, "steps", low=1, high=500)
-    assert steps.check("steps", "20") == 20 and isinstance(steps.check("steps", 20.0), int)
-    for wrong in (0, 501, 2.5, "many", float("nan"), None, float("inf")):
-        with pytest.raises(ValueError, match="steps is a whole number from 1 to 500; got"):
-            steps.check("steps", wrong)
-    for seed in (2**53 + 1, str(2**62), 2**62):  # larger than what a float can tell apart
-        assert SEED.check("seed", seed) == int(seed)
-    stop = Setting("odds", "rule", choices=("odds", "fixed"))
-    assert stop.check("stop", "fixed") == "fixed"
-    with pytest.raises(ValueError, match="stop is one of odds, fixed; got 'never'"):
-        stop.check("stop", "never")
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ def test_what_of_the_prompt_is_lost_is_said_at_the_start_and_with_each_rereading
 ):
     model = Counting()
     drafts = list(model.generate(torch.arange(start)[None], n))
-    assert [d.note for d in drafts] == [{"forgotten": lost} if lost else {} for lost in forgotten]
+    assert [d.forgotten for d in drafts] == forgotten
     assert model.asked[0] == (0, min(start, 6)) and drafts[-1].ids[0].tolist() == [
         i % 10 for i in range(start + n)
     ]
@@ -171,7 +165,7 @@ def test_what_of_the_prompt_is_lost_is_said_page_by_page(name):
         steps=2,
         generator=torch.Generator().manual_seed(0),
     )
-    assert {(d.ids.shape[1], d.note.get("forgotten")) for d in drafts} == {
+    assert {(d.ids.shape[1], d.forgotten) for d in drafts} == {
         (30, 13),
         (46, 13),
         (62, 29),
@@ -179,9 +173,74 @@ def test_what_of_the_prompt_is_lost_is_said_page_by_page(name):
     }
 
 
-def test_drafts_already_given_do_not_change():
-    drafts = list(Counting().generate(torch.tensor([[1]]), 5))
-    assert [d.ids[0].tolist() for d in drafts] == [list(range(1, 2 + i)) for i in range(6)]
+def test_a_draft_belongs_to_its_receiver():
+    drafts = []
+    for draft in Counting().generate(torch.tensor([[1]]), 5):
+        drafts.append(draft.ids.clone())
+        draft.ids.zero_()
+    assert [ids[0].tolist() for ids in drafts] == [list(range(1, 2 + i)) for i in range(6)]
+
+
+class Stamping(lm.LanguageModel):
+    """Writes pages by counting on from the position before; logs the windows it was given."""
+
+    def __init__(self, window):
+        super().__init__(CountingConfig(window=window))
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def generate(self, prompt, n, *, page=3):
+        def write(ids, mask):
+            assert ids.shape == mask.shape and ids.shape[1] <= self.config.window + 1
+            first = int(mask[0].nonzero()[0])
+            assert mask[0, first:].all() and not mask[0, :first].any()
+            ids = ids.clone()
+            for i in range(first, ids.shape[1]):
+                ids[:, i] = (ids[:, i - 1] + 1) % 10
+                yield Draft(ids, i + 1, {"at": i})
+
+        return lm.page_by_page(self, prompt, n, page, write)
+
+
+@given(st.integers(0, 30), st.integers(0, 25), st.integers(1, 8), st.integers(0, 8))
+def test_pages_of_any_size_continue_prompts_of_any_length(length, n, page, more):
+    model = Stamping(window=page + more)
+    prompt = torch.arange(length)[None] % 10
+    before = max(1, length)
+    drafts = list(model.generate(prompt, n, page=page))
+    assert [len(d.ids[0]) for d in drafts] == [before] + [
+        min(before + page * (1 + i // page), before + n) for i in range(n)
+    ]
+    assert [d.settled for d in drafts] == list(range(before, before + n + 1))
+    wanted = torch.arange(before + n) % 10
+    assert torch.equal(drafts[-1].ids[0], wanted)
+    for draft in drafts[1:]:  # what the window had no room for when this page was written
+        assert draft.forgotten == min(before, max(0, draft.ids.shape[1] - page - more - 1))
+    assert drafts[0].forgotten == (drafts[1].forgotten if n else 0)
+
+
+def test_one_thread_at_a_time_uses_a_model():
+    model, order = Counting(), []
+
+    def write():
+        order.append("waits")
+        with lm.evaluating(model):
+            order.append("writes")
+
+    with lm.exclusive(model):
+        thread = threading.Thread(target=write)
+        thread.start()
+        time.sleep(0.2)
+        order.append("trained")
+    thread.join(10)
+    assert order == ["waits", "trained", "writes"]
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copied.turns.lock is not model.turns.lock
+
+
+@pytest.mark.parametrize("wrong", ["gpt", None, torch.nn.Linear(1, 1)])
+def test_what_is_no_model_is_refused_in_a_sentence(wrong):
+    with refuses("a model comes first, as irann.load gives it; got"):
+        lm.generate(wrong, "ROMEO:")
 
 
 def test_writing_half_way_can_be_stopped():
@@ -224,14 +283,14 @@ def test_a_text_whose_beginning_the_window_lost_comes_with_a_warning():
 
 
 @pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.float16])
-def test_odds_are_drawn_from_in_float32_at_least(monkeypatch, kind):
+def test_probabilities_are_drawn_from_in_float32_at_least(monkeypatch, kind):
     seen = []
     monkeypatch.setattr(
         torch,
         "multinomial",
-        lambda odds, n, generator: seen.append(odds) or torch.zeros(len(odds), n),
+        lambda p, n, generator: seen.append(p) or torch.zeros(len(p), n, dtype=torch.long),
     )
-    lm.sample(logits().to(kind))
+    sample(logits().to(kind))
     assert torch.equal(
         seen[0], logits().to(kind).to(torch.promote_types(kind, torch.float32)).softmax(-1)
     )
@@ -245,7 +304,7 @@ def test_ids_are_checked():
         torch.tensor([[-1]]),
         torch.tensor([[10]]),
     ):
-        with pytest.raises(ValueError, match="ids"):
+        with refuses("ids"):
             model.generate(wrong, 1)
 
 
@@ -263,5 +322,5 @@ def test_sizes_that_cannot_be_are_named(config):
 
 @pytest.mark.parametrize("name", sorted(zoo.MODELS))
 def test_ids_that_are_no_tensor_are_named(name):
-    with pytest.raises(ValueError, match="ids are a tensor of whole numbers"):
+    with refuses("ids are a tensor of whole numbers"):
         zoo.build(name, zoo.recipe(name, "tiny")[0]).nll([[1, 2, 3]])

@@ -120,7 +120,7 @@ class GPT(Reader):
 
     def embed(
         self, ids: Int[Tensor, "b t"], start: int = 0
-    ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "t c/2"] | None]:
+    ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "t pairs"] | None]:
         """The residual stream at positions from `start` on, and their rotary table if there is one."""
         end = start + ids.shape[1]
         if end > self.config.window:
@@ -138,7 +138,8 @@ class GPT(Reader):
         """`attention` (layers h t s): the attention weights of every layer and head."""
         x, rotary = self.embed(self.check_ids(ids))
         maps = []
-        for block in self.h:
+        block: Block
+        for block in self.h:  # pyright: ignore[reportAssignmentType]
             maps.append(block.attn.attention_weights(block.ln_1(x), rotary)[0])
             x, _ = block(x, None, rotary)
         return {"attention": torch.stack(maps)}

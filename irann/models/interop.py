@@ -46,7 +46,7 @@ def gpt_from_transformers(source: Any) -> GPT:
         dropout=hf.resid_pdrop,
         attention_dropout=hf.attn_pdrop,
         eps=hf.layer_norm_epsilon,
-        activation=RENAMED.get(hf.activation_function, hf.activation_function),
+        activation=_activation(hf.activation_function),
         tied=theirs.lm_head.weight is theirs.transformer.wte.weight,
     )
     ours = GPT(config).to(theirs.lm_head.weight)
@@ -74,12 +74,17 @@ def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
         dt_rank=int(hf.time_step_rank),
         bias=hf.use_bias,
         conv_bias=hf.use_conv_bias,
-        activation=RENAMED.get(hf.hidden_act, hf.hidden_act),
+        activation=_activation(hf.hidden_act),
         eps=hf.layer_norm_epsilon,
         tied=theirs.lm_head.weight is theirs.backbone.embeddings.weight,
     )
     ours = Mamba(config).to(theirs.lm_head.weight)
     return _copied(ours, theirs, prefix="backbone.")
+
+
+def _activation(name: Any) -> str:
+    """-> our name of an activation of transformers."""
+    return RENAMED[name] if name in RENAMED else name
 
 
 def _resolved(source: Any, kind: type, model_type: str) -> Any:
