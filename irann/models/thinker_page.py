@@ -52,7 +52,7 @@ class PageThinker(RecurrentDepth):
     ) -> Mask:
         """k positions from `first` on, k uniform from 1 to all of them, spread over the batch."""
         b = len(first)
-        place = {"generator": generator, "device": first.device}
+        place: dict[str, Any] = {"generator": generator, "device": first.device}
         u = (torch.rand((), **place) + torch.arange(b, device=first.device) / b) % 1
         k = 1 + (u * (t - first)).long().clamp(max=t - first - 1)
         clean = torch.arange(t, device=first.device) < first[:, None]
