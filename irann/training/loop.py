@@ -147,9 +147,8 @@ def _train(model, text, recipe, folder, resume, overwrite, stop) -> Iterator[Tic
                     interrupted=interrupted,
                     notes=run.told(),
                 )
-                run.write(
-                    tick
-                )  # first: resuming drops a line too many, and cannot write a missing one
+                # first the line, then the checkpoint: resuming drops a line too many, and cannot write a missing one
+                run.write(tick)
                 if validates or saves or interrupted:
                     tick = dataclasses.replace(tick, saved=run.save())
                 if last or interrupted:
