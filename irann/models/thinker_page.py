@@ -1,184 +1,217 @@
-"""Iterative thinking, a page at once."""
+"""Iterative thinking, a page at once: masked positions look both ways, the surest guesses stay.
+
+Papers: Austin et al. 2021 (arXiv 2107.03006) for absorbing diffusion, which replaces characters by a
+mask token; Hoogeboom et al. 2021 (arXiv 2110.02037), who show that its bound is that of guessing in
+random order; those of the network stand in recurrent.py.
+"""
 
 from collections.abc import Iterator
-from typing import ClassVar
+from itertools import islice
+from typing import Any, ClassVar
 
 import torch
-from einops import rearrange
-from torch import Tensor
-from torch.nn import functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
 
 from ..lm import Draft, cross_entropy, evaluating, leading, page_by_page
-from ..sampling import check_sampling, filter_logits, sample
+from ..sampling import SAMPLING, Sampling, check_sampling, filter_logits, sample
 from ..settings import Setting
-from .thinker import STOPPING, Body, ThinkerConfig, at_rest
+from .recurrent import STOPPING, Hidden, Ids, Loss, RecurrentDepth, ThinkerConfig, round_nats, stops
+
+Mask = Bool[Tensor, "b t"]
+ORDERS = ("surest", "random", "left")
 
 
-class PageThinker(Body):
-    """All at once: some characters are hidden, every place looks both ways, and the surest guesses are kept.
+class PageThinker(RecurrentDepth):
+    """Trained to guess masked characters from the rest; every position sees all others.
 
-    Trained to guess hidden characters from the rest. To guess a text in random order gives a bound on its likelihood
-    (Hoogeboom et al. 2021, eq. 4): -log p(text) <= t E[mean nll over k hidden places], k uniform from 1 to t.
-    While writing, the thought is carried over from one refinement to the next.
+    To guess a text in random order gives a bound on its likelihood (Hoogeboom et al. 2021, eq. 4):
+    -log p(text) <= t E[mean nll over k masked positions], k uniform from 1 to t. While writing, the
+    hidden state is carried over from one refinement to the next.
     """
 
     exact = False
-    settings: ClassVar = STOPPING | {
+    settings: ClassVar[dict[str, Setting]] = STOPPING | {
         "steps": Setting(
-            0,
-            "refinements in which a page is written; 0: one for every two characters",
-            low=0,
-            high=4096,
+            0, "refinements of a page; 0: one for every two characters", low=0, high=4096
         ),
-        "order": Setting(
-            "surest", "which guesses are kept first", choices=("surest", "random", "left")
-        ),
+        "order": Setting("surest", "which guesses are kept first", choices=ORDERS),
         "keep": Setting(
-            1.0,
-            "guesses surer than this are kept at once; 1: only as many as the steps ask for",
-            low=0.0,
-            high=1.0,
+            1.0, "keep surer guesses at once; 1: as many as the steps ask for", low=0.0, high=1.0
         ),
     }
 
     def __init__(self, config: ThinkerConfig):
         super().__init__(config, causal=False, symbols=config.vocabulary + 1)
-        self.blank = config.vocabulary  # the id of a hidden character
+        self.mask_token = config.vocabulary
 
-    def hide(self, b: int, t: int, first: Tensor | int = 1, generator=None) -> Tensor:
-        """-> (b t) of bool, True where hidden: k places from `first` on, k uniform from 1 to all of them, spread over the batch."""
-        device = self.device
-        first = torch.as_tensor(first, device=device).expand(b)
-        u = (
-            torch.rand((), generator=generator, device=device) + torch.arange(b, device=device) / b
-        ) % 1
+    # --------------------------------------------------------------------------------- training
+
+    def draw_mask(
+        self, first: Int[Tensor, " b"], t: int, generator: Generator | None = None
+    ) -> Mask:
+        """k positions from `first` on, k uniform from 1 to all of them, spread over the batch."""
+        b = len(first)
+        place = {"generator": generator, "device": first.device}
+        u = (torch.rand((), **place) + torch.arange(b, device=first.device) / b) % 1
         k = 1 + (u * (t - first)).long().clamp(max=t - first - 1)
-        lots = torch.rand(b, t, generator=generator, device=device).masked_fill(
-            torch.arange(t, device=device) < first[:, None], 2.0
-        )
-        return lots.argsort(1).argsort(1) < k[:, None]
+        clean = torch.arange(t, device=first.device) < first[:, None]
+        order = torch.rand(b, t, **place).masked_fill(clean, 2.0).argsort(1)
+        return order.argsort(1) < k[:, None]
 
-    def loss(self, ids: Tensor, draws=None) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b window+1) -> a scalar, parts: `thinking_loss` of the hidden characters' nats, as shares of the bound.
+    def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Any]:
+        """What is masked, and whether a hidden state is carried over from a page with more masked.
 
-        Every other row keeps a clean beginning, like a prompt; half of the batches carry on a thought about a page with more
-        hidden. `bound_nats_per_char` is a one-draw estimate by the last round, from the rows without a beginning.
+        Every other row keeps a clean beginning, like a prompt; `bound_weights` count the rows
+        without one. In training, half of the batches carry a hidden state.
         """
+        b, t = ids.shape
+        device = self.device
+        cut = torch.randint(1, t, (b,), generator=generator, device=device)
+        prompted = torch.arange(b, device=device) % 2 == 1
+        first = torch.where(prompted, cut, 1)
+        masked = self.draw_mask(first, t, generator)
+        unprompted = (~prompted).to(self.lm_head.weight.dtype)
+        carried = self.training and bool(torch.rand((), generator=generator, device=device) < 0.5)
+        return {
+            "masked": masked,
+            "bound_weights": unprompted / unprompted.mean(),
+            "carried": carried,
+            "carried_masked": masked | self.draw_mask(first, t, generator),
+            "carried_rounds": self.draw_rounds(generator),
+            "rounds": self.draw_rounds(generator),
+        }
+
+    def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
+        """`rounds_loss` of the masked characters' nats, each row's mean over them times t.
+
+        `bound_nats_per_char` is a one-draw estimate by the last round, from rows without a prompt.
+        """
+        ids = self.check_ids(ids)
+        draws = self.draw(ids) if draws is None else draws
+        hidden = None
+        if draws["carried"]:
+            with torch.no_grad():
+                more = ids.masked_fill(draws["carried_masked"], self.mask_token)
+                hidden = self.every_round(more, draws["carried_rounds"])[2]
+        masked = draws["masked"]
+        page = ids.masked_fill(masked, self.mask_token)
+        logits, halt, _ = self.every_round(page, draws["rounds"], hidden)
+        nats = round_nats(logits, ids)
+        nats = nats * masked_weights(masked, ids.shape[1], nats)[..., None]
+        loss, parts = self.rounds_loss(nats, halt)
+        bound = (nats[..., -1].mean(1) * draws["bound_weights"]).mean()
+        return loss, {"bound_nats_per_char": bound.detach()} | parts
+
+    def nll(
+        self, ids: Ids, *, generator: Generator | None = None, draws: int = 4
+    ) -> Float[Tensor, "b t-1"]:
+        """An unbiased estimate of each character's part of the bound: the mean over masks drawn."""
         ids = self.check_ids(ids)
         b, t = ids.shape
-        first = torch.where(
-            torch.arange(b, device=ids.device) % 2 == 1,
-            torch.randint(1, t, (b,), device=ids.device),
-            1,
-        )
-        hidden, thought = self.hide(b, t, first), None
-        if self.training and torch.rand(()) < 0.5:
-            with torch.no_grad():
-                thought = self.every_round(
-                    ids.masked_fill(hidden | self.hide(b, t, first), self.blank), self.draw_rounds()
-                )[2]
-        logits, odds, _ = self.every_round(
-            ids.masked_fill(hidden, self.blank), self.draw_rounds(), thought
-        )
-        nats = F.cross_entropy(
-            rearrange(logits, "b t v r -> b v t r"),
-            ids[..., None].expand_as(odds),
-            reduction="none",
-        )
-        weight = (hidden * t).to(nats) / hidden.sum(
-            1, keepdim=True
-        )  # the mean over each row's hidden places
-        loss, parts = self.thinking_loss(nats * weight[..., None], odds)
-        return loss, {"bound_nats_per_char": (nats[..., -1] * weight)[::2].mean().detach()} | parts
-
-    def nll(self, ids: Tensor, *, generator=None, draws: int = 4) -> Tensor:
-        """(b t+1) -> (b t): an unbiased estimate of each character's share of the bound, the mean over `draws` ways to hide."""
-        ids = self.check_ids(ids)
-        (b, size), total = ids.shape, 0.0
+        first = torch.ones(b, dtype=torch.long, device=ids.device)
+        total = torch.zeros(b, t, device=ids.device)
         for _ in range(draws):
-            hidden = self.hide(b, size, generator=generator)
-            logits = self.every_round(ids.masked_fill(hidden, self.blank))[0][..., -1]
-            nats = cross_entropy(logits, ids)
-            total = total + (nats * hidden * (size - 1) / hidden.sum(1, keepdim=True))[:, 1:]
-        return total / draws
+            masked = self.draw_mask(first, t, generator)
+            logits, _, _ = self.every_round(ids.masked_fill(masked, self.mask_token))
+            nats = cross_entropy(logits[..., -1], ids)
+            total = total + nats * masked_weights(masked, t - 1, nats)
+        return total[:, 1:] / draws
+
+    # ---------------------------------------------------------------------------------- writing
 
     def generate(
-        self, prompt, n, *, temperature=1.0, top_k=None, top_p=None, generator=None, **settings
+        self, prompt: Ids, n: int, *, generator: Generator | None = None, **settings: Any
     ) -> Iterator[Draft]:
-        """(b t) -> drafts: blanks that are guessed all at once, the guesses to be kept first by `order`; then the next page.
+        """A page of mask tokens is guessed at once, and the first guesses by `order` are kept; then
+        the next page. `settings` are temperature, top_k, top_p, and the model's.
 
-        Guesses that are not kept are shown, unsettled, and hidden again. In each refinement a page thinks until all its
-        hidden places would stop by the rule `stop`. Pages are half a window long. The note says how many characters of the
-        prompt are `forgotten`, page by page: the window has no room for them.
+        Guesses that are not kept are shown, unsettled, and masked again. In each refinement a page
+        thinks until all of its masked positions would stop by the rule `stop`. Pages are half a
+        window long.
         """
+        given = {name: settings.pop(name) for name in SAMPLING if name in settings}
+        sampling = check_sampling(**given)
         rule = self.rule(settings)
-        filters = check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
         page = max(1, (self.config.window + 1) // 2)
 
-        def write(ids, mask):
-            start = int((~mask).sum(1).min())
-            for guess, hidden, rounds in self.refine(ids.clone(), start, filters, generator, rule):
-                note = {"rounds": rounds, "masked": int(hidden.sum())}
-                yield Draft(guess, int(leading(~hidden).min()), note)
+        def write(ids: Ids, masked: Mask) -> Iterator[Draft]:
+            return self.refine(ids, masked, sampling, generator, rule)
 
         return page_by_page(self, prompt, n, page, write)
 
     @torch.no_grad()
-    def refine(self, ids: Tensor, start: int, filters: dict, generator, rule: dict):
-        """(b t) -> per refinement: all guesses (b t), what is still hidden (b t), rounds so far; places from `start` on are written."""
-        hidden = (torch.arange(ids.shape[1], device=ids.device) >= start).expand_as(ids)
-        steps, thought, rounds = rule["steps"] or -(-(ids.shape[1] - start) // 2), None, 0
+    def refine(
+        self,
+        ids: Ids,
+        masked: Mask,
+        sampling: Sampling,
+        generator: Generator | None,
+        rule: dict[str, Any],
+    ) -> Iterator[Draft]:
+        """A draft per refinement, until nothing is masked: all guesses, and how many are kept."""
+        steps = rule["steps"] or max(1, -(-int(masked.any(0).sum()) // 2))
+        hidden = None
+        rounds = 0
         for step in range(steps):
             with evaluating(self):
-                thought, logits, taken = self.think(
-                    ids.masked_fill(hidden, self.blank), hidden, thought, generator, rule
-                )
+                page = ids.masked_fill(masked, self.mask_token)
+                hidden, logits, taken = self.think(page, masked, hidden, generator, rule)
             rounds += taken
-            guess = sample(filter_logits(logits, **filters).flatten(0, 1), generator).view_as(ids)
+            filtered = filter_logits(logits, **sampling._asdict())
+            guess = sample(filtered.flatten(0, 1), generator).view_as(ids)
             sure = logits.softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
-            if rule["order"] == "random":
-                rank = torch.rand(ids.shape, generator=generator, device=ids.device)
-            else:
-                rank = (
-                    sure
-                    if rule["order"] == "surest"
-                    else -torch.arange(ids.shape[1], device=ids.device).to(sure).expand_as(sure)
-                )
-            due = -(
-                -hidden.sum(1, keepdim=True) // (steps - step)
-            )  # of what is left, an equal share for each step that is left
-            kept = (
-                rank.masked_fill(~hidden, -torch.inf).argsort(1, descending=True).argsort(1) < due
-            )
-            ids, hidden = torch.where(hidden, guess, ids), hidden & ~(kept | (sure > rule["keep"]))
-            yield ids, hidden, rounds
-            if not hidden.any():
+            rank = self.rank(sure, rule["order"], generator).masked_fill(~masked, -torch.inf)
+            due = -(-masked.sum(1, keepdim=True) // (steps - step))  # an equal part in every step
+            kept = rank.argsort(1, descending=True).argsort(1) < due
+            ids = torch.where(masked, guess, ids)
+            masked = masked & ~(kept | (sure > rule["keep"]))
+            note = {"rounds": rounds, "masked": int(masked.sum())}
+            settled = int(leading(~masked.any(0, keepdim=True)))  # in every row
+            yield Draft(ids, settled, note)
+            if not masked.any():
                 return
 
-    def think(self, ids: Tensor, hidden: Tensor, thought: Tensor | None, generator, rule: dict):
-        """(b t), (b t) of bool, (b t d) -> thought, logits (b t v), rounds taken: each page until all of its hidden places are at rest."""
-        left, old = torch.ones(ids.shape, dtype=self.lm_head.weight.dtype, device=ids.device), None
-        limit = torch.full_like(left, rule["threshold"])
-        if rule["stop"] == "sampled":
-            limit = torch.rand(
-                left.shape, generator=generator, dtype=left.dtype, device=left.device
-            )
-        before = left.new_zeros(*ids.shape, self.config.width) if thought is None else thought
-        rounds = self.ponder(ids, thought)
-        logits, taken, done = (
-            None,
-            0,
-            torch.zeros(len(ids), 1, 1, dtype=torch.bool, device=ids.device),
-        )
-        while not taken or (taken < rule["rounds"] and not done.all()):
-            new, guess, odds = next(rounds)
-            thought, logits = (
-                (new, guess)
-                if not taken
-                else (torch.where(done, thought, new), torch.where(done, logits, guess))
-            )
-            left, taken = left * (1 - odds), taken + 1
-            rest = at_rest(rule, new, before, guess, old, left, limit)
-            done = done | (rest | ~hidden).all(1)[:, None, None]
-            before, old = new, guess
-        return thought, logits, taken
+    def rank(
+        self, sure: Float[Tensor, "b t"], order: str, generator: Generator | None
+    ) -> Float[Tensor, "b t"]:
+        """What is kept first has the highest number."""
+        if order == "surest":
+            return sure
+        if order == "random":
+            return torch.rand(sure.shape, generator=generator, device=sure.device)
+        return -torch.arange(sure.shape[1], device=sure.device).to(sure).expand_as(sure)
+
+    def think(
+        self,
+        ids: Ids,
+        masked: Mask,
+        hidden: Hidden | None,
+        generator: Generator | None,
+        rule: dict[str, Any],
+    ) -> tuple[Hidden, Float[Tensor, "b t v"], int]:
+        """Each row until all of its masked positions stop: hidden state, logits, and rounds taken."""
+        limit = self.limits(ids, rule, generator)
+        survival = torch.ones_like(limit)
+        done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
+        logits = limit.new_zeros(*ids.shape, self.config.vocabulary)
+        if hidden is None:
+            hidden = limit.new_zeros(*ids.shape, self.config.width)
+        before = (hidden, None)
+        rounds = 0
+        for now in islice(self.ponder(ids, hidden), rule["rounds"]):
+            rounds += 1
+            hidden = torch.where(done[..., None], hidden, now.hidden)
+            logits = torch.where(done[..., None], logits, now.logits)
+            survival = survival * (1 - now.halt)
+            stop = stops(rule, now, before, survival, limit)
+            done = done | (stop | ~masked).all(1, keepdim=True)
+            before = (now.hidden, now.logits)
+            if done.all():
+                break
+        return hidden, logits, rounds
+
+
+def masked_weights(masked: Mask, total: int, like: Float[Tensor, "..."]) -> Float[Tensor, "b t"]:
+    """Of masked positions, such that the weighted sum of a row is `total` times the mean over them."""
+    return masked.to(like) * total / masked.sum(1, keepdim=True)
