@@ -13,7 +13,7 @@ for tick in irann.train(model, text, irann.Recipe(steps=500)):
 
 from typing import Any
 
-from . import shakespeare, text
+from . import machine, shakespeare, text
 from .lm import Draft, generate
 from .settings import InputError
 from .text import Text, Vocabulary
@@ -55,3 +55,6 @@ def __getattr__(name: str) -> Any:
 
 def _no_chat(*_: Any, **__: Any) -> None:
     raise ImportError("irann.Chat needs ipywidgets and IPython: pip install 'irann[book]'")
+
+
+machine.share_cores()

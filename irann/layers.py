@@ -13,7 +13,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core.attention import causal_mask, merge_heads, weights
+from .core.attention import attention_weights, causal_mask, merge_heads
 from .settings import InputError
 
 KeyValue = tuple[Float[Tensor, "b h _ c"], Float[Tensor, "b h _ c"]]  # one layer's KV cache
@@ -164,7 +164,7 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "b h t s"]:
         """What `forward` averages the values with, to look at."""
         q, k, _ = self.project(x, rotary)
-        return weights(q, k, causal=self.causal)
+        return attention_weights(q, k, causal=self.causal)
 
 
 class MLP(nn.Module):

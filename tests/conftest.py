@@ -7,7 +7,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -25,7 +24,6 @@ with install_import_hook(
 
 from irann import shakespeare
 from irann.bench import speed
-from irann.bench import suite as bench
 from irann.text import Text
 
 PROGRAMS = Path(__file__).parent / "programs"  # what tests start as processes of their own
@@ -60,8 +58,7 @@ def small(corpus) -> Text:
 def clock(monkeypatch):
     """Time that passes only when it is told to: clock(2) lets two seconds go."""
     now = [0.0]
-    for module in (bench, speed):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return lambda seconds: now.append(now.pop() + seconds)
 
 

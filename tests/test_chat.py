@@ -21,9 +21,11 @@ import torch
 
 from irann import zoo
 from irann.__main__ import main as command_line
-from irann.chat.session import Frame, Look, Session, _speech_end, available
-from irann.chat.terminal import Terminal, _visible
-from irann.chat.widget import Chat, draft_html, look_html, note_of, scene_html
+from irann.chat.html import draft_html, inspection_html, note_of, scene_html
+from irann.chat.session import Frame, Inspection, Session, _speech_end, available
+from irann.chat.streams import visible
+from irann.chat.terminal import Pen, Terminal
+from irann.chat.widget import Chat
 from irann.lm import Draft, LanguageModel
 from irann.text import Vocabulary
 from irann.training import train
@@ -68,7 +70,7 @@ class Parrot(LanguageModel):
             prompt.shape[1],
             torch.cat([prompt, self.vocabulary.encode(self.script[:n])[None]], 1),
         )
-        yield Draft(prompt, start, {"forgotten": start - 64} if start > 64 else {})
+        yield Draft(prompt, start, forgotten=max(0, start - 64))
         for end in range(start + 1, ids.shape[1] + 1):
             if self.fails is not None and end - start > self.fails:
                 raise RuntimeError("the model broke")
@@ -270,11 +272,11 @@ def test_a_new_scene_and_a_seed_set_anew_begin_the_same_conversation_again(here)
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_every_model_shows_its_inside_on_the_text(here, name):
     session = Session(name, length=8)
-    with pytest.raises(ValueError, match="nothing to look at"):
-        session.look()
+    with pytest.raises(ValueError, match="nothing to inspect"):
+        session.inspect()
     session.say("Hello there, gentle cousin, what news from the town?")
     finish(session.reply())
-    look = session.look()
+    look = session.inspect()
     assert len(look.text) == session.model.config.window
     for values in look.values.values():
         assert len(values) == len(look.text) and all(math.isfinite(v) for v in values)
@@ -296,10 +298,10 @@ def test_the_inside_is_read_by_the_settings_of_the_model(here):
         for p in session.model.parameters():
             p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
     session.say("Hello there, gentle cousin")
-    text = session.model.vocabulary.encode(session.look().text)[None]
+    text = session.model.vocabulary.encode(session.inspect().text)[None]
     for rounds in (5, 2):
         session.set("rounds", rounds)
-        look = session.look()
+        look = session.inspect()
         assert (
             set(look.values["rounds"]) == {rounds}
             and max(look.values["expected_rounds"]) < rounds + 1e-3
@@ -309,15 +311,15 @@ def test_the_inside_is_read_by_the_settings_of_the_model(here):
         )
     assert look.values["nll"][1:] != pytest.approx(session.model.nll(text)[0].tolist(), rel=1e-4)
     session.set("stop", "sampled")
-    before, look = torch.get_rng_state(), session.look()
-    assert look.values == session.look().values and torch.equal(torch.get_rng_state(), before)
+    before, look = torch.get_rng_state(), session.inspect()
+    assert look.values == session.inspect().values and torch.equal(torch.get_rng_state(), before)
     for name, settings in {
         "diffusion": {"steps": 3},
         "thinker-page": {"stop": "fixed", "steps": 3},
     }.items():
         session = Session(name, **settings)
         session.say("Hello there")
-        assert set(session.look().values) == {"nll"}
+        assert set(session.inspect().values) == {"nll"}
 
 
 def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):
@@ -537,7 +539,7 @@ def test_a_full_disk_leaves_no_half_scene_in_the_way(corpus, tmp_path):
 
 
 def test_control_characters_do_not_reach_the_terminal():
-    assert _visible("a\x1b[2J\nb\x07") == "a\ufffd[2J\nb\ufffd"
+    assert visible("a\x1b[2J\nb\x07") == "a\ufffd[2J\nb\ufffd"
 
 
 def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c(
@@ -755,11 +757,11 @@ def test_markup_stays_text_everywhere():
         widget.session.set("reader", "<b>&")
         widget.say(EVIL)
         widget._tell(EVIL, error=True)
-        look = Look(
+        look = Inspection(
             EVIL, {"nll": [float(i) for i in range(len(EVIL))]}, {"attention": torch.eye(len(EVIL))}
         )
         page = widget.scene.value + widget.drafts.value + widget.message.value
-        page += look_html(look, "nll") + look_html(look, "attention", 2)
+        page += inspection_html(look, "nll") + inspection_html(look, "attention", 2)
         assert (
             "<img" not in page
             and "<b>" not in page.lower()
@@ -884,8 +886,8 @@ def test_the_widget_with_every_model(here):
         widget.names.value = name
         assert "parameters" in widget.about.value and widget.message.value == ""
         widget.say("Hello there, gentle cousin")
-        widget.look()
-        assert "irann-look" in widget.view.value and widget.kind.value == "nll"
+        widget.inspect()
+        assert "irann-text-view" in widget.view.value and widget.kind.value == "nll"
         for kind in widget.kind.options:
             widget.kind.value = kind
             assert kind in widget.view.value
@@ -942,7 +944,7 @@ def test_loading_and_writing_show_how_far_they_are(here, monkeypatch):
     assert "progress" not in widget.about.value and "parameters" in widget.about.value
     assert "step-2 was skipped" in widget.message.value
     paces = []
-    widget.pace.observe(lambda change: paces.append(change["new"]), "value")
+    widget.timing.observe(lambda change: paces.append(change["new"]), "value")
     widget.say("Speak.")
     assert any(
         "<progress value=3 max=6>" in pace and "3 characters, delta " in pace for pace in paces
@@ -971,11 +973,11 @@ def test_an_open_inside_keeps_up_with_the_scene_and_the_model(here):
     assert (
         "nats that each character cost" in first
         and "at most" not in first
-        and widget.place.layout.display == "none"
+        and widget.position.layout.display == "none"
     )
     widget.kind.value = "attention"
     assert (
-        widget.place.layout.display == ""
+        widget.position.layout.display == ""
         and "where the framed character looks" in widget.view.value
     )
     widget.say("What news from the town?")
@@ -992,7 +994,7 @@ def test_a_map_is_coloured_by_what_comes_before_the_character():
     rows = torch.tensor(
         [[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.1, 0.3, 0.6, 0], [0.1, 0.1, 0.2, 0.6]]
     )
-    page = look_html(Look("abcd", {}, {"attention": rows}), "attention", 2)
+    page = inspection_html(Inspection("abcd", {}, {"attention": rows}), "attention", 2)
     shades = [float(part.split(")")[0]) for part in page.split("rgba(230,159,0,")[1:]]
     assert shades == [
         0.0,
@@ -1001,7 +1003,7 @@ def test_a_map_is_coloured_by_what_comes_before_the_character():
         0.0,
     ]  # b is the strongest before c; c itself is no measure, and d is not seen
     assert [part.split(">")[1][0] for part in page.split("<span")[1:] if "outline" in part] == ["c"]
-    assert "at most" in look_html(Look("ab", {"nll": [0.0, 1.0]}, {}, exact=False), "nll")
+    assert "at most" in inspection_html(Inspection("ab", {"nll": [0.0, 1.0]}, {}, exact=False), "nll")
 
 
 def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_replies(

@@ -140,19 +140,19 @@ def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
         "gpt": {
             "exact": True,
             "curve": [[2_000_000, 1.5], [4_000_000, 1.4]],
-            "by_place": [[0, 2.5], [1, 2.0]],
+            "by_position": [[0, 2.5], [1, 2.0]],
         },
-        "diffusion": {"exact": False, "by_place": [[0, 3.0], [4, 2.5]]},
+        "diffusion": {"exact": False, "by_position": [[0, 3.0], [4, 2.5]]},
     }
     figures.learning(rows, ax=ax)
     assert [(line.get_label(), data(line)) for line in ax.lines] == [("gpt", ([2, 4], [1.5, 1.4]))]
     assert "millions of characters" in ax.get_xlabel() and "nats" in ax.get_ylabel()
     ax.clear()
-    figures.places(rows, ax=ax)
+    figures.positions(rows, ax=ax)
     drawn = [(line.get_label(), data(line), line.get_ls()) for line in ax.lines]
     assert (
         drawn == [("gpt", ([1, 2], [2.5, 2.0]), "-"), ("diffusion", ([1, 5], [3.0, 2.5]), "--")]
-        and "place" in ax.get_xlabel()
+        and "position" in ax.get_xlabel()
     )
 
 
@@ -199,8 +199,8 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
 
 def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
     figures.on_text("ab\ncdef", [0.0, 1, 2, 3, 4, 5, 6], width=3, cmap="gray", ax=ax)
-    places = [(text.get_text(), *text.get_position()) for text in ax.texts]
-    assert places == [
+    positions = [(text.get_text(), *text.get_position()) for text in ax.texts]
+    assert positions == [
         ("a", 0, 0),
         ("b", 1, 0),
         ("\u21b5", 2, 0),

