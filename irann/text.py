@@ -161,12 +161,12 @@ def windows(
 
 
 def read_text(path: str | os.PathLike) -> Text:
-    """-> a file of UTF-8 text as a corpus with a vocabulary of its own; a byte order mark is dropped, CR LF is LF.
+    """-> a file of UTF-8 text as a corpus with a vocabulary of its own; a byte order mark at its start is dropped,
+    and CR LF is read as LF: `source` says so.
 
     Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few characters.
     """
-    name = printable(path)
-    data = read_bytes(path)
+    name, data = printable(path), read_bytes(path)
     if not data:
         raise CorpusError(
             f"{name} is empty: give a text of some thousand characters, or none for tiny-shakespeare"
