@@ -283,10 +283,10 @@ def lengths(measured: dict, *, ax: Any = None) -> Any:
 
 
 def _band(
-    ax: Any, x: Sequence[float], spreads: Iterable[dict], *, color: str, **style: Any
+    ax: Any, x: Sequence[float], summaries: Iterable[dict], *, color: str, **style: Any
 ) -> None:
     """Draw medians, and lowest to highest as a band."""
-    low, median, high = zip(*((each["low"], each["median"], each["high"]) for each in spreads))
+    low, median, high = zip(*((each["low"], each["median"], each["high"]) for each in summaries))
     ax.plot(x, median, marker="o", color=color, **style)
     ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
 

@@ -172,7 +172,9 @@ def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys)
     (tmp_path / "all.json").write_text(json.dumps(numbers))
     suite.measure("all", True, tmp_path)
     message = capsys.readouterr().err
-    assert "all.json was measured with other weights of mamba; to measure again, delete it" in message
+    assert (
+        "all.json was measured with other weights of mamba; to measure again, delete it" in message
+    )
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert suite.weights_of("gpt") is None
@@ -273,4 +275,4 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
     measured = scan.writing(quick=True)
     assert measured["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
     assert measured["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
-    assert measured["transformers, cached, after 100"] == pytest.approx(speed.spread([5.0, 5.0]))
+    assert measured["transformers, cached, after 100"] == pytest.approx(speed.summary([5.0, 5.0]))

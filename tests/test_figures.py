@@ -20,7 +20,7 @@ def ax():
         plt.close(figure)
 
 
-def spread(*values):
+def summaries(*values):
     return [{"low": v - 1, "median": v, "high": v + 1} for v in values]
 
 
@@ -159,7 +159,8 @@ def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
 
 def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     figures.windows(
-        {"lengths": [128, 256], "rows": {"attention": spread(5, 20), "mamba": spread(6, 12)}}, ax=ax
+        {"lengths": [128, 256], "rows": {"attention": summaries(5, 20), "mamba": summaries(6, 12)}},
+        ax=ax,
     )
     assert [data(line) for line in ax.lines] == [([128, 256], [5, 20]), ([128, 256], [6, 12])]
     assert [line.get_label() for line in ax.lines] == [
@@ -168,7 +169,7 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     ] and ax.get_ylabel() == "ms"
     ax.clear()
 
-    speeds = iter(spread(7, 70, 8, 80))
+    speeds = iter(summaries(7, 70, 8, 80))
     row = [
         {"prompt": p, "reply": r, "chars_per_second": next(speeds)}
         for p in (100, 1000)
@@ -180,7 +181,7 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     )
     ax.clear()
 
-    (words, fewer), (rate, slow) = spread(0.9, 0.8), spread(50, 20)
+    (words, fewer), (rate, slow) = summaries(0.9, 0.8), summaries(50, 20)
     row = [
         {"steps": 4, "words": fewer, "chars_per_second": rate},
         {"steps": 8, "words": words, "chars_per_second": slow},

@@ -14,9 +14,9 @@ def test_times_are_against_the_first_and_without_the_first_round(clock):
     taken = {"a": iter([100, 2, 2]), "b": iter([100, 4, 4])}
     runners = {name: lambda spent=spent: clock(next(spent)) for name, spent in taken.items()}
     rows = speed.in_turn(runners, 2)["rows"]
-    assert rows["a"] == {"ms": speed.spread([2000]), "times": speed.spread([1])}
-    assert rows["b"] == {"ms": speed.spread([4000]), "times": speed.spread([2])}
-    assert speed.spread([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
+    assert rows["a"] == {"ms": speed.summary([2000]), "times": speed.summary([1])}
+    assert rows["b"] == {"ms": speed.summary([4000]), "times": speed.summary([2])}
+    assert speed.summary([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
 
 
 def test_every_model_s_step_is_its_own(monkeypatch):
@@ -91,5 +91,5 @@ def test_a_number_of_steps_is_tried_by_words_judge_and_speed(clock):
     model = SimpleNamespace(generate=generate)
     row = speed.measured_at(model, {"steps": 4}, 3, 12, corpus, Vocabulary("\nab"))
     rates = {"median": 3, "low": 2, "high": 6}
-    words, judge = speed.spread([0.5]), speed.spread([12])
+    words, judge = speed.summary([0.5]), speed.summary([12])
     assert row == {"steps": 4, "words": words, "judge": judge, "chars_per_second": rates}

@@ -70,9 +70,9 @@ def timed(title: str, measured: dict) -> list[str]:
     return section(title, TIMES, ([name, *ranges(row, ms=1, times=2)] for name, row in rows))
 
 
-def ranged(spread: dict, digits: int = 0) -> str:
+def ranged(summary: dict, digits: int = 0) -> str:
     """-> median (lowest, highest)."""
-    median, low, high = (f"{spread[key]:.{digits}f}" for key in ("median", "low", "high"))
+    median, low, high = (f"{summary[key]:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} ({low}, {high})"
 
 
