@@ -23,8 +23,7 @@ from .chat import streams
 from .checkpoint import CheckpointError, DiskError, why
 from .sampling import SAMPLING
 from .settings import InputError, Setting
-from .shakespeare import CorpusError
-from .text import Text
+from .text import CorpusError, Text, printable, read_text
 from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -322,22 +321,12 @@ def _extra(arguments: list[str]) -> dict[str, str]:
 
 def _corpus(path: Path | None) -> Text:
     """tiny-shakespeare, or any other UTF-8 text with a vocabulary of its own."""
-    import hashlib
-
     if path is None:
         return shakespeare.load()
-    data = shakespeare.read_file(path)
-    if not data:
-        raise CorpusError(
-            f"{path} is empty: give a text of some thousand characters, or none for tiny-shakespeare"
-        )
-    try:
-        content = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x}): save it as UTF-8"
-        ) from None
-    return Text.of(content, source=str(path), sha256=hashlib.sha256(data).hexdigest())
+    text = read_text(path)
+    if text.source != printable(path):  # what was changed on the way
+        streams.tell(f"read {text.source}")
+    return text
 
 
 def _device(name: str, rank: int = 0) -> torch.device:
@@ -420,8 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
         if sys.stdout is None and not set(arguments[:1]) & set(WRITERS):
             raise InputError("standard output is closed: there is nowhere to write to")
         code = app(arguments or ["--help"], standalone_mode=False, prog_name="irann")
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here a full disk or a reader that left is still met below
+        print(end="", flush=True)  # here a full disk or a reader that left is still met below
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except BrokenPipeError:
@@ -436,7 +424,7 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         streams.tell(_words(error).rstrip("."))
         try:
-            sys.stdout.flush()
+            print(end="", flush=True)
         except (
             OSError
         ):  # our own output could not be written, and Python would try again while it ends

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, shakespeare, zoo
+from . import checkpoint, machine, shakespeare, zoo
 from .checkpoint import CheckpointError
 from .settings import InputError
 
@@ -58,7 +58,7 @@ def _versions(problems: list[str]) -> Iterator[str]:
 
 
 def _torch(problems: list[str]) -> Iterator[str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = machine.cores()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus.append("mps")
@@ -66,7 +66,8 @@ def _torch(problems: list[str]) -> Iterator[str]:
     known = {name: os.environ[name] for name in VARIABLES + OURS if name in os.environ}
     yield ", ".join(f"{name}={value}" for name, value in known.items()) or "no variables are set"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    if cores and load > cores / 2 and known.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+    patient = machine.waits_politely() or known.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    if load > cores / 2 and torch.get_num_threads() > 1 and not patient:
         problems.append(
             f"other work keeps {load:.1f} of {cores} cores busy, which can slow torch down many times: "
             "set OMP_WAIT_POLICY=PASSIVE"

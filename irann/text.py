@@ -161,7 +161,8 @@ def windows(
 
 
 def read_text(path: str | os.PathLike) -> Text:
-    """-> a file of UTF-8 text as a corpus with a vocabulary of its own; a byte order mark at its start is dropped.
+    """-> a file of UTF-8 text as a corpus with a vocabulary of its own; a byte order mark at its start is dropped,
+    and CR LF is read as LF: `source` says so.
 
     Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few characters.
     """
@@ -180,6 +181,9 @@ def read_text(path: str | os.PathLike) -> Text:
         ) from None
     if data.startswith(b"\xef\xbb\xbf"):
         name += ", without its byte order mark"
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        name += ", its line ends (CR LF) read as LF"
     return Text.of(text, source=name, sha256=hashlib.sha256(data).hexdigest())
 
 

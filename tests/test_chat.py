@@ -11,6 +11,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,12 +19,13 @@ import nbclient
 import nbformat
 import pytest
 import torch
+import wcwidth
 
 from irann import zoo
 from irann.__main__ import main as command_line
 from irann.chat.html import draft_html, inspection_html, note_of, scene_html
 from irann.chat.session import Frame, Inspection, Session, _speech_end, available
-from irann.chat.streams import visible
+from irann.chat.streams import advance, cells, visible
 from irann.chat.terminal import Pen, Terminal
 from irann.chat.widget import Chat
 from irann.lm import Draft, LanguageModel
@@ -202,6 +204,10 @@ def test_characters_it_does_not_know_are_named_and_replaced(corpus):
     note = session.say("Caf\u00e9 \u201cblack\u201d \U0001f600!")
     assert "\u00e9" in note and "65 characters" in note
     assert session.turns[0].text == "Cafe black !"
+    assert (
+        session.say("Cafe\u0301") == session.say("Caf\u00e9")
+        and session.turns.pop() == session.turns.pop()
+    )
     assert session.say("\u2019tis <b>so</b> & ay")
     assert session.turns[1].text == "'tis bsob & ay"
     finish(session.reply())
@@ -210,6 +216,18 @@ def test_characters_it_does_not_know_are_named_and_replaced(corpus):
     assert session.turns == []
     finish(session.reply())
     assert session.model.prompts[-1] == "JULIET:\n"
+
+
+def test_accents_are_composed_first_and_taken_apart_only_if_they_must():
+    for known, typed, heard in (
+        ("caf\u00e9 ", "cafe\u0301 x", "caf\u00e9 "),
+        ("cafe\u0301 ", "caf\u00e9 x", "cafe\u0301 "),
+        ("\ud55c ", "\u1112\u1161\u11ab x", "\ud55c "),
+        ("cafe \n", "cafe\u0301 \u3000\u00a0\r\n", "cafe   \n"),
+    ):
+        session = Session(Parrot(Vocabulary(known), ""))
+        assert session.clean(typed)[0] == heard
+        assert session.clean(heard) == (heard, "")
 
 
 def test_it_says_what_it_forgot(corpus):
@@ -538,56 +556,97 @@ def test_a_full_disk_leaves_no_half_scene_in_the_way(corpus, tmp_path):
     assert file.read_text() == terminal.session.scene() + "\n"
 
 
-def test_control_characters_do_not_reach_the_terminal():
-    assert visible("a\x1b[2J\nb\x07") == "a\ufffd[2J\nb\ufffd"
+def test_spaces_stay_spaces_and_controls_do_not_reach_the_terminal(typed, capsys):
+    assert visible("a\x1b[2J\nb\x07\u2028") == "a\ufffd[2J\nb\ufffd\ufffd"
+    odd = "a\tb\u00a0c\u3000d\u200ce e\u0301"
+    assert visible(odd) == odd and visible("a\tb", "  ") == "a  b" and visible("a\r\nb") == "a\nb"
+    terminal = Terminal(Session(Parrot(Vocabulary(odd + "\r\nX"), f"{odd}\r\n\r\nX")))
+    terminal.answer(terminal.session.reply)
+    assert capsys.readouterr().out == odd + "\n\n" and terminal.session.turns[-1].ended == "speech"
 
 
-def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c(
-    corpus, monkeypatch
-):
-    terminal = Terminal(parrot(corpus, "Ay."))
-    monkeypatch.setattr(terminal, "colours", True)
-    monkeypatch.setattr(
-        "irann.chat.terminal.shutil.get_terminal_size", lambda: os.terminal_size((20, 24))
-    )
-    for column in range(50):
-        tail = terminal.tail("so many words that no line could hold them\nand more", column)
-        assert column % 20 + len("^C" + tail) < 20 or not tail
-        assert len(tail) == max(0, 17 - column % 20) or (column and column % 20 == 0)
+def test_columns_are_those_of_the_screen():
+    assert [cells(c) for c in "a\u4f60\u0301\u200d\uff01\U0001f600\u00e9"] == [1, 2, 0, 0, 2, 2, 1]
+    assert [advance(18, text, 20) for text in ("\u4f60", "a\u4f60", "a\nb", "ab", "abc")] == [
+        20,
+        2,
+        1,
+        20,
+        1,
+    ]
+
+
+def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c():
+    pen = Pen(live=True, colours=True)
+    for words, width in (
+        ("so many words that no line holds them\nand more", 1),
+        ("\u4f60\u597d" * 20, 2),
+    ):
+        for pen.column in range(21):
+            tail = pen.tail(words, 20)
+            room = max(0, 17 - pen.column)
+            assert len(tail) == room // width and "\n" not in tail
+    pen.column = 0
+    assert pen.tail("\u0301x", 20) == "x"  # an accent would join what is written for good
+    assert Pen(live=True, colours=False).tail("words", 20) == ""
 
 
 def screen(written, width):
-    """-> the lines that a terminal shows. Beyond a line's last place the cursor still stands on it, until something is written."""
-    lines, x = [""], 0
+    """-> the lines that a terminal shows, a list of cells each; the second cell of a wide character is empty.
+
+    Beyond a line's last cell the cursor still stands on it, until something is written.
+    """
+    lines, x = [[]], 0
     for number, order, character in re.findall(r"(?s)\x1b\[(\d*)([KDm])|(.)", written):
+        taken = wcwidth.wcwidth(character) if character else 0
         if order == "K":  # erase from the cursor on
-            lines[-1] = lines[-1][: min(x, width - 1)]
+            del lines[-1][min(x, width - 1) :]
         elif order == "D":  # to the left
             x = max(0, x - int(number))
-        elif character == "\n" or (character and x == width):
-            lines, x = [*lines, ""], 0
-        if character not in ("", "\n"):
-            lines[-1], x = lines[-1][:x] + character + lines[-1][x + 1 :], x + 1
-    return lines
+        elif character == "\n" or (character and x + taken > width):
+            lines.append([])
+            x = 0
+        if character not in ("", "\n") and not taken:
+            lines[-1][x - 1] += character
+        elif character not in ("", "\n"):
+            lines[-1] += [" "] * (x - len(lines[-1]))
+            lines[-1][x : x + taken] = [character, ""][:taken]
+            x += taken
+    return ["".join(line) for line in lines]
 
 
-@pytest.mark.parametrize("stride, stop", [(1, None), (2, None), (5, None), (1, 30)])
+LATIN = "Ay, madam, all of it is true, every word.\n\nWho says it is not?\n" + "So be it. " * 6
+WIDE = "\u4f60\u597d\uff0ce\u0301 " * 9 + "\n" + "\u4f60a" * 12
+
+
+@pytest.mark.parametrize(
+    "text, guess, stride, stop",
+    [
+        (LATIN, "?!", 1, None),
+        (LATIN, "?!", 5, None),
+        (LATIN, "?!", 1, 30),
+        (WIDE, "\u5417\uff01", 1, None),
+    ],
+)
 def test_proposals_are_written_over_and_leave_nothing_on_the_screen(
-    corpus, monkeypatch, capsys, stride, stop
+    corpus, monkeypatch, capsys, text, guess, stride, stop
 ):
-    text = "Ay, madam, all of it is true, every word.\n\nWho says it is not?\n" + "So be it. " * 6
     written = ""
+    many, last = guess
 
     def reply():
         nonlocal written
         for settled in range(0, len(text), stride):
-            proposed = ("?" * (settled % 7) + "! ") * 9
+            proposed = (many * (settled % 7) + last + " ") * 9
             if settled == stop:
                 signal.raise_signal(signal.SIGINT)
             yield Frame(text[:settled] + proposed, settled)
             written += capsys.readouterr().out
             line = screen(f"JULIET:\n{text[:settled]}", 20)[-1]
-            assert screen(written, 20)[-1] == line + proposed[: max(0, 17 - len(line))]
+            shown = screen(written, 20)[-1]
+            room = max(0, 17 - wcwidth.wcswidth(line))
+            assert shown.startswith(line) and proposed.startswith(shown[len(line) :])
+            assert 0 <= room - wcwidth.wcswidth(shown[len(line) :]) <= cells(many) - 1
         yield Frame(text, len(text))
 
     terminal = Terminal(parrot(corpus, ""))
@@ -597,9 +656,13 @@ def test_proposals_are_written_over_and_leave_nothing_on_the_screen(
     )
     terminal.answer(reply)
     written += capsys.readouterr().out
-    assert screen(written, 20) == screen(
-        f"JULIET:\n{text[:stop]}\n{'[stopped]' + chr(10) if stop else ''}", 20
-    )
+    end = "[stopped]\n" if stop else ""
+    assert screen(written, 20) == screen(f"JULIET:\n{text[:stop]}\n{end}", 20)
+
+
+def test_what_is_forgotten_is_said_once_in_a_scene(typed, capsys):
+    typed("word " * 40, "And?", "/clear", "word " * 40, "And?")
+    assert capsys.readouterr().err.count("could not read") == 2
 
 
 def test_in_a_real_terminal_ctrl_c_stops_the_reply_and_not_the_session(runs):
@@ -699,6 +762,42 @@ def test_what_was_forgotten_is_said_beside_another_note(chat):
         "not among" not in widget.message.value
         and widget.message.value.count("could not read") == 1
     )
+
+
+def test_a_chat_in_plain_python_is_a_sentence(here, monkeypatch):
+    assert re.fullmatch(
+        r"gpt: 28,736 parameters, .*; a chat for a notebook cell; .*", repr(Chat("gpt"))
+    )
+    assert repr(Chat("gtp")).startswith("a chat without a model: 'gtp' is neither a model")
+
+
+def test_bubbles_say_which_model_wrote_them(here):
+    widget = Chat("gpt", length=4)
+    widget.say("Hm?")
+    widget.names.value = "mamba"
+    widget.say("Hm?")
+    names = re.findall("irann-name'>([^<]*)<", widget.scene.value)
+    assert names == ["ROMEO", "JULIET \u00b7 gpt", "ROMEO", "JULIET \u00b7 mamba"]
+
+
+def test_a_training_elsewhere_is_not_disturbed_by_a_chat(small):
+    config, recipe = zoo.recipe("gpt", "tiny", steps=40, evaluate_every=0, dropout=0.2)
+
+    def losses(talk):
+        model, got = zoo.build("gpt", config), []
+        model.vocabulary = small.vocabulary
+        widget = Chat(model, length=20)
+        ticks = train(model, small, recipe)
+        thread = threading.Thread(target=lambda: got.extend(tick.loss for tick in ticks))
+        thread.start()
+        while talk and thread.is_alive():
+            widget.say("Who is there?")
+            widget.inspect()
+            assert widget.said == ""
+        thread.join()
+        return got
+
+    assert losses(True) == losses(False)
 
 
 def test_a_very_long_scene_shows_its_end(chat):
@@ -812,10 +911,11 @@ def test_a_page_at_once_leaves_its_drafts_on_a_slider(chat):
     assert "irann-open" not in widget.drafts.value and "All at once." in widget.drafts.value
 
 
-def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch):
+def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch, capsys):
     widget = chat("Some words.\n\n", fails=3)
     widget.say("Hm?")
-    assert "the model broke" in widget.message.value and not widget.send.disabled
+    assert "RuntimeError: the model broke" in widget.message.value and not widget.send.disabled
+    assert "Traceback" in capsys.readouterr().err  # a fault of a program, not of the reader
     knob = next(k for k in widget.knobs.children if k.description == "top_k")
     knob.value = -4
     assert (
@@ -947,21 +1047,15 @@ def test_loading_and_writing_show_how_far_they_are(here, monkeypatch):
     widget.timing.observe(lambda change: paces.append(change["new"]), "value")
     widget.say("Speak.")
     assert any(
-        "<progress value=3 max=6>" in pace and "3 characters, delta " in pace for pace in paces
+        "<progress value=3 max=6>" in pace and "3 characters, step size " in pace for pace in paces
     )
     assert "6 characters in " in paces[-1] and "progress" not in paces[-1]
 
 
 def test_the_note_beside_a_draft_is_its_numbers():
-    note = {
-        "forgotten": 7,
-        "level": 412,
-        "sure": 0.91666,
-        "rounds": [3],
-        "halted": [0.5, 0.2],
-        "word": "<b>",
-    }
-    assert note_of(Frame("Ay", 1, note)) == "level 412, sure 0.917, rounds 3"
+    note = {"level": 412, "sure": 0.91666, "rounds": [3], "many": [0.5, 0.2], "word": "<b>", "x": 2}
+    words = "noise level 412, mean probability of its guesses 0.917, rounds of thinking 3, x 2"
+    assert note_of(Frame("Ay", 1, note)) == words
 
 
 def test_an_open_inside_keeps_up_with_the_scene_and_the_model(here):
@@ -978,7 +1072,7 @@ def test_an_open_inside_keeps_up_with_the_scene_and_the_model(here):
     widget.kind.value = "attention"
     assert (
         widget.position.layout.display == ""
-        and "where the framed character looks" in widget.view.value
+        and "attention weights of the framed character" in widget.view.value
     )
     widget.say("What news from the town?")
     assert widget.view.value != first and widget.kind.value == "attention"
@@ -1003,7 +1097,9 @@ def test_a_map_is_coloured_by_what_comes_before_the_character():
         0.0,
     ]  # b is the strongest before c; c itself is no measure, and d is not seen
     assert [part.split(">")[1][0] for part in page.split("<span")[1:] if "outline" in part] == ["c"]
-    assert "at most" in inspection_html(Inspection("ab", {"nll": [0.0, 1.0]}, {}, exact=False), "nll")
+    assert "at most" in inspection_html(
+        Inspection("ab", {"nll": [0.0, 1.0]}, {}, exact=False), "nll"
+    )
 
 
 def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_replies(

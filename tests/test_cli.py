@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, its exit codes, what survives a signal."""
 
+import io
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import irann
 from irann import checkpoint, zoo
 from irann.__main__ import _again, main
 from irann.training import evaluate, train
@@ -23,7 +25,7 @@ ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 TINY = ["--recipe", "tiny", "--set", "steps=6"]
 
 
-def irann(*arguments, capsys=None):
+def call(*arguments, capsys=None):
     """Run in this process -> exit code, stdout, stderr."""
     with pytest.raises(SystemExit) as exit:
         main([str(a) for a in arguments])
@@ -35,7 +37,7 @@ def irann(*arguments, capsys=None):
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: irann(*arguments, capsys=capsys)
+    return lambda *arguments: call(*arguments, capsys=capsys)
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +49,18 @@ def trained(small, tmp_path_factory):
     return folder
 
 
-def test_help_names_every_command(run):
+def test_help_names_every_command_and_every_model(run):
+    commands = {"data", "train", "sample", "chat", "eval", "bench", "doctor"}
     code, out, _ = run("--help")
-    assert code == 0 and all(
-        word in out for word in ("data", "train", "sample", "chat", "eval", "bench")
-    )
-    for command in ("data", "train", "sample", "chat", "eval", "bench"):
+    words = set(re.findall(r"[\w-]+", out))
+    assert code == 0 and commands | set(zoo.MODELS) | {"--version"} <= words
+    for command in commands:
         assert run(command, "--help")[0] == 0
+    assert set(zoo.MODELS) <= set(re.findall(r"[\w-]+", run("train", "--help")[1]))
 
 
-def test_help_names_every_model(run):
-    for arguments in (["--help"], ["train", "--help"]):
-        assert set(zoo.MODELS) <= set(re.findall(r"[\w-]+", run(*arguments)[1])), arguments
+def test_the_version_is_one_line(run):
+    assert run("--version") == (0, f"irann {irann.__version__}\n", "")
 
 
 def test_without_a_command_there_is_help(run):
@@ -89,9 +91,9 @@ def test_data_writes_what_it_says(run, tmp_path):
             "no recipe 'ful' for gpt; there are tiny, demo, full",
         ),
         (["train", "gpt", "--set", "lrr=1"], "lrr is nothing that can be set; there are"),
-        (["train", "gpt", "--set", "lr=fast"], "lr is a number; got 'fast'"),
-        (["train", "gpt", "--set", "lr=-1"], "lr is a number from 0 up; got -1"),
-        (["train", "gpt", "--set", "steps=1.5"], "steps is a whole number; got '1.5'"),
+        (["train", "gpt", "--set", "lr=fast"], "lr is a number"),
+        (["train", "gpt", "--set", "lr=-1"], "lr is a number from 0 up"),
+        (["train", "gpt", "--set", "steps=1.5"], "steps is a whole number"),
         (["train", "gpt", "--set", "steps"], "--set takes NAME=VALUE"),
         (["train", "gpt", "--set", "heads=3"], "width of 32 cannot be cut into 3"),
         (["train", "gpt", "--set", "tied=perhaps"], "tied is true or false"),
@@ -102,16 +104,18 @@ def test_data_writes_what_it_says(run, tmp_path):
         (["sample", "RUN", "--temperature", "-1"], "temperature is a number from 0"),
         (["sample", "RUN", "--temperature", "nan"], "temperature is a number from 0"),
         (["sample", "RUN", "--top-k", "-1"], "top_k is a whole number from 0"),
-        (["sample", "RUN", "--top-p", "2"], "top_p is a number from 0.0 to 1"),
+        (["sample", "RUN", "--top-p", "2"], "top_p is a number from 0 to 1"),
         (["sample", "RUN", "--length", "-5"], "length is a whole number from 0"),
-        (["sample", "RUN", "--length", "many"], "--length"),
+        (["sample", "RUN", "--length", "many"], "length is a whole number from 0"),
+        (["sample", "RUN", "--temperature", "hot"], "temperature is a number from 0 to 100"),
+        (["bench", "scan", "--seeds", "0"], "seeds is a whole number from 1"),
         (["sample", "RUN", "--seed", "-1"], "seed is a whole number from 0"),
         (["sample", "RUN", "--steps", "9"], "GPT has no setting 'steps'"),
         (["sample", "RUN", "--n", "9"], "GPT has no setting 'n'"),
         (["sample", "RUN", "--model", "mamba"], "GPT has no setting 'model'"),
         (["sample", "--steps", "9"], "the model comes first"),
         (["chat", "--length", "9"], "the model comes first"),
-        (["chat", "RUN", "--model", "mamba"], "there is no --model here"),
+        (["chat", "RUN", "--model", "mamba"], "has no setting 'model'"),
         (["chat", "RUN", "--self", "3"], "has no setting 'self'"),
         (["train", "gpt", "--set", "name=3"], "name is nothing that can be set"),
         (["sample", "RUN", "extra"], "'extra' means nothing here: a model's own settings"),
@@ -156,6 +160,122 @@ def test_bad_checkpoints_exit_3(run, tmp_path, trained):
     assert code == 3 and "manifest.json is missing" in err
 
 
+def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, trained):
+    monkeypatch.setattr("irann.lm.stream", lambda *_, **__: list(zip("ab", "a", strict=True)))
+    with pytest.raises(ValueError, match="shorter"):
+        main(["sample", str(trained)])
+    monkeypatch.setattr("irann.shakespeare.load", lambda *_: irann.core.noise.Schedule("none", 3))
+    with pytest.raises(ValueError, match="none"):
+        main(["data"])
+
+
+ODD = "ROMEO:\tA\u00a0B\u3000C caf\u00e9\n\nJULIET:\nNo\n\n"
+
+
+@pytest.mark.parametrize(
+    "data, code, words",
+    [
+        ((ODD * 60).encode("utf-8-sig"), 0, ""),
+        ((ODD * 60).replace("\n", "\r\n").encode(), 0, "odd.txt, its line ends (CR LF) read as LF"),
+        ((ODD * 60).replace("\n", "\r").encode(), 0, "read as LF"),
+        ((ODD * 60).encode("utf-16-le"), 4, "UTF-16"),
+        ((ODD * 60).encode("utf-16"), 4, "UTF-16"),
+    ],
+)
+def test_a_text_from_another_system(run, tmp_path, data, code, words):
+    (tmp_path / "odd.txt").write_bytes(data)
+    done, _, err = run("train", "gpt", *TINY, "--corpus", "odd.txt", "--run", "odd")
+    assert done == code and words in err
+    if not code:
+        assert set(zoo.load("odd").vocabulary.characters) == set(ODD)
+        assert run("eval", "odd", "--corpus", "odd.txt")[0] == 0
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A run directory of a model that knows other spaces and accents."""
+    folder = tmp_path_factory.mktemp("odd")
+    text = irann.Text.of(ODD * 60)
+    config, recipe = zoo.recipe("gpt", "tiny", steps=3, vocabulary=len(text.vocabulary))
+    list(train(zoo.build("gpt", config), text, recipe, run=folder))
+    return folder
+
+
+def test_an_accent_that_is_typed_apart_is_composed(run, odd):
+    code, out, err = run("sample", odd, "--prompt", "cafe\u0301", "--length", 3)
+    assert (code, err) == (0, "") and out.startswith("caf\u00e9")
+
+
+@pytest.mark.parametrize("levels", [1, 50])
+def test_a_default_is_never_outside_its_own_range(run, tmp_path, levels):
+    changes = ["--set", f"levels={levels}", "--run", "few"]
+    assert run("train", "diffusion", *TINY, *changes)[0] == 0
+    assert run("sample", "few", "--length", 5)[0] == 0
+    code, _, err = run("sample", "few", "--length", 5, "--steps", levels + 1)
+    assert code == 2 and "steps is a whole number from 1" in err
+
+
+CLOSED = {  # what follows the command in a shell -> exit code, words on standard error
+    "chat RUN <&-": (2, "standard input is closed"),
+    "sample RUN --prompt - 0>there": (2, "standard input cannot be read"),
+    "sample RUN >&-": (2, "standard output is closed"),
+    "train gpt --recipe tiny --set steps=6 --run closed <&- >&- 2>&-": (0, ""),
+}
+
+
+@pytest.mark.parametrize("command", CLOSED)
+def test_a_closed_stream_is_one_sentence_or_no_matter(trained, tmp_path, command):
+    shell = f"{sys.executable} -m irann {command.replace('RUN', str(trained))}"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    code, words = CLOSED[command]
+    assert done.returncode == code and words in done.stderr, done
+    assert done.stderr.count("\n") == bool(words)
+    if "closed" in command:  # no file was taken for a stream
+        assert checkpoint.newest(tmp_path / "closed")[1].config["step"] == 6
+        lines = (tmp_path / "closed" / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_streams_that_python_does_not_have(run, trained, monkeypatch):
+    for stream, arguments, code in (
+        ("stdin", ["sample", trained, "--length", 3], 0),
+        ("stdin", ["sample", trained, "--prompt", "-"], 2),
+        ("stdin", ["chat", trained], 2),
+        ("stderr", ["sample", trained, "--prompt", "a" * 40, "--length", 3], 0),
+        ("stderr", ["sample", "nothing"], 2),
+        ("stdout", ["eval", trained], 2),
+    ):
+        with monkeypatch.context() as closed:
+            closed.setattr(sys, stream, None)
+            assert run(*arguments)[0] == code, (stream, arguments)
+
+
+@pytest.mark.parametrize(
+    "encoding, begins", [("cp1252", "?caf\u00e9"), ("ascii", "?caf?"), ("utf-8", "\u3000caf\u00e9")]
+)
+def test_what_the_output_cannot_hold_becomes_a_question_mark(
+    run, odd, encoding, begins, monkeypatch
+):
+    out = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    code, _, err = run("sample", odd, "--prompt", "\u3000cafe\u0301", "--length", 9)
+    text = out.buffer.getvalue().decode(encoding)
+    assert code == 0 and text.startswith(begins) and len(text) == 5 + 9 + 1
+    assert ("PYTHONIOENCODING=utf-8" in err) == (encoding != "utf-8")
+
+
+def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "s3cr3t")
+    monkeypatch.setenv("IRANN_CORPUS", str(tmp_path / "nowhere.txt"))
+    run("train", "gpt", *TINY, "--run", "runs/mine", "--corpus", __file__)
+    (tmp_path / "runs" / "mine" / "checkpoints" / "step-00000009").mkdir()
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "") and "s3cr3t" not in out and "step-00000006" in out
+    assert torch.__version__ in out and "GB free" in out and "gpt, mamba" in out
+    wrong = [line for line in out.splitlines() if line.startswith("wrong")]
+    assert len(wrong) == 2 and "nowhere.txt" in wrong[0] and "step-00000009" in wrong[1]
+
+
 def test_sample_and_eval(run, trained, corpus):
     code, out, err = run("sample", trained, "--prompt", "ROMEO:", "--length", 30, "--seed", 1)
     assert (code, err) == (0, "") and out.startswith("ROMEO:") and len(out) == len("ROMEO:") + 31
@@ -183,7 +303,7 @@ def test_another_text_has_its_own_vocabulary(run, tmp_path):
         set("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. ")
     )
     code, _, err = run("eval", tmp_path / "mine")
-    assert code == 2 and "these characters are not among the" in err
+    assert code == 2 and "characters that are not among the 33" in err
     code, _, err = run("train", "gpt", *TINY, "--run", tmp_path / "mine", "--resume")
     assert code == 3 and "vocabulary = " in err
 
@@ -207,7 +327,7 @@ def test_not_finite_exits_5(run, tmp_path, monkeypatch):
     from irann.models.gpt import GPT
 
     plain = GPT.loss
-    monkeypatch.setattr(GPT, "loss", lambda self, ids: (plain(self, ids)[0] * float("nan"), {}))
+    monkeypatch.setattr(GPT, "loss", lambda *given: (plain(*given)[0] * float("nan"), {}))
     code, _, err = run("train", "gpt", *TINY)
     assert code == 5 and "irann: at step 1 the loss is nan" in err
     assert not checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
@@ -307,7 +427,7 @@ def test_a_model_of_another_text_writes_and_says_what_it_is_measured_on(run, tmp
     )  # it has no newline to begin with
     assert code == 0 and len(out) == 1 + 9 + 1 and set(out.strip()) <= set("0123456789")
     code, _, err = run("eval", "of digits")
-    assert code == 2 and "not among the 10" in err and "give that with --corpus FILE" in err
+    assert code == 2 and "not among the 10 of the model, such as" in err and "--corpus FILE" in err
     code, out, _ = run("eval", "of digits", "--corpus", "digits.txt")
     assert code == 0 and "digits.txt" in out
 

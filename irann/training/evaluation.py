@@ -73,7 +73,7 @@ def evaluate(
         squares += (row.mean(1) ** 2 * row.shape[1]).sum().item()  # windows weigh by their length
         count += row.numel()
     if share:
-        nats, squares, count = summed([nats, squares, count], model.device)
+        nats, squares, count = summed([nats, squares, count])
     mean = nats / count
     windows = sum(len(ids) for ids in batches)
     error = math.sqrt(max(0.0, squares / count - mean**2) / max(1, windows - 1))
