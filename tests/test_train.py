@@ -203,6 +203,17 @@ def test_clipping_bounds_the_gradient(small, monkeypatch):
     assert tick.gradient > 0.01 and norms == [pytest.approx(0.01, rel=1e-3)]
 
 
+def test_dropout_is_on_while_training_whatever_was_before(small, tmp_path):
+    """As after `zoo.load`, which gives a model in eval mode, and after every validation."""
+    losses = []
+    for kind in ("new", "evaluated", "sober"):
+        model, recipe = tiny(steps=4, evaluate_every=2, dropout=0.0 if kind == "sober" else 0.5)
+        if kind == "evaluated":
+            model.eval()
+        losses.append([tick.loss for tick in train(model, small, recipe)])
+    assert losses[0] == losses[1] and losses[0] != losses[2]
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_precision_is_that_of_the_recipe(small, monkeypatch, precision):
     model, recipe = tiny(precision=precision)
