@@ -23,8 +23,7 @@ from .chat import streams
 from .checkpoint import CheckpointError, DiskError, why
 from .sampling import SAMPLING
 from .settings import InputError, Setting
-from .shakespeare import CorpusError
-from .text import Text
+from .text import CorpusError, Text, read_text
 from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -322,29 +321,12 @@ def _extra(arguments: list[str]) -> dict[str, str]:
 
 def _corpus(path: Path | None) -> Text:
     """tiny-shakespeare, or any other UTF-8 text with a vocabulary of its own."""
-    import hashlib
-
     if path is None:
         return shakespeare.load()
-    data = shakespeare.read_file(path)
-    if not data:
-        raise CorpusError(
-            f"{path} is empty: give a text of some thousand characters, or none for tiny-shakespeare"
-        )
-    if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise CorpusError(f"{path} looks like UTF-16 or is no text (NUL bytes): save it as UTF-8")
-    try:
-        content = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{path} is not UTF-8 text (byte {error.start:,} is {error.object[error.start]:#04x}): save it as UTF-8"
-        ) from None
-    source = str(path)
-    if "\r" in content:
-        content = content.replace("\r\n", "\n").replace("\r", "\n")
-        source += ", its line ends (CR LF) read as LF"
-        streams.tell(source)
-    return Text.of(content, source=source, sha256=hashlib.sha256(data).hexdigest())
+    text = read_text(path)
+    if text.source != str(path):  # it was not read as it stands there
+        streams.tell(text.source)
+    return text
 
 
 def _device(name: str, rank: int = 0) -> torch.device:
