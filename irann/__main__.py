@@ -23,7 +23,7 @@ from .chat import streams
 from .checkpoint import CheckpointError, DiskError, why
 from .sampling import SAMPLING
 from .settings import InputError, Setting
-from .text import CorpusError, Text, printable, read_text
+from .text import CorpusError, Text, read_text
 from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -324,8 +324,8 @@ def _corpus(path: Path | None) -> Text:
     if path is None:
         return shakespeare.load()
     text = read_text(path)
-    if text.source != printable(path):  # what was changed on the way
-        streams.tell(f"read {text.source}")
+    if text.source != str(path):  # it was not read as it stands there
+        streams.tell(text.source)
     return text
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint, machine, shakespeare, zoo
+from . import checkpoint, kernels, machine, shakespeare, zoo
 from .checkpoint import CheckpointError
 from .settings import InputError
+from .text import CorpusError
 
 # No other variable is shown: an environment may hold secrets.
 VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CC", "TRITON_INTERPRET")
@@ -75,17 +76,13 @@ def _torch(problems: list[str]) -> Iterator[str]:
 
 
 def _scan(problems: list[str]) -> Iterator[str]:
-    try:
-        from .kernels import describe
-    except ImportError:
-        return
-    yield from describe().splitlines()
+    yield from kernels.describe().splitlines()
 
 
 def _corpus(problems: list[str]) -> Iterator[str]:
     try:
         yield f"tiny-shakespeare, {shakespeare.load().source}"
-    except shakespeare.CorpusError as error:
+    except CorpusError as error:
         yield "none"
         problems.append(str(error))
 
