@@ -368,6 +368,20 @@ def test_loss_is_the_formula(supervision):
         close(ours, theirs)
 
 
+def test_gradients_pass_through_all_rounds():
+    model, text, step = thinker(std=0.1, supervision="last", round_gains=True), ids(2, 25), 1e-6
+    weights = [*model.core.parameters(), *model.prelude.parameters(), model.gains]
+    slopes = torch.autograd.grad(model.loss(text)[0], weights)
+    for w, slope in zip(weights, slopes):
+        direction = torch.randn(w.shape, generator=rng(), dtype=torch.float64)
+        losses = []
+        for sign in (1, -1):
+            w.data.add_(direction, alpha=sign * step)
+            losses.append(model.loss(text)[0].detach())
+            w.data.sub_(direction, alpha=sign * step)
+        close((losses[0] - losses[1]) / (2 * step), (slope * direction).sum(), atol=1e-6)
+
+
 def objective(model, text, draws, pieces):
     """-> the mean of the pieces' losses, parts and gradients, each a tensor, by name."""
     model.zero_grad()
