@@ -217,16 +217,18 @@ def test_the_inside_keeps_up_and_shows_where_a_character_looks(reader, settings)
     reader.wait(".irann-model")
     reader.done()
     reader.open("Inside")
-    reader.wait(".irann-look span", 30)
-    before = reader.page.locator(".irann-look").first.inner_text()
+    reader.wait(".irann-text-view span", 30)
+    before = reader.page.locator(".irann-text-view").first.inner_text()
     reader.written()
     reader.page.wait_for_function(
-        "old => document.querySelector('.irann-look').innerText != old", arg=before, timeout=WAIT
+        "old => document.querySelector('.irann-text-view').innerText != old",
+        arg=before,
+        timeout=WAIT,
     )
     reader.page.locator(".irann-chat select").last.select_option("attention")
-    framed = reader.page.locator(".irann-look span[style*=outline]")
+    framed = reader.page.locator(".irann-text-view span[style*=outline]")
     framed.wait_for(timeout=WAIT)
-    place = "[...document.querySelectorAll('.irann-look span')].findIndex(letter => letter.style.outlineStyle)"
+    place = "[...document.querySelectorAll('.irann-text-view span')].findIndex(letter => letter.style.outlineStyle)"
     last = reader.page.evaluate(place)
     reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
     reader.page.keyboard.press("ArrowLeft")
@@ -243,15 +245,15 @@ def test_a_page_leaves_a_film_of_its_drafts(reader, settings):
         reader.wait(".irann-model")
         final = reader.done()
         reader.open("Drafts")
-        look = reader.page.locator(".irann-look:visible")
+        look = reader.page.locator(".irann-text-view:visible")
         assert look.inner_text().strip() and look.locator(".irann-open").count() == 0
         reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
         reader.page.keyboard.press("Home")
-        reader.page.locator(".irann-look:visible .irann-open").wait_for(timeout=WAIT)
+        reader.page.locator(".irann-text-view:visible .irann-open").wait_for(timeout=WAIT)
         reader.page.locator(
             ".irann-chat .widget-play button"
         ).first.click()  # and from there it runs by itself
-        reader.page.locator(".irann-look:visible .irann-open").wait_for(
+        reader.page.locator(".irann-text-view:visible .irann-open").wait_for(
             state="detached", timeout=WAIT
         )
         assert look.inner_text().strip() in final
