@@ -50,7 +50,6 @@ def scan(
     return chunked.scan(u, delta, A, B, C, state, span=span, trees=True)
 
 
-@torch.compiler.assume_constant_result
 def fastest(device: str, n: int, dtype: torch.dtype) -> str:
     """-> native, chunked, triton or trees: the fastest method for a type of device."""
     if device == "cpu":
@@ -58,7 +57,6 @@ def fastest(device: str, n: int, dtype: torch.dtype) -> str:
     return "trees" if why_not("triton", device, n, dtype) else "triton"
 
 
-@torch.compiler.assume_constant_result
 def why_not(method: str, device: str, n: int, dtype: torch.dtype) -> str:
     """-> the reason that a method is not to be had, in words; empty if it is."""
     if method == "native":
@@ -74,6 +72,12 @@ def why_not(method: str, device: str, n: int, dtype: torch.dtype) -> str:
 @functools.cache
 def _has_triton():
     return importlib.util.find_spec("triton") is not None
+
+
+for _constant in (fastest, why_not):
+    # torch.compile asks them once and takes the answer; torch.compiler.assume_constant_result would set
+    # this mark too, but it imports the whole compiler, which doubles the time of importing irann
+    _constant._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def describe(n: int = 16, dtype: torch.dtype = torch.float32) -> str:
