@@ -27,7 +27,7 @@ def survival(halt: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r"]:
     diverged run is seen where it began.
     """
     _check_rounds("halting probabilities", halt)
-    if ((halt < 0) | (halt > 1)).any():
+    if not torch.compiler.is_compiling() and ((halt < 0) | (halt > 1)).any():
         got = f"{halt.min().item():g} to {halt.max().item():g}"
         raise ValueError(f"halting probabilities lie in [0, 1]; got {got}")
     return torch.cat([torch.ones_like(halt[..., :1]), (1 - halt[..., :-1]).cumprod(-1)], -1)
