@@ -6,7 +6,7 @@ from functools import lru_cache
 import pytest
 import torch
 from conftest import refuses
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
@@ -257,6 +257,17 @@ def test_dropout_is_active_in_training():
     assert not torch.equal(*losses)
 
 
+def test_rounding_reads_the_least_noise():
+    model, ids = tiny(), text(2, 5)
+    with torch.no_grad():  # close together, or every character is certain
+        model.word_embedding.mul_(0.02).add_(1)
+    x0, eps = model.embeddings[ids], torch.randn(2, 5, 4, dtype=torch.float64, generator=seeded())
+    x_1 = model.schedule.noise(x0, 1, eps)
+    p = model.log_likelihood(x_1, torch.tensor([1, 1])).softmax(-1)
+    expected = -p.gather(-1, ids[..., None])[..., 0].log()
+    torch.testing.assert_close(model.rounding(x0, ids, eps), expected)
+
+
 def test_rounding_holds_colliding_points_apart():
     """Two characters on one point cost ln 2 each time either is read; descending that cost drives them apart."""
     model = tiny(levels=50)
@@ -403,7 +414,14 @@ def test_a_row_does_not_depend_on_its_neighbours_and_a_draft_is_its_receivers(mo
         return lambda x: torch.randn(x[:1].shape, dtype=x.dtype, generator=generator).expand_as(x)
 
     monkeypatch.setattr(noise, "normal", normal)
-    model, ids, mask = tiny(), text(4, 9), torch.arange(9) % 3 == 1
+    model, ids, mask = tiny(), text(4, 30), torch.arange(30) % 3 == 1
+    forward, masks = model.forward, []
+
+    def watched(x, tau, ids, mask, *rest):
+        masks.append(mask)
+        return forward(x, tau, ids, mask, *rest)
+
+    model.forward = watched
 
     def write(ids):
         return [
@@ -413,6 +431,9 @@ def test_a_row_does_not_depend_on_its_neighbours_and_a_draft_is_its_receivers(mo
 
     together = write(ids)
     alone = [write(ids[i : i + 1]) for i in range(4)]
+    steps = len(masks) // 5
+    for k, seen in enumerate(masks[:steps]):  # what is known to a row is its own affair
+        assert torch.equal(seen, torch.cat(masks[k + steps :: steps]))
     settled = torch.tensor([[d.settled for d in drafts] for drafts in alone])
     assert (settled.amax(0) > settled.amin(0)).any(), "they should differ, or nothing is tested"
     for k, draft in enumerate(together):
@@ -426,7 +447,7 @@ def test_a_row_does_not_depend_on_its_neighbours_and_a_draft_is_its_receivers(mo
             last = draft.ids.clone()
             draft.ids.fill_(0)
         assert any(torch.equal(last, other.ids) for other in together)
-    assert torch.equal(ids, text(4, 9))
+    assert torch.equal(ids, text(4, 30))
 
 
 def test_steps_follow_the_model():
@@ -466,6 +487,8 @@ def test_a_perfect_model_writes_with_the_right_frequencies():
 
 @settings(max_examples=25, deadline=None)
 @given(mask=st.lists(st.booleans(), min_size=1, max_size=60), page=st.integers(1, 16))
+@example(mask=[i in (3, 20) for i in range(60)], page=4)
+@example(mask=[i > 2 for i in range(60)], page=8)
 def test_infilling_keeps_every_other_position(mask, page):
     model, ids, mask = tiny(page=page), text(2, len(mask)), torch.tensor(mask)
     drafts = list(model.infill(ids, mask, steps=2, generator=seeded()))
@@ -473,6 +496,9 @@ def test_infilling_keeps_every_other_position(mask, page):
     check_drafts(drafts, gaps[0] if gaps else len(mask), len(mask))
     for draft in drafts:
         assert torch.equal(draft.ids[:, ~mask], ids[:, ~mask])
+    other = torch.where(mask, (ids + 1) % 7, ids)  # what stands in a gap is never read
+    *_, last = model.infill(other, mask, steps=2, generator=seeded())
+    assert torch.equal(last.ids, drafts[-1].ids)
 
 
 def test_gaps_in_a_text_are_filled_and_the_rest_stays():
@@ -503,7 +529,7 @@ def test_infilling_reads_what_comes_after_the_gap():
 
 
 def test_clamping_rounds_every_guess_to_the_likeliest_character(monkeypatch):
-    model, logits, guesses = tiny(), [], []
+    model, logits, guesses, signal = tiny(), [], [], []
     forward, step = model.forward, noise.step
 
     def read(*inputs):
@@ -512,12 +538,15 @@ def test_clamping_rounds_every_guess_to_the_likeliest_character(monkeypatch):
 
     def watched(x0, *rest, **how):
         guesses.append(x0)
+        signal.extend(rest[1:])
         return step(x0, *rest, **how)
 
     model.forward = read
     monkeypatch.setattr(noise, "step", watched)
     list(model.generate(text(2, 4), 8, steps=5, clamp="on", generator=seeded()))
     assert len(guesses) == 5
+    levels = model.schedule.alpha_bar[torch.tensor(model.timesteps(5)) - 1].tolist()
+    assert signal[::2] == levels and signal[1::2] == [*levels[1:], 1.0]
     for guess, seen in zip(guesses, logits, strict=True):
         assert torch.equal(guess, model.embeddings[seen.argmax(-1)])
 
