@@ -60,9 +60,9 @@ def evaluate(
     scores its share of the windows, and all get the whole. Raises InputError for a text in another vocabulary.
     """
     check_vocabulary(model, text)
-    window = window or model.config.window
+    length = window or model.config.window
     rank, world = rank_and_world() if share else (0, 1)
-    batches = _windows(text, part, window, batch)
+    batches = _windows(text, part, length, batch)
     generator = torch.Generator(model.device)
     mine = range(rank, len(batches), world)
     nats = squares = count = 0.0
