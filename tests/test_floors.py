@@ -20,7 +20,7 @@ FLOORS = [
     ("models",),
     ("training", "checkpoint", "zoo"),
     ("chat",),
-    ("bench", "__main__"),
+    ("bench", "doctor", "__main__"),
 ]
 NEIGHBOURS = {("models", "thinker_page"): {"thinker"}, ("models", "interop"): {"gpt", "mamba"}}
 LATE = {
