@@ -227,33 +227,27 @@ def race(report: dict, *, against: str = "characters", ax: Any = None) -> Any:
 
 def learning(models: dict, *, ax: Any = None) -> Any:
     """Draw the validation losses that the models' cards keep, against characters, bounds dashed."""
-    points = {
-        k: [(x / 1e6, y) for x, y in row["curve"]] for k, row in models.items() if "curve" in row
-    }
-    xlabel = "millions of characters trained on"
-    return _nats_of_models(models, points, ax, xlabel=xlabel, ylabel=f"validation, {NATS}")
+    ax = _nats_of_models(models, "curve", lambda characters: characters / 1e6, ax)
+    ax.set(xlabel="millions of characters trained on", ylabel=f"validation, {NATS}")
+    return ax
 
 
 def positions(models: dict, *, ax: Any = None) -> Any:
     """Draw what a character costs against its position in the window, bounds dashed."""
-    points = {
-        k: [(x + 1, y) for x, y in row["by_position"]]
-        for k, row in models.items()
-        if "by_position" in row
-    }
-    title = "What a longer past is worth"
-    return _nats_of_models(
-        models, points, ax, xlabel="position in the window", ylabel=NATS, title=title
-    )
+    ax = _nats_of_models(models, "by_position", lambda position: position + 1, ax)
+    ax.set(xlabel="position in the window", ylabel=NATS, title="What a longer past is worth")
+    return ax
 
 
-def _nats_of_models(models: dict, points: dict[str, list], ax: Any, **labels: str) -> Any:
-    """Draw each model's points on a logarithmic scale."""
+def _nats_of_models(models: dict, key: str, scaled: Callable, ax: Any) -> Any:
+    """Draw the nats that each model has under `key` against the numbers beside them, on a logarithmic scale."""
     ax = _axes(ax)
-    for name, pairs in points.items():
-        style = {"color": colour(name), "ls": _dashes(models[name]), "marker": "o", "ms": 4}
-        ax.plot(*zip(*pairs), label=name, **style)
-    ax.set(xscale="log", **labels)
+    for name, row in models.items():
+        if key in row:
+            points = [(scaled(x), nats) for x, nats in row[key]]
+            style = {"color": colour(name), "ls": _dashes(row), "marker": "o", "ms": 4}
+            ax.plot(*zip(*points), label=name, **style)
+    ax.set_xscale("log")
     ax.legend()
     return ax
 
@@ -289,10 +283,10 @@ def lengths(measured: dict, *, ax: Any = None) -> Any:
 
 
 def _band(
-    ax: Any, x: Sequence[float], spreads: Iterable[dict], *, color: str, **style: Any
+    ax: Any, x: Sequence[float], summaries: Iterable[dict], *, color: str, **style: Any
 ) -> None:
     """Draw medians, and lowest to highest as a band."""
-    low, median, high = zip(*((each["low"], each["median"], each["high"]) for each in spreads))
+    low, median, high = zip(*((each["low"], each["median"], each["high"]) for each in summaries))
     ax.plot(x, median, marker="o", color=color, **style)
     ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
 

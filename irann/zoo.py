@@ -27,6 +27,7 @@ from .models.thinker_page import PageThinker
 from .settings import Checked, InputError
 from .text import Text, Vocabulary
 from .training import Recipe, evaluate
+from .training.state import GLOBAL_GENERATOR
 
 WEIGHTS = Path(__file__).parent / "weights"
 
@@ -158,7 +159,7 @@ def recipe(name: str, which: str = "demo", /, **changes: Any) -> tuple[Any, Reci
 def build(name: str, config: Any = None, *, seed: int = 1337) -> LanguageModel:
     """-> a new model with weights drawn from `seed`; torch's global generator is left as it was."""
     config = config if config is not None else entry(name).recipes["demo"][0]
-    with torch.random.fork_rng(devices=[]):
+    with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return entry(name).model(config)
 

@@ -64,10 +64,10 @@ def test_every_part_is_measured_and_told(quick):
     for name, rate in numbers["writing"].items():
         assert f"| {name} | {rate['median']:.0f} ({rate['low']:.0f}, {rate['high']:.0f}) |" in page
     for one in numbers["lengths"]["mamba"]:
-        first, rate = report.told(one["first"], 3), report.told(one["chars_per_second"])
+        first, rate = report.ranged(one["first"], 3), report.ranged(one["chars_per_second"])
         assert f"| mamba | {one['prompt']} | {one['reply']} | {first} | {rate} |" in page
     for ms in numbers["windows"]["rows"]["attention"]:
-        assert report.told(ms, 1) in page
+        assert report.ranged(ms, 1) in page
     for part in (numbers["steps"]["rows"], numbers["step_memory"]["MB"], numbers["lengths"]):
         assert list(part) == list(zoo.MODELS)
     assert len(numbers["parallel"]["diffusion"]) > 1
@@ -171,8 +171,10 @@ def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys)
     numbers["models"]["mamba"]["weights"] = "0" * 12
     (tmp_path / "all.json").write_text(json.dumps(numbers))
     suite.measure("all", True, tmp_path)
-    told = capsys.readouterr().err
-    assert "all.json was measured with other weights of mamba; to measure again, delete it" in told
+    message = capsys.readouterr().err
+    assert (
+        "all.json was measured with other weights of mamba; to measure again, delete it" in message
+    )
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
     assert suite.weights_of("gpt") is None
@@ -273,4 +275,4 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
     measured = scan.writing(quick=True)
     assert measured["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
     assert measured["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
-    assert measured["transformers, cached, after 100"] == pytest.approx(speed.spread([5.0, 5.0]))
+    assert measured["transformers, cached, after 100"] == pytest.approx(speed.summary([5.0, 5.0]))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch import nn
 
 from irann import figures, zoo
@@ -19,7 +20,7 @@ def ax():
         plt.close(figure)
 
 
-def spread(*values):
+def summaries(*values):
     return [{"low": v - 1, "median": v, "high": v + 1} for v in values]
 
 
@@ -158,7 +159,8 @@ def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
 
 def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     figures.windows(
-        {"lengths": [128, 256], "rows": {"attention": spread(5, 20), "mamba": spread(6, 12)}}, ax=ax
+        {"lengths": [128, 256], "rows": {"attention": summaries(5, 20), "mamba": summaries(6, 12)}},
+        ax=ax,
     )
     assert [data(line) for line in ax.lines] == [([128, 256], [5, 20]), ([128, 256], [6, 12])]
     assert [line.get_label() for line in ax.lines] == [
@@ -167,7 +169,7 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     ] and ax.get_ylabel() == "ms"
     ax.clear()
 
-    speeds = iter(spread(7, 70, 8, 80))
+    speeds = iter(summaries(7, 70, 8, 80))
     row = [
         {"prompt": p, "reply": r, "chars_per_second": next(speeds)}
         for p in (100, 1000)
@@ -179,7 +181,7 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     )
     ax.clear()
 
-    (words, fewer), (rate, slow) = spread(0.9, 0.8), spread(50, 20)
+    (words, fewer), (rate, slow) = summaries(0.9, 0.8), summaries(50, 20)
     row = [
         {"steps": 4, "words": fewer, "chars_per_second": rate},
         {"steps": 8, "words": words, "chars_per_second": slow},
@@ -195,6 +197,29 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
     assert ax.images[0].get_array().tolist() == [[1, 2, 3], [4, 5, 6]]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "\u00b7", "y"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "\u21b5"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("character", "character")
+    assert len(ax.figure.axes) == 2  # the second is the bar
+    ax = figures.heat(torch.eye(2), "ab", "ab", xlabel="key", ylabel="query", label="weight")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
+    assert ax.figure.axes[1].get_ylabel() == "weight"
+    ax = figures.heat(torch.eye(2), "ab", "ab", bar=False)
+    assert ax.figure.axes == [ax]
+    plt.close("all")
+
+
+def test_pictures_are_sharp_and_their_letters_are_legible_on_their_own_white(ax):
+    drawn = figures.on_text("ab", [0.0, 1.0], ax=ax).texts
+    figures.lines(ax)
+    heat = figures.heat([[1.0]], "a", "b")
+    letters = [*ax.texts, *heat.get_xticklabels(), *heat.get_yticklabels()]
+    assert min(text.get_fontsize() for text in letters) >= 9 and drawn
+    assert min(plt.rcParams["figure.dpi"], plt.rcParams["savefig.dpi"]) >= 144
+    assert plt.rcParams["savefig.facecolor"] == plt.rcParams["figure.facecolor"] == "white"
+    for hue in (figures.PALE, figures.INK):  # at least 4.5 to 1, as WCAG asks
+        parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(hue)]
+        luminance = sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+        assert 1.05 / (luminance + 0.05) >= 4.5
+    plt.close("all")
 
 
 def test_a_text_is_broken_at_newlines_and_at_the_width(ax):

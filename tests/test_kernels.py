@@ -52,7 +52,7 @@ def test_without_a_kernel_torch_takes_over_in_silence(fault, fresh, monkeypatch,
     close(everything(inputs, "auto"), everything(inputs, "chunked"), 0)
     with refuses("'native' is not to be had: .*(no C compiler|could not be built)"):
         selective_scan(*inputs[:6], method="native")
-    assert "cpu: chunked (no native kernel: " in kernels.describe()
+    assert "cpu: chunked (no C kernel: " in kernels.describe()
     assert capfd.readouterr() == ("", "")
 
 
@@ -129,7 +129,9 @@ def calls(b, t, e, n):
     u, delta, A, B, C, _, state = draw(b, t, e, n)
     yield native.SCAN, (u, delta, A, B, C, state)
     if kernels.why_not("triton", "cpu", n, u.dtype) == "":
-        yield kernels.triton.SCAN, (u, delta, A, B, C, state)
+        from irann.kernels import triton
+
+        yield triton.SCAN, (u, delta, A, B, C, state)
     u, delta, B, C = (
         v.detach().transpose(0, 1).contiguous().requires_grad_() for v in (u, delta, B, C)
     )
@@ -171,7 +173,7 @@ def test_compile_export_and_func_see_one_operator():
         assert max(found.values()) < 1e-12, (method, found)
 
 
-# --- Triton: on a GPU, or in its interpreter (conftest.py) -----------------------------------------
+# --- Triton: on a GPU, or in its interpreter (conftest.py) ----------------------------------------
 
 
 @pytest.mark.parametrize("b, t, e, n", [(2, 1, 3, 1), (2, 7, 4, 5), (1, 33, 35, 2)])

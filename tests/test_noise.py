@@ -32,7 +32,7 @@ def uneven(steps, count, seed=0):
 
 # --- schedules ------------------------------------------------------------------------------------
 
-TABLE = {  # beta_1, alpha_bar at 500 and 1000, posterior variance at 500; computed apart, from the papers
+TABLE = {  # beta_1, alpha_bar at 500 and 1000, posterior variance at 500; from the papers
     "linear": (1e-4, 7.8587242882e-2, 4.0358297654e-5, 1.0031355415e-2),
     "cosine": (4.1284224822e-5, 4.9384359044e-1, 2.4287669070e-9, 3.1361999041e-3),
     "sqrt": (2.3400250408e-2, 2.9578031482e-1, 4.5464777332e-7, 2.4074962267e-3),
@@ -126,9 +126,8 @@ def wobbly(x, tau):
 def promoted(kind, schedule):
     """-> a scheduler of diffusers with our betas, in float64. Its levels are 0 .. T - 1."""
     betas = schedule.betas
-    theirs = kind(
-        len(betas), trained_betas=betas.tolist(), prediction_type="sample", clip_sample=False
-    )
+    how = dict(trained_betas=betas.tolist(), prediction_type="sample", clip_sample=False)
+    theirs = kind(len(betas), **how)
     theirs.betas = betas.clone()
     theirs.alphas = 1 - betas
     theirs.alphas_cumprod = theirs.alphas.cumprod(0)
@@ -200,9 +199,8 @@ def line(schedule, mu, s2, timesteps, eta):
     """-> offset and slope of the sampler itself, without noise; and the steps that it took."""
     x = torch.tensor([[0.0], [1.0]], dtype=F64)
     denoiser, _ = gaussian(schedule, mu, s2)
-    walk = list(
-        noise.sample(denoiser, x, schedule, timesteps=timesteps, eta=eta, noise=torch.zeros_like)
-    )
+    how = dict(timesteps=timesteps, eta=eta, noise=torch.zeros_like)
+    walk = list(noise.sample(denoiser, x, schedule, **how))
     return walk[-1][0].item(), (walk[-1][1] - walk[-1][0]).item(), len(walk)
 
 
@@ -235,9 +233,8 @@ def test_on_a_gaussian_the_variance_of_the_samples_is_known_too(eta):
     schedule, timesteps, n = Schedule("cosine", 300), uneven(300, 25), 200_000
     g = torch.Generator().manual_seed(1)
     denoiser, _ = gaussian(schedule, 0.7, 0.25)
-    *_, last = noise.sample(
-        denoiser, draw(n, 1), schedule, timesteps=timesteps, eta=eta, generator=g
-    )
+    how = dict(timesteps=timesteps, eta=eta, generator=g)
+    *_, last = noise.sample(denoiser, draw(n, 1), schedule, **how)
     offset, slope, variance = affine(schedule, 0.7, 0.25, timesteps, eta)
     want = slope**2 + variance
     assert abs(last.mean().item() - offset) < 5 * math.sqrt(want / n)
@@ -246,17 +243,11 @@ def test_on_a_gaussian_the_variance_of_the_samples_is_known_too(eta):
 
 @pytest.mark.parametrize("tau", [40, 21, 2])
 def test_a_full_ancestral_step_is_a_draw_from_the_posterior(tau):
-    schedule, x0, x, eps = (
-        Schedule("linear", 40),
-        draw(2, 3),
-        draw(2, 3, seed=1),
-        draw(2, 3, seed=2),
-    )
+    schedule = Schedule("linear", 40)
+    x0, x, eps = (draw(2, 3, seed=i) for i in range(3))
     mean, variance = schedule.posterior(x0, x, tau)
-    pair = [tau, tau - 1]
-    got = next(
-        noise.sample(lambda x, tau: x0, x, schedule, timesteps=pair, eta=1, noise=lambda x: eps)
-    )
+    how = dict(timesteps=[tau, tau - 1], eta=1, noise=lambda x: eps)
+    got = next(noise.sample(lambda x, tau: x0, x, schedule, **how))
     torch.testing.assert_close(got, mean + variance.sqrt() * eps, atol=1e-12, rtol=1e-12)
 
 
@@ -361,14 +352,8 @@ def test_on_a_gaussian_the_bound_minus_the_entropy_is_the_signal_that_is_left_at
         mean, var = denoiser(x, torch.tensor(1)), variance(x, torch.tensor(1))
         return ((x0 - mean) ** 2 / var + torch.log(2 * math.pi * var)).sum(-1) / 2
 
-    bound = noise.bound_terms(
-        denoiser,
-        x0,
-        schedule,
-        reconstruction=reconstruction,
-        variance=variance,
-        noise=lambda _: eps,
-    )
+    how = dict(reconstruction=reconstruction, variance=variance, noise=lambda _: eps)
+    bound = noise.bound_terms(denoiser, x0, schedule, **how)
     assert bound.prior.shape == (16,) and bound.steps.shape == (100, 16)
     assert (bound.steps[0] == 0).all()
     flat = noise.bound_terms(  # the same for numbers without a second axis
@@ -391,18 +376,13 @@ def test_not_knowing_its_own_variance_costs_the_bound_something():
     denoiser, variance = gaussian(schedule, 0.0, 0.5)
     x0 = math.sqrt(0.5) * draw(2000, 1)
 
-    def bound(variance):
-        return noise.bound_terms(
-            denoiser,
-            x0,
-            schedule,
-            reconstruction=lambda x, x0: 0 * x0[:, 0],
-            variance=variance,
-            generator=torch.Generator().manual_seed(0),
-        )
+    def bound(**how):
+        how |= dict(reconstruction=lambda x, x0: 0 * x0[:, 0])
+        g = torch.Generator().manual_seed(0)
+        return noise.bound_terms(denoiser, x0, schedule, generator=g, **how)
 
-    assert bound(None).total.mean() > bound(variance).total.mean()
-    assert torch.equal(bound(None).prior, bound(variance).prior)
+    assert bound().total.mean() > bound(variance=variance).total.mean()
+    assert torch.equal(bound().prior, bound(variance=variance).prior)
 
 
 def two_symbols(name, steps, p):

@@ -139,7 +139,7 @@ def test_what_a_buffer_counts_ships_whole(tmp_path, monkeypatch, text):
     """Half precision ends at 65,504."""
     model = zoo.build("diffusion", zoo.recipe("diffusion", "tiny")[0])
     model.vocabulary = text.vocabulary
-    model.visits.fill_(100_001.0)
+    model.level_count.fill_(100_001.0)
     write = zoo.stream
     monkeypatch.setattr(
         zoo, "stream", lambda model, prompt, n, **settings: write(model, prompt, 16, **settings)
@@ -151,7 +151,7 @@ def test_what_a_buffer_counts_ships_whole(tmp_path, monkeypatch, text):
         folder=tmp_path,
     )
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
-    assert (zoo.load("diffusion").visits == 100_001).all()
+    assert (zoo.load("diffusion").level_count == 100_001).all()
 
 
 def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):

@@ -1,7 +1,7 @@
 """What text looks like from outside: words that exist, borrowed passages, repetition, and what a judge says that is no network.
 
 The measures read strings and know of no model; `samples` and `written` ask one for them. `Corpus` holds what is remembered of
-the training text.
+the training text. Parts of a whole are fractions from 0 to 1.
 """
 
 import functools
@@ -9,17 +9,19 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+from ..text import Text, Vocabulary
 
 WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 ORDER = 6  # of the judge: how many characters before it sees
 COPIED = 20  # characters in a row that count as copied
-SAMPLES, LENGTH, TEMPERATURES = (
-    8,
-    400,
-    (0.8, 1.0),
-)  # texts that a model is measured by, and their characters
+LONGEST_VERSE = 66
+SAMPLES, LENGTH = 8, 400  # texts that a model is measured by, and their characters
+TEMPERATURES = (0.8, 1.0)
 
 
 class Corpus:
@@ -28,7 +30,7 @@ class Corpus:
     def __init__(self, text: str):
         self.text = text
         self.words = {word.lower() for word in words(text)}
-        self.runs = {text[i : i + COPIED] for i in range(len(text) - COPIED + 1)}
+        self.runs = set(runs(text, COPIED))
         self.symbols = len(set(text))
         self.counts: list[dict[str, Counter]] = []
         for k in range(ORDER + 1):
@@ -36,10 +38,7 @@ class Corpus:
             for i in range(k, len(text)):
                 after[text[i - k : i]][text[i]] += 1
             self.counts.append(dict(after))
-        self.totals = [
-            {context: sum(seen.values()) for context, seen in table.items()}
-            for table in self.counts
-        ]
+        self.totals = [{context: seen.total() for context, seen in t.items()} for t in self.counts]
 
     def judge(self, text: str, start: int = 0) -> float:
         """-> nats per character of text[start:]: interpolated n-grams with Witten and Bell's weights (1991), down to uniform."""
@@ -57,14 +56,12 @@ class Corpus:
         return nats / max(1, len(text) - start)
 
     def existing(self, text: str) -> float:
-        """-> the share of the text's words that are words of the training text; its first and last word may be cut and do not count."""
-        whole = words(text)[1:-1]
-        return sum(word.lower() in self.words for word in whole) / len(whole) if whole else 0.0
+        """-> the fraction of words of the training text; the first and the last word may be cut and do not count."""
+        return fraction([word.lower() in self.words for word in words(text)[1:-1]])
 
     def copied(self, text: str) -> float:
-        """-> the share of the text's runs of 20 characters that stand in the training text."""
-        runs = [text[i : i + COPIED] for i in range(len(text) - COPIED + 1)]
-        return sum(run in self.runs for run in runs) / len(runs) if runs else 0.0
+        """-> the fraction of the text's runs of 20 characters that stand in the training text."""
+        return fraction([run in self.runs for run in runs(text, COPIED)])
 
     def longest_copy(self, text: str) -> int:
         """-> the length of the longest passage that stands in the training text."""
@@ -81,87 +78,42 @@ def counted(train: str) -> Corpus:
     return Corpus(train)
 
 
-def samples(model, vocabulary, count: int, n: int, temperature: float, seed: int = 0) -> list[str]:
+# ------------------------------------------------------------------------------------------------- texts that are measured
+
+
+def samples(
+    model: Any, vocabulary: Vocabulary, count: int, n: int, temperature: float, seed: int = 0
+) -> list[str]:
     """-> `count` texts of n characters, each begun from a newline, which is left out."""
-    start = vocabulary.encode("\n").expand(count, 1)
-    *_, draft = model.generate(
-        start, n, temperature=temperature, generator=torch.Generator(model.device).manual_seed(seed)
-    )
+    newline = vocabulary.encode("\n").expand(count, 1)
+    generator = torch.Generator(model.device).manual_seed(seed)
+    *_, draft = model.generate(newline, n, temperature=temperature, generator=generator)
     return [vocabulary.decode(row[1:]) for row in draft.ids]
 
 
 def written(
-    model, text, count: int = SAMPLES, n: int = LENGTH
+    model: Any, text: Text, count: int = SAMPLES, n: int = LENGTH
 ) -> tuple[dict[str, dict], dict[str, str]]:
     """-> by temperature: what `count` texts of n characters look like (`report`), and the first of them. Keys are text, as in JSON."""
-    corpus, told, first = counted(text.vocabulary.decode(text.train)), {}, {}
+    corpus = counted(text.vocabulary.decode(text.train))
+    rows, first = {}, {}
     for temperature in TEMPERATURES:
         texts = samples(model, text.vocabulary, count, n, temperature)
-        told[str(temperature)], first[str(temperature)] = (
-            report(texts, corpus, reference(text)),
-            texts[0],
-        )
-    return told, first
+        rows[str(temperature)] = report(texts, corpus, reference(text))
+        first[str(temperature)] = texts[0]
+    return rows, first
 
 
-def real(text, count: int = SAMPLES, n: int = LENGTH) -> dict:
+def real(text: Text, count: int = SAMPLES, n: int = LENGTH) -> dict:
     """-> what pieces of the validation part look like: a model's measures, asked of the real thing."""
     first = text.vocabulary.decode(text.val[: len(text.val) // 2])
     pieces = [first[i * len(first) // count :][:n] for i in range(count)]
     return report(pieces, counted(text.vocabulary.decode(text.train)), reference(text))
 
 
-def reference(text) -> str:
+def reference(text: Text) -> str:
     """-> the text that others should resemble: the validation part's second half, so that pieces of the first are not in it."""
     return text.vocabulary.decode(text.val[len(text.val) // 2 :])
-
-
-def words(text: str) -> list[str]:
-    return WORD.findall(text)
-
-
-def ngrams(text: str, n: int) -> Counter:
-    return Counter(text[i : i + n] for i in range(len(text) - n + 1))
-
-
-def divergence(a: Counter, b: Counter) -> float:
-    """-> Jensen-Shannon divergence of two tables of counts, in nats: 0 for equal shares, ln 2 for nothing in common."""
-    n, m, out = a.total(), b.total(), 0.0
-    for key in a.keys() | b.keys():
-        p, q = a[key] / n, b[key] / m
-        out += sum(x * math.log(2 * x / (p + q)) for x in (p, q) if x) / 2
-    return out
-
-
-def repeated(text: str, n: int = 4) -> float:
-    """-> the share of runs of n words that stood in the same text before."""
-    said = [word.lower() for word in words(text)]
-    runs = [tuple(said[i : i + n]) for i in range(len(said) - n + 1)]
-    return 1 - len(set(runs)) / len(runs) if runs else 0.0
-
-
-def in_form(text: str, longest: int = 66) -> float:
-    """-> the share of lines that a page of the plays could have: not longer than its longest verse, no blank at either end."""
-    lines = text.split("\n")[1:-1]
-    return (
-        sum(len(line) <= longest and line == line.strip() for line in lines) / len(lines)
-        if lines
-        else 0.0
-    )
-
-
-def interval(values: list[float], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
-    """-> the mean, and where 95 % of the means of values drawn anew lie (percentile bootstrap).
-
-    From few values it is too narrow for a 95 % interval of the true mean: eight normal ones cover it 88 % of the time.
-    """
-    dice = random.Random(seed)
-    means = sorted(sum(dice.choices(values, k=len(values))) / len(values) for _ in range(draws))
-    return {
-        "mean": sum(values) / len(values),
-        "low": means[int(0.025 * draws)],
-        "high": means[int(0.975 * draws)],
-    }
 
 
 def report(samples: list[str], corpus: Corpus, reference: str) -> dict:
@@ -173,13 +125,58 @@ def report(samples: list[str], corpus: Corpus, reference: str) -> dict:
         "repeated runs of 4 words": repeated,
         "lines in form": in_form,
     }
-    rows: dict = {
-        name: interval([measure(text) for text in samples]) for name, measure in per_text.items()
-    }
+    rows: dict = {name: interval([of(text) for text in samples]) for name, of in per_text.items()}
     rows["longest copy"] = max(corpus.longest_copy(text) for text in samples)
-    rows["trigram divergence"] = divergence(
-        sum((ngrams(text, 3) for text in samples), Counter()), ngrams(reference, 3)
-    )
-    said = [word.lower() for text in samples for word in words(text)]
-    rows["different words"] = len(set(said)) / max(1, len(said))
+    trigrams = Counter(run for text in samples for run in runs(text, 3))
+    rows["trigram divergence"] = divergence(trigrams, Counter(runs(reference, 3)))
+    all_words = [word.lower() for text in samples for word in words(text)]
+    rows["different words"] = len(set(all_words)) / max(1, len(all_words))
     return rows
+
+
+# ------------------------------------------------------------------------------------------------------------- measures
+
+
+def words(text: str) -> list[str]:
+    return WORD.findall(text)
+
+
+def runs(items: Sequence, n: int) -> list:
+    """-> all n items in a row, of a text or a list."""
+    return [items[i : i + n] for i in range(len(items) - n + 1)]
+
+
+def fraction(true: list[bool]) -> float:
+    return sum(true) / len(true) if true else 0.0
+
+
+def divergence(a: Counter, b: Counter) -> float:
+    """-> Jensen-Shannon divergence of two tables of counts, in nats: 0 for equal fractions, ln 2 for nothing in common."""
+    n, m, nats = a.total(), b.total(), 0.0
+    for key in a.keys() | b.keys():
+        p, q = a[key] / n, b[key] / m
+        nats += sum(x * math.log(2 * x / (p + q)) for x in (p, q) if x) / 2
+    return nats
+
+
+def repeated(text: str, n: int = 4) -> float:
+    """-> the fraction of runs of n words that stood in the same text before."""
+    found = [tuple(run) for run in runs([word.lower() for word in words(text)], n)]
+    return 1 - len(set(found)) / len(found) if found else 0.0
+
+
+def in_form(text: str) -> float:
+    """-> the fraction of lines that a page of the plays could have: no longer than the longest verse, no blank at either end."""
+    lines = text.split("\n")[1:-1]
+    return fraction([len(line) <= LONGEST_VERSE and line == line.strip() for line in lines])
+
+
+def interval(values: list[float], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """-> the mean, and where 95 % of the means of values drawn anew lie (percentile bootstrap).
+
+    From few values it is too narrow for a 95 % interval of the true mean: eight normal ones cover it 88 % of the time.
+    """
+    generator, k = random.Random(seed), len(values)
+    means = sorted(sum(generator.choices(values, k=k)) / k for _ in range(draws))
+    low, high = means[int(0.025 * draws)], means[int(0.975 * draws)]
+    return {"mean": sum(values) / k, "low": low, "high": high}

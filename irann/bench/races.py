@@ -237,8 +237,8 @@ def hardware(device: str | torch.device) -> str:
 def ran_on(report: dict) -> str:
     """-> the machine of a report in words; older ones do not say that it was a CPU."""
     device = report.get("device", "cpu")
-    place = f"{report['threads']} threads" if device == "cpu" else device
-    return f"{place}, torch {report['torch']}"
+    machine = f"{report['threads']} threads" if device == "cpu" else device
+    return f"{machine}, torch {report['torch']}"
 
 
 def run_arm(

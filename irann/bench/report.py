@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from . import quality, races
 from .races import Rows
@@ -66,17 +67,18 @@ def section(title: str, header: Sequence, rows: Iterable[Sequence]) -> list[str]
 def timed(title: str, measured: dict) -> list[str]:
     """What `speed.in_turn` gave."""
     rows = measured["rows"].items()
-    return section(title, TIMES, ([name, ms(row), told(row["times"], 2)] for name, row in rows))
+    return section(title, TIMES, ([name, *ranges(row, ms=1, times=2)] for name, row in rows))
 
 
-def told(spread: dict, digits: int = 0) -> str:
+def ranged(summary: dict, digits: int = 0) -> str:
     """-> median (lowest, highest)."""
-    median, low, high = (f"{spread[key]:.{digits}f}" for key in ("median", "low", "high"))
+    median, low, high = (f"{summary[key]:.{digits}f}" for key in ("median", "low", "high"))
     return f"{median} ({low}, {high})"
 
 
-def ms(row: dict) -> str:
-    return told(row["ms"], 1)
+def ranges(row: dict, **digits: int) -> list[str]:
+    """-> what the row has under these names, each with so many digits."""
+    return [ranged(row[key], n) for key, n in digits.items()]
 
 
 def over(values: Sequence[float], form: str = ".3f") -> str:
@@ -113,7 +115,7 @@ def _scan(report: dict) -> list[str]:
     sizes = f"{step['layers']} layers, width {step['width']}, b {step['b']}, t {step['t']}"
     page += timed(f"A training step of Mamba ({sizes})", step)
     title = "Mamba writes, batch 1 (characters per second, median, lowest, highest)"
-    rows = ([name, told(rate)] for name, rate in report["writing"].items())
+    rows = ([name, ranged(rate)] for name, rate in report["writing"].items())
     return page + section(title, ("who", "characters/s"), rows)
 
 
@@ -131,38 +133,27 @@ def _speed(report: dict) -> list[str]:
     page += section(
         "One layer, width 192, forward and backward, by window (ms, median, lowest, highest)",
         ["t", *windows["lengths"]],
-        ([name, *(told(ms, 1) for ms in row)] for name, row in windows["rows"].items()),
+        ([name, *(ranged(ms, 1) for ms in row)] for name, row in windows["rows"].items()),
     )
-    page += section(
-        "Writing, batch 1 (medians, lowest, highest)",
-        ("model", "prompt", "reply", "s to the first character", "characters/s"),
-        (
-            [
-                name,
-                f"{one['prompt']:,}",
-                one["reply"],
-                told(one["first"], 3),
-                told(one["chars_per_second"]),
-            ]
-            for name, row in report["lengths"].items()
-            for one in row
-        ),
-    )
-    return page + section(
-        "Speed against quality (temperature 0.8, medians, lowest, highest)",
-        ("model", "steps", "words that exist", "judge", "characters/s"),
-        (
-            [
-                name,
-                one.get("steps", "one a character"),
-                told(one["words"], 2),
-                told(one["judge"], 2),
-                told(one["chars_per_second"]),
-            ]
-            for name, row in report["parallel"].items()
-            for one in row
-        ),
-    )
+    header = ("model", "prompt", "reply", "s to the first character", "characters/s")
+    lines = [
+        [name, f"{one['prompt']:,}", one["reply"], *ranges(one, first=3, chars_per_second=0)]
+        for name, row in report["lengths"].items()
+        for one in row
+    ]
+    page += section("Writing, batch 1 (medians, lowest, highest)", header, lines)
+    header = ("model", "steps", "words that exist", "judge", "characters/s")
+    lines = [
+        [
+            name,
+            one.get("steps", "one a character"),
+            *ranges(one, words=2, judge=2, chars_per_second=0),
+        ]
+        for name, row in report["parallel"].items()
+        for one in row
+    ]
+    title = "Speed against quality (temperature 0.8, medians, lowest, highest)"
+    return page + section(title, header, lines)
 
 
 def _models(rows: Rows) -> list[str]:
@@ -184,16 +175,15 @@ def _models(rows: Rows) -> list[str]:
         page.append(f"- {name}: {points}")
     for temperature in map(str, quality.TEMPERATURES):
         title = f"Text at temperature {temperature} (means, and bootstrap intervals over the texts)"
-        page += _texts(
-            title, {k: r["quality"][temperature] for k, r in rows.items() if "quality" in r}
-        )
+        texts = {k: row["quality"][temperature] for k, row in rows.items() if "quality" in row}
+        page += _texts(title, texts, _measure)
     return page
 
 
 def _model(row: dict) -> list[str]:
     """One model's parameters, likelihood and speeds."""
     nll = row["nats_per_char"]
-    rates = [told(row["chars_per_second"]), told(row["chars_per_second_of_a_batch"])]
+    rates = ranges(row, chars_per_second=0, chars_per_second_of_a_batch=0)
     if nll is None:
         return [f"{row['parameters']:,}", "not measured", "", *rates]
     nats = f"{bound(row)}{nll:.4f}"
@@ -218,9 +208,8 @@ def _by_position(rows: dict[str, list]) -> list[str]:
     return section(title, ["model", f"from position {first}", *others], lines)
 
 
-def _texts(title: str, rows: dict[str, dict], cell: Callable | None = None) -> list[str]:
+def _texts(title: str, rows: dict[str, dict], cell: Callable[[Any], str]) -> list[str]:
     measures = list(next(iter(rows.values()), {}))
-    cell = cell or _measure
     lines = ([name, *(cell(row[measure]) for measure in measures)] for name, row in rows.items())
     return section(title, ["text of", *measures], lines)
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .. import zoo
 from ..core.scan import selective_scan
 from ..models.mamba import Mamba, MambaConfig
-from .speed import alternate, in_turn, random_ids, seconds, seeded, spread, write_on
+from .speed import alternate, in_turn, random_ids, seconds, seeded, summary, write_on
 
 STATE = 16  # n of every scan here
 PEER = "mambapy, parallel scan"
@@ -229,7 +229,7 @@ def writing(quick: bool) -> dict:
             return n / (seconds(functools.partial(write, n + 1)) - first)
 
         runners["transformers, cached, after 100"] = peer
-    return {name: spread(rates) for name, rates in alternate(runners, rounds).items()}
+    return {name: summary(rates) for name, rates in alternate(runners, rounds).items()}
 
 
 if __name__ == "__main__":

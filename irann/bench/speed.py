@@ -24,7 +24,7 @@ from ..text import Vocabulary
 from .quality import Corpus
 
 
-def spread(values: list[float]) -> dict[str, float]:
+def summary(values: list[float]) -> dict[str, float]:
     """-> median, smallest, largest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
@@ -51,7 +51,7 @@ def in_turn(runners: dict[str, Callable], rounds: int) -> dict:
     rows = {}
     for name, values in taken.items():
         times = [value / of_first for value, of_first in zip(values, first, strict=True)]
-        rows[name] = {"ms": spread([1000 * value for value in values]), "times": spread(times)}
+        rows[name] = {"ms": summary([1000 * value for value in values]), "times": summary(times)}
     return {"rounds": rounds, "rows": rows}
 
 
@@ -184,7 +184,7 @@ def writing_by_length(quick: bool) -> dict:
             for reply in replies:
                 took = [write_once(model, ids[:, :prompt], reply, seed) for seed in range(rounds)]
                 first, rate = zip(*took, strict=True)
-                measured = {"first": spread(first), "chars_per_second": spread(rate)}
+                measured = {"first": summary(first), "chars_per_second": summary(rate)}
                 rows[name].append({"prompt": prompt, "reply": reply, **measured})
     return rows
 
@@ -233,8 +233,8 @@ def measured_at(
         rates.append(n / (time.perf_counter() - began))
         texts.append(vocabulary.decode(draft.ids[0, 1:]))
     measured = {
-        "words": spread([corpus.existing(text) for text in texts]),
-        "judge": spread([corpus.judge(text) for text in texts]),
-        "chars_per_second": spread(rates),
+        "words": summary([corpus.existing(text) for text in texts]),
+        "judge": summary([corpus.judge(text) for text in texts]),
+        "chars_per_second": summary(rates),
     }
     return settings | measured

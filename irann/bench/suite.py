@@ -175,7 +175,7 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
         for seed in range(1 if quick else 3):
             write = partial(quality.samples, model, text.vocabulary, batch, 200, 1.0, seed)
             rates.append(batch * 200 / speed.seconds(write))
-        row[key] = speed.spread(rates)
+        row[key] = speed.summary(rates)
     return row
 
 

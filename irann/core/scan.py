@@ -8,14 +8,14 @@ scan.
 
 The same numbers come in several ways, `method`:
 
-| method     | how                                                   | depth in t | when it is the right one               |
-|------------|-------------------------------------------------------|------------|----------------------------------------|
-| sequential | the loop as written, differentiated by autograd       | t          | to read, and to hold the others against |
-| parallel   | the tree below over all of t                          | 2 log2 t   | many processors and little else to do  |
-| chunked    | time outermost, all else in one row, chunk by chunk   | t          | a CPU without a compiler               |
-| native     | the loop in C, the state in registers                 | t          | a CPU with a compiler                  |
-| triton     | the same loop in Triton                               | t          | a CUDA GPU                             |
-| auto       | native or chunked on a CPU, triton or trees on a GPU  |            | always                                 |
+| method     | how                                                 | depth in t |
+|------------|-----------------------------------------------------|------------|
+| sequential | the loop as written, differentiated by autograd     | t          |
+| parallel   | the tree of tree.py over all of t                   | 2 log2 t   |
+| chunked    | time outermost, all else in one row, chunk by chunk | t          |
+| native     | the loop in C, the state in registers               | t          |
+| triton     | the same loop in Triton, for CUDA                   | t          |
+| auto       | the fastest to be had: native, else chunked on a CPU; triton, else trees |
 
 A tree does twice the additions of the loop and streams (b t e n) numbers through memory at each of
 its levels. On a CPU the loop wins at every length: b, e and n alone keep the arithmetic busy. All
@@ -29,7 +29,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import kernels
+from .tree import tree as tree
 
+SCAN = dict(u="b t e", delta="b t e", A="e n", B="b t n", C="b t n", D="e", state="b e n")
+STEP = dict(u="b e", delta="b e", A="e n", B="b n", C="b n", D="e", state="b e n")
 METHODS = ("auto", "sequential", "parallel", "chunked", "native", "triton")
 
 
@@ -61,8 +64,7 @@ def step(
     D: Float[Tensor, " e"] | None,
     state: Float[Tensor, "b e n"],
 ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b e n"]]:
-    """One position of the recurrence, for writing -> y and the next state (the equations at the
-    top).
+    """One position of the recurrence, for writing -> y and the next state.
 
     Raises ValueError when the shapes do not belong together.
     """
@@ -74,9 +76,8 @@ def step(
         fits = fits and state.shape == (b, e, n) and (D is None or D.shape == (e,))
     if not fits:
         raise ValueError(_misfit(STEP, u, delta, A, B, C, D, state))
-    state = torch.addcmul(
-        torch.exp(delta.unsqueeze(2) * A) * state, (delta * u).unsqueeze(2), B.unsqueeze(1)
-    )
+    kept = torch.exp(delta.unsqueeze(2) * A) * state
+    state = torch.addcmul(kept, (delta * u).unsqueeze(2), B.unsqueeze(1))
     y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)
     return (y if D is None else torch.addcmul(y, D, u)), state
 
@@ -89,44 +90,14 @@ def sequential(
     C: Float[Tensor, "b t n"],
     state: Float[Tensor, "b e n"],
 ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b e n"]]:
-    """The first equation position by position, and C_t . h_t of the second -> y and the last
-    state."""
+    """The loop as written -> y without D u, and the last state."""
     keep, add = discretise(u, delta, A, B)
     outputs = [torch.zeros_like(u[:, :0])]
-    for keep_t, add_t, C_t in zip(
-        keep.unbind(1), add.unbind(1), C.unbind(1)
-    ):  # an index would be quadratic in backward
+    # Backward of an index for every position would be quadratic in t; unbind's is not.
+    for keep_t, add_t, C_t in zip(keep.unbind(1), add.unbind(1), C.unbind(1)):
         state = keep_t * state + add_t
         outputs.append(einsum(state, C_t, "b e n, b n -> b e").unsqueeze(1))
     return torch.cat(outputs, 1), state
-
-
-def tree(a: Float[Tensor, "t ..."], x: Float[Tensor, "t ..."]) -> None:
-    """h_t = a_t h_{t-1} + x_t along the first axis, in place: x becomes h. The work-efficient tree
-    (Blelloch 1990).
-
-    A position is the map h -> a h + x, and maps compose: (a1, x1) then (a2, x2) is (a1 a2, a2 x1 +
-    x2). Composition is associative, so any bracketing will do. Only products of a enter, never
-    quotients or logarithms: nothing overflows.
-    """
-    a = a.clone()
-    t = len(a)
-    stride = 1
-    while (
-        stride < t
-    ):  # up: positions in pairs, pairs in fours, ...: the end of a pair takes in its first half
-        first = slice(stride - 1, t - stride, 2 * stride)
-        second = slice(2 * stride - 1, t, 2 * stride)
-        x[second].addcmul_(a[second], x[first])
-        a[second] *= a[first]
-        stride *= 2
-    while (
-        stride > 1
-    ):  # down: a position between two finished ones takes in the finished one before it
-        stride //= 2
-        finished = slice(2 * stride - 1, t - stride, 2 * stride)
-        between = slice(3 * stride - 1, t, 2 * stride)
-        x[between].addcmul_(a[between], x[finished])
 
 
 def selective_scan(
@@ -153,9 +124,8 @@ def selective_scan(
     dtype = u.dtype
     for other in (delta, A, B, C, D):
         dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-    exact = (
-        torch.float32 if dtype.itemsize < 4 else dtype
-    )  # half precision loses the state within a hundred positions
+    # Half precision would lose the state within a hundred positions.
+    exact = torch.float32 if dtype.itemsize < 4 else dtype
     u, delta, A, B, C = (x.to(exact) for x in (u, delta, A, B, C))
     state = u.new_zeros(u.shape[0], *A.shape) if state is None else state.to(exact)
     if method == "sequential" or u.numel() == 0 or B.numel() == 0:
@@ -163,10 +133,6 @@ def selective_scan(
     else:
         y, state = kernels.scan(method, u, delta, A, B, C, state)
     return (y if D is None else torch.addcmul(y, D.to(exact), u)).to(dtype), state
-
-
-SCAN = dict(u="b t e", delta="b t e", A="e n", B="b t n", C="b t n", D="e", state="b e n")
-STEP = dict(u="b e", delta="b e", A="e n", B="b n", C="b n", D="e", state="b e n")
 
 
 def _check(u, *others):

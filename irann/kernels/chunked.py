@@ -5,7 +5,8 @@ Launched one by one on a GPU, single positions are too little work: there a tree
 chunk, and chunks bound its memory. Backward, with g_t the gradient of h_t and dy_t of y_t, runs the
 same scan from the right:
 
-    g_t = C_t dy_t + a_{t+1} g_{t+1},    dC_t = h_t dy_t,    d(delta u B)_t = g_t,    d(delta A)_t = a_t g_t h_{t-1}
+    g_t = C_t dy_t + a_{t+1} g_{t+1},           dC_t = h_t dy_t,
+    d(delta u B)_t = g_t,                       d(delta A)_t = a_t g_t h_{t-1}
 """
 
 import math
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..core import scan as core
+from ..core.tree import tree
 from .operator import operator
 
 LOG2E = 1 / math.log(2)  # exp(x) = exp2(x log2 e), and exp2 is the cheaper one
@@ -33,16 +34,14 @@ def scan(
     span: int,
     trees: bool = False,
 ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b e n"]]:
-    """y without D u, and the last state, in chunks of `span` positions, each by a loop or by a
-    tree."""
+    """y without D u, and the last state; `span` positions a chunk, each by a loop or a tree."""
     u, delta, B, C = (x.transpose(0, 1).contiguous() for x in (u, delta, B, C))
     y, last, _ = SCAN(u, delta, A, B, C, state, span, int(trees))
     return y.transpose(0, 1), last
 
 
 def span(lanes: int, numbers: int) -> int:
-    """-> how many positions make a chunk whose buffers hold about so many numbers: a power of two
-    from 8 up."""
+    """-> the positions of a chunk whose buffers hold about so many numbers: 8, 16, 32, ..."""
     return 1 << max(3, round(math.log2(max(1, numbers / max(1, lanes)))))
 
 
@@ -132,7 +131,7 @@ def _states(delta, x, A2, B, a, h, trees):
     torch.mul(B[..., None], x[:, :, None], out=h[1:])
     h[1].addcmul_(a[0], h[0])
     if trees:
-        core.tree(a, h[1:])
+        tree(a, h[1:])
         return
     positions = h[1:].unbind()
     for previous, now, keep in zip(positions, positions[1:], a.unbind()[1:]):
@@ -143,7 +142,7 @@ def _from_the_right(a, g, trees):
     """g_t += a_{t+1} g_{t+1}, in place, from the last position to the first."""
     if trees:
         reversed_g = g.flip(0)
-        core.tree(a.roll(-1, 0).flip(0), reversed_g)  # the first factor is never read
+        tree(a.roll(-1, 0).flip(0), reversed_g)  # the first factor is never read
         g.copy_(reversed_g.flip(0))
         return
     positions = g.unbind()

@@ -93,8 +93,7 @@ def _backward(
 
 
 def _parts(u):
-    """-> how many runs of channels each text is cut into, so that every thread has work, and how
-    wide a run is."""
+    """-> runs of channels of a text, so that every thread has work; and their width."""
     b, _, e = u.shape
     lanes = BYTES // u.element_size()
     wide = -(-e // (lanes * -(-torch.get_num_threads() // b))) * lanes
@@ -109,8 +108,7 @@ def _call(name, u, n, inputs, outputs):
 
 
 def why_not(n: int, dtype: torch.dtype) -> str:
-    """-> the reason that there is no kernel for n states of a dtype, in words; empty if there is
-    one."""
+    """-> why there is no kernel for n states of a dtype, in words; empty if there is one."""
     if os.environ.get("IRANN_KERNEL") == "0":
         return "IRANN_KERNEL is 0"
     if not 1 <= n <= 64:
@@ -139,31 +137,24 @@ def _kernel(n, dtype):
 
 @functools.cache
 def _build(n, dtype, cc):
-    """Its name in the cache is a hash of the source, of all options and of all that the compiler
-    targets."""
+    """The name of what is built is a hash of the source, all options and all that cc targets."""
     try:
         compiler = shlex.split(cc or "") or ["cc"]
         source = SOURCE.read_bytes()
         target = _run(*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull)
         cache = _cache()
-        for openmp in Path(torch.__file__).parent.glob(
-            "lib/lib*omp*"
-        ):  # torch's own threads, for all to see
-            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        subprocess.SubprocessError,
-    ) as error:  # no home folder is a RuntimeError
+        for openmp in Path(torch.__file__).parent.glob("lib/lib*omp*"):
+            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's own threads, for scan.c
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
         return Kernel(None, f"no C compiler ({error})")
+    reason = ""
     for threads in ("-fopenmp",), ():
         options = (*OPTIONS, f"-DN={n}", f"-DSPAN={SPAN}", *REALS[dtype], *threads)
         key = b"\0".join([source, target, *map(str.encode, (*compiler, *options))])
         path = cache / f"scan-{hashlib.sha256(key).hexdigest()[:20]}.so"
         try:
             if not _intact(path):
-                _compile((*compiler, *options), source, path)
+                _compile(compiler, options, source, path)
             library = ctypes.CDLL(str(path))
         except (OSError, subprocess.SubprocessError) as error:  # no OpenMP, or no place to write
             reason = f"scan.c could not be built ({error})"
@@ -175,13 +166,13 @@ def _build(n, dtype, cc):
     return Kernel(None, reason)
 
 
-def _compile(command, source, path):
+def _compile(compiler, options, source, path):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "scan"
         listing = made.with_suffix(".sha256")
-        _run(*command, "-fPIC", "-c", "-o", f"{made}.o", "-x", "c", "-", input=source)
-        _run(*command, "-shared", f"{made}.o", "-o", str(made))
+        _run(*compiler, *options, "-fPIC", "-c", "-o", f"{made}.o", "-x", "c", "-", input=source)
+        _run(*compiler, "-shared", f"{made}.o", "-o", str(made))  # OpenMP is in the process already
         listing.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         os.replace(made, path)
         os.replace(listing, path.with_suffix(".sha256"))
@@ -194,8 +185,7 @@ def _cache():
 
 
 def _intact(path):
-    """Is it there, and as it was built? To load a library that was cut off would end the
-    process."""
+    """Is it there, as it was built? To load a library that was cut off would end the process."""
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return digest == path.with_suffix(".sha256").read_text()

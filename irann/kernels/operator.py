@@ -5,9 +5,9 @@ shapes from a rule, and its gradient is another such call. `torch.library.custom
 in fewer lines, but costs 60 microseconds a call, 12 % of a small scan, and refuses torch.func.grad;
 this costs 15. A scan differentiates once.
 
-All scans have one signature here. Shapes are those of `irann.core.scan`, and `entry` holds the state
-at the entry of each of k spans, (b k n e), flat: a k that is not known yet raises no questions. `options` are whole numbers. What a
-kernel returns is new memory, contiguous.
+All scans have one signature here. Shapes are those of `irann.core.scan`; `entry` holds the state at
+the entry of each of k spans, (b k n e), flat, since k may be unknown while exporting; `options` are
+whole numbers. What a kernel returns is new memory, contiguous.
 """
 
 from collections.abc import Callable
@@ -34,10 +34,11 @@ def operator(
     options: tuple[str, ...] = (),
     devices: tuple[str, ...] = ("CPU", "CUDA"),
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Register forward(u, delta, A, B, C, state, *options) -> y, last, entry and backward(dy,
-    dlast, u, delta, A, B, C, entry, *options) -> du, ddelta, dA, dB, dC, dstate -> the operator.
+    """Register two functions -> the operator.
 
-    `spans(u, *options)` is how many states `entry` holds.
+    forward(u, delta, A, B, C, state, *options) -> y, last, entry
+    backward(dy, dlast, u, delta, A, B, C, entry, *options) -> du, ddelta, dA, dB, dC, dstate
+    spans(u, *options) -> how many states `entry` holds
     """
     numbers = "".join(f", SymInt {option}" for option in options)
     LIBRARY.define(
@@ -53,7 +54,8 @@ def operator(
 
     def fake_forward(u, delta, A, B, C, state, *numbers):
         b, e, n = state.shape
-        return u.new_empty(u.shape), u.new_empty(b, e, n), u.new_empty(b * spans(u, *numbers) * n * e)
+        kept = b * spans(u, *numbers) * n * e
+        return u.new_empty(u.shape), u.new_empty(b, e, n), u.new_empty(kept)
 
     def fake_backward(dy, dlast, u, delta, A, B, C, entry, *numbers):
         return tuple(x.new_empty(x.shape) for x in (u, delta, A, B, C, dlast))
@@ -71,12 +73,13 @@ def operator(
             return y, last, entry
 
         @staticmethod
-        def backward(ctx, dy, dlast, _):
+        def backward(ctx, *gradients):
+            dy, dlast, _ = gradients
             u, delta, A, B, C, entry = ctx.saved_tensors
             dy = torch.zeros_like(u) if dy is None else dy
             dlast = u.new_zeros(ctx.state_shape) if dlast is None else dlast
-            gradients = back(dy, dlast, u, delta, A, B, C, entry, *ctx.numbers)
-            return *gradients, *(None for _ in ctx.numbers)
+            inputs = back(dy, dlast, u, delta, A, B, C, entry, *ctx.numbers)
+            return *inputs, *(None for _ in ctx.numbers)
 
     class Once(_SingleLevelFunction):
         @staticmethod

@@ -1,5 +1,4 @@
-"""The selective scan on a GPU, in Triton: the equations and names of core/scan.py, the states in
-registers.
+"""The selective scan on a GPU, in Triton: one loop over time, the states in registers.
 
     h_t = 2^(delta_t A2) h_{t-1} + (delta_t u_t) B_t,    y_t = sum_n C_t h_t,    A2 = A log2(e)
 
@@ -9,10 +8,13 @@ entry of every SPAN positions is kept; backward computes the states of one such 
 them in `notes`, and walks the span from the right. What all channels add to dB and dC is written
 apart by each program and summed afterwards, so that the same input gives the same bits.
 
-Layouts as in scan.c, last axis fastest: u, delta, y (b t e); A2 (n e); B, C (b t n); state, last (b
-n e); entry (b k n e). This file is imported where there is a GPU; with TRITON_INTERPRET=1 it runs
-without one, slowly, to be tested.
+Layouts as in scan.c, last axis fastest: u, delta, y (b t e); A2 (n e); B, C (b t n); state, last
+(b n e); entry (b k n e). This file is imported where there is a GPU; with TRITON_INTERPRET=1 it
+runs without one, slowly, to be tested.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (what stands under triton.jit is read by Triton)
 
 import math
 
@@ -31,7 +33,8 @@ LOG2E = 1 / math.log(2)
 
 @triton.jit
 def _forward(
-    u, delta, A2, B, C, state, y, last, entry, t, e, n, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr
+    u, delta, A2, B, C, state, y, last, entry, t, e, n,
+    N: tl.constexpr, E: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
     text = tl.program_id(1).to(tl.int64)
     spans = tl.cdiv(t, S)
@@ -63,7 +66,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, u, delta, A2, B, C, entry, carry, du, ddelta, dA, dB, dC, notes, t, e, n, N: tl.constexpr, E: tl.constexpr, S: tl.constexpr
+    dy, u, delta, A2, B, C, entry, carry, du, ddelta, dA, dB, dC, notes, t, e, n,
+    N: tl.constexpr, E: tl.constexpr, S: tl.constexpr
 ):  # fmt: skip
     part = tl.program_id(0)
     text = tl.program_id(1).to(tl.int64)

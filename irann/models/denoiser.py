@@ -78,7 +78,7 @@ class Denoiser(LanguageModel):
         init_fan_in(self)
         nn.init.zeros_(self.lm_head.weight)
         nn.init.normal_(self.word_embedding)
-        # The running mean of the cross-entropy in each bin of levels, how many rows it has seen, and those of this step.
+        # For each bin of levels: the running mean of the cross-entropy, the rows seen, and counts and sums of this step.
         self.register_buffer("level_loss", torch.linspace(0, 1, BINS))
         self.register_buffer("level_count", torch.zeros(BINS))
         self.register_buffer("observations", torch.zeros(2, BINS), persistent=False)
@@ -96,9 +96,8 @@ class Denoiser(LanguageModel):
         The embeddings have one length, so of the Gaussian's exponent only sqrt(alpha_bar) x . e / (1 - alpha_bar) is left.
         """
         alpha_bar = self.schedule.alpha_bar
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # the factor and its errors grow beyond all bounds
+        # Not in half precision: the factor, and errors with it, grow beyond all bounds.
+        with torch.autocast(x.device.type, enabled=False):
             factor = self.schedule.at(alpha_bar.sqrt() / (1 - alpha_bar), tau, x)
             return factor * (x @ self.embeddings.T)
 
@@ -186,9 +185,8 @@ class Denoiser(LanguageModel):
             curve = curve.unfold(0, 5, 1).mean(-1).cummax(0).values
             rise = curve.diff(prepend=curve.new_zeros(1)).clamp(min=0)
             p = 0.9 * rise / rise.sum().clamp(min=1e-9) + 0.1 * p
-        edges = F.pad(
-            p.cumsum(0), (1, 0)
-        )  # the distribution function at the bins' edges, linear between them
+        # The distribution function at the edges of the bins, and linearly between them at every level.
+        edges = F.pad(p.cumsum(0), (1, 0))
         at = torch.arange(self.config.levels + 1, dtype=torch.float64) / (self.config.levels / BINS)
         low = at.floor().long().clamp(max=BINS - 1)
         p = (edges[low] + (at - low) * (edges[low + 1] - edges[low])).diff()

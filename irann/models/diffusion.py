@@ -88,16 +88,18 @@ class Diffusion(Denoiser):
     def draw(
         self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Mask, noise level and its probability, noise, and who is self-conditioned. `weight` makes the mean over all
-        positions of all rows one over the masked positions."""
+        """Mask, noise level and its probability, noise, and the rows that are self-conditioned.
+
+        `weight` turns a mean over all positions into one over the masked positions of the whole batch.
+        """
         self.absorb()
         device = ids.device
+        normal = noise.normal(generator)
+        x0 = self.word_embedding.new_empty(*ids.shape, self.config.channels, device=device)
+        dtype = torch.promote_types(x0.dtype, torch.float32)
         mask = draw_mask(*ids.shape, device=device, generator=generator)
         tau, p = self.draw_levels(len(ids), generator)
-        x0 = self.word_embedding.new_empty(*ids.shape, self.config.channels, device=device)
-        normal = noise.normal(generator)
         eps = normal(x0)
-        dtype = torch.promote_types(x0.dtype, torch.float32)
         self_conditioned = torch.rand(len(ids), generator=generator, device=device) < 0.5
         return {
             "mask": mask,

@@ -216,7 +216,7 @@ class RecurrentDepth(LanguageModel):
         self, ids: Ids, rule: dict[str, Any], generator: Generator | None
     ) -> Float[Tensor, "b t"]:
         """The probability of having stopped at which a position does, by stop=halting or sampled."""
-        like = {"dtype": self.lm_head.weight.dtype, "device": ids.device}
+        like: dict[str, Any] = {"dtype": self.lm_head.weight.dtype, "device": ids.device}
         if rule["stop"] == "sampled":
             return torch.rand(ids.shape, generator=generator, **like)
         return torch.full(ids.shape, rule["threshold"], **like)

@@ -50,7 +50,7 @@ class ThinkerCache:
 
 @dataclass
 class Thought:
-    """Where the positions of one read stand between two rounds."""
+    """Where the positions of one read stand between two rounds; what has stopped is frozen."""
 
     hidden: Hidden
     logits: Float[Tensor, "b t v"] | None  # None before the first round
@@ -111,13 +111,13 @@ class Thinker(RecurrentDepth, Reader):
     ) -> tuple[Float[Tensor, "b t v"], ThinkerCache]:
         """Each position's prediction at the round where it stopped, by the rule named `stop`.
 
-        | stop       | a position stops after the round at which                                     |
-        |------------|-------------------------------------------------------------------------------|
-        | halting    | the probability of having stopped, 1 - product of (1 - halt), is `threshold`  |
-        | sampled    | it is a number drawn for the position: at round r with PonderNet's p_r        |
-        | state      | the hidden state has moved by at most `tolerance` (root mean square)          |
-        | prediction | the prediction has moved by at most `tolerance` (total variation)             |
-        | fixed      | `rounds` are done, as with every rule at last                                 |
+        | stop       | a position stops after the round at which                                      |
+        |------------|--------------------------------------------------------------------------------|
+        | halting    | the probability of having stopped, 1 - prod(1 - halt), reaches `threshold`     |
+        | sampled    | it reaches a number drawn for the position: so at round r with probability p_r |
+        | state      | the hidden state has moved by at most `tolerance` (root mean square)           |
+        | prediction | the prediction has moved by at most `tolerance` (total variation)              |
+        | fixed      | `rounds` are done, as with every rule at last                                  |
 
         With `packed`, positions that have stopped are left out of the computation. Without, they are
         computed and dropped, so that every bit of a position's logits is independent of when later
@@ -138,9 +138,8 @@ class Thinker(RecurrentDepth, Reader):
         past = state.core if state else []
         thought, core = self.think(injected, rotary, past, limit, rule, packed)
         assert thought.logits is not None  # there is a first round
-        return thought.logits, ThinkerCache(
-            end, prelude, core, thought.rounds, 1 - thought.survival
-        )
+        halted = 1 - thought.survival
+        return thought.logits, ThinkerCache(end, prelude, core, thought.rounds, halted)
 
     def think(
         self,
@@ -154,7 +153,8 @@ class Thinker(RecurrentDepth, Reader):
         """All rounds of new positions, given the core's KV cache of earlier ones."""
         t = injected.shape[1]
         one = injected.new_ones(injected.shape[:2])
-        thought = Thought(torch.zeros_like(injected), None, one, one.long() - 1, one.bool())
+        rounds = torch.zeros_like(one, dtype=torch.long)
+        thought = Thought(torch.zeros_like(injected), None, one, rounds, one.bool())
         core: list[list[KeyValue]] = []
         for r in range(rule["rounds"]):
             earlier = past[min(r, len(past) - 1)] if past else None
@@ -260,9 +260,7 @@ class Packing:
         s = k.shape[2]
         queries = q.new_zeros(b, m, *q.shape[1:])
         queries[self.row, self.rank] = q
-        own = self.rank.new_zeros(
-            b, m
-        )  # where each query stands; the padding at the first position
+        own = self.rank.new_zeros(b, m)  # where each query stands; padding stands at the first
         own[self.row, self.rank] = self.column + s - t
         mask = torch.arange(s, device=q.device) <= own[:, None, :, None]
         y = F.scaled_dot_product_attention(queries.transpose(1, 2), k, v, mask)
@@ -270,6 +268,7 @@ class Packing:
 
 
 def pack(computed: Bool[Tensor, "b t"], thinking: Bool[Tensor, "b t"]) -> Packing:
+    """Those positions that are `computed`, some of which may no longer be `thinking`."""
     row, column = computed.nonzero(as_tuple=True)
     rank = (computed.cumsum(1) - 1)[row, column]
     b, t = computed.shape
@@ -283,7 +282,7 @@ def frozen(earlier: list[KeyValue] | None, last: list[KeyValue], t: int) -> list
     joined = []
     for (k, v), (last_k, last_v) in zip(earlier, last, strict=True):
         first = last_k.shape[2] - t
-        joined.append(
-            (torch.cat([k, last_k[:, :, first:]], 2), torch.cat([v, last_v[:, :, first:]], 2))
-        )
+        k = torch.cat([k, last_k[:, :, first:]], 2)
+        v = torch.cat([v, last_v[:, :, first:]], 2)
+        joined.append((k, v))
     return joined

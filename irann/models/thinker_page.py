@@ -52,7 +52,7 @@ class PageThinker(RecurrentDepth):
     ) -> Mask:
         """k positions from `first` on, k uniform from 1 to all of them, spread over the batch."""
         b = len(first)
-        place = {"generator": generator, "device": first.device}
+        place: dict[str, Any] = {"generator": generator, "device": first.device}
         u = (torch.rand((), **place) + torch.arange(b, device=first.device) / b) % 1
         k = 1 + (u * (t - first)).long().clamp(max=t - first - 1)
         clean = torch.arange(t, device=first.device) < first[:, None]
@@ -150,7 +150,7 @@ class PageThinker(RecurrentDepth):
         rule: dict[str, Any],
     ) -> Iterator[Draft]:
         """A draft per refinement, until nothing is masked: all guesses, and how many are kept."""
-        steps = rule["steps"] or -(-int(masked.sum(1).max()) // 2)
+        steps = rule["steps"] or max(1, -(-int(masked.any(0).sum()) // 2))
         hidden = None
         rounds = 0
         for step in range(steps):
@@ -167,7 +167,8 @@ class PageThinker(RecurrentDepth):
             ids = torch.where(masked, guess, ids)
             masked = masked & ~(kept | (sure > rule["keep"]))
             note = {"rounds": rounds, "masked": int(masked.sum())}
-            yield Draft(ids, int(leading(~masked).min()), note)
+            settled = int(leading(~masked.any(0, keepdim=True)))  # in every row
+            yield Draft(ids, settled, note)
             if not masked.any():
                 return
 

@@ -63,9 +63,12 @@ def evaluate(
     window = window or model.config.window
     rank, world = rank_and_world() if share else (0, 1)
     batches = _windows(text, part, window, batch)
-    generator = torch.Generator(model.device).manual_seed(seed + rank)
+    generator = torch.Generator(model.device)
+    mine = range(rank, len(batches), world)
     nats = squares = count = 0.0
-    for ids in bar(batches[rank::world], desc="validating", leave=False, delay=5, disable=None):
+    for i in bar(mine, desc="validating", leave=False, delay=5, disable=None):
+        ids = batches[i]
+        generator.manual_seed(seed + i)  # so that a bound does not depend on who scores what
         with evaluating(model):
             row = (nll or model.nll)(ids.to(model.device), generator=generator)
         row = row.cpu().double()  # not every device has doubles
@@ -73,7 +76,7 @@ def evaluate(
         squares += (row.mean(1) ** 2 * row.shape[1]).sum().item()  # windows weigh by their length
         count += row.numel()
     if share:
-        nats, squares, count = summed([nats, squares, count], model.device)
+        nats, squares, count = summed([nats, squares, count])
     mean = nats / count
     windows = sum(len(ids) for ids in batches)
     error = math.sqrt(max(0.0, squares / count - mean**2) / max(1, windows - 1))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import checkpoint
@@ -25,7 +26,7 @@ from ..lm import LanguageModel
 from ..settings import InputError
 from ..text import Text, windows
 from .evaluation import check_vocabulary, evaluate
-from .processes import add_up, largest, rank_and_world, summed
+from .processes import gathered, rank_and_world, summed
 from .recipe import Recipe
 from .run import Run
 from .signals import Signals
@@ -113,8 +114,9 @@ def _train(model, text, recipe, folder, resume, overwrite, stop) -> Iterator[Tic
                         for group in optimizer.param_groups:
                             group["lr"] = group["full_lr"] * rate
                         optimizer.step()
-                        optimizer.zero_grad(set_to_none=True)
-                    add_up(model.observed())
+                    model.zero_grad(set_to_none=True)
+                    for total in model.observed() if state.world > 1 else ():
+                        dist.all_reduce(total)
                     model.absorb()
                     state.step = step
                     state.validation = None
@@ -126,12 +128,12 @@ def _train(model, text, recipe, folder, resume, overwrite, stop) -> Iterator[Tic
                 last = step == recipe.steps
                 validates = _validates(recipe, step)
                 saves = bool(recipe.save_every) and step % recipe.save_every == 0
-                interrupted = _agreed(caught, stop, state.device)
+                interrupted = _agreed(caught, stop)
                 if validates or saves or interrupted:
                     state.check_finite(recipe.lr * rate)
                 if validates and (last or not interrupted):
                     _validate(state)
-                    interrupted = interrupted or _agreed(caught, stop, state.device)
+                    interrupted = interrupted or _agreed(caught, stop)
                 tick = Tick(
                     step,
                     loss,
@@ -145,9 +147,8 @@ def _train(model, text, recipe, folder, resume, overwrite, stop) -> Iterator[Tic
                     interrupted=interrupted,
                     notes=run.told(),
                 )
-                run.write(
-                    tick
-                )  # first: resuming drops a line too many, and cannot write a missing one
+                # first the line, then the checkpoint: resuming drops a line too many, and cannot write a missing one
+                run.write(tick)
                 if validates or saves or interrupted:
                     tick = dataclasses.replace(tick, saved=run.save())
                 if last or interrupted:
@@ -177,7 +178,7 @@ def _gradients(
         loss += piece_loss.item() / len(pieces)
         for name, value in piece_parts.items():
             parts[name] = parts.get(name, 0.0) + float(value) / len(pieces)
-    loss, *values = (total / state.world for total in summed([loss, *parts.values()], state.device))
+    loss, *values = (total / state.world for total in summed([loss, *parts.values()]))
     return loss, dict(zip(parts, values, strict=True))
 
 
@@ -214,12 +215,12 @@ def _validate(state: State) -> None:
     state.seconds += time.perf_counter() - began
 
 
-def _agreed(caught: Signals, stop: Callable | None, device: torch.device) -> int:
+def _agreed(caught: Signals, stop: Callable | None) -> int:
     """-> the signal that ends training, if any process has one: all stop after the same step."""
     signum = caught()
     if stop is not None:
         signum = int(stop() or signum)
-    return largest(signum, device)
+    return max(gathered(signum))
 
 
 class _Loss(nn.Module):

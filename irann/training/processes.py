@@ -1,8 +1,8 @@
 """One process, or several that train one model together (torchrun): who am I, and what do all of us say."""
 
-import torch
+from typing import Any
+
 import torch.distributed as dist
-from torch import Tensor
 
 
 def rank_and_world() -> tuple[int, int]:
@@ -12,36 +12,15 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def summed(values: list[float], device: torch.device) -> list[float]:
-    """-> each value, added up over the processes."""
-    if rank_and_world()[1] == 1:
-        return values
-    totals = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(totals)
-    return totals.tolist()
-
-
-def add_up(tensors: list[Tensor]) -> None:
-    """Add each tensor up over the processes, in place."""
-    if rank_and_world()[1] > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-
-
-def largest(value: int, device: torch.device) -> int:
-    """-> the largest value of any process, so that all do the same."""
-    if rank_and_world()[1] == 1:
-        return value
-    most = torch.tensor(value, device=device)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    return int(most)
-
-
-def gathered(value: dict) -> list[dict]:
+def gathered(value: Any) -> list[Any]:
     """-> every process's value, by rank."""
     _, world = rank_and_world()
-    if world == 1:
-        return [value]
-    everyone: list = [None] * world
-    dist.all_gather_object(everyone, value)
+    everyone = [value] * world
+    if world > 1:
+        dist.all_gather_object(everyone, value)
     return everyone
+
+
+def summed(values: list[float]) -> list[float]:
+    """-> each value, added up over the processes."""
+    return [sum(column) for column in zip(*gathered(values), strict=True)]

@@ -144,11 +144,10 @@ class Run:
                 "or choose another --run"
             )
         checkpoint.sweep(self.folder)
-        free = shutil.disk_usage(self.folder).free
-        if free < size:
+        if shutil.disk_usage(self.folder).free < size:
             raise DiskError(
-                f"a checkpoint in {self.folder} has {size:,} bytes at least and could not be written "
-                f"(the disk is full: free some space); those that are there are intact"
+                f"{self.folder} has no room for a checkpoint: it could not be written (the disk is full: "
+                f"free some space, {size:,} bytes at least); what is there is intact"
             )
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {platform.node()}, since {since}\n"
@@ -180,15 +179,12 @@ class Run:
             return (f"there is no checkpoint in {self.folder} yet: beginning with step 1",)
         folder, saved, skipped = checkpoint.newest(self.folder)
         try:
-            check_fits(folder, saved, self.state)
+            _check_fits(folder, saved, self.state)
             self.state.restore(saved)
-        except CheckpointError as error:
-            where = "" if str(folder) in str(error) else f"{folder} does not fit: "
-            raise CheckpointError(f"{where}{error}") from None
+            self._warn_of_differences(folder, saved)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{folder} does not fit: {reason}") from None
-        self._warn_of_differences(folder, saved)
         notes = [f"resumed from {folder} at step {self.state.step}"]
         newer = found[: found.index(folder)] if self.writes else []
         for damaged, reason in reversed(list(zip(newer, skipped, strict=True))):
@@ -212,47 +208,32 @@ class Run:
             )
 
 
-def check_fits(folder: Path, saved: Snapshot, state: State) -> None:
+def _check_fits(folder: Path, saved: Snapshot, state: State) -> None:
     """Raises CheckpointError that names both values if a checkpoint belongs to another model, text or recipe."""
-    ours = state.describe()
-    theirs = saved.config
-    if theirs["model"] != ours["model"]:
-        raise CheckpointError(
-            f"{folder} holds a {theirs['model']}, not a {ours['model']}: train that, or start another run"
-        )
-    pairs = {"frozen parameters": (theirs["frozen"], ours["frozen"])}
-    for part in ("config", "recipe"):
-        for name in sorted(ours[part].keys() | theirs[part].keys()):
-            pairs[name] = theirs[part].get(name), ours[part].get(name)
-    for name, (then, now) in pairs.items():
-        if name not in FREE and _plain(then) != _plain(now):
+    vocabulary = state.text.vocabulary.characters
+    theirs = _identity(saved.config, saved.vocabulary)
+    ours = _identity(json.loads(json.dumps(state.describe())), vocabulary)
+    for name in theirs | ours:
+        then, now = theirs.get(name), ours.get(name)
+        if then != now and name not in FREE:
             raise CheckpointError(
                 f"{folder} was trained with {name} = {then!r}, asked for is {name} = {now!r}: "
                 "resume as it began, or start another run"
             )
-    characters = state.text.vocabulary.characters
-    if saved.vocabulary != characters:
-        raise CheckpointError(
-            f"{folder} knows the characters {saved.vocabulary!r}, this text has {characters!r}: "
-            "resume with the text it began with, or start another run"
-        )
-    then, now = theirs["corpus"], ours["corpus"]
-    if then["sha256"] != now["sha256"]:
-        raise CheckpointError(
-            f"{folder} was trained on another text: {then['source']}, SHA-256 {then['sha256'][:12]}; "
-            f"this one is {now['source']}, {now['sha256'][:12]}: "
-            "resume with the text it began with, or start another run"
-        )
-    if then["training_characters"] != now["training_characters"]:
-        raise CheckpointError(
-            f"{folder} was trained on the first {then['training_characters']:,} characters, this text has "
-            f"{now['training_characters']:,} to train on: cut it as before"
-        )
 
 
-def _plain(value: Any) -> Any:
-    """-> the value as JSON gives it back."""
-    return json.loads(json.dumps(value))
+def _identity(config: dict[str, Any], vocabulary: str) -> dict[str, Any]:
+    """-> what a run is and stays, by name: of the text, its SHA-256 says more than where it came from."""
+    corpus = config["corpus"]
+    return {
+        "model": config["model"],
+        **config["config"],
+        **config["recipe"],
+        "frozen parameters": config["frozen"],
+        "characters": vocabulary,
+        "text of SHA-256": corpus["sha256"][:16],
+        "training characters": corpus["training_characters"],
+    }
 
 
 def _check_saveable(snapshot: Snapshot) -> int:

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .. import checkpoint
-from ..checkpoint import CheckpointError, Snapshot
+from ..checkpoint import Snapshot
 from ..lm import LanguageModel, exclusive
 from ..text import Text
 from .processes import gathered, rank_and_world
 from .recipe import Recipe, optimizers
 
 REMEMBERED = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}  # per parameter
+GLOBAL_GENERATOR = threading.RLock()  # one thread at a time swaps or seeds torch's
 
 
 class NotFinite(Exception):
@@ -146,7 +147,7 @@ class State:
         return Snapshot(self.model.state_dict(), memory, rng, self.describe(), characters)
 
     def restore(self, saved: Snapshot) -> None:
-        """Take over a snapshot that fits. Raises CheckpointError, or what torch raises, where a name or a shape does not."""
+        """Take over a snapshot. Raises ValueError, KeyError or RuntimeError where a name or a shape does not fit."""
         memory = self._checked(saved.optimizer)
         self.model.load_state_dict(saved.model)
         for optimizer in self.optimizers:
@@ -187,34 +188,25 @@ class State:
         """-> what optimizers are to remember, every name and shape of it checked: their kernels check nothing."""
         memory = {name: t for name, t in memory.items() if not name.startswith("average.")}
         places = self._memory()
-        known: dict[Tensor, int] = {}
+        known = {places[name][1] for name in memory if name in places}
+        wanted = {name for name, (_, p, _) in places.items() if p in known}
+        if memory.keys() != wanted:
+            names = ", ".join(sorted(memory.keys() ^ wanted))
+            raise ValueError(f"optimizer.safetensors and what is trained here differ in {names}")
         for name, tensor in memory.items():
-            if name not in places:
-                raise CheckpointError(
-                    f"optimizer.safetensors has {name}, which is not trained here"
-                )
-            optimizer, p, key = places[name]
+            _, p, key = places[name]
             shape = () if key == "step" else tuple(p.shape)
             if tuple(tensor.shape) != shape or not tensor.is_floating_point():
                 theirs = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise CheckpointError(f"optimizer.safetensors has {name} as {theirs}, not {shape}")
-            known[p] = known.get(p, 0) + 1
-        for name, (optimizer, p, _) in places.items():
-            if known.get(p, 0) not in (0, len(REMEMBERED[type(optimizer).__name__])):
-                raise CheckpointError(
-                    f"optimizer.safetensors knows {name} or its like only in part"
-                )
+                raise ValueError(f"optimizer.safetensors has {name} as {theirs}, not {shape}")
         return memory
 
 
 class PrivateStream:
     """A stream of random numbers for dropout: `with stream:` swaps it in for torch's global one, and out again.
 
-    What the caller draws between two steps, a sample or a plot, therefore cannot change what training draws. There is
-    one global generator, so one thread at a time is inside such a block.
+    What the caller draws between two steps, a sample or a plot, therefore cannot change what training draws.
     """
-
-    lock = threading.RLock()
 
     def __init__(self, seed: int, device: torch.device):
         self.cuda = device if device.type == "cuda" else None
@@ -223,12 +215,12 @@ class PrivateStream:
             self.states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
 
     def __enter__(self) -> None:
-        self.lock.acquire()
+        GLOBAL_GENERATOR.acquire()
         self.outer = self._swap(self.states)
 
     def __exit__(self, *_: Any) -> None:
         self.states = self._swap(self.outer)
-        self.lock.release()
+        GLOBAL_GENERATOR.release()
 
     def _swap(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
         """Set torch's global generators -> what they were."""
