@@ -89,10 +89,10 @@ RaceDevice = _option("cpu, cuda, mps or auto: what a race is trained on; all els
 
 
 def _version(wanted: bool) -> None:
-    from . import __version__
+    import irann
 
     if wanted:
-        print(f"irann {__version__}")
+        print(f"irann {irann.__version__}")
         raise typer.Exit
 
 
