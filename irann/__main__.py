@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import unicodedata
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,10 +89,10 @@ RaceDevice = _option("cpu, cuda, mps or auto: what a race is trained on; all els
 
 
 def _version(wanted: bool) -> None:
-    from . import __version__
+    import irann
 
     if wanted:
-        print(f"irann {__version__}")
+        print(f"irann {irann.__version__}")
         raise typer.Exit
 
 
@@ -171,11 +171,11 @@ def train_command(
 
 
 def _follow(
-    ticks: Generator[Tick], steps: int, shown: bool, logger: Callable[[Tick], None] | None
+    ticks: Iterator[Tick], steps: int, shown: bool, logger: Callable[[Tick], None] | None
 ) -> Tick | None:
     """Go through a training, on the screen if `shown` -> its last tick. Whatever fails here, a checkpoint is saved."""
     last = None
-    with contextlib.closing(ticks):
+    with contextlib.closing(ticks):  # pyright: ignore[reportArgumentType]
         for last in progress(ticks, steps, mininterval=0.5) if shown else ticks:
             if shown and last.notes:
                 print(*last.notes, sep="\n")
@@ -368,7 +368,7 @@ def _logger(tool: str | None, run: Path) -> Callable[[Tick], None] | None:
 
             return functools.partial(_to_tensorboard, functools.cache(lambda: SummaryWriter(run)))
         if tool == "wandb":
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
 
             settings = {"project": "irann", "name": run.name, "dir": run}
             return functools.partial(_to_wandb, functools.cache(lambda: wandb.init(**settings)))
@@ -460,7 +460,7 @@ def _no_memory(error: Exception) -> bool:
 def _words(error: Exception) -> str:
     """-> an expected failure in one sentence."""
     if hasattr(error, "format_message"):
-        return error.format_message()
+        return error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
     if _no_memory(error):
         return "the memory of this machine is too small for that: try a smaller batch, window, width or length"
     if isinstance(error, OSError):

@@ -43,10 +43,10 @@ def report() -> Iterator[str]:
 
 
 def _versions(problems: list[str]) -> Iterator[str]:
-    from . import __version__
+    import irann
 
     system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
-    yield f"{__version__} in {Path(__file__).parent}, {system}"
+    yield f"{irann.__version__} in {Path(__file__).parent}, {system}"
     installed = []
     for name in OPTIONAL:
         try:

@@ -815,7 +815,7 @@ def test_stop_works_while_the_model_writes(chat, monkeypatch):
         widget.say("Speak.")
         assert widget.busy
         await asyncio.sleep(0)
-        assert widget.send.disabled and not widget.stop.disabled
+        assert widget.submit.disabled and not widget.stop.disabled
         widget.line.value = "later"
         widget.say()
         assert widget.line.value == "later" and widget.message.value == ""
@@ -832,7 +832,7 @@ def test_stop_works_while_the_model_writes(chat, monkeypatch):
     asyncio.run(scene())
     turn = widget.session.turns[-1]
     assert turn.ended == "stopped" and 0 < len(turn.text) < 20 and len(widget.session.turns) == 2
-    assert not widget.send.disabled and widget.stop.disabled and "stopped" in widget.scene.value
+    assert not widget.submit.disabled and widget.stop.disabled and "stopped" in widget.scene.value
     widget.say("Go on.")
     assert len(widget.session.turns) == 4
 
@@ -914,7 +914,7 @@ def test_a_page_at_once_leaves_its_drafts_on_a_slider(chat):
 def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch, capsys):
     widget = chat("Some words.\n\n", fails=3)
     widget.say("Hm?")
-    assert "RuntimeError: the model broke" in widget.message.value and not widget.send.disabled
+    assert "RuntimeError: the model broke" in widget.message.value and not widget.submit.disabled
     assert "Traceback" in capsys.readouterr().err  # a fault of a program, not of the reader
     knob = next(k for k in widget.knobs.children if k.description == "top_k")
     knob.value = -4
@@ -925,7 +925,7 @@ def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zoo, "shipped", list)
     empty = Chat()
-    assert "irann train gpt --recipe demo" in empty.message.value and empty.send.disabled
+    assert "irann train gpt --recipe demo" in empty.message.value and empty.submit.disabled
     empty.say("Hello?")
 
 

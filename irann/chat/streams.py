@@ -19,7 +19,7 @@ def prepare() -> None:
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
     if getattr(sys.stdout, "errors", None) == "strict":
-        sys.stdout.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def check_encoding(characters: str) -> None:

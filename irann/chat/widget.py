@@ -64,7 +64,7 @@ class Chat(w.VBox):
         self.said = ""  # the sentence under the transcript
         self._build_controls()
         self._build_panels()
-        buttons = [self.send, self.stop, self.again, self.clear, w.HTML(html.COPY), self.timing]
+        buttons = [self.submit, self.stop, self.again, self.clear, w.HTML(html.COPY), self.timing]
         super().__init__(
             [
                 w.HTML(html.STYLE),
@@ -99,9 +99,9 @@ class Chat(w.VBox):
         )
         self.line.add_class("irann-line")
         self.line.on_msg(self._entered)
-        self.send, self.stop, self.again, self.clear = map(_button, BUTTONS)
-        self.send.button_style = "primary"
-        self.send.on_click(lambda _: self.say())
+        self.submit, self.stop, self.again, self.clear = map(_button, BUTTONS)
+        self.submit.button_style = "primary"
+        self.submit.on_click(lambda _: self.say())
         self.stop.on_click(lambda _: self.halt())
         self.again.on_click(lambda _: self.regenerate())
         self.clear.on_click(lambda _: self.begin())
@@ -326,7 +326,7 @@ class Chat(w.VBox):
     # ---------------------------------------------------------------------------------------------- the screen
 
     def _enable(self, on: bool) -> None:
-        for button in (self.send, self.again, self.clear):
+        for button in (self.submit, self.again, self.clear):
             button.disabled = not on or self.session is None
         self.names.disabled = not on
         self.stop.disabled = on
@@ -440,7 +440,7 @@ def _text(name: str, value: str) -> w.Text:
     return w.Text(value=value, placeholder="none", description=name, continuous_update=False)
 
 
-def _knob(name: str, setting: Setting, value: Any) -> w.Widget:
+def _knob(name: str, setting: Setting, value: Any) -> Any:
     """-> the widget for one setting; the session checks what it says."""
     options = {"value": value, "description": name, "tooltip": setting.help}
     if setting.choices is not None:
