@@ -68,7 +68,7 @@ def environment() -> dict[str, Any]:
 
     `kernel` says whether the scan's kernel in C can be had, as far as that shows without building it.
     """
-    compiler = shlex.split(os.environ.get("CC") or "cc")[0]
+    compiler = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
