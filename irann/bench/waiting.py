@@ -72,6 +72,7 @@ def main(steps: int) -> None:
 
     import irann
 
+    text = irann.shakespeare.load()
     config, recipe = irann.recipe("gpt", "tiny", steps=steps + 5, evaluate_every=0)
     ticks = irann.train(irann.build("gpt", config), text, recipe)
     for _ in range(5):  # what happens once
