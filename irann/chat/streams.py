@@ -4,6 +4,7 @@ import os
 import sys
 import unicodedata
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..settings import InputError
 
@@ -53,7 +54,8 @@ def check_stdin() -> None:
 def tell(message: str, bare: bool = False) -> None:
     """Say something beside the output: on standard error, if there is one."""
     if sys.stdout is not None:
-        sys.stdout.flush()
+        with suppress(OSError):  # `main` meets it, and says so
+            sys.stdout.flush()
     if sys.stderr is not None:
         print(message if bare else f"irann: {visible(message)}", file=sys.stderr, flush=True)
 

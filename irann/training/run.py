@@ -146,8 +146,8 @@ class Run:
         checkpoint.sweep(self.folder)
         if shutil.disk_usage(self.folder).free < size:
             raise DiskError(
-                f"{self.folder} has no room for a checkpoint: it could not be written (the disk is full: "
-                f"free some space, {size:,} bytes at least); what is there is intact"
+                f"a checkpoint of {size:,} bytes in {self.folder} could not be written "
+                "(the disk is full: free some space); what is there is intact"
             )
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {platform.node()}, since {since}\n"
