@@ -159,7 +159,7 @@ def load(folder: Path) -> Snapshot:
         told, size = listing[name]["size"], len(data[name])
         if size != told:
             raise CheckpointError(
-                f"{folder / name} has {size:,} bytes, its manifest says {told!r}: it was cut off or padded"
+                f"{folder / name} has {size:,} bytes, its manifest.json says {told!r}: it was cut off or padded"
             )
         if _sha256(data[name]) != listing[name]["sha256"]:
             raise CheckpointError(
