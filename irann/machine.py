@@ -2,7 +2,7 @@
 
 torch computes with OpenMP's threads. Between two pieces of work they wait by spinning, some 300,000 times around a
 loop, before they go to sleep. Where anything else runs, the thread that the others wait for is not running, and they
-burn its time: on two cores beside one busy process, training takes fifty times as long. GNU's OpenMP library spins
+burn its time: on two cores beside one busy process, a small training has taken fifty times as long. GNU's OpenMP library spins
 300 times less once it manages more threads than there are cores. A second pool of threads that sleeps for ever
 makes it so, whichever of torch and irann was imported first; an environment variable would come too late.
 """
