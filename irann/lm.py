@@ -228,10 +228,11 @@ def _left_to_right(model, page, start, chosen, generator, read):
             read_to = end - max(1, context // 2)
             forgotten = min(read_to, start)
         with evaluating(model):
-            *pieces, piece = page[:, read_to:end].split(PIECE, 1)
-            for earlier in pieces:
-                _, state = read(earlier, state)
-            logits, state = read(piece, state)
+            while end - read_to > PIECE:
+                _, state = read(page[:, read_to : read_to + PIECE], state)
+                held += PIECE
+                read_to += PIECE
+            logits, state = read(page[:, read_to:end], state)
             last = logits[:, -1]
             if chosen.temperature == 0:
                 page[:, end] = last.argmax(-1)
@@ -313,7 +314,7 @@ def exclusive(model: LanguageModel) -> Iterator[None]:
 @contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
     """Without dropout inside the block, as before after it, and undisturbed: writing leaves training as it was."""
-    with exclusive(model):
+    with model.turns.lock:
         training = model.training
         if training:
             model.eval()
