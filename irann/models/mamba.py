@@ -91,27 +91,26 @@ class StepWeights(NamedTuple):
     own: Parameters  # of the mixer: A_log, D
     A: Float[Tensor, "e n"]
     conv: Float[Tensor, "d_conv e"]
-    sources: tuple[Tensor, Tensor]  # what `A` and `conv` were computed from, and its versions then
-    versions: tuple[int, int]
+    sources: tuple[Tensor, Tensor]  # what `A` and `conv` were computed from
+    version: int | None  # of the sources then; in inference mode none is counted
 
-    def fresh(self, block: "Block") -> bool:
-        """Whether these are the block's weights, `A` and `conv` those of its parameters as they are now."""
+    def fresh(self) -> bool:
+        """Whether `A` and `conv` are those of the layer's parameters as they are now."""
         A_log, conv = self.sources
         same = self.own["A_log"] is A_log and self.conv1d["weight"] is conv
-        same = same and self.mixer is block.mixer
-        return same and self.versions == (version(A_log), version(conv))
+        return same and (self.version is None or self.version == A_log._version + conv._version)
 
     def advance(
         self, x: Float[Tensor, "b d"], state: LayerState
     ) -> tuple[Float[Tensor, "b d"], LayerState]:
         """`Block.forward` for a single character, in as few calls as it takes: they are most of its time."""
-        x_normed = F.rms_norm(x, x.shape[-1:], eps=self.eps, **self.norm)
+        x_normed = torch.rms_norm(x, x.shape[-1:], self.norm["weight"], self.eps)
         u, gate = F.linear(x_normed, **self.in_proj).chunk(2, -1)
         inputs = torch.cat([state.conv_state, u.unsqueeze(1)], 1)
         u = (inputs * self.conv).sum(1)
         bias = self.conv1d["bias"]
         u = self.mixer.activation(u if bias is None else u + bias)
-        delta, B, C = F.linear(u, **self.x_proj).split(self.mixer.split, -1)
+        delta, B, C = F.linear(u, **self.x_proj).split_with_sizes(self.mixer.split, -1)
         delta = F.softplus(F.linear(delta, **self.dt_proj))
         scanned = (u, delta, self.A, B, C, self.own["D"])
         if state.ssm_state.dtype != x.dtype:  # half precision keeps its state in float32
@@ -204,6 +203,7 @@ class Block(nn.Module):
         m = self.mixer
         modules = (self.norm, m.in_proj, m.conv1d, m.x_proj, m.dt_proj, m.out_proj, m)
         sources = (m.A_log, m.conv1d.weight)
+        counted = not any(p.is_inference() for p in sources)
         return StepWeights(
             m,
             self.norm.eps,
@@ -211,7 +211,7 @@ class Block(nn.Module):
             A=-torch.exp(m.A_log),
             conv=m.conv1d.weight.squeeze(1).T.contiguous(),
             sources=sources,
-            versions=(version(m.A_log), version(m.conv1d.weight)),
+            version=sum(p._version for p in sources) if counted else None,
         )
 
 
@@ -272,7 +272,8 @@ class Mamba(Reader):
     def _step(self, ids, state):
         """The blocks for one character; after training or loading their weights are prepared anew."""
         weights = state.weights
-        if weights is None or not all(map(StepWeights.fresh, weights, self.layers)):
+        ours = weights is not None and weights[0].mixer is self.layers[0].mixer
+        if not (ours and all(w.fresh() for w in weights)):
             weights = [block.step_weights() for block in self.layers]
         x = self.embeddings(ids)
         layers = []
@@ -308,8 +309,3 @@ class Mamba(Reader):
         from .interop import mamba_from_transformers
 
         return mamba_from_transformers(source, window=window)
-
-
-def version(p: Tensor) -> int:
-    """A number that grows whenever p is changed in place, by a step or by other weights loaded."""
-    return 0 if p.is_inference() else p._version
