@@ -52,7 +52,7 @@ class LanguageModel(nn.Module):
     """
 
     exact = True
-    settings: ClassVar[dict[str, Setting]] = {}
+    settings: dict[str, Setting] = {}
     no_decay: ClassVar[tuple[str, ...]] = ()
     vocabulary: Vocabulary | None = None
     card: dict | None = None

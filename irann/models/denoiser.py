@@ -56,6 +56,11 @@ class Denoiser(LanguageModel):
 
     no_decay = ("word_embedding",)  # only its direction is used
 
+    # For each bin of levels: the running mean of the cross-entropy, the rows seen, and counts and sums of this step.
+    level_loss: Float[Tensor, " bins"]
+    level_count: Float[Tensor, " bins"]
+    observations: Float[Tensor, "2 bins"]
+
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
         c = config
@@ -68,9 +73,17 @@ class Denoiser(LanguageModel):
         )
         self.clean_embed = nn.Parameter(torch.zeros(c.width))
         self.drop = nn.Dropout(c.dropout)
-        options = dict(norm="plain", qk_norm=True, activation="squared_relu", bias=False)
         self.h = nn.ModuleList(
-            Block(c.width, c.heads, causal=False, dropout=c.dropout, **options)
+            Block(
+                c.width,
+                c.heads,
+                causal=False,
+                norm="plain",
+                qk_norm=True,
+                activation="squared_relu",
+                bias=False,
+                dropout=c.dropout,
+            )
             for _ in range(c.layers)
         )
         self.ln_f = make_norm("plain", c.width)
@@ -78,7 +91,6 @@ class Denoiser(LanguageModel):
         init_fan_in(self)
         nn.init.zeros_(self.lm_head.weight)
         nn.init.normal_(self.word_embedding)
-        # For each bin of levels: the running mean of the cross-entropy, the rows seen, and counts and sums of this step.
         self.register_buffer("level_loss", torch.linspace(0, 1, BINS))
         self.register_buffer("level_count", torch.zeros(BINS))
         self.register_buffer("observations", torch.zeros(2, BINS), persistent=False)

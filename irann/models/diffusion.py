@@ -79,7 +79,7 @@ class Diffusion(Denoiser):
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
-        steps = replace(STEPS, default=min(STEPS.default, config.levels), high=config.levels)
+        steps = replace(STEPS, default=min(64, config.levels), high=config.levels)
         self.settings = type(self).settings | {"steps": steps}
 
     # --- training -------------------------------------------------------------------------------

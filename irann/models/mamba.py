@@ -21,6 +21,7 @@ Ours beside the paper: `init="fan_in"` and `tied=False`, as in this book's other
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -112,9 +113,9 @@ class StepWeights(NamedTuple):
         u = self.mixer.activation(u if bias is None else u + bias)
         delta, B, C = F.linear(u, **self.x_proj).split_with_sizes(self.mixer.split, -1)
         delta = F.softplus(F.linear(delta, **self.dt_proj))
-        scanned = (u, delta, self.A, B, C, self.own["D"])
+        scanned: list[Tensor] = [u, delta, self.A, B, C, self.own["D"]]
         if state.ssm_state.dtype != x.dtype:  # half precision keeps its state in float32
-            scanned = tuple(v.to(state.ssm_state.dtype) for v in scanned)
+            scanned = [v.to(state.ssm_state.dtype) for v in scanned]
         y, ssm_state = step(*scanned, state.ssm_state)
         x = x + F.linear(y.to(x.dtype) * F.silu(gate), **self.out_proj)
         return x, LayerState(inputs[:, 1:], ssm_state, delta)
@@ -172,9 +173,8 @@ class Mixer(nn.Module):
         """u after its convolution, the gate, and the new conv_state."""
         u, gate = self.in_proj(x).chunk(2, -1)
         before = self.conv1d.kernel_size[0] - 1
-        if conv_state is None:
-            conv_state = u.new_zeros(len(u), before, self.d_inner)
-        u = torch.cat([conv_state, u], 1)
+        earlier = u.new_zeros(len(u), before, self.d_inner) if conv_state is None else conv_state
+        u = torch.cat([earlier, u], 1)
         conv_state = u[:, u.shape[1] - before :].clone()  # a view would keep the whole text alive
         return self.activation(self.conv1d(u.mT).mT), gate, conv_state
 
@@ -218,7 +218,6 @@ class Block(nn.Module):
 class Mamba(Reader):
     """Characters to logits: embed, a stack of blocks, norm, head."""
 
-    max_context = None  # the state never fills up
     no_decay = ("A_log", ".D")
 
     def __init__(self, config: MambaConfig):
@@ -233,12 +232,19 @@ class Mamba(Reader):
             init_fan_in(self)
         else:
             nn.init.normal_(self.embeddings.weight, std=0.02)
-        block: Block
-        for block in self.layers:  # pyright: ignore[reportAssignmentType]
+        for block in self.blocks:
             block.mixer.init_dt()
             if c.init == "mamba":  # as the published code, after GPT-2
                 with torch.no_grad():
                     block.mixer.out_proj.weight /= math.sqrt(c.layers)
+
+    @property
+    def blocks(self) -> Iterator[Block]:
+        return iter(self.layers)  # pyright: ignore[reportReturnType]
+
+    @property
+    def max_context(self) -> None:
+        """The state never fills up."""
 
     def read(
         self, ids: Int[Tensor, "b t"], state: MambaState | None = None
@@ -262,7 +268,7 @@ class Mamba(Reader):
             past = state.layers if state else [None] * len(self.layers)
             x = self.drop(self.embeddings(ids))
             layers = []
-            for block, layer in zip(self.layers, past, strict=True):
+            for block, layer in zip(self.blocks, past, strict=True):
                 x, layer = block(x, layer)
                 layers.append(layer)
             state = MambaState(layers)
@@ -272,9 +278,9 @@ class Mamba(Reader):
     def _step(self, ids, state):
         """The blocks for one character; after training or loading their weights are prepared anew."""
         weights = state.weights
-        ours = weights is not None and weights[0].mixer is self.layers[0].mixer
-        if not (ours and all(w.fresh() for w in weights)):
-            weights = [block.step_weights() for block in self.layers]
+        ours = weights and weights[0].mixer is self.layers[0].mixer
+        if not ours or not all(w.fresh() for w in weights):
+            weights = [block.step_weights() for block in self.blocks]
         x = self.embeddings(ids)
         layers = []
         for w, layer in zip(weights, state.layers, strict=True):
@@ -294,7 +300,7 @@ class Mamba(Reader):
         """`delta` (t): the mean step size of each character, how much of the state it rewrites."""
         x = self.embeddings(self.check_ids(ids))
         deltas = []
-        for block in self.layers:
+        for block in self.blocks:
             delta, _, _ = block.mixer.select(block.mixer.convolve(block.norm(x))[0])
             deltas.append(delta[0].mean(-1))
             x, _ = block(x)

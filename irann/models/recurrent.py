@@ -19,6 +19,7 @@ and how far the hidden state has moved, and learns beside the network without be
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple
 
@@ -90,11 +91,20 @@ class RecurrentDepth(LanguageModel):
     def __init__(self, config: ThinkerConfig, *, causal: bool, symbols: int):
         super().__init__(config)
         c = config
-        style: dict[str, Any] = {"norm": "plain", "activation": "squared_relu", "bias": False}
-        style |= {"causal": causal, "qk_norm": True, "dropout": c.dropout}
         self.wte = nn.Embedding(symbols, c.width)
-        self.prelude = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.prelude))
-        self.core = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.core))
+        block = partial(
+            Block,
+            c.width,
+            c.heads,
+            causal=causal,
+            norm="plain",
+            qk_norm=True,
+            activation="squared_relu",
+            bias=False,
+            dropout=c.dropout,
+        )
+        self.prelude = nn.ModuleList(block() for _ in range(c.prelude))
+        self.core = nn.ModuleList(block() for _ in range(c.core))
         self.gains = self.halt_bias = None
         if c.round_gains:
             self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))

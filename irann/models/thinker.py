@@ -7,7 +7,7 @@ later positions look back at. The papers stand in recurrent.py.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -74,7 +74,7 @@ class Thinker(RecurrentDepth, Reader):
     the same as reading at once.
     """
 
-    settings: ClassVar[dict[str, Setting]] = STOPPING
+    settings: dict[str, Setting] = STOPPING
 
     def __init__(self, config: ThinkerConfig):
         super().__init__(config, causal=True, symbols=config.vocabulary)

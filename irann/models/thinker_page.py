@@ -7,7 +7,7 @@ random order; those of the network stand in recurrent.py.
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,7 +31,7 @@ class PageThinker(RecurrentDepth):
     """
 
     exact = False
-    settings: ClassVar[dict[str, Setting]] = STOPPING | {
+    settings: dict[str, Setting] = STOPPING | {
         "steps": Setting(
             0, "refinements of a page; 0: one for every two characters", low=0, high=4096
         ),
