@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
 from ..layers import ACTIVATIONS, StackedLinear, init_fan_in
-from ..lm import PIECE, Reader
+from ..lm import PIECE, Ids, Reader
 from ..settings import Checked, field
 
 
@@ -247,7 +247,7 @@ class Mamba(Reader):
         """The state never fills up."""
 
     def read(
-        self, ids: Int[Tensor, "b t"], state: MambaState | None = None
+        self, ids: Ids, state: MambaState | None = None
     ) -> tuple[Float[Tensor, "b t v"], MambaState | None]:
         """Logits, and each layer's state, of the same size after any number of characters.
 

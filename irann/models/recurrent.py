@@ -24,19 +24,17 @@ from itertools import count, islice
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Complex, Float
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
 from ..layers import Block, KeyValue, init_fan_in, make_norm, rotary_table
-from ..lm import LanguageModel, check_settings
+from ..lm import Ids, LanguageModel, Loss, check_settings
 from ..settings import Checked, Setting, check_heads, field
 
-Ids = Int[Tensor, "b t"]
 Hidden = Float[Tensor, "b t d"]
 Rotary = Complex[Tensor, "t pairs"]
-Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]
 STOPS = ("halting", "sampled", "state", "prediction", "fixed")
 STOPPING = {
     "stop": Setting("halting", "when thinking stops", choices=STOPS),
