@@ -113,10 +113,10 @@ class StepWeights(NamedTuple):
         u = self.mixer.activation(u if bias is None else u + bias)
         delta, B, C = F.linear(u, **self.x_proj).split_with_sizes(self.mixer.split, -1)
         delta = F.softplus(F.linear(delta, **self.dt_proj))
-        scanned: list[Tensor] = [u, delta, self.A, B, C, self.own["D"]]
+        scanned = [u, delta, self.A, B, C, self.own["D"], state.ssm_state]
         if state.ssm_state.dtype != x.dtype:  # half precision keeps its state in float32
             scanned = [v.to(state.ssm_state.dtype) for v in scanned]
-        y, ssm_state = step(*scanned, state.ssm_state)
+        y, ssm_state = step(*scanned)
         x = x + F.linear(y.to(x.dtype) * F.silu(gate), **self.out_proj)
         return x, LayerState(inputs[:, 1:], ssm_state, delta)
 
