@@ -6,6 +6,7 @@ and each is off by default.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from einops import rearrange
@@ -74,11 +75,26 @@ def rotary_table(
         raise InputError(
             f"rotary positions turn channels in pairs; a head of {c} channels has one left over"
         )
-    device = "cpu" if like.device.type == "mps" else like.device  # MPS has no float64
-    frequency = base ** (-torch.arange(0, c, 2, dtype=torch.float64, device=device) / c)
-    angle = torch.arange(start, end, dtype=torch.float64, device=device)[:, None] * frequency
-    table = torch.polar(torch.ones_like(angle), angle)
-    return table.to(like.device, torch.promote_types(like.dtype, torch.complex64))
+    dtype = torch.promote_types(like.dtype, torch.complex64)
+    # To write is to ask for one position after the other, which costs as much as all of them: they are kept. What a
+    # compiler or autograd looks at is theirs alone.
+    plain = type(like) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
+    if plain and not torch.compiler.is_compiling():
+        return _kept_table(1 << (end - 1).bit_length(), c, base, dtype, like.device)[start:end]
+    return _table(start, end, c, base, dtype, like.device)
+
+
+def _table(start, end, c, base, dtype, device):
+    made_on = "cpu" if device.type == "mps" else device  # MPS has no float64
+    frequency = base ** (-torch.arange(0, c, 2, dtype=torch.float64, device=made_on) / c)
+    angle = torch.arange(start, end, dtype=torch.float64, device=made_on)[:, None] * frequency
+    return torch.polar(torch.ones_like(angle), angle).to(device, dtype)
+
+
+@lru_cache(maxsize=8)
+def _kept_table(end, c, base, dtype, device):
+    with torch.inference_mode(False):  # whoever asks first may be in inference mode, others not
+        return _table(0, end, c, base, dtype, device)
 
 
 def apply_rotary(

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from .sampling import SAMPLING, Sampling, check_sampling, filter_logits, sample
@@ -23,6 +23,9 @@ from .text import Vocabulary
 
 LENGTH = Setting(0, "characters to write", low=0, high=10_000_000)
 SEED = Setting(0, "the same seed gives the same text", low=0, high=2**62)
+Ids = Int[Tensor, "b t"]
+Nats = Float[Tensor, "b t-1"]  # of `ids[:, 1:]`
+Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]
 PIECE = 2048  # a long prompt is read in pieces of this many characters, so that its logits never fill the memory
 
 
@@ -37,7 +40,7 @@ class Draft:
     A draft belongs to its receiver: nothing else uses its `ids`.
     """
 
-    ids: Int[Tensor, "b t"]
+    ids: Ids
     settled: int
     note: dict = field(default_factory=dict)
     forgotten: int = 0
@@ -52,7 +55,7 @@ class LanguageModel(nn.Module):
     """
 
     exact = True
-    settings: ClassVar[dict[str, Setting]] = {}
+    settings: dict[str, Setting] = {}
     no_decay: ClassVar[tuple[str, ...]] = ()
     vocabulary: Vocabulary | None = None
     card: dict | None = None
@@ -66,18 +69,14 @@ class LanguageModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
-    def draw(
-        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
-    ) -> dict[str, Any]:
+    def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Any]:
         """What `loss` draws at random for a whole batch, dropout aside: tensors whose first axis is the batch.
 
         Cut with the batch, the pieces of it make one objective: the mean over equal pieces is that of the whole.
         """
         return {}
 
-    def loss(
-        self, ids: Int[Tensor, "b t"], draws: dict[str, Any] | None = None
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         """A scalar to minimise, in nats per character, and its parts by their honest names, detached."""
         raise NotImplementedError
 
@@ -88,27 +87,25 @@ class LanguageModel(nn.Module):
     def absorb(self) -> None:
         """Once per optimizer step, after the gradients of the whole batch: use what `loss` has observed."""
 
-    def nll(
-        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b t-1"]:
+    def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
         """Negative log-likelihood of each character of `ids[:, 1:]` in nats, exactly, or a bound if not `exact`."""
         raise NotImplementedError
 
     def generate(
         self,
-        prompt: Int[Tensor, "b t"],
+        prompt: Ids,
         n: int,
         *,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
     ) -> Iterator[Draft]:
         """Drafts, the last of which holds the prompt and `n` more characters, all settled."""
         raise NotImplementedError
 
     def inspect(
-        self, ids: Int[Tensor, "1 t"], *, generator: torch.Generator | None = None, **settings: Any
+        self, ids: Int[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
     ) -> dict[str, Tensor]:
         """What this model has to show about each character of a text, by name: (t) numbers, or (... t s) maps."""
         return {}
@@ -138,9 +135,7 @@ class Reader(LanguageModel):
         """How many characters one state can hold; None means any number."""
         return self.config.window
 
-    def read(
-        self, ids: Int[Tensor, "b t"], state: Any = None
-    ) -> tuple[Float[Tensor, "b t v"], Any]:
+    def read(self, ids: Ids, state: Any = None) -> tuple[Float[Tensor, "b t v"], Any]:
         """Logits of the character after every new position, and the state: the model's own affair.
 
         The inner loop of writing: ids are taken as they come. `loss`, `nll`, `generate`, `inspect` and a call of
@@ -152,37 +147,25 @@ class Reader(LanguageModel):
         """What the last call of `read` has to show about its last position; goes on the draft."""
         return {}
 
-    def forward(self, ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t v"]:
+    def forward(self, ids: Ids) -> Float[Tensor, "b t v"]:
         return self.read(self.check_ids(ids))[0]
 
-    def nll(
-        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b t-1"]:
+    def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
         ids = self.check_ids(ids)
         return cross_entropy(self.read(ids[:, :-1])[0], ids[:, 1:])
 
-    def loss(
-        self, ids: Int[Tensor, "b t"], draws: dict[str, Any] | None = None
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         loss = self.nll(ids).mean()
         return loss, {"nats_per_char": loss.detach()}
 
     def generate(
-        self,
-        prompt: Int[Tensor, "b t"],
-        n: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        generator: torch.Generator | None = None,
+        self, prompt: Ids, n: int, *, generator: Generator | None = None, **sampling: Any
     ) -> Iterator[Draft]:
-        return left_to_right(
-            self, prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator
-        )
+        """`sampling` is temperature, top_k and top_p."""
+        return left_to_right(self, prompt, n, generator=generator, **sampling)
 
 
-def cross_entropy(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Float[Tensor, "b t"]:
+def cross_entropy(logits: Float[Tensor, "b t v"], ids: Ids) -> Float[Tensor, "b t"]:
     """Nats of each character, in float32 at least."""
     logits = logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, ids, reduction="none")
@@ -193,14 +176,12 @@ def cross_entropy(logits: Float[Tensor, "b t v"], ids: Int[Tensor, "b t"]) -> Fl
 
 def left_to_right(
     model: Reader,
-    prompt: Int[Tensor, "b t"],
+    prompt: Ids,
     n: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generator | None = None,
     read: Callable | None = None,
+    **sampling: Any,
 ) -> Iterator[Draft]:
     """Drafts that grow by one character each, all of it settled.
 
@@ -210,7 +191,7 @@ def left_to_right(
     An empty prompt starts from character 0, the newline of a sorted vocabulary.
     Raises InputError for ids that are not characters of the model and for settings out of range, before any work.
     """
-    chosen = check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    chosen = check_sampling(**sampling)
     page, start = _page(model, prompt, n)
     return _left_to_right(model, page, start, chosen, generator, read or model.read)
 
@@ -228,10 +209,11 @@ def _left_to_right(model, page, start, chosen, generator, read):
             read_to = end - max(1, context // 2)
             forgotten = min(read_to, start)
         with evaluating(model):
-            *pieces, piece = page[:, read_to:end].split(PIECE, 1)
-            for earlier in pieces:
-                _, state = read(earlier, state)
-            logits, state = read(piece, state)
+            while end - read_to > PIECE:
+                _, state = read(page[:, read_to : read_to + PIECE], state)
+                held += PIECE
+                read_to += PIECE
+            logits, state = read(page[:, read_to:end], state)
             last = logits[:, -1]
             if chosen.temperature == 0:
                 page[:, end] = last.argmax(-1)
@@ -245,7 +227,7 @@ def _left_to_right(model, page, start, chosen, generator, read):
 
 def page_by_page(
     model: LanguageModel,
-    prompt: Int[Tensor, "b t"],
+    prompt: Ids,
     n: int,
     page: int,
     write: Callable[[Tensor, Tensor], Iterator[Draft]],
@@ -283,9 +265,8 @@ def _page(model, prompt, n) -> tuple[Tensor, int]:
     prompt = model.check_ids(prompt)
     if prompt.shape[1] == 0:
         prompt = prompt.new_zeros(len(prompt), 1)
-    return torch.cat([prompt, prompt.new_zeros(len(prompt), n)], 1).to(model.device), prompt.shape[
-        1
-    ]
+    page = torch.cat([prompt, prompt.new_zeros(len(prompt), n)], 1)
+    return page.to(model.device), prompt.shape[1]
 
 
 def leading(true: Bool[Tensor, "b t"]) -> Int[Tensor, "b"]:
@@ -313,7 +294,7 @@ def exclusive(model: LanguageModel) -> Iterator[None]:
 @contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
     """Without dropout inside the block, as before after it, and undisturbed: writing leaves training as it was."""
-    with exclusive(model):
+    with model.turns.lock:
         training = model.training
         if training:
             model.eval()
@@ -368,11 +349,11 @@ def stream(
     return model.generate(ids[None], n, generator=seeded(model, seed), **settings)
 
 
-def seeded(model: LanguageModel, seed: int | None) -> torch.Generator | None:
+def seeded(model: LanguageModel, seed: int | None) -> Generator | None:
     """-> a generator on the model's device, or None for no seed. Raises InputError for a seed out of range."""
     if seed is None:
         return None
-    return torch.Generator(model.device).manual_seed(SEED.check("seed", seed))
+    return Generator(model.device).manual_seed(SEED.check("seed", seed))
 
 
 def vocabulary_of(model: LanguageModel) -> Vocabulary:

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..core.noise import Schedule
 from ..layers import Block, init_fan_in, make_norm, rotary_table
-from ..lm import LanguageModel, cross_entropy
+from ..lm import Ids, LanguageModel, cross_entropy
 from ..settings import Checked, InputError, check_heads, field
 
 BINS = 50  # noise levels are told apart this finely when their loss is remembered
@@ -56,6 +56,11 @@ class Denoiser(LanguageModel):
 
     no_decay = ("word_embedding",)  # only its direction is used
 
+    # For each bin of levels: the running mean of the cross-entropy, the rows seen, and counts and sums of this step.
+    level_loss: Float[Tensor, " bins"]
+    level_count: Float[Tensor, " bins"]
+    observations: Float[Tensor, "2 bins"]
+
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
         c = config
@@ -68,9 +73,17 @@ class Denoiser(LanguageModel):
         )
         self.clean_embed = nn.Parameter(torch.zeros(c.width))
         self.drop = nn.Dropout(c.dropout)
-        options = dict(norm="plain", qk_norm=True, activation="squared_relu", bias=False)
         self.h = nn.ModuleList(
-            Block(c.width, c.heads, causal=False, dropout=c.dropout, **options)
+            Block(
+                c.width,
+                c.heads,
+                causal=False,
+                norm="plain",
+                qk_norm=True,
+                activation="squared_relu",
+                bias=False,
+                dropout=c.dropout,
+            )
             for _ in range(c.layers)
         )
         self.ln_f = make_norm("plain", c.width)
@@ -78,7 +91,6 @@ class Denoiser(LanguageModel):
         init_fan_in(self)
         nn.init.zeros_(self.lm_head.weight)
         nn.init.normal_(self.word_embedding)
-        # For each bin of levels: the running mean of the cross-entropy, the rows seen, and counts and sums of this step.
         self.register_buffer("level_loss", torch.linspace(0, 1, BINS))
         self.register_buffer("level_count", torch.zeros(BINS))
         self.register_buffer("observations", torch.zeros(2, BINS), persistent=False)
@@ -105,7 +117,7 @@ class Denoiser(LanguageModel):
         self,
         x: Float[Tensor, "b t c"],
         tau: Int[Tensor, "#b"],
-        ids: Int[Tensor, "b t"],
+        ids: Ids,
         mask: Bool[Tensor, "b t"],
         previous_guess: Float[Tensor, "b t v"] | None = None,
     ) -> Float[Tensor, "b t v"]:
@@ -138,18 +150,14 @@ class Denoiser(LanguageModel):
         return logits + log_likelihood if c.bayes else logits
 
     def guess(
-        self,
-        x: Float[Tensor, "b t c"],
-        tau: Int[Tensor, "#b"],
-        ids: Int[Tensor, "b t"],
-        mask: Bool[Tensor, "b t"],
+        self, x: Float[Tensor, "b t c"], tau: Int[Tensor, "#b"], ids: Ids, mask: Bool[Tensor, "b t"]
     ) -> Float[Tensor, "b t v"]:
         """`forward`, and once more with its own first answer as the previous guess."""
         logits = self(x, tau, ids, mask)
         return self(x, tau, ids, mask, logits.softmax(-1)) if self.config.self_condition else logits
 
     def rounding(
-        self, x0: Float[Tensor, "b t c"], ids: Int[Tensor, "b t"], eps: Float[Tensor, "b t c"]
+        self, x0: Float[Tensor, "b t c"], ids: Ids, eps: Float[Tensor, "b t c"]
     ) -> Float[Tensor, "b t"]:
         """-log p(character | x_1), by Bayes and nothing else."""
         return cross_entropy(self.log_likelihood(self.schedule.noise(x0, 1, eps), 1), ids)
@@ -194,7 +202,7 @@ class Denoiser(LanguageModel):
         return p / p.sum()
 
     def draw_levels(
-        self, count: int, generator: torch.Generator | None = None
+        self, count: int, generator: Generator | None = None
     ) -> tuple[Int[Tensor, "{count}"], Float[Tensor, "{count}"]]:
         """Noise levels and their probabilities, on the CPU: one from each of `count` equal slices of probability, in
         random order."""
@@ -230,7 +238,7 @@ def sinusoids(level: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 32"]:
 
 
 def draw_mask(
-    rows: int, length: int, *, device: Any = None, generator: torch.Generator | None = None
+    rows: int, length: int, *, device: Any = None, generator: Generator | None = None
 ) -> Bool[Tensor, "{rows} {length}"]:
     """True where text is masked: in half of the rows after a random position, in a quarter between two, in a quarter all
     but the first. The first is never masked: something must come before the text, if only a newline.

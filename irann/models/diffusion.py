@@ -26,13 +26,16 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from jaxtyping import Bool
+from torch import Generator, Tensor
 
 from ..core import noise
 from ..core.noise import Bound
 from ..lm import (
     Draft,
+    Ids,
+    Loss,
+    Nats,
     check_settings,
     cross_entropy,
     evaluating,
@@ -79,15 +82,13 @@ class Diffusion(Denoiser):
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
-        steps = replace(STEPS, default=min(STEPS.default, config.levels), high=config.levels)
+        steps = replace(STEPS, default=min(64, config.levels), high=config.levels)
         self.settings = type(self).settings | {"steps": steps}
 
     # --- training -------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def draw(
-        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
-    ) -> dict[str, Tensor]:
+    def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Tensor]:
         """Mask, noise level and its probability, noise, and the rows that are self-conditioned.
 
         `weight` turns a mean over all positions into one over the masked positions of the whole batch.
@@ -111,9 +112,7 @@ class Diffusion(Denoiser):
             "eps_rounding": normal(x0),
         }
 
-    def loss(
-        self, ids: Int[Tensor, "b t"], draws: dict[str, Any] | None = None
-    ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         """Cross-entropy of the masked characters at adaptive noise levels, plus rounding, in nats per character.
 
         A surrogate, not a likelihood. `bound_nats_per_char` among the parts is an unbiased one-draw estimate of the bound.
@@ -155,9 +154,7 @@ class Diffusion(Denoiser):
     # --- the bound ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def bound(
-        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None, draws: int = 4
-    ) -> Bound:
+    def bound(self, ids: Ids, *, generator: Generator | None = None, draws: int = 4) -> Bound:
         """The terms of an upper bound of -log p, in nats, for each character of `ids[:, 1:]`.
 
         `prior`, `reconstruction` and `total` are (b t); `steps` is (1 b t), the estimate of the sum over noise levels.
@@ -189,9 +186,7 @@ class Diffusion(Denoiser):
         rounding = self.rounding(x0, ids, normal(x0))
         return prior[:, start:], steps[None, :, start:], rounding[:, start:]
 
-    def nll(
-        self, ids: Int[Tensor, "b t"], *, generator: torch.Generator | None = None
-    ) -> Float[Tensor, "b t-1"]:
+    def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
         """An upper bound, on average over the noise, of the nats of each character of `ids[:, 1:]`."""
         bound = self.bound(ids, generator=generator)
         return bound.prior + bound.steps[0] + bound.reconstruction
@@ -220,12 +215,7 @@ class Diffusion(Denoiser):
         )
 
     def generate(
-        self,
-        prompt: Int[Tensor, "b t"],
-        n: int,
-        *,
-        generator: torch.Generator | None = None,
-        **how: Any,
+        self, prompt: Ids, n: int, *, generator: Generator | None = None, **how: Any
     ) -> Iterator[Draft]:
         """The prompt, and a page of text that comes out of noise, then the next page; `how` is what `denoising` takes.
 
@@ -240,10 +230,10 @@ class Diffusion(Denoiser):
 
     def infill(
         self,
-        ids: Int[Tensor, "b t"],
+        ids: Ids,
         mask: Bool[Tensor, "positions"],
         *,
-        generator: torch.Generator | None = None,
+        generator: Generator | None = None,
         **how: Any,
     ) -> Iterator[Draft]:
         """Drafts of the whole text: positions where `mask` is True are written, all others are kept.

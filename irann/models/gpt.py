@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import ACTIVATIONS, Block, KeyValue, init_fan_in, init_gpt2, make_norm, rotary_table
-from ..lm import Reader
+from ..lm import Ids, Reader
 from ..settings import Checked, InputError, check_heads, field
 
 
@@ -101,7 +101,7 @@ class GPT(Reader):
             init_fan_in(self)
 
     def read(
-        self, ids: Int[Tensor, "b t"], state: list[KeyValue] | None = None
+        self, ids: Ids, state: list[KeyValue] | None = None
     ) -> tuple[Float[Tensor, "b t v"], list[KeyValue]]:
         """Logits, and the KV cache of every block.
 
@@ -119,7 +119,7 @@ class GPT(Reader):
         return F.linear(self.ln_f(x), head.weight), caches
 
     def embed(
-        self, ids: Int[Tensor, "b t"], start: int = 0
+        self, ids: Ids, start: int = 0
     ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "t pairs"] | None]:
         """The residual stream at positions from `start` on, and their rotary table if there is one."""
         end = start + ids.shape[1]

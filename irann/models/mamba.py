@@ -21,6 +21,7 @@ Ours beside the paper: `init="fan_in"` and `tied=False`, as in this book's other
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -30,8 +31,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
-from ..layers import ACTIVATIONS, init_fan_in, make_norm
-from ..lm import PIECE, Reader
+from ..layers import ACTIVATIONS, StackedLinear, init_fan_in
+from ..lm import PIECE, Ids, Reader
 from ..settings import Checked, field
 
 
@@ -63,6 +64,9 @@ class MambaConfig(Checked):
         return replace(cls(tied=False, init="fan_in"), **sizes)
 
 
+Parameters = dict[str, Any]  # of one module, by name
+
+
 class LayerState(NamedTuple):
     """All that a layer remembers, whatever was read."""
 
@@ -72,26 +76,56 @@ class LayerState(NamedTuple):
 
 
 class StepWeights(NamedTuple):
-    """A layer's weights as `Block.step` wants them; the linear maps as (weight, bias)."""
+    """A layer for one character after the other: parameters of its parts, and what is computed from two of them.
 
-    norm: tuple
-    in_proj: tuple
-    conv: Float[Tensor, "d_conv e"]
-    conv_bias: Float[Tensor, "e"] | None
-    x_proj: tuple
-    dt_proj: tuple
+    The dicts are the modules' own: weights that are trained or loaded later are seen at the next character.
+    """
+
+    mixer: "Mixer"
+    eps: float | None  # of the norm
+    norm: Parameters
+    in_proj: Parameters
+    conv1d: Parameters
+    x_proj: Parameters
+    dt_proj: Parameters
+    out_proj: Parameters
+    own: Parameters  # of the mixer: A_log, D
     A: Float[Tensor, "e n"]
-    D: Float[Tensor, "e"]
-    out_proj: tuple
-    sources: tuple[Tensor, Tensor]  # the parameters that `A` and `conv` are computed from
+    conv: Float[Tensor, "d_conv e"]
+    sources: tuple[Tensor, Tensor]  # what `A` and `conv` were computed from
+    version: int | None  # of the sources then; in inference mode none is counted
+
+    def fresh(self) -> bool:
+        """Whether `A` and `conv` are those of the layer's parameters as they are now."""
+        A_log, conv = self.sources
+        same = self.own["A_log"] is A_log and self.conv1d["weight"] is conv
+        return same and (self.version is None or self.version == A_log._version + conv._version)
+
+    def advance(
+        self, x: Float[Tensor, "b d"], state: LayerState
+    ) -> tuple[Float[Tensor, "b d"], LayerState]:
+        """`Block.forward` for a single character, in as few calls as it takes: they are most of its time."""
+        x_normed = torch.rms_norm(x, x.shape[-1:], self.norm["weight"], self.eps)
+        u, gate = F.linear(x_normed, **self.in_proj).chunk(2, -1)
+        inputs = torch.cat([state.conv_state, u.unsqueeze(1)], 1)
+        u = (inputs * self.conv).sum(1)
+        bias = self.conv1d["bias"]
+        u = self.mixer.activation(u if bias is None else u + bias)
+        delta, B, C = F.linear(u, **self.x_proj).split_with_sizes(self.mixer.split, -1)
+        delta = F.softplus(F.linear(delta, **self.dt_proj))
+        scanned = [u, delta, self.A, B, C, self.own["D"], state.ssm_state]
+        if state.ssm_state.dtype != x.dtype:  # half precision keeps its state in float32
+            scanned = [v.to(state.ssm_state.dtype) for v in scanned]
+        y, ssm_state = step(*scanned)
+        x = x + F.linear(y.to(x.dtype) * F.silu(gate), **self.out_proj)
+        return x, LayerState(inputs[:, 1:], ssm_state, delta)
 
 
 class MambaState(NamedTuple):
-    """What `read` hands on: each layer's state, and once single characters are read, what is the same for all of them."""
+    """What `read` hands on: each layer's state and, once single characters are read, each layer's weights."""
 
     layers: list[LayerState]
     weights: list[StepWeights] | None = None
-    version: int = 0  # of the sources of `weights`
 
 
 Update = tuple[Float[Tensor, "b t d"], LayerState]
@@ -107,9 +141,8 @@ class Mixer(nn.Module):
         self.dt_rank = c.dt_rank or math.ceil(c.width / 16)
         self.split = [self.dt_rank, c.d_state, c.d_state]  # delta, B, C in what x_proj gives
         self.activation = ACTIVATIONS[c.activation]
-        self.in_proj = nn.Linear(c.width, 2 * self.d_inner, bias=c.bias)
-        self.in_proj.stacked = 2  # two matrices on top of each other; Muon treats each on its own
         e = self.d_inner
+        self.in_proj = StackedLinear(c.width, 2 * e, stacked=2, bias=c.bias)  # u, gate
         self.conv1d = nn.Conv1d(e, e, c.d_conv, groups=e, bias=c.conv_bias)
         self.x_proj = nn.Linear(e, sum(self.split), bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, e)
@@ -131,8 +164,8 @@ class Mixer(nn.Module):
         ssm_state = state.ssm_state if state else None
         A = -torch.exp(self.A_log)
         y, ssm_state = selective_scan(u, delta, A, B, C, self.D, state=ssm_state)
-        state = LayerState(conv_state, ssm_state, delta[:, -1].clone())
-        return self.out_proj(y * F.silu(gate)), state
+        after = LayerState(conv_state, ssm_state, delta[:, -1].clone())
+        return self.out_proj(y * F.silu(gate)), after
 
     def convolve(
         self, x: Float[Tensor, "b t d"], conv_state: Float[Tensor, "b before e"] | None = None
@@ -140,9 +173,8 @@ class Mixer(nn.Module):
         """u after its convolution, the gate, and the new conv_state."""
         u, gate = self.in_proj(x).chunk(2, -1)
         before = self.conv1d.kernel_size[0] - 1
-        if conv_state is None:
-            conv_state = u.new_zeros(len(u), before, self.d_inner)
-        u = torch.cat([conv_state, u], 1)
+        earlier = u.new_zeros(len(u), before, self.d_inner) if conv_state is None else conv_state
+        u = torch.cat([earlier, u], 1)
         conv_state = u[:, u.shape[1] - before :].clone()  # a view would keep the whole text alive
         return self.activation(self.conv1d(u.mT).mT), gate, conv_state
 
@@ -159,49 +191,33 @@ class Block(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.norm = make_norm("rms", config.width, eps=config.eps)
+        self.norm = nn.RMSNorm(config.width, eps=config.eps)
         self.mixer = Mixer(config)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
-        y, state = self.mixer(self.norm(x), state)
-        return x + self.dropout(y), state
-
-    def step(
-        self, w: StepWeights, x: Float[Tensor, "b d"], state: LayerState
-    ) -> tuple[Float[Tensor, "b d"], LayerState]:
-        """`forward` for a single character, in as few calls as it takes: they are most of its time."""
-        mixer = self.mixer
-        u, gate = F.linear(F.rms_norm(x, *w.norm), *w.in_proj).chunk(2, -1)
-        inputs = torch.cat([state.conv_state, u.unsqueeze(1)], 1)
-        u = (inputs * w.conv).sum(1)
-        u = mixer.activation(u if w.conv_bias is None else u + w.conv_bias)
-        delta, B, C = F.linear(u, *w.x_proj).split(mixer.split, -1)
-        delta = F.softplus(F.linear(delta, *w.dt_proj))
-        scanned = (u, delta, w.A, B, C, w.D)
-        if state.ssm_state.dtype != x.dtype:  # half precision keeps its state in float32
-            scanned = tuple(v.to(state.ssm_state.dtype) for v in scanned)
-        y, ssm_state = step(*scanned, state.ssm_state)
-        x = x + F.linear(y.to(x.dtype) * F.silu(gate), *w.out_proj)
-        return x, LayerState(inputs[:, 1:], ssm_state, delta)
+        y, after = self.mixer(self.norm(x), state)
+        return x + self.dropout(y), after
 
     def step_weights(self) -> StepWeights:
         m = self.mixer
-        maps = (m.in_proj, m.x_proj, m.dt_proj, m.out_proj)
-        in_proj, x_proj, dt_proj, out_proj = ((f.weight, f.bias) for f in maps)
-        norm = (self.norm.normalized_shape, self.norm.weight, self.norm.eps)
+        modules = (self.norm, m.in_proj, m.conv1d, m.x_proj, m.dt_proj, m.out_proj, m)
         sources = (m.A_log, m.conv1d.weight)
-        conv = m.conv1d.weight.squeeze(1).T.contiguous()
-        A = -torch.exp(m.A_log)
+        counted = not any(p.is_inference() for p in sources)
         return StepWeights(
-            norm, in_proj, conv, m.conv1d.bias, x_proj, dt_proj, A, m.D, out_proj, sources
+            m,
+            self.norm.eps,
+            *(module._parameters for module in modules),
+            A=-torch.exp(m.A_log),
+            conv=m.conv1d.weight.squeeze(1).T.contiguous(),
+            sources=sources,
+            version=sum(p._version for p in sources) if counted else None,
         )
 
 
 class Mamba(Reader):
     """Characters to logits: embed, a stack of blocks, norm, head."""
 
-    max_context = None  # the state never fills up
     no_decay = ("A_log", ".D")
 
     def __init__(self, config: MambaConfig):
@@ -210,20 +226,28 @@ class Mamba(Reader):
         self.embeddings = nn.Embedding(c.vocabulary, c.width)
         self.drop = nn.Dropout(c.dropout)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm_f = make_norm("rms", c.width, eps=c.eps)
+        self.norm_f = nn.RMSNorm(c.width, eps=c.eps)
         self.lm_head = None if c.tied else nn.Linear(c.width, c.vocabulary, bias=False)
         if c.init == "fan_in":
             init_fan_in(self)
         else:
             nn.init.normal_(self.embeddings.weight, std=0.02)
-        for block in self.layers:
+        for block in self.blocks:
             block.mixer.init_dt()
             if c.init == "mamba":  # as the published code, after GPT-2
                 with torch.no_grad():
                     block.mixer.out_proj.weight /= math.sqrt(c.layers)
 
+    @property
+    def blocks(self) -> Iterator[Block]:
+        return iter(self.layers)  # pyright: ignore[reportReturnType]
+
+    @property
+    def max_context(self) -> None:
+        """The state never fills up."""
+
     def read(
-        self, ids: Int[Tensor, "b t"], state: MambaState | None = None
+        self, ids: Ids, state: MambaState | None = None
     ) -> tuple[Float[Tensor, "b t v"], MambaState | None]:
         """Logits, and each layer's state, of the same size after any number of characters.
 
@@ -244,7 +268,7 @@ class Mamba(Reader):
             past = state.layers if state else [None] * len(self.layers)
             x = self.drop(self.embeddings(ids))
             layers = []
-            for block, layer in zip(self.layers, past, strict=True):
+            for block, layer in zip(self.blocks, past, strict=True):
                 x, layer = block(x, layer)
                 layers.append(layer)
             state = MambaState(layers)
@@ -254,15 +278,15 @@ class Mamba(Reader):
     def _step(self, ids, state):
         """The blocks for one character; after training or loading their weights are prepared anew."""
         weights = state.weights
-        same = weights is not None and weights[0].D is self.layers[0].mixer.D
-        if not same or version_of(weights) != state.version:
-            weights = [block.step_weights() for block in self.layers]
+        ours = weights and weights[0].mixer is self.layers[0].mixer
+        if not ours or not all(w.fresh() for w in weights):
+            weights = [block.step_weights() for block in self.blocks]
         x = self.embeddings(ids)
         layers = []
-        for block, w, layer in zip(self.layers, weights, state.layers, strict=True):
-            x, layer = block.step(w, x, layer)
+        for w, layer in zip(weights, state.layers, strict=True):
+            x, layer = w.advance(x, layer)
             layers.append(layer)
-        return x.unsqueeze(1), MambaState(layers, weights, version_of(weights))
+        return x.unsqueeze(1), MambaState(layers, weights)
 
     def notes(self, state: MambaState | None) -> dict:
         """Each row's mean step size at its last character: near 0 it was let pass, large it replaced older ones."""
@@ -276,7 +300,7 @@ class Mamba(Reader):
         """`delta` (t): the mean step size of each character, how much of the state it rewrites."""
         x = self.embeddings(self.check_ids(ids))
         deltas = []
-        for block in self.layers:
+        for block in self.blocks:
             delta, _, _ = block.mixer.select(block.mixer.convolve(block.norm(x))[0])
             deltas.append(delta[0].mean(-1))
             x, _ = block(x)
@@ -291,8 +315,3 @@ class Mamba(Reader):
         from .interop import mamba_from_transformers
 
         return mamba_from_transformers(source, window=window)
-
-
-def version_of(weights: list[StepWeights]) -> int:
-    """A number that grows whenever one of the sources is changed in place, by a step or by other weights loaded."""
-    return sum(0 if p.is_inference() else p._version for w in weights for p in w.sources)

@@ -19,23 +19,22 @@ and how far the hidden state has moved, and learns beside the network without be
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Complex, Float, Int
+from jaxtyping import Bool, Complex, Float
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
 from ..layers import Block, KeyValue, init_fan_in, make_norm, rotary_table
-from ..lm import LanguageModel, check_settings
+from ..lm import Ids, LanguageModel, Loss, check_settings
 from ..settings import Checked, Setting, check_heads, field
 
-Ids = Int[Tensor, "b t"]
 Hidden = Float[Tensor, "b t d"]
 Rotary = Complex[Tensor, "t pairs"]
-Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]
 STOPS = ("halting", "sampled", "state", "prediction", "fixed")
 STOPPING = {
     "stop": Setting("halting", "when thinking stops", choices=STOPS),
@@ -90,11 +89,20 @@ class RecurrentDepth(LanguageModel):
     def __init__(self, config: ThinkerConfig, *, causal: bool, symbols: int):
         super().__init__(config)
         c = config
-        style: dict[str, Any] = {"norm": "plain", "activation": "squared_relu", "bias": False}
-        style |= {"causal": causal, "qk_norm": True, "dropout": c.dropout}
         self.wte = nn.Embedding(symbols, c.width)
-        self.prelude = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.prelude))
-        self.core = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.core))
+        block = partial(
+            Block,
+            c.width,
+            c.heads,
+            causal=causal,
+            norm="plain",
+            qk_norm=True,
+            activation="squared_relu",
+            bias=False,
+            dropout=c.dropout,
+        )
+        self.prelude = nn.ModuleList(block() for _ in range(c.prelude))
+        self.core = nn.ModuleList(block() for _ in range(c.core))
         self.gains = self.halt_bias = None
         if c.round_gains:
             self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))

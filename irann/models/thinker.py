@@ -7,7 +7,7 @@ later positions look back at. The papers stand in recurrent.py.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,14 +16,12 @@ from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution
 from ..layers import Block, KeyValue, scale
-from ..lm import Draft, Reader, cross_entropy, left_to_right
+from ..lm import Draft, Ids, Loss, Nats, Reader, cross_entropy, left_to_right
 from ..sampling import SAMPLING
 from ..settings import InputError, Setting
 from .recurrent import (
     STOPPING,
     Hidden,
-    Ids,
-    Loss,
     RecurrentDepth,
     Rotary,
     Round,
@@ -74,7 +72,7 @@ class Thinker(RecurrentDepth, Reader):
     the same as reading at once.
     """
 
-    settings: ClassVar[dict[str, Setting]] = STOPPING
+    settings: dict[str, Setting] = STOPPING
 
     def __init__(self, config: ThinkerConfig):
         super().__init__(config, causal=True, symbols=config.vocabulary)
@@ -92,9 +90,7 @@ class Thinker(RecurrentDepth, Reader):
         loss, parts = self.rounds_loss(nats, halt)
         return loss, {"nats_per_char": nats[..., -1].mean().detach()} | parts
 
-    def nll(
-        self, ids: Ids, *, generator: Generator | None = None, **settings: Any
-    ) -> Float[Tensor, "b t-1"]:
+    def nll(self, ids: Ids, *, generator: Generator | None = None, **settings: Any) -> Nats:
         """Exact, whatever the rule of stopping; see `read` for the settings."""
         ids = self.check_ids(ids)
         logits, _ = self.read(ids[:, :-1], packed=True, generator=generator, **settings)
@@ -124,7 +120,18 @@ class Thinker(RecurrentDepth, Reader):
         positions stop. Raises InputError for settings out of range, and when state and ids outgrow
         the window.
         """
-        rule = self.rule(settings)
+        return self.read_by(self.rule(settings), ids, state, packed=packed, generator=generator)
+
+    def read_by(
+        self,
+        rule: dict[str, Any],
+        ids: Ids,
+        state: ThinkerCache | None = None,
+        *,
+        packed: bool,
+        generator: Generator | None,
+    ) -> tuple[Float[Tensor, "b t v"], ThinkerCache]:
+        """`read`, with settings that `rule` has checked once for all calls."""
         start = state.length if state else 0
         end = start + ids.shape[1]
         if end > self.config.window:
@@ -199,7 +206,7 @@ class Thinker(RecurrentDepth, Reader):
     ) -> Iterator[Draft]:
         """`settings` are temperature, top_k, top_p, and those of `read`."""
         sampling = {name: settings.pop(name) for name in SAMPLING if name in settings}
-        read = partial(self.read, packed=True, generator=generator, **self.rule(settings))
+        read = partial(self.read_by, self.rule(settings), packed=True, generator=generator)
         return left_to_right(self, prompt, n, generator=generator, read=read, **sampling)
 
 

@@ -7,16 +7,16 @@ random order; those of the network stand in recurrent.py.
 
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from ..lm import Draft, cross_entropy, evaluating, leading, page_by_page
+from ..lm import Draft, Ids, Loss, Nats, cross_entropy, evaluating, leading, page_by_page
 from ..sampling import SAMPLING, Sampling, check_sampling, filter_logits, sample
 from ..settings import Setting
-from .recurrent import STOPPING, Hidden, Ids, Loss, RecurrentDepth, ThinkerConfig, round_nats, stops
+from .recurrent import STOPPING, Hidden, RecurrentDepth, ThinkerConfig, round_nats, stops
 
 Mask = Bool[Tensor, "b t"]
 ORDERS = ("surest", "random", "left")
@@ -31,7 +31,7 @@ class PageThinker(RecurrentDepth):
     """
 
     exact = False
-    settings: ClassVar[dict[str, Setting]] = STOPPING | {
+    settings: dict[str, Setting] = STOPPING | {
         "steps": Setting(
             0, "refinements of a page; 0: one for every two characters", low=0, high=4096
         ),
@@ -103,9 +103,7 @@ class PageThinker(RecurrentDepth):
         bound = (nats[..., -1].mean(1) * draws["bound_weights"]).mean()
         return loss, {"bound_nats_per_char": bound.detach()} | parts
 
-    def nll(
-        self, ids: Ids, *, generator: Generator | None = None, draws: int = 4
-    ) -> Float[Tensor, "b t-1"]:
+    def nll(self, ids: Ids, *, generator: Generator | None = None, draws: int = 4) -> Nats:
         """An unbiased estimate of each character's part of the bound: the mean over masks drawn."""
         ids = self.check_ids(ids)
         b, t = ids.shape
