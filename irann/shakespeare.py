@@ -12,6 +12,7 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .text import CorpusError, Text, printable, read_bytes
 
@@ -97,7 +98,7 @@ def download() -> bytes:
     import pooch
 
     pooch.get_logger().setLevel("WARNING")  # one sentence is enough, ours
-    downloader = pooch.HTTPDownloader(timeout=20)
+    downloader: Any = pooch.HTTPDownloader(timeout=20)
     known = f"sha256:{SHA256}"
     with tempfile.TemporaryDirectory() as folder:
         try:

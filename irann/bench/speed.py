@@ -7,7 +7,7 @@ thinkers: how long they think depends on what they have learnt, and on the text.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..text import Vocabulary
 from .quality import Corpus
 
 
-def summary(values: list[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> dict[str, float]:
     """-> median, smallest, largest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
@@ -104,7 +104,7 @@ def gpt_beside_transformers(quick: bool) -> dict:
         no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
         other = {"n_head": 3, "activation_function": "gelu", "bos_token_id": 0}
         config = GPT2Config(**sizes, **no_dropout, **other, eos_token_id=None)
-        theirs = GPT2LMHeadModel(config)
+        theirs: Any = GPT2LMHeadModel(config)
         sampling = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
         mask = torch.ones_like(prompt)
 
@@ -191,9 +191,10 @@ def writing_by_length(quick: bool) -> dict:
 
 def write_once(model: Any, prompt: Int[Tensor, "1 t"], n: int, seed: int) -> tuple[float, float]:
     """-> seconds to the first draft that goes beyond the prompt, and characters per second over the whole reply."""
-    began, first = time.perf_counter(), None
+    began = time.perf_counter()
+    first = 0.0
     for draft in model.generate(prompt, n, generator=seeded(seed)):
-        if first is None and draft.ids.shape[1] > prompt.shape[1]:
+        if not first and draft.ids.shape[1] > prompt.shape[1]:
             first = time.perf_counter() - began
     return first, n / (time.perf_counter() - began)
 

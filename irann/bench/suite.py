@@ -182,7 +182,7 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
 def weights_of(name: str) -> str | None:
     """-> which weights `load(name)` would give, in short, or None where there are none: by hash, or by the run's step and loss."""
     try:
-        card = zoo.load(name).card
+        card = zoo.load(name).card or {}
     except CheckpointError:
         return None
     return card["sha256"][:12] if "sha256" in card else f"step {card['step']}, {card['validation']}"
