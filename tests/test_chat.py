@@ -367,7 +367,7 @@ def test_switching_the_model_keeps_the_scene_and_drops_what_the_new_one_does_not
     session.say("Hello")
     finish(session.reply())
     before = list(session.turns)
-    assert session.use("gpt") == ["steps"]
+    assert session.use("gpt") == "gpt cannot take what was set for steps"
     assert session.turns == before and session.get("temperature") == 0.5
     finish(session.reply())
     with pytest.raises(ValueError, match="neither a model"):
@@ -430,7 +430,7 @@ def test_a_pipe_gets_the_replies_only(runs):
     session = Session(path, length=20, seed=3)
     session.say("Who is there?")
     assert code == 0 and out == finish(session.reply()).text + "\n" and "\x1b" not in out
-    assert "there is no /nonsense" in err and "temperature: 0.0" in err and "/save FILE" in err
+    assert "has no setting 'nonsense'" in err and "temperature: 0.0" in err and "/save FILE" in err
     assert pipe(runs, path, text="")[:2] == (0, "")
     assert pipe(runs, path, "--length", 5, text="no line break at the end")[0] == 0
 

@@ -263,8 +263,6 @@ class Chat(w.VBox):
         """Say what went wrong. A fault of the program, not of what was given, also leaves its traceback in the log."""
         if isinstance(error, InputError | CheckpointError):
             self._tell(str(error), error=True)
-        elif isinstance(error, OSError):
-            self._tell(f"{error.filename} cannot be read ({error.strerror or error})", error=True)
         else:
             traceback.print_exception(error)
             self._tell(f"{type(error).__name__}: {error}", error=True)
@@ -297,21 +295,14 @@ class Chat(w.VBox):
             session = Session(model, device=self.device, say=self.heard.append)
             settings = self.settings
             self.settings = {}  # refused ones are not tried again
-            notes = [session.set(name, value) for name, value in settings.items()]
-            self.heard += filter(None, notes)
+            self.heard += session.set_all(settings)
             self.session = session
-        elif dropped := self.session.use(model):
-            names = ", ".join(dropped)
-            self.heard.append(f"{self.session.name} cannot take what was set for {names}")
+        elif note := self.session.use(model):
+            self.heard.append(note)
 
     def _fill_knobs(self) -> None:
-        knobs = []
-        if self.session is not None:
-            knobs = [
-                _knob(name, setting, self._shown(name))
-                for name, setting in (self.session.options | SCENE).items()
-            ]
-            knobs += [_text(name, self._shown(name)) for name in NAMES]
+        settings = self.session.options | SCENE | NAMES if self.session is not None else {}
+        knobs = [_knob(name, setting, self._shown(name)) for name, setting in settings.items()]
         for knob in knobs:
             knob.style = {"description_width": "90px"}
             knob.add_class(f"irann-knob-{knob.description}")
@@ -436,17 +427,13 @@ def _button(name: str) -> w.Button:
     return button
 
 
-def _text(name: str, value: str) -> w.Text:
-    return w.Text(value=value, placeholder="none", description=name, continuous_update=False)
-
-
 def _knob(name: str, setting: Setting, value: Any) -> Any:
     """-> the widget for one setting; the session checks what it says."""
     options = {"value": value, "description": name, "tooltip": setting.help}
     if setting.choices is not None:
         return w.Dropdown(options=setting.choices, **options)
-    if setting.default is None:
-        return _text(name, value)
+    if setting.default is None or setting.type is str:
+        return w.Text(placeholder="none", continuous_update=False, **options)
     if name in SAMPLING and setting.type is float:
         high = max(2.0, value) if name == "temperature" else setting.high
         return w.FloatSlider(min=setting.low, max=high, step=0.05, **options)
