@@ -6,7 +6,6 @@ import math
 import os
 import pty
 import re
-import resource
 import select
 import signal
 import subprocess
@@ -21,7 +20,7 @@ import nbformat
 import pytest
 import torch
 import wcwidth
-from conftest import excite
+from conftest import excite, small_disk
 
 from irann import zoo
 from irann.__main__ import main
@@ -478,13 +477,9 @@ def test_an_interrupt_while_a_model_loads_is_no_end_either(typed, capsys, monkey
 def test_a_full_disk_leaves_no_half_scene_in_the_way(corpus, tmp_path):
     terminal, file = Terminal(parrot(corpus, "Ay.")), tmp_path / "scene.txt"
     terminal.session.say("word " * 5000)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(ValueError, match="scene.txt could not be written: File too large"):
-            terminal.save(str(file))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    words = "scene.txt could not be written: File too large"
+    with small_disk(20_000), pytest.raises(ValueError, match=words):
+        terminal.save(str(file))
     terminal.save(str(file))
     assert file.read_text() == terminal.session.scene() + "\n"
 
