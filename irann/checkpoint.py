@@ -217,11 +217,17 @@ def _by_validation(folders: list[Path]) -> list[Path]:
 
 def validation_of(folder: Path) -> float | None:
     """-> the validation loss that a checkpoint recorded, None where it has none or cannot be read."""
+    value = config_of(folder).get("validation")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def config_of(folder: Path) -> dict:
+    """-> what a checkpoint says of itself, unchecked; {} where that cannot be read."""
     try:
-        value = json.loads((folder / "config.json").read_bytes()).get("validation")
-        return float(value) if value is not None else None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return None
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def tidy(run: Path, keep: int = 2) -> None:

@@ -248,13 +248,11 @@ def newest_run(name: str, runs: str | Path = "runs") -> Path:
     kind = entry(name).model.__name__
     found = []
     for folder in Path(runs).glob("*"):
-        for saved in checkpoint.listed(folder):
-            try:
-                if json.loads((saved / "config.json").read_bytes())["model"] == kind:
-                    found.append((saved.stat().st_mtime, folder))
-                break  # the newest that can be read speaks for the run
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                continue
+        # the newest that can be read speaks for the run
+        readable = (saved for saved in checkpoint.listed(folder) if checkpoint.config_of(saved))
+        newest = next(readable, None)
+        if newest and checkpoint.config_of(newest).get("model") == kind:
+            found.append((newest.stat().st_mtime, folder))
     if not found:
         raise CheckpointError(
             f"there are no trained weights for {name} yet; train some with: irann train {name} --recipe demo"

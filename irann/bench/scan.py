@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -169,14 +170,8 @@ def training_step(quick: bool) -> dict:
     ids = random_ids(b, t + 1)
 
     def with_kernel(switch: str) -> None:
-        before = os.environ.get("IRANN_KERNEL")
-        os.environ["IRANN_KERNEL"] = switch
-        try:
+        with patch.dict(os.environ, IRANN_KERNEL=switch):
             model.loss(ids)[0].backward()
-        finally:
-            del os.environ["IRANN_KERNEL"]
-            if before is not None:
-                os.environ["IRANN_KERNEL"] = before
 
     runners: dict[str, Callable] = {
         "irann, kernel where there is one": functools.partial(with_kernel, "1"),
