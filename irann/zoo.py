@@ -80,7 +80,9 @@ def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any,
 
 # the thinker's form that chapter 2 arrives at: all blocks in the core, and a prior by which a further round should gain
 # 0.07 nats (prior_weight times ln 2) to be as likely as the one before it
-DEEP = dict(prelude=0, core=2, round_gains=True, supervision="late", prior=0.5, prior_weight=0.1)
+DEEP: dict[str, Any] = dict(
+    prelude=0, core=2, round_gains=True, supervision="late", prior=0.5, prior_weight=0.1
+)
 WIDE = dict(heads=3, width=264)
 DEEP_AND_WIDE = DEEP | WIDE | dict(rounds=6, dropout=0.1, muon_lr=0.012, average=0.998)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import ipywidgets as w
 from IPython.core.getipython import get_ipython
+from IPython.display import DisplayHandle, display
 
 from .. import zoo
 from ..checkpoint import CheckpointError
@@ -62,6 +63,7 @@ class Chat(w.VBox):
         self.current: LanguageModel | str | None = None
         self.heard: list[str] = []  # what loading had to say
         self.said = ""  # the sentence under the transcript
+        self.stored: DisplayHandle | None = None  # the transcript beside the widget
         self._build_controls()
         self._build_panels()
         buttons = [self.submit, self.stop, self.again, self.clear, w.HTML(html.COPY), self.timing]
@@ -338,6 +340,8 @@ class Chat(w.VBox):
             length = self.session.get("length")
             self.timing.value = html.progress(words, self.frame.settled, length)
             return
+        if self.stored is not None:
+            self.stored.update(self._stored(), raw=True)
         self.copy.value = self.session.scene()
         turn = self._last_turn()
         last_frame = max(0, len(turn.frames) - 1) if turn else 0
@@ -391,7 +395,12 @@ class Chat(w.VBox):
         bundle = {"text/plain": scene or "an empty stage", "text/html": self._repr_html_()}
         if not _static():
             bundle = (super()._repr_mimebundle_(**options) or {}) | bundle
+            self.stored = _display(self._stored())
         return bundle
+
+    def _stored(self) -> dict:
+        """The scene as an output of its own: a notebook that is opened again has no widget, but that."""
+        return {"text/html": html.stored_html(self.session.scene() if self.session else "")}
 
     def _repr_html_(self) -> str:
         return html.transcript_html(self.scene.value)
@@ -413,6 +422,13 @@ def _static() -> bool:
     kernel = getattr(get_ipython(), "kernel", None)  # plain Python has none
     voila = "voila" in os.environ.get("SERVER_SOFTWARE", "")
     return kernel is not None and not getattr(kernel, "_allow_stdin", True) and not voila
+
+
+def _display(bundle: dict) -> DisplayHandle | None:
+    """Show an output that can be changed later, where there is a notebook."""
+    if getattr(get_ipython(), "kernel", None) is None:
+        return None
+    return display(bundle, raw=True, display_id=True)
 
 
 def _narrow(**options: Any) -> w.Dropdown:
