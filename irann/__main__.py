@@ -75,9 +75,7 @@ Resume = _option("go on from the newest checkpoint of the run", "--resume")
 Overwrite = _option("throw the run in this directory away and start anew", "--overwrite")
 Log = _option("also log to wandb or tensorboard (pip install 'irann[log]')", metavar="TOOL")
 Prompt = _option("what the text begins with; - reads it from standard input")
-Encoded = _option(
-    "also write train_encoded.npy, val_encoded.npy and vocab.json here", metavar="DIR"
-)
+Encoded = _option("also write train_encoded.npy, val_encoded.npy, vocab.json here", metavar="DIR")
 Lies = _option("where tiny-shakespeare already lies", metavar="FILE")
 What = typer.Argument(
     help=f"scan: the scan against others; all: trained models too; {NAMES}: that one alone; "
@@ -425,9 +423,7 @@ def main(arguments: list[str] | None = None) -> None:
         streams.tell(_words(error).rstrip("."))
         try:
             print(end="", flush=True)
-        except (
-            OSError
-        ):  # our own output could not be written, and Python would try again while it ends
+        except OSError:  # Python would try again to write our output while it ends
             _drop_output()
     sys.exit(code if isinstance(code, int) else 0)
 

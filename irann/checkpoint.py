@@ -34,13 +34,7 @@ from torch import Tensor
 
 FORMAT = 2
 TENSORS = ("model", "optimizer", "rng")
-FILES = (
-    "model.safetensors",
-    "optimizer.safetensors",
-    "rng.safetensors",
-    "config.json",
-    "vocabulary.json",
-)
+FILES = (*(f"{part}.safetensors" for part in TENSORS), "config.json", "vocabulary.json")
 UNFINISHED = ".unfinished-"
 
 
@@ -189,53 +183,66 @@ def listed(run: Path) -> list[Path]:
 
 def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
     """-> the newest valid checkpoint of a run, and why each newer one was skipped. Raises CheckpointError if there is none."""
-    skipped = []
-    for folder in listed(run):
-        try:
-            return folder, load(folder), skipped
-        except CheckpointError as error:
-            skipped.append(str(error))
+    skipped: list[str] = []
+    if found := _first_whole(listed(run), skipped):
+        return *found, skipped
     reasons = "; ".join(skipped) or "it has none yet"
     raise CheckpointError(f"no valid checkpoint in {run}: {reasons}; train it anew (--overwrite)")
 
 
 def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
     """-> the valid checkpoint with the lowest validation loss, or the newest if none was validated; and what was skipped."""
-    scored = [
-        (value, folder) for folder in listed(run) if (value := validation_of(folder)) is not None
-    ]
-    skipped = []
-    for _, folder in sorted(scored):
-        try:
-            return folder, load(folder), skipped
-        except CheckpointError as error:
-            skipped.append(str(error))
+    skipped: list[str] = []
+    if found := _first_whole(_by_validation(listed(run)), skipped):
+        return *found, skipped
     folder, snapshot, more = newest(run)
     return folder, snapshot, skipped + more
 
 
+def _first_whole(folders: list[Path], skipped: list[str]) -> tuple[Path, Snapshot] | None:
+    """-> the first checkpoint that can be loaded; why those before it cannot is added to `skipped`."""
+    for folder in folders:
+        try:
+            return folder, load(folder)
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None
+
+
+def _by_validation(folders: list[Path]) -> list[Path]:
+    """-> those that recorded a validation loss, the lowest first."""
+    scored = [(value, folder) for folder in folders if (value := validation_of(folder)) is not None]
+    return [folder for _, folder in sorted(scored)]
+
+
 def validation_of(folder: Path) -> float | None:
     """-> the validation loss that a checkpoint recorded, None where it has none or cannot be read."""
+    value = config_of(folder).get("validation")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def config_of(folder: Path) -> dict:
+    """-> what a checkpoint says of itself, unchecked; {} where that cannot be read."""
     try:
-        value = json.loads((folder / "config.json").read_bytes()).get("validation")
-        return float(value) if value is not None else None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return None
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def tidy(run: Path, keep: int = 2) -> None:
     """Remove all but the newest `keep` checkpoints and the best by validation loss; if it is damaged, the next best stays too."""
     folders = listed(run)
+    if not folders[keep:]:
+        return
     spared = set(folders[:keep])
-    scored = [(value, folder) for folder in folders if (value := validation_of(folder)) is not None]
-    for _, folder in sorted(scored) if folders[keep:] else ():
+    for folder in _by_validation(folders):
         spared.add(folder)
         with suppress(CheckpointError):
             load(folder)
             break
-    for folder in folders:
-        if folder not in spared:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in set(folders) - spared:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> str:

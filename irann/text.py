@@ -16,9 +16,8 @@ from torch import Tensor
 
 from .settings import InputError
 
-PIECE = (
-    1 << 20
-)  # characters of a large text that are encoded at once, so that little memory is needed beside it
+# characters of a large text that are encoded at once, so that little memory is needed beside it
+PIECE = 1 << 20
 
 
 class CorpusError(Exception):

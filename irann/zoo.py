@@ -63,30 +63,26 @@ def _entry(model: type[LanguageModel], config: Checked, **recipes: dict[str, Any
 def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any, Recipe]:
     """-> both, with fields of either replaced. Raises InputError for a name or a value that is none."""
     both = (config, recipe)
-    new: tuple[dict, dict] = (
-        {},
-        {},
-    )  # replaced all at once: halfway, a config may not fit together
-    for name, value in changes.items():
-        owners = [i for i in (0, 1) if name in both[i].settings()]
-        if not owners:
-            known = sorted(name for part in both for name in part.settings())
-            raise InputError(f"{name} is nothing that can be set; there are {', '.join(known)}")
-        for i in owners:
-            new[i][name] = both[i].settings()[name].read(name, value)
-    return dataclasses.replace(config, **new[0]), dataclasses.replace(recipe, **new[1])
+    changed = []
+    known = {name for part in both for name in part.settings()}
+    if unknown := [name for name in changes if name not in known]:
+        listed = ", ".join(sorted(known))
+        raise InputError(f"{unknown[0]} is nothing that can be set; there are {listed}")
+    for part in both:
+        settings = part.settings()
+        mine = {
+            name: settings[name].read(name, changes[name]) for name in changes if name in settings
+        }
+        # all at once: halfway, a config may not fit together
+        changed.append(dataclasses.replace(part, **mine))
+    return changed[0], changed[1]
 
 
 # the thinker's form that chapter 2 arrives at: all blocks in the core, and a prior by which a further round should gain
 # 0.07 nats (prior_weight times ln 2) to be as likely as the one before it
-DEEP = {
-    "prelude": 0,
-    "core": 2,
-    "round_gains": True,
-    "supervision": "late",
-    "prior": 0.5,
-    "prior_weight": 0.1,
-}
+DEEP: dict[str, Any] = dict(
+    prelude=0, core=2, round_gains=True, supervision="late", prior=0.5, prior_weight=0.1
+)
 WIDE = dict(heads=3, width=264)
 DEEP_AND_WIDE = DEEP | WIDE | dict(rounds=6, dropout=0.1, muon_lr=0.012, average=0.998)
 
@@ -187,12 +183,10 @@ def load(
         try:
             saved = checkpoint.load(path)
         except CheckpointError as error:
-            way_out = (
-                "; give its run instead, and the best checkpoint that is whole is taken"
-                if path.parent.name == "checkpoints"
-                else ""
-            )
-            raise CheckpointError(f"{error}{way_out}") from None
+            if path.parent.name != "checkpoints":
+                raise
+            way_out = "give its run instead, and the best checkpoint that is whole is taken"
+            raise CheckpointError(f"{error}; {way_out}") from None
         model = restore(saved, path)
     else:
         raise InputError(
@@ -256,13 +250,11 @@ def newest_run(name: str, runs: str | Path = "runs") -> Path:
     kind = entry(name).model.__name__
     found = []
     for folder in Path(runs).glob("*"):
-        for saved in checkpoint.listed(folder):
-            try:
-                if json.loads((saved / "config.json").read_bytes())["model"] == kind:
-                    found.append((saved.stat().st_mtime, folder))
-                break  # the newest that can be read speaks for the run
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                continue
+        # the newest that can be read speaks for the run
+        readable = (saved for saved in checkpoint.listed(folder) if checkpoint.config_of(saved))
+        newest = next(readable, None)
+        if newest and checkpoint.config_of(newest).get("model") == kind:
+            found.append((newest.stat().st_mtime, folder))
     if not found:
         raise CheckpointError(
             f"there are no trained weights for {name} yet; train some with: irann train {name} --recipe demo"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,17 @@ def refuses(words: str):
         yield caught
     if not isinstance(caught.value, TypeCheckError):
         assert re.search(words, str(caught.value)), str(caught.value)
+
+
+@contextmanager
+def small_disk(size: int):
+    """No file may grow beyond `size` bytes, for real, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def pytest_collection_modifyitems(items):

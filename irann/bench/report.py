@@ -71,9 +71,10 @@ def timed(title: str, measured: dict) -> list[str]:
 
 
 def ranged(summary: dict, digits: int = 0) -> str:
-    """-> median (lowest, highest)."""
-    median, low, high = (f"{summary[key]:.{digits}f}" for key in ("median", "low", "high"))
-    return f"{median} ({low}, {high})"
+    """-> median (lowest, highest), or mean and its interval."""
+    middle = "median" if "median" in summary else "mean"
+    numbers = [f"{summary[key]:.{digits}f}" for key in (middle, "low", "high")]
+    return "{} ({}, {})".format(*numbers)
 
 
 def ranges(row: dict, **digits: int) -> list[str]:
@@ -216,7 +217,7 @@ def _texts(title: str, rows: dict[str, dict], cell: Callable[[Any], str]) -> lis
 
 def _measure(value: dict | float) -> str:
     if isinstance(value, dict):
-        return f"{value['mean']:.3f} ({value['low']:.3f}, {value['high']:.3f})"
+        return ranged(value, 3)
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 

@@ -6,11 +6,13 @@
 import functools
 import math
 import os
-import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -140,8 +142,8 @@ def prepared(subject: str, b: int, t: int, e: int) -> Callable:
 def peak() -> int:
     """-> the largest memory of this process, in bytes, since it was last forgotten."""
     try:
-        with open("/proc/self/status") as status:
-            return int(re.search(r"VmHWM:\s*(\d+)", status.read())[1]) * 1024
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     except OSError:  # not Linux: since the process began
         import resource
 
@@ -153,8 +155,7 @@ def grown_by(subject: str, b: int, t: int, e: int) -> int:
     torch.set_num_threads(1)
     run = prepared(subject, b, t, e)
     try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the peak so far
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     except OSError:
         pass
     before = peak()
@@ -169,16 +170,10 @@ def training_step(quick: bool) -> dict:
     ids = random_ids(b, t + 1)
 
     def with_kernel(switch: str) -> None:
-        before = os.environ.get("IRANN_KERNEL")
-        os.environ["IRANN_KERNEL"] = switch
-        try:
+        with patch.dict(os.environ, IRANN_KERNEL=switch):
             model.loss(ids)[0].backward()
-        finally:
-            del os.environ["IRANN_KERNEL"]
-            if before is not None:
-                os.environ["IRANN_KERNEL"] = before
 
-    runners = {
+    runners: dict[str, Callable] = {
         "irann, kernel where there is one": functools.partial(with_kernel, "1"),
         "irann, plain torch": functools.partial(with_kernel, "0"),
     }
@@ -217,9 +212,11 @@ def writing(quick: bool) -> dict:
     except ImportError:
         pass
     else:
-        size = {"vocab_size": 65, "hidden_size": 128, "num_hidden_layers": 4, "state_size": 16}
-        config = TheirConfig(**size, bos_token_id=0, eos_token_id=None, pad_token_id=0)
-        theirs = MambaForCausalLM(config).eval()
+        sizes: dict[str, Any] = {"vocab_size": 65, "hidden_size": 128, "state_size": STATE}
+        config = TheirConfig(
+            **sizes, num_hidden_layers=4, bos_token_id=0, eos_token_id=None, pad_token_id=0
+        )
+        theirs: Any = MambaForCausalLM(config).eval()
 
         def write(length: int) -> None:
             theirs.generate(text[:, :100], max_new_tokens=length, do_sample=True, top_k=0)

@@ -7,7 +7,7 @@ thinkers: how long they think depends on what they have learnt, and on the text.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..text import Vocabulary
 from .quality import Corpus
 
 
-def summary(values: list[float]) -> dict[str, float]:
+def summary(values: Sequence[float]) -> dict[str, float]:
     """-> median, smallest, largest."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
 
@@ -104,7 +104,7 @@ def gpt_beside_transformers(quick: bool) -> dict:
         no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
         other = {"n_head": 3, "activation_function": "gelu", "bos_token_id": 0}
         config = GPT2Config(**sizes, **no_dropout, **other, eos_token_id=None)
-        theirs = GPT2LMHeadModel(config)
+        theirs: Any = GPT2LMHeadModel(config)
         sampling = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
         mask = torch.ones_like(prompt)
 
@@ -138,11 +138,8 @@ def cache_gain(quick: bool) -> dict:
     def cached() -> None:
         finish(model.generate(newline, n, generator=seeded()))
 
-    return {
-        "n": n,
-        "window": window,
-        **in_turn({"with the cache": cached, "without": without}, rounds),
-    }
+    measured = in_turn({"with the cache": cached, "without": without}, rounds)
+    return {"n": n, "window": window, **measured}
 
 
 def layer_against_window(quick: bool) -> dict:
@@ -152,14 +149,15 @@ def layer_against_window(quick: bool) -> dict:
     rows: dict[str, list] = {name: [] for name in layers}
     for t in lengths:
         x = torch.randn(1, t, 192, generator=seeded())
-        runners = {
-            name: lambda layer=layer, x=x: layer(x)[0].sum().backward()
-            for name, layer in layers.items()
-        }
+        runners = {name: partial(_both_ways, layer, x) for name, layer in layers.items()}
         measured = in_turn(runners, rounds)["rows"]
         for name, row in rows.items():
             row.append(measured[name]["ms"])
     return {"lengths": lengths, "rows": rows}
+
+
+def _both_ways(layer: torch.nn.Module, x: Tensor) -> None:
+    layer(x)[0].sum().backward()
 
 
 def writing_by_length(quick: bool) -> dict:
@@ -191,9 +189,10 @@ def writing_by_length(quick: bool) -> dict:
 
 def write_once(model: Any, prompt: Int[Tensor, "1 t"], n: int, seed: int) -> tuple[float, float]:
     """-> seconds to the first draft that goes beyond the prompt, and characters per second over the whole reply."""
-    began, first = time.perf_counter(), None
+    began = time.perf_counter()
+    first = 0.0
     for draft in model.generate(prompt, n, generator=seeded(seed)):
-        if first is None and draft.ids.shape[1] > prompt.shape[1]:
+        if not first and draft.ids.shape[1] > prompt.shape[1]:
             first = time.perf_counter() - began
     return first, n / (time.perf_counter() - began)
 
@@ -215,9 +214,8 @@ def speed_against_quality(quick: bool, corpus: Corpus, vocabulary: Vocabulary) -
     for name in zoo.shipped():
         model = zoo.load(name)
         choices = [{"steps": count} for count in counts] if "steps" in model.settings else [{}]
-        rows[name] = [
-            measured_at(model, settings, samples, n, corpus, vocabulary) for settings in choices
-        ]
+        given = (samples, n, corpus, vocabulary)
+        rows[name] = [measured_at(model, settings, *given) for settings in choices]
     return rows
 
 

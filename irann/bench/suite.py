@@ -114,17 +114,13 @@ def measure(what: str, quick: bool, out: Path) -> dict:
 
 def _name_retrained(measured: dict, page: Path) -> None:
     """Say of which models the report tells that have other weights now."""
-    retrained = [
-        name
-        for name, row in measured.get("models", {}).items()
-        if "weights" in row and weights_of(name) not in (None, row["weights"])
-    ]
+    retrained = []
+    for name, row in measured.get("models", {}).items():
+        if "weights" in row and weights_of(name) not in (None, row["weights"]):
+            retrained.append(name)
     if retrained:
-        names = ", ".join(retrained)
-        print(
-            f"{page} was measured with other weights of {names}; to measure again, delete it",
-            file=sys.stderr,
-        )
+        words = f"was measured with other weights of {', '.join(retrained)}; to measure again, delete it"
+        print(page, words, file=sys.stderr)
 
 
 def parallel_writing(quick: bool) -> dict:
@@ -182,7 +178,7 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
 def weights_of(name: str) -> str | None:
     """-> which weights `load(name)` would give, in short, or None where there are none: by hash, or by the run's step and loss."""
     try:
-        card = zoo.load(name).card
+        card = zoo.load(name).card or {}
     except CheckpointError:
         return None
     return card["sha256"][:12] if "sha256" in card else f"step {card['step']}, {card['validation']}"

@@ -21,6 +21,7 @@ STYLE = f"""<style>
 .irann-chat .irann-text-view span {{border-radius: 2px}}
 .irann-chat progress {{width: 120px; height: 8px; accent-color: {ACCENT}; vertical-align: middle; margin-right: 6px}}
 .irann-chat .widget-html-content {{line-height: 1.5}}
+.jp-OutputArea:has(.irann-chat.jupyter-widgets) .irann-stored {{display: none}}
 </style>"""
 # The text is in the page already; where a page may not write to the clipboard, the words say where to find it.
 COPY = """<button class="jupyter-widgets jupyter-button widget-button irann-copy" title="copy the scene" style="width: auto" onclick="
@@ -98,6 +99,11 @@ def scene_html(session: Session, frame: Frame | None = None) -> str:
 def transcript_html(scene: str) -> str:
     """-> a scene for pages without widgets; they may drop the style, so line breaks are elements."""
     return STYLE + f"<div class='irann-chat'>{scene}</div>".replace("\n", "<br>")
+
+
+def stored_html(text: str) -> str:
+    """-> a scene as text, escaped, that is not seen where the widget is."""
+    return f"<pre class='irann-stored'>{escape(text or 'an empty stage')}</pre>"
 
 
 def _turn_html(turn: Turn, room: int) -> str:

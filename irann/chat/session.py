@@ -16,7 +16,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,17 @@ from ..lm import SAMPLING, Draft, LanguageModel
 from ..settings import InputError, Setting
 
 LENGTH = Setting(300, "characters in a reply at most", low=1, high=100_000)
-SEEDS = 2**62 + 1
+SEEDS = 2**62 + 1  # how many there are
 SCENE = {
-    "seed": Setting(
-        None,
-        "the same seed gives the same conversation; none: a new one each time",
-        low=0,
-        high=SEEDS - 1,
+    "seed": replace(
+        lm.SEED,
+        default=None,
         kind=int,
+        help="the same seed gives the same conversation; none: a new one each time",
     ),
     "mode": Setting("play", "a scene, or going on with the text itself", choices=("play", "plain")),
 }
-NAMES = ("reader", "speaker")  # who the two characters are
+NAMES = {"reader": Setting("ROMEO", "who you are"), "speaker": Setting("JULIET", "who answers")}
 PLAINER = str.maketrans("\u2018\u2019\u201c\u201d\u2013\t", "''\"\"- ") | {0x2014: "--"}
 KEPT = 400  # frames of a reply for the slider at most
 END = "\n\n"  # an empty line ends a speech
@@ -115,19 +114,22 @@ class Session:
         self.notify = say
         self.values: dict[str, Any] = {}
         self.use(model)
-        for name, value in settings.items():
-            note = self.set(name, value)
-            if note and say:
+        for note in self.set_all(settings):
+            if say:
                 say(note)
 
-    def use(self, model: LanguageModel | str | Path) -> list[str]:
-        """Change the model and keep the scene -> the settings that the new model cannot take, now dropped.
+    def use(self, model: LanguageModel | str | Path) -> str:
+        """Change the model and keep the scene -> a note on settings that the new one cannot take, now dropped, or ''.
 
         Raises CheckpointError or InputError as `zoo.load` does; the old model then stays.
         """
         if isinstance(model, str | Path):
-            new = zoo.load(model, device=self.device, say=self.notify)
             name = str(model)
+            try:
+                new = zoo.load(model, device=self.device, say=self.notify)
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"{name} cannot be read ({reason})") from None
         else:
             new = model
             name = type(model).__name__
@@ -141,7 +143,7 @@ class Session:
             except InputError:
                 del self.values[option]
                 dropped.append(option)
-        return dropped
+        return f"{name} cannot take what was set for {', '.join(dropped)}" if dropped else ""
 
     # ---------------------------------------------------------------------------------------------- settings
 
@@ -152,7 +154,7 @@ class Session:
 
     def option(self, name: str) -> Setting:
         """-> one of the settings. Raises InputError that lists them."""
-        known = self.options | SCENE
+        known = self.options | SCENE | NAMES
         if name not in known:
             listed = ", ".join([*self.options, "seed"])
             raise InputError(f"{self.name} has no setting {name!r}; it has {listed}")
@@ -174,6 +176,11 @@ class Session:
         if name == "seed":
             self.asked = 0
         return ""
+
+    def set_all(self, settings: dict[str, Any]) -> list[str]:
+        """Set several -> the notes."""
+        notes = [self.set(name, value) for name, value in settings.items()]
+        return list(filter(None, notes))
 
     def get(self, name: str) -> Any:
         """-> what is set, the default where nothing was."""

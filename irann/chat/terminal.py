@@ -18,7 +18,7 @@ from typing import Any
 from ..checkpoint import CheckpointError
 from ..lm import SAMPLING, vocabulary_of
 from ..settings import InputError
-from .session import LENGTH, NAMES, SCENE, Frame, Session
+from .session import LENGTH, SCENE, Frame, Session
 from .streams import advance, cells, check_encoding, check_stdin, heard, tell, visible
 
 HELP = """Write a line and press Enter; the model answers. An empty line lets it speak
@@ -45,9 +45,8 @@ def main(model: str, settings: dict[str, str], *, device: Any = "cpu") -> None:
         known[name].read(name, settings[name])
     check_stdin()
     session = Session(model, device=device, say=tell)
-    for name, value in settings.items():
-        if note := session.set(name, value):
-            tell(note)
+    for note in session.set_all(settings):
+        tell(note)
     check_encoding(vocabulary_of(session.model).characters)
     Terminal(session).run()
 
@@ -165,28 +164,19 @@ class Terminal:
     def set(self, name: str, value: str) -> None:
         """Change a setting, or say what it is now."""
         session = self.session
-        if name not in session.options | SCENE and name not in NAMES:
-            raise InputError(f"there is no /{name} for {session.name}; /help lists what there is")
+        setting = session.option(name)
         if value and (note := session.set(name, value)):
             tell(note)
-        if name in NAMES:
-            meaning = "a character of the play"
-        else:
-            meaning = session.option(name).help
-        if name == "mode":
-            meaning += f"; {session.option(name).words()}"
-        tell(f"{name}: {session.get(name)} ({meaning})")
+        choices = f"; {setting.words()}" if setting.choices else ""
+        tell(f"{name}: {session.get(name)} ({setting.help}{choices})")
 
     def model(self, name: str) -> None:
         """Change the model, or say which it is."""
-        try:
-            dropped = self.session.use(name) if name else []
-        except OSError as error:
-            raise InputError(f"{name} cannot be read ({error.strerror or error})") from None
+        note = self.session.use(name) if name else ""
         self.forgetting = False
         tell(self.session.describe())
-        if dropped:
-            tell(f"{self.session.name} cannot take what was set for {', '.join(dropped)}")
+        if note:
+            tell(note)
 
     def save(self, name: str) -> None:
         """Write the scene to a new file. Raises InputError if it cannot."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import ipywidgets as w
 from IPython.core.getipython import get_ipython
+from IPython.display import DisplayHandle, display
 
 from .. import zoo
 from ..checkpoint import CheckpointError
@@ -62,6 +63,7 @@ class Chat(w.VBox):
         self.current: LanguageModel | str | None = None
         self.heard: list[str] = []  # what loading had to say
         self.said = ""  # the sentence under the transcript
+        self.stored: DisplayHandle | None = None  # the transcript beside the widget
         self._build_controls()
         self._build_panels()
         buttons = [self.submit, self.stop, self.again, self.clear, w.HTML(html.COPY), self.timing]
@@ -263,8 +265,6 @@ class Chat(w.VBox):
         """Say what went wrong. A fault of the program, not of what was given, also leaves its traceback in the log."""
         if isinstance(error, InputError | CheckpointError):
             self._tell(str(error), error=True)
-        elif isinstance(error, OSError):
-            self._tell(f"{error.filename} cannot be read ({error.strerror or error})", error=True)
         else:
             traceback.print_exception(error)
             self._tell(f"{type(error).__name__}: {error}", error=True)
@@ -297,21 +297,14 @@ class Chat(w.VBox):
             session = Session(model, device=self.device, say=self.heard.append)
             settings = self.settings
             self.settings = {}  # refused ones are not tried again
-            notes = [session.set(name, value) for name, value in settings.items()]
-            self.heard += filter(None, notes)
+            self.heard += session.set_all(settings)
             self.session = session
-        elif dropped := self.session.use(model):
-            names = ", ".join(dropped)
-            self.heard.append(f"{self.session.name} cannot take what was set for {names}")
+        elif note := self.session.use(model):
+            self.heard.append(note)
 
     def _fill_knobs(self) -> None:
-        knobs = []
-        if self.session is not None:
-            knobs = [
-                _knob(name, setting, self._shown(name))
-                for name, setting in (self.session.options | SCENE).items()
-            ]
-            knobs += [_text(name, self._shown(name)) for name in NAMES]
+        settings = self.session.options | SCENE | NAMES if self.session is not None else {}
+        knobs = [_knob(name, setting, self._shown(name)) for name, setting in settings.items()]
         for knob in knobs:
             knob.style = {"description_width": "90px"}
             knob.add_class(f"irann-knob-{knob.description}")
@@ -347,6 +340,8 @@ class Chat(w.VBox):
             length = self.session.get("length")
             self.timing.value = html.progress(words, self.frame.settled, length)
             return
+        if self.stored is not None:
+            self.stored.update(self._stored(), raw=True)
         self.copy.value = self.session.scene()
         turn = self._last_turn()
         last_frame = max(0, len(turn.frames) - 1) if turn else 0
@@ -400,7 +395,12 @@ class Chat(w.VBox):
         bundle = {"text/plain": scene or "an empty stage", "text/html": self._repr_html_()}
         if not _static():
             bundle = (super()._repr_mimebundle_(**options) or {}) | bundle
+            self.stored = _display(self._stored())
         return bundle
+
+    def _stored(self) -> dict:
+        """The scene as an output of its own: a notebook that is opened again has no widget, but that."""
+        return {"text/html": html.stored_html(self.session.scene() if self.session else "")}
 
     def _repr_html_(self) -> str:
         return html.transcript_html(self.scene.value)
@@ -424,6 +424,13 @@ def _static() -> bool:
     return kernel is not None and not getattr(kernel, "_allow_stdin", True) and not voila
 
 
+def _display(bundle: dict) -> DisplayHandle | None:
+    """Show an output that can be changed later, where there is a notebook."""
+    if getattr(get_ipython(), "kernel", None) is None:
+        return None
+    return display(bundle, raw=True, display_id=True)
+
+
 def _narrow(**options: Any) -> w.Dropdown:
     style = {"description_width": "auto"}
     return w.Dropdown(style=style, layout=w.Layout(width="auto"), **options)
@@ -436,17 +443,13 @@ def _button(name: str) -> w.Button:
     return button
 
 
-def _text(name: str, value: str) -> w.Text:
-    return w.Text(value=value, placeholder="none", description=name, continuous_update=False)
-
-
 def _knob(name: str, setting: Setting, value: Any) -> Any:
     """-> the widget for one setting; the session checks what it says."""
     options = {"value": value, "description": name, "tooltip": setting.help}
     if setting.choices is not None:
         return w.Dropdown(options=setting.choices, **options)
-    if setting.default is None:
-        return _text(name, value)
+    if setting.default is None or setting.type is str:
+        return w.Text(placeholder="none", continuous_update=False, **options)
     if name in SAMPLING and setting.type is float:
         high = max(2.0, value) if name == "temperature" else setting.high
         return w.FloatSlider(min=setting.low, max=high, step=0.05, **options)

@@ -1,6 +1,7 @@
 """The chat in a real JupyterLab in a real browser, used as a reader uses it."""
 
 import re
+import shutil
 import time
 
 import pytest
@@ -310,3 +311,26 @@ def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
         assert cut == []
     finally:
         page.set_viewport_size(size)
+
+
+def test_a_saved_chat_that_is_opened_again_shows_its_transcript(reader, address, folder):
+    reader.type("Who saves me?")
+    reader.enter()
+    reader.wait(".irann-model")
+    reader.click("stop")
+    said = reader.done().splitlines()[-1]
+    assert not reader.page.locator("pre.irann-stored").is_visible()
+    saved, again, until = folder / "chat.ipynb", folder / "again.ipynb", time.monotonic() + 30
+    reader.page.keyboard.press("Control+s")
+    while "Who saves me?" not in saved.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.3)
+    shutil.copy(saved, again)
+    page = reader.page.context.browser.new_page()
+    try:
+        page.goto(address.replace("chat.ipynb", "again.ipynb"), timeout=3 * WAIT)
+        stored = page.locator("pre.irann-stored")
+        stored.wait_for(timeout=3 * WAIT)
+        assert stored.inner_text().startswith("Who saves me?") and said in stored.inner_text()
+    finally:
+        page.close()
