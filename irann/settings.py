@@ -46,14 +46,17 @@ class Setting:
         if self.choices is not None or self.type is bool:
             allowed = self.choices or (True, False)
             if type(value) is not self.type or value not in allowed:
-                raise InputError(f"{name} is {self.words()}; got {value!r}")
+                raise InputError(f"{name} is {self.words()}; got {_shortly(value)}")
             return value
         number = value
         if isinstance(value, bool) or not isinstance(value, int | float):
             number = _scalar(value)
         if number is None or not self._fits(number):
-            raise InputError(f"{name} is {self.words()}; got {value!r}")
-        return self.type(number)
+            raise InputError(f"{name} is {self.words()}; got {_shortly(value)}")
+        try:
+            return self.type(number)
+        except OverflowError:  # a whole number that no float can hold
+            raise InputError(f"{name} is {self.words()}; got {_shortly(value)}") from None
 
     def read(self, name: str, value: Any) -> Any:
         """As `check`, but a text is first read as a value: what the command line and the chat hand over."""
@@ -82,10 +85,9 @@ class Setting:
         return noun + start + end + (", or null" if self.default is None else "")
 
     def _fits(self, number: int | float) -> bool:
-        if self.type is int and number != int(number if math.isfinite(number) else 0):
-            return False
-        if isinstance(number, float) and not math.isfinite(number):
-            return False
+        if isinstance(number, float):  # a whole number may be too large for these questions
+            if not math.isfinite(number) or (self.type is int and number != int(number)):
+                return False
         return (
             (self.low is None or number >= self.low)
             and (self.high is None or number <= self.high)
@@ -117,6 +119,13 @@ class Checked:
 
 def _shown(bound: float) -> str:
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+
+
+def _shortly(value: Any) -> str:
+    """-> the value as one would type it; of a very large number only how large it is."""
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return f"a number of {value.bit_length():,} bits"
+    return repr(value)
 
 
 def _scalar(value: Any) -> int | float | None:

@@ -101,3 +101,16 @@ def test_heads_share_a_width_equally_and_in_pairs_where_rotary():
         check_heads(10, 3, rotary=False)
     with pytest.raises(InputError, match="3 heads of a width of 9 have 3 channels each"):
         check_heads(9, 3, rotary=True)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_number_that_no_float_can_hold_is_refused_like_any_other(digits):
+    for setting in (STEPS, Setting(3e-3, "", low=0.0), Setting(1, "", low=1)):
+        huge = 10**digits
+        if setting.type is float or setting is STEPS:
+            with pytest.raises(InputError, match="x is a.* number from"):
+                setting.check("x", huge)
+            with pytest.raises(InputError, match="x is a.* number from"):
+                setting.read("x", "1" + "0" * digits)
+        else:
+            assert setting.check("x", huge) == huge

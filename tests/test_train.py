@@ -253,17 +253,50 @@ def test_the_average_by_hand(small, states):
         torch.testing.assert_close(p, expected[name])
 
 
-def test_training_runs_whatever_torch_s_default_device_is(small):
+def test_training_runs_whatever_torch_s_default_device_is(small, tmp_path):
     """The windows are drawn on the CPU; "meta" stands in for a GPU, and would be met anywhere."""
     losses = []
     for device in ("cpu", "meta"):
         model, recipe = tiny(steps=2)
         torch.set_default_device(device)
         try:
-            losses.append([tick.loss for tick in train(model, small, recipe)])
+            run = tmp_path / device
+            losses.append([tick.loss for tick in train(model, small, recipe, run=run)])
         finally:
             torch.set_default_device(None)
     assert losses[0] == losses[1]
+
+
+def test_training_has_gradients_whatever_the_caller_s_mode_is(small):
+    model, recipe = tiny(steps=2)
+    other = copy.deepcopy(model)
+    expected = [tick.loss for tick in train(model, small, recipe)]
+    with torch.no_grad():
+        assert [tick.loss for tick in train(other, small, recipe)] == expected
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        train(model, small, recipe)
+    with torch.inference_mode():
+        model, _ = tiny()
+    with pytest.raises(InputError, match="inference_mode"):
+        train(model, small, recipe)
+
+
+def test_a_training_whose_model_another_one_changed_is_refused_and_saves_nothing(small, tmp_path):
+    model, recipe = tiny(steps=6, evaluate_every=0)
+    first = train(model, small, recipe, run=tmp_path / "first")
+    next(first)
+    second = train(model, small, recipe)
+    next(second)
+    left = train(model, small, recipe, run=tmp_path / "left")
+    next(left)
+    next(second := train(model, small, recipe))
+    with pytest.raises(InputError, match="another training of this model"):
+        next(first)
+    left.close()
+    for name in ("first", "left"):
+        assert not checkpoint.listed(tmp_path / name)  # its weights would be another one's
+    assert [tick.step for tick in second] == [2, 3, 4, 5, 6]
+    assert len(list(train(model, small, recipe))) == 6  # one after the other is nobody's harm
 
 
 def test_another_thread_that_writes_leaves_training_undisturbed(small):
@@ -423,6 +456,8 @@ def test_a_signal_that_nobody_asked_for_is_raised_again_at_the_end():
     with Signals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop() == signal.SIGINT
+    with stop:
+        assert stop() == 0  # what came in an earlier block is over
 
 
 def test_signals_that_others_handle_or_ignore_stay_theirs(small):

@@ -263,6 +263,11 @@ def _check(model: LanguageModel, text: Text, recipe: Recipe) -> None:
         raise InputError(
             "every parameter of the model is frozen: there is nothing to train; unfreeze some with requires_grad_()"
         )
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise InputError(
+            "nothing can be trained under torch.inference_mode, nor weights that were made there: leave it, "
+            "and build the model outside"
+        )
     _, world = rank_and_world()
     if recipe.batch % (world * recipe.accumulate):
         raise InputError(

@@ -163,7 +163,7 @@ class Run:
         state = self.state
         for note in self.notes[:-1]:  # why checkpoints were skipped, which no tick has told
             warnings.warn(note, stacklevel=2)
-        news = state.step != self.saved_at and not state.midstep
+        news = state.step != self.saved_at and not state.midstep and state.undisturbed()
         expected = isinstance(error, NotFinite | DiskError)
         if self.writes and news and not expected and state.world == 1 and state.finite():
             if self.metrics.step < state.step:

@@ -29,6 +29,8 @@ class Signals:
         return self.told
 
     def __enter__(self) -> "Signals":
+        self.caught = self.told = 0  # what came in an earlier block is over
+        self.before = {}
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
                 signum = getattr(signal, name, None)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import hashlib
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,13 @@ from torch import Tensor
 from .. import checkpoint
 from ..checkpoint import Snapshot
 from ..lm import LanguageModel, exclusive
+from ..settings import InputError
 from ..text import Text
 from .processes import gathered, rank_and_world
 from .recipe import Recipe, optimizers
 
 REMEMBERED = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}  # per parameter
+LAST_TRAINED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> mark
 GLOBAL_GENERATOR = threading.RLock()  # one thread at a time swaps or seeds torch's
 
 
@@ -49,6 +52,7 @@ class State:
         self.seconds = 0.0
         self.validation: float | None = None
         self.midstep = False
+        self.mark: object = None  # of this training, from its first step on
 
     @property
     def characters(self) -> int:
@@ -58,9 +62,24 @@ class State:
     def stepping(self) -> Iterator[None]:
         """One step: nobody else uses the model, and dropout draws from this training's own stream."""
         self.midstep = True
-        with exclusive(self.model), self.dropout:
+        with exclusive(self.model), self.dropout, torch.enable_grad():
+            self._begin()
             yield
         self.midstep = False
+
+    def _begin(self) -> None:
+        """Raises InputError if another training has changed the model since this one's last step."""
+        if self.mark is None:
+            self.mark = LAST_TRAINED[self.model] = object()
+        if not self.undisturbed():
+            raise InputError(
+                "another training of this model has begun since, and has changed its weights: train a copy of the "
+                "model (copy.deepcopy), or one after the other"
+            )
+
+    def undisturbed(self) -> bool:
+        """-> whether the model's weights are still those of this training."""
+        return self.mark is None or LAST_TRAINED.get(self.model) is self.mark
 
     @torch.no_grad()
     def update_average(self) -> None:
@@ -139,7 +158,7 @@ class State:
             memory |= {f"average.{name}": p for name, p in self.average.named_parameters()}
         for name, (optimizer, p, key) in self._memory().items():
             if p in optimizer.state:  # a parameter that never had a gradient has none
-                memory[name] = torch.as_tensor(optimizer.state[p][key])
+                memory[name] = torch.as_tensor(optimizer.state[p][key], device=p.device)
         rng = {"order": self.order.get_state(), "draws": self.draws.get_state()}
         for rank, states in enumerate(gathered(self.dropout.states)):
             rng |= {f"{name}.{rank}": state for name, state in states.items()}
