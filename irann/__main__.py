@@ -78,7 +78,7 @@ Prompt = _option("what the text begins with; - reads it from standard input")
 Encoded = _option("also write train_encoded.npy, val_encoded.npy, vocab.json here", metavar="DIR")
 Lies = _option("where tiny-shakespeare already lies", metavar="FILE")
 What = typer.Argument(
-    help=f"scan: the scan against others; all: trained models too; {NAMES}: that one alone; "
+    help=f"scan: the scan against others; waiting: training beside other work; all: trained models too; {NAMES}: that one alone; "
     "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
 )
 Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from irann import zoo
-from irann.bench import speed
+from irann.bench import speed, suite, waiting
 from irann.lm import Draft
 from irann.text import Vocabulary
 
@@ -93,3 +93,11 @@ def test_a_number_of_steps_is_tried_by_words_judge_and_speed(clock):
     rates = {"median": 3, "low": 2, "high": 6}
     words, judge = speed.summary([0.5]), speed.summary([12])
     assert row == {"steps": 4, "words": words, "judge": judge, "chars_per_second": rates}
+
+
+def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path):
+    measured = suite.main("waiting", quick=True, out=tmp_path)["waiting"]
+    for ways in measured["seconds"].values():
+        assert list(ways) == list(waiting.WAYS) and all(s[0] > 0 for s in ways.values())
+    page = (tmp_path / "waiting.md").read_text()
+    assert page.count("| quiet |") == page.count("| another training |") == 1

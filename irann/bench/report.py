@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import quality, races
+from . import quality, races, speed
 from .races import Rows
 
 TIMES = ("implementation", "ms, median (lowest, highest)", "times as long as the first")
@@ -45,6 +45,8 @@ def markdown(report: dict) -> str:
     """A race, one model alone, or all that is measured, as a page."""
     if "race" in report:
         return "\n".join(_race(report))
+    if "waiting" in report:
+        return "\n".join(_waiting(report["waiting"]))
     if "scan" not in report:
         return "\n".join(_models(report["models"])[1:])
     page = _scan(report)
@@ -53,6 +55,18 @@ def markdown(report: dict) -> str:
     if "models" in report:
         page += _models(report["models"])
     return "\n".join(page[1:])
+
+
+def _waiting(measured: dict) -> list[str]:
+    title = (
+        f"Seconds of {measured['steps']} training steps of the tiny GPT, {measured['cores']} cores"
+    )
+    ways = next(iter(measured["seconds"].values()))
+    rows = (
+        [beside, *(ranged(summary, 1) for summary in map(speed.summary, seconds.values()))]
+        for beside, seconds in measured["seconds"].items()
+    )
+    return section(f"{title} (median, lowest, highest)", ["beside", *ways], rows)[1:]
 
 
 def table(header: Sequence, rows: Iterable[Sequence]) -> list[str]:

@@ -22,7 +22,7 @@ from ..lm import evaluating
 from ..settings import InputError
 from ..text import Text
 from ..training import evaluate
-from . import quality, races, report, scan, speed
+from . import quality, races, report, scan, speed, waiting
 
 EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the stretches of a window that are told apart
 
@@ -41,7 +41,9 @@ def main(
     than the CPU where no race is run; CheckpointError for a model's name where it has no weights.
     """
     out = Path(out)
-    known = dict.fromkeys(("all", "scan", *races.RACES, *zoo.MODELS))  # `thinker` is a race
+    known = dict.fromkeys(
+        ("all", "scan", "waiting", *races.RACES, *zoo.MODELS)
+    )  # `thinker` is a race
     if what not in known:
         raise InputError(f"bench takes one of {', '.join(known)}; got {what!r}")
     if what in races.RACES:
@@ -63,6 +65,8 @@ def parts_of(what: str) -> dict[str, Callable[[bool], dict]]:
     """-> what is measured, by its name in the report: functions of `quick`."""
     if what in zoo.MODELS:
         return {"models": partial(trained_models, only=what)}
+    if what == "waiting":
+        return {"waiting": waiting.waiting}
     parts: dict[str, Callable[[bool], dict]] = {
         "scan": scan.times,
         "growth": scan.growth,

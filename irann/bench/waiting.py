@@ -4,7 +4,6 @@ python -m irann.bench.waiting STEPS trains the tiny GPT in a process of its own,
 """
 
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,19 +55,10 @@ def beside_a_busy_one(way: dict, steps: int) -> float:
         busy.wait()
 
 
-def table(measured: dict) -> list[list[str]]:
-    """-> by what else runs, each way's seconds: median (lowest, highest)."""
-    lines = []
-    for condition, ways in measured["seconds"].items():
-        cells = (f"{statistics.median(s):.1f} ({min(s):.1f}, {max(s):.1f})" for s in ways.values())
-        lines.append([condition, *cells])
-    return lines
-
-
 def main(steps: int) -> None:
     import time
 
-    import torch  # first, as chapters do
+    import torch  # noqa: F401  first, as chapters do
 
     import irann
 
