@@ -11,7 +11,7 @@ for tick in irann.train(model, text, irann.Recipe(steps=500)):
     ...
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import machine, shakespeare, text
 from .lm import Draft, generate
@@ -19,6 +19,9 @@ from .settings import InputError
 from .text import Text, Vocabulary
 from .training import Recipe, Signals, evaluate, progress, train
 from .zoo import build, load, recipe
+
+if TYPE_CHECKING:
+    from .chat.widget import Chat
 
 __version__ = "0.2.0"
 __all__ = [

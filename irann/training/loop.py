@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +60,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     stop: Callable[[], int | None] | None = None,
-) -> Iterator[Tick]:
+) -> Generator[Tick, None, None]:
     """Train `model` in place, yielding a Tick per step.
 
     With `run`, a directory, checkpoints and metrics.jsonl are kept there; `resume` goes on from its newest valid
@@ -83,7 +83,7 @@ def train(
     return _train(model, text, recipe, folder, resume, overwrite, stop)
 
 
-def _train(model, text, recipe, folder, resume, overwrite, stop) -> Iterator[Tick]:
+def _train(model, text, recipe, folder, resume, overwrite, stop) -> Generator[Tick, None, None]:
     state = State(model, text, recipe)
     loss_of = _loss_of(model, recipe, state.world)
     characters = recipe.batch * model.config.window
