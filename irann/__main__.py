@@ -10,7 +10,6 @@ import functools
 import os
 import shlex
 import sys
-import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -208,8 +207,7 @@ def sample(
         settings[name] = known.read(name, value) if known else value
     lm.check_settings(network, settings)
     vocabulary = lm.vocabulary_of(network)
-    if vocabulary.unknown(prompt):  # an accent typed apart from its letter
-        prompt = unicodedata.normalize("NFC", prompt)
+    prompt = vocabulary.spelt(prompt)
     streams.check_encoding(vocabulary.characters)
     shown = 0
     try:

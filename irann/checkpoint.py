@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import platform
-import shlex
 import shutil
 import tempfile
 from contextlib import suppress
@@ -62,7 +61,7 @@ def environment() -> dict[str, Any]:
 
     `kernel` says whether the scan's kernel in C can be had, as far as that shows without building it.
     """
-    compiler = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
+    compiler = (os.environ.get("CC", "").split() or ["cc"])[0]
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
@@ -193,7 +192,11 @@ def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
 def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
     """-> the valid checkpoint with the lowest validation loss, or the newest if none was validated; and what was skipped."""
     skipped: list[str] = []
-    if found := _first_whole(_by_validation(listed(run)), skipped):
+    folders = listed(run)
+    unreadable = [
+        folder for folder in folders if not config_of(folder)
+    ]  # one of them may be the best
+    if found := _first_whole(unreadable + _by_validation(folders), skipped):
         return *found, skipped
     folder, snapshot, more = newest(run)
     return folder, snapshot, skipped + more

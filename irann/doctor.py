@@ -76,7 +76,12 @@ def _torch(problems: list[str]) -> Iterator[str]:
 
 
 def _scan(problems: list[str]) -> Iterator[str]:
-    yield from kernels.describe().splitlines()
+    lines = kernels.describe().splitlines()
+    yield from lines
+    if os.environ.get("CC", "").strip() and "no C kernel" in lines[0]:
+        problems.append(
+            f"CC is {os.environ['CC']!r}, and the scan's C kernel cannot be built with it"
+        )
 
 
 def _corpus(problems: list[str]) -> Iterator[str]:

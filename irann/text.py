@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,15 @@ class Vocabulary:
     def unknown(self, text: str) -> str:
         """-> the characters of `text` that are not in here, each once, in the order they appear."""
         return "".join(dict.fromkeys(c for c in text if c not in self._id))
+
+    def spelt(self, text: str) -> str:
+        """-> the text as this vocabulary has it: CR LF as LF, and accents composed or apart, whichever is known."""
+        if not self.unknown(text):
+            return text
+        if "\r" not in self._id:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))]
+        return min(forms, key=lambda form: len(self.unknown(form)))
 
     def encode(self, text: str) -> Int[Tensor, "t"]:
         """-> ids, int64. Raises InputError that shows the characters it does not know."""

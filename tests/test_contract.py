@@ -346,6 +346,24 @@ def test_mixed_precision_loses_little_and_nothing_in_the_parts(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_built_on_meta_and_filled_by_assignment_it_is_the_same_model(name):
+    model = excite(tiny(name), 0.2).eval()
+    with torch.device("meta"):
+        other = tiny(name).eval()
+    assert {p.device.type for p in other.parameters()} == {"meta"}
+    state = model.state_dict() | {
+        n: b for n, b in model.named_buffers() if n not in model.state_dict()
+    }
+    other.load_state_dict(state, assign=True, strict=False)
+    wanted = model.nll(ids(2, 17), generator=rng())
+    for n, b in other.named_buffers():  # what no checkpoint keeps
+        if b.is_meta:
+            module, _, leaf = n.rpartition(".")
+            other.get_submodule(module)._buffers[leaf] = model.get_buffer(n).clone()
+    assert torch.equal(other.nll(ids(2, 17), generator=rng()), wanted)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_save_and_load_give_the_same(name, small, tmp_path):
     model, (_, config, plan) = tiny(name), recipe(name, steps=2)
     list(train(model, small, plan, run=tmp_path / "run"))

@@ -97,7 +97,7 @@ def flip(path):
     path.write_bytes(data)
 
 
-DAMAGES = [truncate, empty, pad, flip, os.unlink]
+DAMAGES = [truncate, flip, pad, empty, os.unlink]
 
 
 @pytest.mark.parametrize("file", [*checkpoint.FILES, "manifest.json"])

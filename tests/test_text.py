@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import tracemalloc
+import unicodedata
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
@@ -294,3 +295,14 @@ def test_reference_likelihoods(corpus):
     assert REFERENCES["uniform"] == pytest.approx(math.log(65), abs=1e-5)
     assert REFERENCES["unigram"] == pytest.approx(-unigram[val].mean().item(), abs=1e-5)
     assert REFERENCES["bigram"] == pytest.approx(-bigram[val[:-1], val[1:]].mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_text_is_spelt_as_its_vocabulary_has_it(form, other):
+    known = unicodedata.normalize(form, "caf\u00e9 \u1eef\n")
+    vocabulary = Vocabulary(known)
+    typed = unicodedata.normalize(other, "caf\u00e9 \u1eef\n")
+    assert vocabulary.spelt(typed) == vocabulary.spelt(known) == known
+    assert vocabulary.spelt(typed.replace("\n", "\r\n")) == known
+    assert vocabulary.spelt("z" + typed) == "z" + known  # a stranger stays, for `encode` to name
+    assert Vocabulary("a\r\n").spelt("a\r\n") == "a\r\n"

@@ -203,14 +203,10 @@ class Session:
     def clean(self, text: str) -> tuple[str, str]:
         """-> the text in characters that the model knows, and a sentence about those it does not know, or ''.
 
-        Accents are composed first: a letter and an accent typed apart may be one character to the model.
+        A letter and an accent typed apart may be one character to the model, or the other way round.
         """
         vocabulary = lm.vocabulary_of(self.model)
-        if not vocabulary.unknown(text):
-            return text, ""
-        if vocabulary.unknown("\r"):
-            text = text.replace("\r\n", "\n").replace("\r", "\n")
-        text = unicodedata.normalize("NFC", text)
+        text = vocabulary.spelt(text)
         unknown = vocabulary.unknown(text)
         plainer = {}
         for character in unknown:

@@ -19,7 +19,7 @@ def prepare() -> None:
             os.fstat(number)
         except OSError:
             os.dup2(os.open(os.devnull, os.O_RDWR), number)
-    if getattr(sys.stdout, "errors", None) == "strict":
+    if getattr(sys.stdout, "errors", None) in ("strict", "surrogateescape"):  # the C locale's
         sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
 
 

@@ -58,9 +58,11 @@ class Schedule:
         self.name = name
         self.steps = steps
         if name == "linear":
-            betas = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
+            betas = torch.linspace(
+                0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu"
+            )
         else:
-            u = torch.arange(steps + 1, dtype=torch.float64) / steps
+            u = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
             curve = self.curves[name](u)
             betas = 1 - curve[1:] / curve[:-1]
         self.betas: Table = betas.clamp(max=0.999)
@@ -141,7 +143,7 @@ class Schedule:
             raise ValueError(
                 f"this schedule has 1 to {self.steps} steps to choose from; got {count}"
             )
-        spaced = torch.linspace(self.steps - 1, 0, count, dtype=torch.float64)
+        spaced = torch.linspace(self.steps - 1, 0, count, dtype=torch.float64, device="cpu")
         return [1 + round(tau) for tau in spaced.tolist()]
 
 

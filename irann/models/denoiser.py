@@ -187,7 +187,7 @@ class Denoiser(LanguageModel):
         Nine tenths follow the rise of the remembered cross-entropy, smoothed and made monotone (Dieleman et al., section
         4.2); one tenth is uniform, so that no level is forgotten.
         """
-        p = torch.full((BINS,), 1 / BINS, dtype=torch.float64)
+        p = torch.full((BINS,), 1 / BINS, dtype=torch.float64, device="cpu")
         if self.config.adaptive:
             curve = F.pad(self.level_loss.cpu().double()[None], (2, 2), mode="replicate")[0]
             curve = curve.unfold(0, 5, 1).mean(-1).cummax(0).values
@@ -195,7 +195,8 @@ class Denoiser(LanguageModel):
             p = 0.9 * rise / rise.sum().clamp(min=1e-9) + 0.1 * p
         # The distribution function at the edges of the bins, and linearly between them at every level.
         edges = F.pad(p.cumsum(0), (1, 0))
-        at = torch.arange(self.config.levels + 1, dtype=torch.float64) / (self.config.levels / BINS)
+        at = torch.arange(self.config.levels + 1, dtype=torch.float64, device="cpu")
+        at = at / (self.config.levels / BINS)
         low = at.floor().long().clamp(max=BINS - 1)
         p = (edges[low] + (at - low) * (edges[low + 1] - edges[low])).diff()
         p[0] = 0

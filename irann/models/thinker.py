@@ -132,6 +132,10 @@ class Thinker(RecurrentDepth, Reader):
         generator: Generator | None,
     ) -> tuple[Float[Tensor, "b t v"], ThinkerCache]:
         """`read`, with settings that `rule` has checked once for all calls."""
+        if torch.compiler.is_exporting() and rule["stop"] != "fixed":
+            raise InputError(
+                "how long a thinker thinks depends on the text: export cannot follow it"
+            )
         start = state.length if state else 0
         end = start + ids.shape[1]
         if end > self.config.window:

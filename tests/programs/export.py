@@ -5,12 +5,19 @@ import torch
 import irann
 from irann import zoo
 from irann.lm import Reader
+from irann.settings import InputError
 
 ids = torch.zeros(1, 12, dtype=torch.long)
 for name, entry in zoo.MODELS.items():
-    if not issubclass(entry.model, Reader) or name == "thinker":  # whose rounds depend on the text
-        continue
     model = zoo.build(name, zoo.recipe(name, "tiny")[0]).eval()
+    if name == "thinker":  # whose rounds depend on the text
+        try:
+            torch.export.export(model, (ids,))
+        except InputError as error:
+            assert "export cannot follow it" in str(error)
+            continue
+    if not issubclass(entry.model, Reader):
+        continue
     exported = torch.export.export(model, (ids,))
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(ids), model(ids), atol=1e-5, rtol=1e-5)
