@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ from .text import Vocabulary
 
 LENGTH = Setting(0, "characters to write", low=0, high=10_000_000)
 SEED = Setting(0, "the same seed gives the same text", low=0, high=2**62)
-Ids = Int[Tensor, "b t"]
+Ids = Integer[Tensor, "b t"]  # uint8 too
 Nats = Float[Tensor, "b t-1"]  # of `ids[:, 1:]`
 Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]
 PIECE = 2048  # a long prompt is read in pieces of this many characters, so that its logits never fill the memory
@@ -105,7 +105,7 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     def inspect(
-        self, ids: Int[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
+        self, ids: Integer[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
     ) -> dict[str, Tensor]:
         """What this model has to show about each character of a text, by name: (t) numbers, or (... t s) maps."""
         return {}

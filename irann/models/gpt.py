@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,7 +134,7 @@ class GPT(Reader):
         return self.drop(x), rotary
 
     @torch.no_grad()
-    def inspect(self, ids: Int[Tensor, "1 t"]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def inspect(self, ids: Integer[Tensor, "1 t"]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`attention` (layers h t s): the attention weights of every layer and head."""
         x, rotary = self.embed(self.check_ids(ids))
         maps = []

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -296,7 +296,7 @@ class Mamba(Reader):
         return {"delta": delta.mean((0, 2)).tolist()}
 
     @torch.no_grad()
-    def inspect(self, ids: Int[Tensor, "1 t"]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def inspect(self, ids: Integer[Tensor, "1 t"]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """`delta` (t): the mean step size of each character, how much of the state it rewrites."""
         x = self.embeddings(self.check_ids(ids))
         deltas = []
