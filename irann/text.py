@@ -57,8 +57,8 @@ class Vocabulary:
             return text
         if "\r" not in self._id:
             text = text.replace("\r\n", "\n").replace("\r", "\n")
-        forms = [text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))]
-        return min(forms, key=lambda form: len(self.unknown(form)))
+        composed, apart = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        return min((composed, text, apart), key=lambda form: len(self.unknown(form)))
 
     def encode(self, text: str) -> Int[Tensor, "t"]:
         """-> ids, int64. Raises InputError that shows the characters it does not know."""
