@@ -3,6 +3,8 @@
 Clean means: no times and no widget states, which would differ at every run, and only the metadata that the .md has.
 """
 
+import base64
+import io
 import sys
 import time
 from pathlib import Path
@@ -10,20 +12,45 @@ from pathlib import Path
 import jupytext
 import nbformat
 from nbclient import NotebookClient
+from PIL import Image
 
 
 def execute(page: Path) -> Path:
     """-> the .ipynb beside `page`. An error in a cell is raised, and nothing is stored."""
     notebook = jupytext.read(page)
     clean = {"record_timing": False, "store_widget_state": False, "coalesce_streams": True}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(page.parent)}}, **clean).execute()
-    keep = {"jupytext": {"default_lexer": "ipython3", "formats": "ipynb,md:myst"}, "language_info": notebook.metadata.language_info}
+    NotebookClient(
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(page.parent)}},
+        **clean,
+    ).execute()
+    keep = {
+        "jupytext": {"default_lexer": "ipython3", "formats": "ipynb,md:myst"},
+        "language_info": notebook.metadata.language_info,
+    }
     notebook.metadata = nbformat.from_dict(
-        {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, **keep},
+        {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            **keep,
+        }
     )
+    for cell in notebook.cells:
+        for output in cell.get("outputs", ()):
+            if "image/png" in output.get("data", {}):
+                output.data["image/png"] = smaller(output.data["image/png"])
     target = page.with_suffix(".ipynb")
     nbformat.write(notebook, target)
     return target
+
+
+def smaller(picture: str) -> str:
+    """A PNG in base64 -> the same with 160 colours, a third of the size: so that it may be sharp."""
+    image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
+    file = io.BytesIO()
+    image.quantize(160, Image.Quantize.MAXCOVERAGE).save(file, "png", optimize=True)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 if __name__ == "__main__":

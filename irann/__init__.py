@@ -11,17 +11,25 @@ for tick in irann.train(model, text, irann.Recipe(steps=500)):
     ...
 """
 
-from . import shakespeare, text
+from typing import TYPE_CHECKING, Any
+
+from . import machine, shakespeare, text
 from .lm import Draft, generate
+from .settings import InputError
 from .text import Text, Vocabulary
-from .train import Recipe, evaluate, progress, train
+from .training import Recipe, Signals, evaluate, progress, train
 from .zoo import build, load, recipe
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .chat.widget import Chat
+
+__version__ = "0.2.0"
 __all__ = [
     "Chat",
     "Draft",
+    "InputError",
     "Recipe",
+    "Signals",
     "Text",
     "Vocabulary",
     "build",
@@ -36,9 +44,20 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name == "Chat":  # ipywidgets loads when it is used, not when irann is imported
+def __getattr__(name: str) -> Any:
+    if name != "Chat":
+        raise AttributeError(f"module 'irann' has no attribute {name!r}")
+    try:  # ipywidgets loads when it is used, not when irann is imported
         from .chat.widget import Chat
+    except ModuleNotFoundError as error:
+        if error.name not in ("ipywidgets", "IPython"):
+            raise
+        return _no_chat
+    return Chat
 
-        return Chat
-    raise AttributeError(f"module 'irann' has no attribute {name!r}")
+
+def _no_chat(*_: Any, **__: Any) -> None:
+    raise ImportError("irann.Chat needs ipywidgets and IPython: pip install 'irann[book]'")
+
+
+machine.share_cores()

@@ -1,7 +1,8 @@
-"""The command line: irann data | train | sample | chat | eval | bench.
+"""The command line: irann data | train | sample | chat | eval | bench | doctor.
 
-Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4 data not what it should be, 5 loss not finite,
-6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a checkpoint saved, 141 when nobody reads what training tells.
+Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4 data not what it should be,
+5 loss not finite, 6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a checkpoint saved, 141 when
+nobody reads what training tells. Whatever else goes wrong is a fault of the program, and keeps its traceback.
 """
 
 import contextlib
@@ -9,40 +10,107 @@ import functools
 import os
 import shlex
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import torch
 import typer
+
+from . import lm, shakespeare, zoo
+from .chat import streams
+from .checkpoint import CheckpointError, DiskError, why
+from .sampling import SAMPLING
+from .settings import InputError, Setting
+from .text import CorpusError, Text, read_text
+from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
+
+EXIT_CODES: dict[type[Exception], int] = {
+    CheckpointError: 3,
+    CorpusError: 4,
+    NotFinite: 5,
+    InUse: 6,
+    InputError: 2,
+    DiskError: 1,
+    OSError: 1,
+}
+SEEDS = Setting(3, "how often a race is run", low=1)
+WRITERS = ("train", "bench")  # they leave files: what they print may go nowhere
+NAMES = "gpt, thinker, thinker-page, diffusion or mamba"
+ABOUT = f"""Small language models on tiny-shakespeare: train them, let them write, compare them.
+
+MODEL is {NAMES}. Begin with: irann train gpt --recipe demo"""
+EXTRA: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="Small language models on tiny-shakespeare: train them, let them write, compare them.\n\n"
-    "MODEL is gpt, thinker, thinker-page, diffusion or mamba. Begin with: irann train gpt --recipe demo",
+    help=ABOUT,
 )
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="gpt, thinker, thinker-page, diffusion or mamba")]
-Trained = Annotated[str, typer.Argument(metavar="MODEL", help="a model's name, or a run directory, or a checkpoint")]
-Corpus = Annotated[Path | None, typer.Option(metavar="FILE", help="another UTF-8 text instead of tiny-shakespeare")]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, or auto: a GPU where there is one")]
-SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True}
+
+def _option(help: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar)
+
+
+def _number(setting: Setting) -> Any:
+    """An option whose text `setting` reads."""
+    return typer.Option(metavar="NUMBER", help=setting.help)
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES)]
+Trained = Annotated[
+    str, typer.Argument(metavar="MODEL", help="a model's name, or a run directory, or a checkpoint")
+]
+OtherText = _option("another UTF-8 text instead of tiny-shakespeare", metavar="FILE")
+Corpus = Annotated[Path | None, OtherText]
+Device = Annotated[str, _option("cpu, cuda, mps, or auto: a GPU where there is one")]
+Recipe = _option("demo: about a minute; full: up to 90 minutes of two CPU cores")
+Changes = _option("change the recipe or the size, e.g. lr=1e-3", "--set", metavar="NAME=VALUE")
+Run = _option("where checkpoints and metrics go; default runs/MODEL-RECIPE", metavar="DIR")
+Resume = _option("go on from the newest checkpoint of the run", "--resume")
+Overwrite = _option("throw the run in this directory away and start anew", "--overwrite")
+Log = _option("also log to wandb or tensorboard (pip install 'irann[log]')", metavar="TOOL")
+Prompt = _option("what the text begins with; - reads it from standard input")
+Encoded = _option("also write train_encoded.npy, val_encoded.npy, vocab.json here", metavar="DIR")
+Lies = _option("where tiny-shakespeare already lies", metavar="FILE")
+What = typer.Argument(
+    help=f"scan: the scan against others; waiting: training beside other work; all: trained models too; {NAMES}: that one alone; "
+    "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
+)
+Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
+Report = _option("where the report goes; bench-report, or bench-report/quick", metavar="DIR")
+RaceDevice = _option("cpu, cuda, mps or auto: what a race is trained on; all else is on the CPU")
+
+
+def _version(wanted: bool) -> None:
+    import irann
+
+    if wanted:
+        print(f"irann {irann.__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=ABOUT)
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="say it, and end")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
 def data(
-    out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="also write train_encoded.npy, val_encoded.npy and vocab.json here")
-    ] = None,
-    corpus: Annotated[Path | None, typer.Option(metavar="FILE", help="where tiny-shakespeare already lies")] = None,
-):
+    out: Annotated[Path | None, Encoded] = None, corpus: Annotated[Path | None, Lies] = None
+) -> None:
     """Find or rebuild tiny-shakespeare, check it, and say where it came from."""
-    from . import shakespeare
-
     text = shakespeare.load(corpus)
+    sizes = f"{len(text.train):,} characters to train on, {len(text.val):,} to validate with"
     print(f"tiny-shakespeare, {text.source}")
-    print(f"{len(text.train):,} characters to train on, {len(text.val):,} to validate with, {len(text.vocabulary)} different ones")
+    print(f"{sizes}, {len(text.vocabulary)} different ones")
     print(f"SHA-256 {text.sha256}")
     if out:
         for path in text.write(out):
@@ -52,90 +120,104 @@ def data(
 @app.command("train")
 def train_command(
     model: Model,
-    recipe: Annotated[str, typer.Option(help="demo: about a minute; full: up to 90 minutes of two CPU cores")] = "demo",
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="change the recipe or the size, e.g. lr=1e-3")
-    ] = None,
-    run: Annotated[Path | None, typer.Option(metavar="DIR", help="where checkpoints and metrics go; default runs/MODEL-RECIPE")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint of the run")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="throw the run in this directory away and start anew")] = False,
+    recipe: Annotated[str, Recipe] = "demo",
+    changes: Annotated[list[str] | None, Changes] = None,
+    run: Annotated[Path | None, Run] = None,
+    resume: Annotated[bool, Resume] = False,
+    overwrite: Annotated[bool, Overwrite] = False,
     corpus: Corpus = None,
     device: Device = "auto",
-    log: Annotated[str | None, typer.Option(metavar="TOOL", help="also log to wandb or tensorboard (pip install 'irann[log]')")] = None,
-):
+    log: Annotated[str | None, Log] = None,
+) -> None:
     """Train a model; Ctrl-C saves a checkpoint, --resume goes on from it."""
-    from . import zoo
-    from .train import progress, train
-
     if log not in (None, "wandb", "tensorboard"):
-        raise ValueError(f"--log is wandb or tensorboard; got {log!r}")
+        raise InputError(f"--log is wandb or tensorboard; got {log!r}")
     pairs = dict(_pair(change) for change in changes or ())
     zoo.recipe(model, recipe, **pairs)  # names and values first, before anything is read
     text = _corpus(corpus)
-    config, plan = zoo.recipe(model, recipe, **{"vocabulary": len(text.vocabulary)} | pairs)
+    sizes = {"vocabulary": len(text.vocabulary)} | pairs
+    config, plan = zoo.recipe(model, recipe, **sizes)
+    run = run or Path("runs") / f"{model}-{recipe}"
     with _processes() as rank:
-        network = zoo.build(model, config, seed=plan.seed).to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
-        run = run or Path("runs") / f"{model}-{recipe}"
-        say = print if rank == 0 else lambda *_: None
+        network = zoo.build(model, config, seed=plan.seed)
+        network = network.to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
         size = sum(p.numel() for p in network.parameters())
-        say(f"{model}, {size:,} parameters, recipe {recipe}: {plan.steps:,} steps of {plan.batch * config.window:,} characters; {run}")
-        logger = _logger(log, run) if rank == 0 else None
-        ticks = train(network, text, plan, run=run, resume=resume, overwrite=overwrite)
-        tick = None
-        with contextlib.closing(ticks):  # which saves, whatever fails here
-            for tick in progress(ticks, plan.steps, mininterval=0.5) if rank == 0 else ticks:
-                for note in tick.notes:
-                    say(note)
-                if logger:
-                    logger(tick)
-        if tick is None:
-            say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
-        elif tick.interrupted:
-            say(f"stopped at step {tick.step:,}, saved in {tick.saved}; go on with: {_again()}")
-            raise typer.Exit(128 + tick.interrupted)
-        else:
-            exact = "nats" if network.exact else "nats, a bound,"
-            say(f"{tick.validation:.4f} {exact} per character of the validation part after {tick.seconds:,.0f} s; saved in {tick.saved}")
+        characters = plan.batch * network.config.window
+        say = _nothing if rank else print
+        say(
+            f"{model}, {size:,} parameters, recipe {recipe}: "
+            f"{plan.steps:,} steps of {characters:,} characters; {run}"
+        )
+        logger = None if rank else _logger(log, run)
+        with Signals() as stop:
+            ticks = train(
+                network, text, plan, run=run, resume=resume, overwrite=overwrite, stop=stop
+            )
+            last = _follow(ticks, plan.steps, rank == 0, logger)
+            if last is None:
+                say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
+            elif last.interrupted:
+                say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
+                raise typer.Exit(128 + last.interrupted)
+            else:
+                nats = "nats" if network.exact else "nats, a bound,"
+                say(
+                    f"{last.validation:.4f} {nats} per character of the validation part "
+                    f"after {last.seconds:,.0f} s; saved in {last.saved}"
+                )
 
 
-@app.command(context_settings=SETTINGS)
+def _follow(
+    ticks: Iterator[Tick], steps: int, shown: bool, logger: Callable[[Tick], None] | None
+) -> Tick | None:
+    """Go through a training, on the screen if `shown` -> its last tick. Whatever fails here, a checkpoint is saved."""
+    last = None
+    with contextlib.closing(ticks):  # pyright: ignore[reportArgumentType]
+        for last in progress(ticks, steps, mininterval=0.5) if shown else ticks:
+            if shown and last.notes:
+                print(*last.notes, sep="\n")
+            if logger:
+                logger(last)
+    return last
+
+
+@app.command(context_settings=EXTRA)
 def sample(
     context: typer.Context,
     model: Trained,
-    prompt: Annotated[str, typer.Option(help="what the text begins with; - reads it from standard input")] = "",
-    length: Annotated[int, typer.Option(help="how many characters to write")] = 500,
-    temperature: Annotated[float, typer.Option(help="how bold; 0 always takes the likeliest character")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="only the k likeliest characters; 0: all")] = 0,
-    top_p: Annotated[float, typer.Option(help="only the likeliest characters that hold this probability together")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="the same seed gives the same text")] = None,
+    prompt: Annotated[str, Prompt] = "",
+    length: Annotated[str, _number(lm.LENGTH)] = "500",
+    temperature: Annotated[str, _number(SAMPLING["temperature"])] = "1.0",
+    top_k: Annotated[str, _number(SAMPLING["top_k"])] = "0",
+    top_p: Annotated[str, _number(SAMPLING["top_p"])] = "1.0",
+    seed: Annotated[str | None, _number(lm.SEED)] = None,
     device: Device = "auto",
-):
+) -> None:
     """Let a trained model write. Models may have settings of their own, such as --steps or --rounds."""
-    from . import lm, zoo
-
     _first(model)
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p} | _extra(context.args)
-    for name, value in settings.items():  # what can be refused without loading is refused first
-        if name in lm.SAMPLING:
-            lm.SAMPLING[name].check(name, value)
-    lm.check_length(length)
-    network = zoo.load(model, device=_device(device), say=_warn)
+    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    settings = {name: SAMPLING[name].read(name, value) for name, value in given.items()}
+    characters = lm.LENGTH.read("length", length)
+    number = None if seed is None else lm.SEED.read("seed", seed)
+    prompt = streams.heard() if prompt == "-" else prompt
+    own = _extra(context.args)
+    network = zoo.load(model, device=_device(device), say=streams.tell)
+    for name, value in own.items():
+        known = network.settings.get(name)
+        settings[name] = known.read(name, value) if known else value
     lm.check_settings(network, settings)
-    if prompt == "-":
-        try:
-            prompt = sys.stdin.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the prompt on standard input is not text ({error}): give it in UTF-8") from None
+    vocabulary = lm.vocabulary_of(network)
+    prompt = vocabulary.spelt(prompt)
+    streams.check_encoding(vocabulary.characters)
     shown = 0
-    draft, drafts = None, lm.stream(network, prompt, length, seed=seed, **settings)
     try:
-        for draft in drafts:
-            if "forgotten" in draft.note and not shown:
-                _warn(
-                    f"the window holds {network.config.window} characters: the first {draft.note['forgotten']:,} of the prompt are not read"
+        for draft in lm.stream(network, prompt, characters, seed=number, **settings):
+            if draft.forgotten and not shown:
+                streams.tell(
+                    f"the window holds {network.config.window} characters: "
+                    f"the first {draft.forgotten:,} of the prompt are not read"
                 )
-            settled = network.vocabulary.decode(draft.ids[0, shown : draft.settled])
-            print(settled, end="", flush=True)
+            print(vocabulary.decode(draft.ids[0, shown : draft.settled]), end="", flush=True)
             shown = max(shown, draft.settled)
     except KeyboardInterrupt:
         print()
@@ -143,127 +225,129 @@ def sample(
     print()
 
 
-@app.command(context_settings=SETTINGS)
-def chat(
-    context: typer.Context,
-    model: Trained = "gpt",
-    device: Device = "auto",
-):
+@app.command(context_settings=EXTRA)
+def chat(context: typer.Context, model: Trained = "gpt", device: Device = "auto") -> None:
     """Talk with a trained model; /help lists what can be set."""
     from .chat import terminal
 
     _first(model)
-    settings = _extra(context.args)
-    for name in {"model", "say"} & set(settings):
-        raise ValueError(f"there is no --{name} here; a model is named without one, as in: irann chat mamba --temp 0.8")
-    terminal.main(model, device=_device(device), **settings)
+    terminal.main(model, _extra(context.args), device=_device(device))
 
 
 @app.command("eval")
-def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto"):
+def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto") -> None:
     """Measure nats per character over the whole validation part, every character once."""
-    from . import zoo
-    from .text import Text
-    from .train import evaluate
-
-    network = zoo.load(model, device=_device(device), say=_warn)
+    network = zoo.load(model, device=_device(device), say=streams.tell)
     text = _corpus(corpus)
-    if text.vocabulary != network.vocabulary:
-        everything = text.vocabulary.decode(text.train) + text.vocabulary.decode(text.val)
-        try:
-            text = Text.of(everything, vocabulary=network.vocabulary, source=text.source, sha256=text.sha256)
-        except ValueError as error:
-            raise ValueError(f"{error}; if the model was trained on another text, give that with --corpus FILE") from None
+    vocabulary = lm.vocabulary_of(network)
+    if text.vocabulary != vocabulary:
+        everything = text.vocabulary.decode(torch.cat([text.train, text.val]))
+        if vocabulary.unknown(everything):
+            raise InputError(
+                f"{text.source} has characters that are not among the {len(vocabulary)} of the model, such as "
+                f"{vocabulary.unknown(everything)[:20]!r}; if the model was trained on another text, "
+                "give that with --corpus FILE"
+            )
+        text = Text.of(everything, vocabulary=vocabulary, source=text.source, sha256=text.sha256)
     print(evaluate(network, text))
-    print(f"windows of {network.config.window} characters that do not overlap, every character once; {text.source}")
+    print(
+        f"windows of {network.config.window} characters that do not overlap, "
+        f"every character once; {text.source}"
+    )
 
 
 @app.command()
 def bench(
-    what: Annotated[
-        str,
-        typer.Argument(
-            help="scan: the scan against others; all: trained models too; gpt, thinker-page, diffusion or mamba: that one alone; "
-            "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
-        ),
-    ] = "all",
-    quick: Annotated[bool, typer.Option("--quick", help="small sizes, to see whether it runs: about three minutes for all")] = False,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="where the report goes; bench-report, or bench-report/quick")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="how often a race is run")] = 3,
-    device: Annotated[str, typer.Option(help="cpu, cuda, mps or auto: what a race is trained on; all else is measured on the CPU")] = "cpu",
-):
-    """Time the selective scan against others, compare the trained models, or train models side by side. Goes on where it stopped."""
-    from . import bench as benchmark
+    what: Annotated[str, What] = "all",
+    quick: Annotated[bool, Quick] = False,
+    out: Annotated[Path | None, Report] = None,
+    seeds: Annotated[str, _number(SEEDS)] = "3",
+    device: Annotated[str, RaceDevice] = "cpu",
+) -> None:
+    """Time the selective scan against others, compare the trained models, or train models side by side.
 
-    benchmark.main(what, quick=quick, out=out or Path("bench-report") / ("quick" if quick else ""), seeds=seeds, device=_device(device))
+    Goes on where it stopped."""
+    from .bench import suite
+
+    out = out or Path("bench-report") / ("quick" if quick else "")
+    number = SEEDS.read("seeds", seeds)
+    suite.main(what, quick=quick, out=out, seeds=number, device=_device(device))
+
+
+@app.command()
+def doctor() -> None:
+    """Say what is installed, what is in use and what is wrong: paste it when you report a fault."""
+    from .doctor import report
+
+    for line in report():
+        print(line)
+
+
+def _nothing(*_: Any) -> None:
+    """What the other processes of a training say."""
 
 
 def _first(model: str) -> None:
     if model.startswith("-"):
-        raise ValueError(f"the model comes first, then what is set, as in: irann sample gpt --seed 1; got {model!r}")
+        raise InputError(
+            f"the model comes first, then what is set, as in: irann sample gpt --seed 1; got {model!r}"
+        )
 
 
 def _pair(change: str) -> tuple[str, str]:
     name, equals, value = change.partition("=")
     if not equals or not name:
-        raise ValueError(f"--set takes NAME=VALUE, such as lr=1e-3; got {change!r}")
+        raise InputError(f"--set takes NAME=VALUE, such as lr=1e-3; got {change!r}")
     return name.strip(), value.strip()
 
 
 def _extra(arguments: list[str]) -> dict[str, str]:
     """--name value, or --name=value, left over from the command line -> a dict."""
-    extra, rest = {}, list(arguments)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--") or not (equals or rest):
-            raise ValueError(f"{name!r} means nothing here: a model's own settings are given as --name value")
-        extra[name[2:].replace("-", "_")] = value if equals else rest.pop(0)
+    extra = {}
+    remaining = list(arguments)
+    while remaining:
+        name, equals, value = remaining.pop(0).partition("=")
+        if not name.startswith("--") or not (equals or remaining):
+            raise InputError(
+                f"{name!r} means nothing here: a model's own settings are given as --name value"
+            )
+        extra[name[2:].replace("-", "_")] = value if equals else remaining.pop(0)
     return extra
 
 
-def _corpus(path: Path | None):
+def _corpus(path: Path | None) -> Text:
     """tiny-shakespeare, or any other UTF-8 text with a vocabulary of its own."""
-    import hashlib
-
-    from . import shakespeare
-    from .text import Text
-
     if path is None:
         return shakespeare.load()
-    data = shakespeare.read_file(path)
-    if not data:
-        raise shakespeare.CorpusError(f"{path} is empty: give a text of some thousand characters, or none for tiny-shakespeare")
-    try:
-        content = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise shakespeare.CorpusError(
-            f"{path} is not UTF-8 text (byte {error.start:,} is {data[error.start]:#04x}): save it as UTF-8"
-        ) from None
-    return Text.of(content, source=str(path), sha256=hashlib.sha256(data).hexdigest())
+    text = read_text(path)
+    if text.source != str(path):  # it was not read as it stands there
+        streams.tell(text.source)
+    return text
 
 
-def _device(name: str, rank: int = 0):
-    import torch
-
-    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def _device(name: str, rank: int = 0) -> torch.device:
+    gpu = "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        gpu = "cuda"
     name = gpu if name == "auto" else name
     if name not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device is cpu, cuda, mps or auto; got {name!r}")
-    if name != "cpu" and name != gpu:
-        raise ValueError(f"--device {name}: there is none here; use cpu or auto")
-    return torch.device(name, rank % torch.cuda.device_count()) if name == "cuda" else torch.device(name)
+        raise InputError(f"--device is cpu, cuda, mps or auto; got {name!r}")
+    if name not in ("cpu", gpu):
+        raise InputError(f"--device {name}: there is none here; use cpu or auto")
+    if name == "cuda":
+        return torch.device(name, rank % torch.cuda.device_count())
+    return torch.device(name)
 
 
 @contextlib.contextmanager
-def _processes():
+def _processes() -> Iterator[int]:
     """Under torchrun, join the other processes -> this one's rank."""
     if "LOCAL_RANK" not in os.environ:
         yield 0
         return
-    import torch
     import torch.distributed as dist
 
-    if torch.cuda.is_available():  # NCCL talks from the current GPU, which is the first one until someone says so
+    if torch.cuda.is_available():  # NCCL talks from the current GPU: the first one, unless told so
         torch.cuda.set_device(_device("cuda", int(os.environ["LOCAL_RANK"])))
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
@@ -272,27 +356,37 @@ def _processes():
         dist.destroy_process_group()
 
 
-def _logger(tool: str | None, run: Path):
-    """-> a function of ticks that writes to the tool; it opens it with the first. Raises ValueError when it is not installed."""
-    if tool is None:
-        return None
+def _logger(tool: str | None, run: Path) -> Callable[[Tick], None] | None:
+    """-> a function of ticks that writes to the tool; it opens it with the first. Raises InputError if it is missing."""
     try:
         if tool == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            writer = functools.cache(lambda: SummaryWriter(run))
-            return lambda tick: [writer().add_scalar(name, value, tick.step) for name, value in _row(tick).items()]
-        import wandb
+            return functools.partial(_to_tensorboard, functools.cache(lambda: SummaryWriter(run)))
+        if tool == "wandb":
+            import wandb  # pyright: ignore[reportMissingImports]
 
-        session = functools.cache(lambda: wandb.init(project="irann", name=run.name, dir=run))
-        return lambda tick: session().log(_row(tick), step=tick.step)
+            settings = {"project": "irann", "name": run.name, "dir": run}
+            return functools.partial(_to_wandb, functools.cache(lambda: wandb.init(**settings)))
     except ImportError:
-        raise ValueError(f"--log {tool} needs {tool}: pip install 'irann[log]'") from None
+        raise InputError(f"--log {tool} needs {tool}: pip install 'irann[log]'") from None
+    return None
 
 
-def _row(tick) -> dict[str, float]:
-    row = {"loss": tick.loss, "lr": tick.lr, "chars_per_second": tick.chars_per_second, **tick.parts}
-    return row | ({"validation": tick.validation} if tick.validation is not None else {})
+def _to_tensorboard(writer: Callable, tick: Tick) -> None:
+    for name, value in _row(tick).items():
+        writer().add_scalar(name, value, tick.step)
+
+
+def _to_wandb(session: Callable, tick: Tick) -> None:
+    session().log(_row(tick), step=tick.step)
+
+
+def _row(tick: Tick) -> dict[str, float]:
+    row = {"loss": tick.loss, "lr": tick.lr, "chars_per_second": tick.chars_per_second}
+    if tick.validation is not None:
+        row["validation"] = tick.validation
+    return row | tick.parts
 
 
 def _again() -> str:
@@ -300,61 +394,67 @@ def _again() -> str:
     return shlex.join(["irann", *words, "--resume"])
 
 
-def _warn(message: str) -> None:
-    print(f"irann: {message}", file=sys.stderr)
+# ----------------------------------------------------------------------------------------------- what goes wrong
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; every expected failure is one sentence on stderr and an exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        arguments = sys.argv[1:] if arguments is None else arguments
+        streams.prepare()
+        if sys.stdout is None and not set(arguments[:1]) & set(WRITERS):
+            raise InputError("standard output is closed: there is nowhere to write to")
         code = app(arguments or ["--help"], standalone_mode=False, prog_name="irann")
-        sys.stdout.flush()  # here a full disk or a reader that left is still met below
-        sys.exit(code if isinstance(code, int) else 0)
+        print(end="", flush=True)  # here a full disk or a reader that left is still met below
     except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except (BrokenPipeError, SystemExit) as error:
-        if not isinstance(error.__context__ or error, BrokenPipeError):
+        code = 130
+    except BrokenPipeError:
+        code = _unheard(arguments)
+    except SystemExit as error:
+        if not isinstance(error.__context__, BrokenPipeError):
             raise
-        # the reader of our output left, as `| head` does, and click may have made an exit of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141 if arguments[:1] == ["train"] else 0)
+        code = _unheard(arguments)  # click has made an exit of it
     except Exception as error:
         code = _code_of(error)
         if code is None:
             raise
-        _warn(_words(error).rstrip("."))
+        streams.tell(_words(error).rstrip("."))
         try:
-            sys.stdout.flush()
-        except OSError:  # it was our own output that could not be written, and Python would try again while it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(code)
+            print(end="", flush=True)
+        except OSError:  # Python would try again to write our output while it ends
+            _drop_output()
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unheard(arguments: list[str]) -> int:
+    """The reader of our output left, as `| head` does -> the exit code."""
+    _drop_output()
+    return 141 if arguments[:1] == ["train"] else 0
+
+
+def _drop_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _code_of(error: Exception) -> int | None:
     """-> the exit code of an expected failure, None for a fault of ours, which deserves its traceback."""
-    from .checkpoint import CheckpointError, DiskError
-    from .shakespeare import CorpusError
-    from .train import InUse, NotFinite
-
-    codes = {CheckpointError: 3, CorpusError: 4, NotFinite: 5, InUse: 6, ValueError: 2, DiskError: 1, OSError: 1}
     if hasattr(error, "format_message"):  # click's own: a wrong option or value
         return 2
     if _no_memory(error):
         return 1
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), None)
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
 
 
 def _no_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "allocate" in str(error) and "memory" in str(error))
+    words = str(error)
+    allocation = isinstance(error, RuntimeError) and "allocate" in words and "memory" in words
+    return allocation or isinstance(error, MemoryError)
 
 
 def _words(error: Exception) -> str:
     """-> an expected failure in one sentence."""
-    from .checkpoint import why
-
     if hasattr(error, "format_message"):
-        return error.format_message()
+        return error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
     if _no_memory(error):
         return "the memory of this machine is too small for that: try a smaller batch, window, width or length"
     if isinstance(error, OSError):

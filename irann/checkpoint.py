@@ -3,14 +3,14 @@
 A checkpoint is a directory, `checkpoints/step-00000100` of its run:
 
     model.safetensors       the weights
-    optimizer.safetensors   what the optimizer remembers, and averaged weights if the recipe keeps them
+    optimizer.safetensors   what the optimizers remember of each parameter, by its name, and averaged weights
     rng.safetensors         the state of every random generator that training draws from
-    config.json             which model, its config, its recipe, how far it is, the corpus
+    config.json             which model, its config, its recipe, how far it is, the corpus, the machine
     vocabulary.json         the characters, in order of id
-    manifest.json           format version, versions, threads, processor, size and SHA-256 of each file; written last
+    manifest.json           format version, size and SHA-256 of each file; written last
 
-It is written under a temporary name, flushed to the disk and renamed, so a kill at any moment leaves the old ones whole.
-Nothing here can execute anything: no pickle, and no name in a file is ever imported.
+It is written under a temporary name, flushed to the disk and renamed, so a kill at any moment leaves the old ones
+whole. Nothing here can execute anything: no pickle, and no name in a file is ever imported.
 """
 
 import errno
@@ -23,6 +23,7 @@ import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,9 +31,9 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = ("model", "optimizer", "rng")
-FILES = ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "config.json", "vocabulary.json")
+FILES = (*(f"{part}.safetensors" for part in TENSORS), "config.json", "vocabulary.json")
 UNFINISHED = ".unfinished-"
 
 
@@ -53,31 +54,43 @@ class Snapshot:
     rng: dict[str, Tensor]
     config: dict
     vocabulary: str
-    environment: dict | None = None  # versions and threads of the machine that saved it
 
 
-def environment() -> dict:
-    """-> what bitwise resume depends on beside the files: versions, the number of threads, the processor's instructions, and
-    whether core/scan.c can be had, as far as that shows without building it.
+def environment() -> dict[str, Any]:
+    """-> what bitwise resume depends on beside the files, as far as this machine goes.
+
+    `kernel` says whether the scan's kernel in C can be had, as far as that shows without building it.
     """
+    compiler = (os.environ.get("CC", "").split() or ["cc"])[0]
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "kernel": os.environ.get("IRANN_KERNEL") != "0" and shutil.which(os.environ.get("CC", "cc")) is not None,
+        "kernel": os.environ.get("IRANN_KERNEL") != "0" and shutil.which(compiler) is not None,
     }
+
+
+def packed(snapshot: Snapshot) -> dict[str, bytes]:
+    """-> the files of a checkpoint, manifest last. Raises TypeError, ValueError or RuntimeError for what they cannot hold."""
+    files = {}
+    for part in TENSORS:
+        # on the CPU, contiguous, and no two sharing memory, as safetensors wants them
+        tensors = getattr(snapshot, part).items()
+        plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors}
+        files[f"{part}.safetensors"] = tensors_to_bytes(plain)
+    files["config.json"] = _json(snapshot.config)
+    files["vocabulary.json"] = _json(list(snapshot.vocabulary))
+    listing = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()}
+    files["manifest.json"] = _json({"format": FORMAT, "files": listing})
+    return files
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
     """Write a snapshot to `folder`, which appears whole or not at all -> folder. Raises DiskError."""
     folder = Path(folder)
-    files = {f"{part}.safetensors": tensors_to_bytes(_plain(getattr(snapshot, part))) for part in TENSORS}
-    files["config.json"] = _json(snapshot.config)
-    files["vocabulary.json"] = _json(list(snapshot.vocabulary))
-    listing = {name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
-    files["manifest.json"] = _manifest({"format": FORMAT, "environment": environment(), "files": listing})
+    files = packed(snapshot)
     aside = before = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -94,15 +107,18 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         os.rename(aside, folder)
         _fsync(folder.parent)
     except OSError as error:
-        raise DiskError(f"the checkpoint {folder} could not be written ({why(error)}); the older ones are intact") from None
+        raise DiskError(
+            f"the checkpoint {folder} could not be written ({why(error)}); the older ones are intact"
+        ) from None
     finally:
-        for left in filter(None, (before, aside)):
-            _put_back_and_remove(left)
+        for unfinished in (before, aside):
+            if unfinished is not None:
+                _put_back_and_remove(unfinished)
     return folder
 
 
 def _put_back_and_remove(unfinished: Path) -> None:
-    """Remove a temporary folder; a whole checkpoint in it, which was about to be replaced by one that never came, is put back first."""
+    """Remove a temporary folder; a whole checkpoint in it, whose replacement never came, is put back first."""
     for whole in unfinished.glob("step-*"):
         if not (unfinished.parent / whole.name).exists():
             try:
@@ -129,89 +145,113 @@ def load(folder: Path) -> Snapshot:
         )
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint at {folder}")
-    manifest = _read_manifest(folder / "manifest.json")
+    listing = _read_manifest(folder / "manifest.json")
     data = {}
     for name in FILES:
         data[name] = _read(folder / name)
-        try:
-            size, digest = manifest["files"][name]["size"], manifest["files"][name]["sha256"]
-            told = f"{size:,}"
-        except (KeyError, TypeError, ValueError):
-            raise CheckpointError(f"{folder / 'manifest.json'} does not list {name}") from None
-        if len(data[name]) != size:
-            raise CheckpointError(f"{folder / name} has {len(data[name]):,} bytes, its manifest says {told}: it was cut off or padded")
-        if hashlib.sha256(data[name]).hexdigest() != digest:
-            raise CheckpointError(f"{folder / name} is damaged: its SHA-256 is not the one in its manifest")
+        told, size = listing[name]["size"], len(data[name])
+        if size != told:
+            raise CheckpointError(
+                f"{folder / name} has {size:,} bytes, its manifest.json says {told!r}: it was cut off or padded"
+            )
+        if _sha256(data[name]) != listing[name]["sha256"]:
+            raise CheckpointError(
+                f"{folder / name} is damaged: its SHA-256 is not the one in its manifest.json"
+            )
     try:
         tensors = {part: tensors_from_bytes(data[f"{part}.safetensors"]) for part in TENSORS}
-        config, characters = json.loads(data["config.json"]), json.loads(data["vocabulary.json"])
+        config = json.loads(data["config.json"])
+        characters = json.loads(data["vocabulary.json"])
         vocabulary = "".join(characters)
     except (SafetensorError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{folder} cannot be read ({error})") from None
-    if not isinstance(config, dict) or sorted(set(vocabulary)) != characters:  # well hashed, and yet not what `save` writes
+    if not isinstance(config, dict) or sorted(set(vocabulary)) != characters:
         raise CheckpointError(f"{folder} cannot be read (its config or its vocabulary is not one)")
-    return Snapshot(**tensors, config=config, vocabulary=vocabulary, environment=manifest.get("environment"))
+    return Snapshot(**tensors, config=config, vocabulary=vocabulary)
 
 
 def listed(run: Path) -> list[Path]:
     """-> the checkpoints of a run, newest first, valid or not."""
-    found = [p for p in (Path(run) / "checkpoints").glob("step-*") if p.name[5:].isdecimal() and p.is_dir()]
+    found = [
+        p
+        for p in (Path(run) / "checkpoints").glob("step-*")
+        if p.name[5:].isdecimal() and p.is_dir()
+    ]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 
 def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
-    """-> the newest valid checkpoint of a run, and why each newer one was skipped. Raises CheckpointError if none is valid."""
-    skipped = []
-    for folder in listed(run):
-        try:
-            return folder, load(folder), skipped
-        except CheckpointError as error:
-            skipped.append(str(error))
+    """-> the newest valid checkpoint of a run, and why each newer one was skipped. Raises CheckpointError if there is none."""
+    skipped: list[str] = []
+    if found := _first_whole(listed(run), skipped):
+        return *found, skipped
     reasons = "; ".join(skipped) or "it has none yet"
     raise CheckpointError(f"no valid checkpoint in {run}: {reasons}; train it anew (--overwrite)")
 
 
 def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
-    """-> the valid checkpoint with the lowest validation loss, or the newest where none was validated; and what was skipped."""
-    scored = [(value, folder) for folder in listed(run) if (value := validation_of(folder)) is not None]
-    skipped = []
-    for _, folder in sorted(scored):
-        try:
-            return folder, load(folder), skipped
-        except CheckpointError as error:
-            skipped.append(str(error))
+    """-> the valid checkpoint with the lowest validation loss, or the newest if none was validated; and what was skipped."""
+    skipped: list[str] = []
+    folders = listed(run)
+    unreadable = [
+        folder for folder in folders if not config_of(folder)
+    ]  # one of them may be the best
+    if found := _first_whole(unreadable + _by_validation(folders), skipped):
+        return *found, skipped
     folder, snapshot, more = newest(run)
     return folder, snapshot, skipped + more
 
 
+def _first_whole(folders: list[Path], skipped: list[str]) -> tuple[Path, Snapshot] | None:
+    """-> the first checkpoint that can be loaded; why those before it cannot is added to `skipped`."""
+    for folder in folders:
+        try:
+            return folder, load(folder)
+        except CheckpointError as error:
+            skipped.append(str(error))
+    return None
+
+
+def _by_validation(folders: list[Path]) -> list[Path]:
+    """-> those that recorded a validation loss, the lowest first."""
+    scored = [(value, folder) for folder in folders if (value := validation_of(folder)) is not None]
+    return [folder for _, folder in sorted(scored)]
+
+
 def validation_of(folder: Path) -> float | None:
     """-> the validation loss that a checkpoint recorded, None where it has none or cannot be read."""
+    value = config_of(folder).get("validation")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def config_of(folder: Path) -> dict:
+    """-> what a checkpoint says of itself, unchecked; {} where that cannot be read."""
     try:
-        value = json.loads((folder / "config.json").read_bytes()).get("validation")
-        return float(value) if value is not None else None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-        return None
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def tidy(run: Path, keep: int = 2) -> None:
-    """Remove all but the newest `keep` checkpoints and the best by validation loss; if that is damaged, the next best stays too."""
+    """Remove all but the newest `keep` checkpoints and the best by validation loss; if it is damaged, the next best stays too."""
     folders = listed(run)
+    if not folders[keep:]:
+        return
     spared = set(folders[:keep])
-    scored = [(value, folder) for folder in folders if (value := validation_of(folder)) is not None]
-    for _, folder in sorted(scored) if folders[keep:] else ():
+    for folder in _by_validation(folders):
         spared.add(folder)
         with suppress(CheckpointError):
             load(folder)
             break
-    for folder in folders:
-        if folder not in spared:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in set(folders) - spared:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> str:
-    """Rename a checkpoint that had to be skipped, so that it counts no more and stays for whoever wants to look -> its new name.
+    """Rename a checkpoint that had to be skipped -> its new name. It counts no more, and stays for a person to look at.
 
-    Its steps are trained again; under its old name `tidy` would take it for the newest, and remove the valid ones behind it.
+    Its steps are trained again; under its old name `tidy` would take it for the newest and remove valid ones behind it.
     """
     aside = folder.with_name("skipped-" + folder.name)
     try:
@@ -232,47 +272,49 @@ def sweep(run: Path) -> int:
 
 def check_file(path: Path, digest: str) -> None:
     """Raises CheckpointError if the file at `path` does not have this SHA-256."""
-    if hashlib.sha256(_read(Path(path))).hexdigest() != digest:
+    if _sha256(_read(Path(path))) != digest:
         raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one on its card")
 
 
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two sharing memory, as safetensors wants them."""
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
-def _json(value) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
-def _manifest(content: dict) -> bytes:
-    """The manifest carries its own hash, so that no byte of it can change unnoticed either."""
-    return _json(content | {"sha256": hashlib.sha256(_json(content)).hexdigest()})
-
-
-def _read_manifest(path: Path) -> dict:
+def _read_manifest(path: Path) -> dict[str, dict]:
+    """-> size and SHA-256 of each file. Every byte counts: the same content written otherwise is refused, too."""
     data = _read(path)
     try:
         content = json.loads(data)
-        content.pop("sha256")
-        whole = _manifest(content) == data
         version = content["format"]
-        content["environment"] = {} | (content.get("environment") or {})
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        whole = sorted(content) == ["files", "format"] and _json(content) == data
+        listing = content["files"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError(f"{path} is not the manifest of a checkpoint") from None
-    if not whole:
-        raise CheckpointError(f"{path} is damaged: its content does not fit its own SHA-256")
-    if version != FORMAT:
-        raise CheckpointError(f"{path} has format version {version}, this irann reads version {FORMAT}")
-    return content
+    if type(version) is int and version != FORMAT:
+        raise CheckpointError(
+            f"{path} has format version {version}, this irann reads version {FORMAT}: train the run anew "
+            "(--overwrite), or go on with the irann that began it"
+        )
+    if not whole or type(version) is not int:
+        raise CheckpointError(f"{path} is damaged: it is not as it was written")
+    for name in FILES:
+        entry = listing.get(name) if isinstance(listing, dict) else None
+        if not isinstance(entry, dict) or sorted(entry) != ["sha256", "size"]:
+            raise CheckpointError(f"{path} does not list {name}")
+    return listing
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise CheckpointError(f"{path} {reason}") from None
+        raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _fsync(folder: Path) -> None:

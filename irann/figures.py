@@ -1,19 +1,23 @@
 """The house style: one hue per model everywhere, and the few plots that notebooks, chat and benchmark share.
 
-The hues are from Okabe and Ito's palette, which colour-blind readers can tell apart.
+The hues are from Okabe and Ito's palette, which colour-blind readers can tell apart. Plots return their axes.
 """
 
 import inspect
 import itertools
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 HUES = {"gpt": "#0072B2", "thinker": "#D55E00", "diffusion": "#009E73", "mamba": "#CC79A7"}
-INK, PALE, ACCENT = "#222222", "#9a9a9a", "#E69F00"
+INK, PALE, ACCENT = "#222222", "#767676", "#E69F00"
 SPARE = (ACCENT, "#56B4E9", "#000000")  # for what has no hue of its own
+SMALL = 9  # points; no letter is smaller
+NATS = "nats per character"
+SEEN = {"step": "step", "seconds": "seconds", "characters": "characters seen"}
 
 # Nats per character of the validation part that know nothing, the letters' frequencies, and add-one pairs of letters.
 # A test computes them anew.
@@ -21,29 +25,32 @@ REFERENCES = {"uniform": 4.17439, "unigram": 3.34733, "bigram": 2.48189}
 
 
 def use() -> None:
-    """Set the house style for every figure that follows."""
+    """Set the house style for every figure that follows: sharp, and dark on white, whatever page is around it."""
     import matplotlib.pyplot as plt
+    from cycler import cycler
 
-    plt.rcParams.update(
-        {
-            "figure.figsize": (7.2, 3.4),
-            "figure.dpi": 96,
-            "savefig.dpi": 96,
-            "figure.constrained_layout.use": True,
-            "font.size": 10,
-            "axes.titlesize": 11,
-            "axes.titlelocation": "left",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.edgecolor": INK,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": "#e6e6e6",
-            "axes.prop_cycle": plt.cycler(color=[*HUES.values(), *SPARE]),
-            "image.cmap": "viridis",
-            "legend.frameon": False,
-        }
-    )
+    style: dict[Any, Any] = {
+        "figure.figsize": (7.2, 3.4),
+        "figure.dpi": 144,
+        "savefig.dpi": 144,
+        "figure.facecolor": "white",
+        "savefig.facecolor": "white",
+        "figure.constrained_layout.use": True,
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": INK,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.color": "#e6e6e6",
+        "axes.prop_cycle": cycler(color=[*HUES.values(), *SPARE]),
+        "image.cmap": "viridis",
+        "legend.frameon": False,
+        "legend.fontsize": SMALL,
+    }
+    plt.rcParams.update(style)
 
 
 def colour(name: str) -> str:
@@ -52,7 +59,7 @@ def colour(name: str) -> str:
     return HUES.get(family, SPARE[sum(map(ord, family)) % len(SPARE)])
 
 
-def show(fn) -> None:
+def show(fn: Any) -> None:
     """Print the source of a function or class, as the package has it."""
     print(textwrap.dedent(inspect.getsource(fn)).rstrip())
 
@@ -60,13 +67,13 @@ def show(fn) -> None:
 @torch.no_grad()
 def trip(model: nn.Module, ids: Tensor, depth: int = 3) -> None:
     """Send ids through a model and print the shape that leaves each part, in the order they are passed."""
-    rows, hooks = [], []
+    rows, hooks = [("ids", tuple(ids.shape), "")], []
 
-    def note(name):
+    def note(name: str) -> Callable:
         def hook(module, inputs, output):
             first = output[0] if isinstance(output, (tuple, list)) else output
             if isinstance(first, Tensor):
-                rows.append((name, type(module).__name__, tuple(first.shape)))
+                rows.append((name, tuple(first.shape), type(module).__name__))
 
         return hook
 
@@ -75,60 +82,75 @@ def trip(model: nn.Module, ids: Tensor, depth: int = 3) -> None:
             hooks.append(module.register_forward_hook(note(name)))
     training = model.training
     try:
-        model.eval()
-        out = model(ids)
+        rows.append(("out", tuple(model.eval()(ids).shape), ""))
     finally:
         model.train(training)
         for hook in hooks:
             hook.remove()
-    wide = max(len(name) for name, *_ in [("ids",), *rows])
-    print(f"{'ids':{wide}}  {tuple(ids.shape)}")
-    for name, kind, shape in rows:
-        print(f"{name:{wide}}  {shape!s:20} {kind}")
-    print(f"{'out':{wide}}  {tuple(out.shape)}")
+    width = max(len(name) for name, *_ in rows)
+    for name, shape, kind in rows:
+        print(f"{name:{width}}  {shape!s:20} {kind}".rstrip())
 
 
-def learning_curve(ticks, *, name: str = "gpt", against: str = "characters", references=REFERENCES, smooth: int = 20, ax=None, label=None):
-    """Draw the loss of a list of ticks and the reference lines -> the axes. `against` is step, seconds or characters."""
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots()[1]
+def learning_curve(
+    ticks: Sequence[Any],
+    *,
+    name: str = "gpt",
+    against: str = "characters",
+    references: dict[str, float] = REFERENCES,
+    smooth: int = 20,
+    ax: Any = None,
+    label: str | None = None,
+) -> Any:
+    """Draw the loss of a list of ticks and the reference lines. `against` is step, seconds or characters."""
+    ax = _axes(ax)
     losses = torch.tensor([tick.loss for tick in ticks])
     smooth = max(1, min(smooth, len(losses) // 4))
-    mean = losses.unfold(0, smooth, 1).mean(1)
-    x = {
-        "step": [tick.step for tick in ticks],
-        "seconds": [tick.seconds for tick in ticks],
-        "characters": [tick.characters for tick in ticks],
-    }[against]
+    x = [getattr(tick, against) for tick in ticks]
     ax.plot(x, losses, color=colour(name), alpha=0.25, lw=0.8)
+    mean = losses.unfold(0, smooth, 1).mean(1)
     ax.plot(x[smooth - 1 :], mean, color=colour(name), label=label or f"{name}, training")
-    measured = [(place, tick.validation) for place, tick in zip(x, ticks) if tick.validation is not None]
-    if measured:
-        ax.plot(*zip(*measured), "o", color=colour(name), mec="white", label="validation")
+    validated = [(at, tick.validation) for at, tick in zip(x, ticks) if tick.validation is not None]
+    if validated:
+        ax.plot(*zip(*validated), "o", color=colour(name), mec="white", label="validation")
     lines(ax, references)
-    ax.set(xlabel={"step": "step", "seconds": "seconds", "characters": "characters seen"}[against], ylabel="nats per character")
+    ax.set(xlabel=SEEN[against], ylabel=NATS)
     ax.legend(loc="upper right")
     return ax
 
 
-def lines(ax, references=REFERENCES) -> None:
+def lines(ax: Any, references: dict[str, float] = REFERENCES) -> None:
     """Draw the reference losses as pale horizontal lines with their names."""
     for name, nats in references.items():
         ax.axhline(nats, color=PALE, lw=1, ls=":")
-        ax.annotate(f"{name} {nats:.2f}", (0.01, nats), xycoords=("axes fraction", "data"), va="bottom", color=PALE, fontsize=8)
+        style = {"va": "bottom", "color": PALE, "fontsize": SMALL}
+        at = {"xycoords": ("axes fraction", "data")}
+        ax.annotate(f"{name} {nats:.2f}", (0.01, nats), **at, **style)
 
 
-def heat(weights, rows: str, columns: str, *, ax=None, title: str = "", vmax=None):
-    """Draw a matrix (rows columns) whose rows and columns belong to characters -> the axes."""
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots(figsize=(5, 5))[1]
-    ax.imshow(torch.as_tensor(weights), cmap="magma_r", vmin=0, vmax=vmax, aspect="equal")
-    ax.set_xticks(range(len(columns)), visible(columns), fontsize=7, family="monospace")
-    ax.set_yticks(range(len(rows)), visible(rows), fontsize=7, family="monospace")
-    ax.set_title(title)
+def heat(
+    weights: Any,
+    rows: str,
+    columns: str,
+    *,
+    ax: Any = None,
+    title: str = "",
+    vmax: float | None = None,
+    xlabel: str = "character",
+    ylabel: str = "character",
+    label: str = "",
+    bar: bool = True,
+) -> Any:
+    """Draw a matrix (rows columns) whose rows and columns belong to characters; `label` names the colours of the bar."""
+    inches = 1.5 + 0.15 * max(len(rows), len(columns), 20)
+    ax = _axes(ax, figsize=(inches, inches))
+    image = ax.imshow(torch.as_tensor(weights), cmap="magma_r", vmin=0, vmax=vmax, aspect="equal")
+    ax.set_xticks(range(len(columns)), visible(columns), fontsize=SMALL, family="monospace")
+    ax.set_yticks(range(len(rows)), visible(rows), fontsize=SMALL, family="monospace")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.grid(False)
+    if bar:
+        ax.figure.colorbar(image, ax=ax, label=label, fraction=0.046, pad=0.02)
     return ax
 
 
@@ -137,129 +159,156 @@ def visible(text: str) -> list[str]:
     return [{"\n": "\u21b5", " ": "\u00b7"}.get(c, c) for c in text]
 
 
-def on_text(text: str, values, *, cmap: str = "YlOrRd", low=None, high=None, width: int = 64, label: str = "", ax=None):
-    """Draw a text in fixed width with one value per character as the colour behind it -> the axes."""
-    import matplotlib.pyplot as plt
+def on_text(
+    text: str,
+    values: Any,
+    *,
+    cmap: str = "YlOrRd",
+    low: float | None = None,
+    high: float | None = None,
+    width: int = 64,
+    label: str = "",
+    ax: Any = None,
+) -> Any:
+    """Draw a text in fixed width with one value per character as the colour behind it."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    places, row, column = [], 0, 0
+    positions, row, column = [], 0, 0
     for character in text:
-        places.append((row, column))
+        positions.append((column, row))
         column += 1
         if character == "\n" or column == width:
             row, column = row + 1, 0
-    ax = ax or plt.subplots(figsize=(width * 0.115, 0.24 * (row + 1) + 0.5))[1]
+    ax = _axes(ax, figsize=(width * 0.115, 0.24 * (row + 1) + 0.5))
     values = torch.as_tensor(values).double()
-    norm = plt.Normalize(values.min() if low is None else low, values.max() if high is None else high)
-    shades = plt.get_cmap(cmap)
-    for character, (r, c), value in zip(visible(text), places, values.tolist(), strict=True):
-        shade = shades(norm(value))
-        dark = 0.299 * shade[0] + 0.587 * shade[1] + 0.114 * shade[2] < 0.5
-        ax.add_patch(Rectangle((c - 0.5, r - 0.5), 1, 1, color=shade, lw=0))
-        ax.text(c, r, character, ha="center", va="center", family="monospace", fontsize=8, color="white" if dark else INK)
+    low = values.min().item() if low is None else low
+    high = values.max().item() if high is None else high
+    shades = ScalarMappable(Normalize(low, high), cmap)
+    style = {"ha": "center", "va": "center", "family": "monospace", "fontsize": SMALL}
+    for character, (x, y), value in zip(visible(text), positions, values.tolist(), strict=True):
+        red, green, blue, alpha = shades.to_rgba(value)
+        ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, color=(red, green, blue, alpha), lw=0))
+        dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
+        ax.text(x, y, character, color="white" if dark else INK, **style)
     ax.set(xlim=(-0.6, width - 0.4), ylim=(row + 0.6, -0.6))
     ax.axis("off")
     if label:
-        ax.figure.colorbar(plt.cm.ScalarMappable(norm, shades), ax=ax, label=label, fraction=0.03, pad=0.01)
+        ax.figure.colorbar(shades, ax=ax, label=label, fraction=0.03, pad=0.01)
     return ax
 
 
-# -------------------------------------------------------------------- what `irann bench` measured, as its report holds it
-
-
-def race(report: dict, *, against: str = "characters", ax=None):
-    """Draw the validation curves of a race, one thin line per seed, bounds dashed -> the axes. `against` is characters or seconds."""
+def _axes(ax: Any, **figure: Any) -> Any:
     import matplotlib.pyplot as plt
 
-    ax = ax or plt.subplots()[1]
-    place, unit = {"characters": (0, 1e6), "seconds": (1, 1)}[against]
+    return ax or plt.subplots(**figure)[1]
+
+
+# ----------------------------------------------------------------- what `irann bench` measured, as its report holds it
+
+
+def race(report: dict, *, against: str = "characters", ax: Any = None) -> Any:
+    """Draw the validation curves of a race, one thin line per seed, bounds dashed. `against` is characters or seconds."""
+    ax = _axes(ax)
+    i, unit, xlabel = {
+        "characters": (0, 1e6, "millions of characters trained on"),
+        "seconds": (1, 1, "seconds of training"),
+    }[against]
     spare = itertools.cycle(SPARE)
     for name, row in report["rows"].items():
         hue = HUES.get(name.split("-")[0]) or next(spare)
-        for k, curve in enumerate(row["curves"]):
-            x, y = [point[place] / unit for point in curve], [point[2] for point in curve]
-            ax.plot(x, y, marker=".", lw=1, color=hue, ls="-" if row["exact"] else "--", label=None if k else name)
-    ax.set(
-        xlabel={"characters": "millions of characters trained on", "seconds": "seconds of training"}[against],
-        ylabel="validation, nats per character",
-    )
+        for seed, curve in enumerate(row["curves"]):
+            points = [(point[i] / unit, point[2]) for point in curve]
+            style = {"color": hue, "ls": _dashes(row), "marker": ".", "lw": 1}
+            ax.plot(*zip(*points), label=name if seed == 0 else None, **style)
+    ax.set(xlabel=xlabel, ylabel=f"validation, {NATS}")
     ax.legend()
     return ax
 
 
-def learning(models: dict, *, ax=None):
-    """Draw the validation losses that the models' cards keep, against characters, bounds dashed -> the axes."""
-    ax = _each(models, "curve", lambda characters: characters / 1e6, ax)
-    ax.set(xlabel="millions of characters trained on", ylabel="validation, nats per character")
+def learning(models: dict, *, ax: Any = None) -> Any:
+    """Draw the validation losses that the models' cards keep, against characters, bounds dashed."""
+    ax = _nats_of_models(models, "curve", lambda characters: characters / 1e6, ax)
+    ax.set(xlabel="millions of characters trained on", ylabel=f"validation, {NATS}")
     return ax
 
 
-def places(models: dict, *, ax=None):
-    """Draw what a character costs against its place in the window, bounds dashed -> the axes."""
-    ax = _each(models, "by_place", lambda place: place + 1, ax)
-    ax.set(xlabel="place in the window", ylabel="nats per character", title="What a longer past is worth")
+def positions(models: dict, *, ax: Any = None) -> Any:
+    """Draw what a character costs against its position in the window, bounds dashed."""
+    ax = _nats_of_models(models, "by_position", lambda position: position + 1, ax)
+    ax.set(xlabel="position in the window", ylabel=NATS, title="What a longer past is worth")
     return ax
 
 
-def _each(models: dict, key: str, scaled: Callable[[float], float], ax):
-    """Draw the nats that each model has under `key`, against the numbers beside them, on a logarithmic scale -> the axes."""
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots()[1]
+def _nats_of_models(models: dict, key: str, scaled: Callable, ax: Any) -> Any:
+    """Draw the nats that each model has under `key` against the numbers beside them, on a logarithmic scale."""
+    ax = _axes(ax)
     for name, row in models.items():
         if key in row:
-            x, nats = zip(*row[key], strict=True)
-            dashes = "-" if row["exact"] else "--"
-            ax.plot([scaled(at) for at in x], nats, marker="o", ms=4, color=colour(name), label=name, ls=dashes)
+            points = [(scaled(x), nats) for x, nats in row[key]]
+            style = {"color": colour(name), "ls": _dashes(row), "marker": "o", "ms": 4}
+            ax.plot(*zip(*points), label=name, **style)
     ax.set_xscale("log")
     ax.legend()
     return ax
 
 
-def windows(measured: dict, *, ax=None):
-    """Draw what one layer costs, forward and backward, against the window -> the axes, both logarithmic."""
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots()[1]
+def windows(measured: dict, *, ax: Any = None) -> Any:
+    """Draw what one layer costs, forward and backward, against the window, both logarithmic."""
+    ax = _axes(ax)
     for name, hue in (("attention", HUES["gpt"]), ("mamba", HUES["mamba"])):
-        times = measured["rows"][name]
-        ax.plot(measured["lengths"], [ms["median"] for ms in times], "o-", color=hue, label=name)
-        ax.fill_between(measured["lengths"], [ms["low"] for ms in times], [ms["high"] for ms in times], color=hue, alpha=0.2, lw=0)
-    ax.set(xscale="log", yscale="log", xlabel="characters in the window", ylabel="ms", title="One layer, forward and backward")
+        _band(ax, measured["lengths"], measured["rows"][name], color=hue, label=name)
+    title = "One layer, forward and backward"
+    ax.set(xscale="log", yscale="log", xlabel="characters in the window", ylabel="ms", title=title)
     ax.set_xticks(measured["lengths"], measured["lengths"])
     ax.minorticks_off()
     ax.legend()
     return ax
 
 
-def lengths(measured: dict, *, ax=None):
-    """Draw characters per second against the length of the prompt, for the longest reply, bounds of the spread shaded -> the axes."""
-    import matplotlib.pyplot as plt
-
-    ax = ax or plt.subplots()[1]
+def lengths(measured: dict, *, ax: Any = None) -> Any:
+    """Draw characters per second against the length of the prompt, for the longest reply, lowest to highest shaded."""
+    ax = _axes(ax)
     longest = max(one["reply"] for row in measured.values() for one in row)
     for name, row in measured.items():
         kept = [one for one in row if one["reply"] == longest]
-        x, speeds = [one["prompt"] for one in kept], [one["chars_per_second"] for one in kept]
-        ax.plot(x, [s["median"] for s in speeds], marker="o", color=colour(name), ls="--" if name == "thinker-page" else "-", label=name)
-        ax.fill_between(x, [s["low"] for s in speeds], [s["high"] for s in speeds], color=colour(name), alpha=0.15, lw=0)
-    ax.set(xscale="log", yscale="log", xlabel="characters in the prompt", ylabel="characters per second", title=f"Replies of {longest}")
+        prompts = [one["prompt"] for one in kept]
+        dashes = "--" if name == "thinker-page" else "-"
+        rates = [one["chars_per_second"] for one in kept]
+        _band(ax, prompts, rates, color=colour(name), ls=dashes, label=name)
+    labels = {"xlabel": "characters in the prompt", "ylabel": "characters per second"}
+    ax.set(xscale="log", yscale="log", title=f"Replies of {longest}", **labels)
     ax.set_ylim(top=2.5 * ax.get_ylim()[1])
-    ax.legend(fontsize=8, ncols=3, loc="upper center")  # in the room just made: the curves may go anywhere
+    ax.legend(ncols=3, loc="upper center")  # in the room just made: the curves may go anywhere
     return ax
 
 
-def parallel(measured: dict, *, ax=None):
-    """Draw words that exist against characters per second; the page models by their steps -> the axes."""
-    import matplotlib.pyplot as plt
+def _band(
+    ax: Any, x: Sequence[float], summaries: Iterable[dict], *, color: str, **style: Any
+) -> None:
+    """Draw medians, and lowest to highest as a band."""
+    low, median, high = zip(*((each["low"], each["median"], each["high"]) for each in summaries))
+    ax.plot(x, median, marker="o", color=color, **style)
+    ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
 
-    ax = ax or plt.subplots()[1]
+
+def parallel(measured: dict, *, ax: Any = None) -> Any:
+    """Draw words that exist against characters per second; the page models by their steps."""
+    ax = _axes(ax)
     for name, row in measured.items():
-        x, y = [one["chars_per_second"]["median"] for one in row], [one["words"]["median"] for one in row]
-        ax.plot(x, y, marker="s" if name == "thinker-page" else "o", lw=1, color=colour(name), label=name)
-        for one, a, b in zip(row, x, y, strict=True):
+        points = [(one["chars_per_second"]["median"], one["words"]["median"]) for one in row]
+        marker = "s" if name == "thinker-page" else "o"
+        ax.plot(*zip(*points), marker=marker, lw=1, color=colour(name), label=name)
+        style = {"textcoords": "offset points", "xytext": (4, 4), "fontsize": SMALL}
+        for one, point in zip(row, points, strict=True):
             if "steps" in one:
-                ax.annotate(f"{one['steps']}", (a, b), textcoords="offset points", xytext=(4, 4), fontsize=7, color=colour(name))
-    ax.set(xscale="log", xlabel="characters per second, batch 1", ylabel="words that exist", title="Numbers: steps for a page")
-    ax.legend(fontsize=8)
+                ax.annotate(str(one["steps"]), point, color=colour(name), **style)
+    labels = {"xlabel": "characters per second, batch 1", "ylabel": "words that exist"}
+    ax.set(xscale="log", title="Numbers: steps for a page", **labels)
+    ax.legend()
     return ax
+
+
+def _dashes(row: dict) -> str:
+    return "-" if row["exact"] else "--"

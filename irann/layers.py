@@ -1,7 +1,8 @@
 """What models of this book share: one Transformer block, its attention, its norms, rotary positions, activations.
 
-The block is GPT-2's (Radford et al. 2019): norm, attention, add; norm, MLP, add. Its options are the ingredients that
-later work found to train faster; each is named here with its source, and each is off by default.
+The block is GPT-2's (Radford et al. 2019), with the names of its checkpoints: norm, attention, add; norm, MLP,
+add. Its options are the ingredients that later work found to train faster; each is named here with its source,
+and each is off by default.
 """
 
 import math
@@ -9,15 +10,34 @@ from functools import lru_cache
 
 import torch
 from einops import rearrange
+from jaxtyping import Complex, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .core.attention import causal_mask, merge_heads, weights
+from .core.attention import attention_weights, causal_mask, merge_heads
+from .settings import InputError
+
+KeyValue = tuple[Float[Tensor, "b h _ c"], Float[Tensor, "b h _ c"]]  # one layer's KV cache
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU as GPT-2 first published it; nanoGPT's, and ours, is the exact one."""
+    return F.gelu(x, approximate="tanh")
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 (So et al. 2021, "Primer", arXiv 2109.08668)."""
+    return F.relu(x) * x
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
 
 ACTIVATIONS = {
-    "gelu": F.gelu,  # GPT-2 as nanoGPT has it: the exact one, with erf
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),  # GPT-2 as first published
-    "squared_relu": lambda x: F.relu(x) * x,  # So et al. 2021, "Primer" (arXiv 2109.08668)
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "squared_relu": squared_relu,
     # others that a model of transformers may have, under its names
     "relu": F.relu,
     "relu6": F.relu6,
@@ -26,11 +46,10 @@ ACTIVATIONS = {
     "swish": F.silu,
     "mish": F.mish,
     "hardswish": F.hardswish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "quick_gelu": quick_gelu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-RENAMED = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "squared_relu"}  # transformers' names for ours
 
 
 def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) -> nn.Module:
@@ -41,98 +60,146 @@ def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) ->
         return nn.LayerNorm(width, eps=eps, elementwise_affine=False)
     if kind == "rms":
         return nn.RMSNorm(width, eps=eps)
-    raise ValueError(f"norm is one of layer, plain, rms; got {kind!r}")
+    raise InputError(f"norm is one of layer, plain, rms; got {kind!r}")
 
 
-@lru_cache(maxsize=32)
-def rotary_table(t: int, c: int, dtype=torch.float32, device=None, base: float = 10_000.0) -> Tensor:
-    """-> (t c/2) of complex: the turn of each pair of channels at each place, as a number on the unit circle.
+def rotary_table(
+    start: int, end: int, c: int, *, like: Tensor, base: float = 10_000.0
+) -> Complex[Tensor, "t pairs"]:
+    """The rotation of each pair of channels at positions start..end, as a number on the unit circle.
 
-    Su et al. 2021 (arXiv 2104.09864), eq. 12 to 15: pair j turns by place * base^(-2j/c). Computed in float64, then cast;
-    `dtype` is that of the real parts. Raises ValueError for an odd c.
+    Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * base^(-2j/c). Computed in float64,
+    then cast to the precision and device of `like`. Raises InputError for an odd c.
     """
     if c % 2:
-        raise ValueError(f"rotary positions turn channels in pairs; a head of {c} channels has one left over")
-    with torch.inference_mode(False):  # the table is kept, and whoever asked first may be in inference mode
-        angle = torch.arange(t).double()[:, None] * base ** (-torch.arange(0, c, 2).double() / c)
-        return torch.polar(torch.ones_like(angle), angle).to(device, torch.promote_types(dtype, torch.complex64))
+        raise InputError(
+            f"rotary positions turn channels in pairs; a head of {c} channels has one left over"
+        )
+    dtype = torch.promote_types(like.dtype, torch.complex64)
+    # To write is to ask for one position after the other, which costs as much as all of them: they are kept. What a
+    # compiler or autograd looks at is theirs alone.
+    plain = type(like) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
+    if plain and not torch.compiler.is_compiling():
+        return _kept_table(1 << (end - 1).bit_length(), c, base, dtype, like.device)[start:end]
+    return _table(start, end, c, base, dtype, like.device)
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """(... t c), (t c/2) -> (... t c): turn every pair of neighbouring channels by its place's angle.
+def _table(start, end, c, base, dtype, device):
+    made_on = "cpu" if device.type == "mps" else device  # MPS has no float64
+    frequency = base ** (-torch.arange(0, c, 2, dtype=torch.float64, device=made_on) / c)
+    angle = torch.arange(start, end, dtype=torch.float64, device=made_on)[:, None] * frequency
+    return torch.polar(torch.ones_like(angle), angle).to(device, dtype)
 
-    A pair is a complex number, a turn one multiplication (same paper, eq. 12); the score of a turned q and a turned k then
-    depends on their distance alone.
+
+@lru_cache(maxsize=8)
+def _kept_table(end, c, base, dtype, device):
+    with torch.inference_mode(False):  # whoever asks first may be in inference mode, others not
+        return _table(0, end, c, base, dtype, device)
+
+
+def apply_rotary(
+    x: Float[Tensor, "*batch t c"], rotary: Complex[Tensor, "t pairs"]
+) -> Float[Tensor, "*batch t c"]:
+    """Turn every pair of neighbouring channels by its position's angle.
+
+    A pair is a complex number, and turning it one multiplication (same paper, eq. 12); the score of a rotated query
+    and a rotated key then depends on their distance alone.
     """
-    pairs = torch.view_as_complex(x.to(table.real.dtype).unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.to(rotary.real.dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
+
+
+class StackedLinear(nn.Linear):
+    """Several matrices on top of each other, for one product; Muon treats each on its own."""
+
+    def __init__(self, inputs: int, outputs: int, *, stacked: int, bias: bool = True):
+        super().__init__(inputs, outputs, bias=bias)
+        self.stacked = stacked
 
 
 class Attention(nn.Module):
-    """Multi-head attention over (b t d), with the keys and values of what was read before.
+    """Multi-head attention, with the KV cache of what was read before.
 
-    The mean itself is torch's fused form of `core.attention.attention`; a test holds the two equal.
+    The weighted mean itself is torch's fused form of `core.attention.attention`; a test holds the two equal.
     """
 
-    def __init__(self, width: int, heads: int, *, causal=True, qk_norm=False, bias=True, dropout=0.0):
+    def __init__(
+        self, width: int, heads: int, *, causal=True, qk_norm=False, bias=True, dropout=0.0
+    ):
         super().__init__()
         if width % heads:
-            raise ValueError(f"a width of {width} cannot be cut into {heads} equal heads")
-        self.heads, self.causal, self.qk_norm, self.dropout = heads, causal, qk_norm, dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
-        self.qkv.stacked = 3  # three matrices on top of each other; Muon treats each on its own
-        self.out = nn.Linear(width, width, bias=bias)
+            raise InputError(f"a width of {width} cannot be cut into {heads} equal heads")
+        self.heads = heads
+        self.causal = causal
+        self.qk_norm = qk_norm
+        self.dropout = dropout
+        self.c_attn = StackedLinear(width, 3 * width, stacked=3, bias=bias)  # q, k, v
+        self.c_proj = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x: Tensor, past: tuple[Tensor, Tensor] | None = None, turn: Tensor | None = None):
-        """(b t d), past k and v (b h s c), turn (t c/2) -> (b t d), k and v of past and present.
-
-        QK-norm brings each q and k to mean zero and unit variance (Dehghani et al. 2023, arXiv 2302.05442), so that scores
-        cannot blow up.
-        """
-        q, k, v = self.project(x, turn)
-        if past is not None:
-            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        cache: KeyValue | None = None,
+        rotary: Complex[Tensor, "t pairs"] | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], KeyValue]:
+        """The residual stream's update, and keys and values of past and present."""
+        q, k, v = self.project(x, rotary)
+        if cache is not None:
+            k = torch.cat([cache[0], k], 2)
+            v = torch.cat([cache[1], v], 2)
         t, s = q.shape[2], k.shape[2]
-        mask = causal_mask(t, s, x.device) if self.causal and 1 < t < s else None  # one new place may look at everything
+        masked = self.causal and 1 < t < s  # a single new position may look at everything
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, dropout_p=self.dropout if self.training else 0.0, is_causal=self.causal and t == s > 1
+            q,
+            k,
+            v,
+            causal_mask(t, s, x.device) if masked else None,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.causal and t == s > 1,
         )
-        return self.out(merge_heads(y)), (k, v)
+        return self.c_proj(merge_heads(y)), (k, v)
 
-    def project(self, x: Tensor, turn: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(b t d) -> q, k, v (b h t c), normed and turned as the options say."""
-        qkv = rearrange(self.qkv(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
-        qk, v = qkv.split([2, 1])  # q and k go through norm and turn together
+    def project(
+        self, x: Float[Tensor, "b t d"], rotary: Complex[Tensor, "t pairs"] | None = None
+    ) -> tuple[Float[Tensor, "b h t c"], Float[Tensor, "b h t c"], Float[Tensor, "b h t c"]]:
+        """Queries, keys and values, normed and rotated as the options say.
+
+        QK-norm brings each query and key to mean zero and unit variance, so that scores cannot blow up (Dehghani et
+        al. 2023, arXiv 2302.05442).
+        """
+        qkv = rearrange(self.c_attn(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
+        qk, v = qkv.split([2, 1])  # both go through norm and rotation together
         if self.qk_norm:
             qk = F.layer_norm(qk, (qk.shape[-1],))
-        if turn is not None:
-            qk = rotate(qk, turn)
-        return *qk.unbind(), v.squeeze(0)
+        if rotary is not None:
+            qk = apply_rotary(qk, rotary)
+        return qk[0], qk[1], v[0]
 
-    def look(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
-        """(b t d) -> (b h t s): the weights that `forward` averages with, to look at."""
-        q, k, _ = self.project(x, turn)
-        return weights(q, k, causal=self.causal)
+    def attention_weights(
+        self, x: Float[Tensor, "b t d"], rotary: Complex[Tensor, "t pairs"] | None = None
+    ) -> Float[Tensor, "b h t s"]:
+        """What `forward` averages the values with, to look at."""
+        q, k, _ = self.project(x, rotary)
+        return attention_weights(q, k, causal=self.causal)
 
 
 class MLP(nn.Module):
-    """(b t d) -> (b t d): widen, bend, narrow; each place on its own."""
+    """Two linear maps with an activation between them; each position on its own."""
 
     def __init__(self, width: int, *, inner: int | None = None, activation="gelu", bias=True):
         super().__init__()
         if activation not in ACTIVATIONS:
-            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+            raise InputError(f"activation is one of {', '.join(ACTIVATIONS)}; got {activation!r}")
         self.activation = activation
-        self.up = nn.Linear(width, inner or 4 * width, bias=bias)
-        self.out = nn.Linear(inner or 4 * width, width, bias=bias)
+        self.c_fc = nn.Linear(width, inner or 4 * width, bias=bias)
+        self.c_proj = nn.Linear(inner or 4 * width, width, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(b t d) -> (b t d)"""
-        return self.out(ACTIVATIONS[self.activation](self.up(x)))
+    def forward(self, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        return self.c_proj(ACTIVATIONS[self.activation](self.c_fc(x)))
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)): the pre-norm block of GPT-2."""
+    """x + attn(ln_1(x)), then x + mlp(ln_2(x)): the pre-norm block of GPT-2."""
 
     def __init__(
         self,
@@ -150,44 +217,52 @@ class Block(nn.Module):
         attention_dropout: float = 0.0,
     ):
         super().__init__()
-        self.norm_attention = make_norm(norm, width, bias=bias, eps=eps)
-        self.attention = Attention(width, heads, causal=causal, qk_norm=qk_norm, bias=bias, dropout=attention_dropout)
-        self.norm_mlp = make_norm(norm, width, bias=bias, eps=eps)
+        self.ln_1 = make_norm(norm, width, bias=bias, eps=eps)
+        self.attn = Attention(
+            width, heads, causal=causal, qk_norm=qk_norm, bias=bias, dropout=attention_dropout
+        )
+        self.ln_2 = make_norm(norm, width, bias=bias, eps=eps)
         self.mlp = MLP(width, inner=inner, activation=activation, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, past=None, turn: Tensor | None = None, gains: Tensor | None = None):
-        """(b t d) -> (b t d), and the keys and values for next time. `gains` (2 d) scale what attention and MLP see."""
-        y, past = self.attention(scale(self.norm_attention(x), gains, 0), past, turn)
+    def forward(
+        self,
+        x: Float[Tensor, "b t d"],
+        cache: KeyValue | None = None,
+        rotary: Complex[Tensor, "t pairs"] | None = None,
+        gains: Float[Tensor, "2 d"] | None = None,
+    ) -> tuple[Float[Tensor, "b t d"], KeyValue]:
+        """The residual stream, and the KV cache for next time. `gains` scale what attention and MLP see."""
+        y, keys_values = self.attn(scale(self.ln_1(x), gains, 0), cache, rotary)
         x = x + self.dropout(y)
-        return x + self.dropout(self.mlp(scale(self.norm_mlp(x), gains, 1))), past
+        return x + self.dropout(self.mlp(scale(self.ln_2(x), gains, 1))), keys_values
 
 
-def scale(x: Tensor, gains: Tensor | None, i: int) -> Tensor:
-    """(... d), (2 d) or None -> (... d): by the i-th gain, if there are any."""
+def scale(
+    x: Float[Tensor, "*batch d"], gains: Float[Tensor, "2 d"] | None, i: int
+) -> Float[Tensor, "*batch d"]:
+    """x times the i-th gain, if there are any."""
     return x if gains is None else x * gains[i]
 
 
-def leading(true: Tensor) -> int:
-    """(b t) of bool -> how many places from the left are True in every row."""
-    return int(true.all(0).long().cumprod(0).sum())
-
-
 def init_gpt2(model: nn.Module, layers: int) -> None:
-    """Normal with deviation 0.02, biases zero; what adds to the residual stream is smaller by sqrt(2 layers) (GPT-2, section 2.3)."""
+    """Normal with deviation 0.02, biases zero; what adds to the residual stream is smaller by sqrt(2 layers).
+
+    Source: GPT-2 (Radford et al. 2019), section 2.3.
+    """
     for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Embedding)):
-            residual = name.endswith(".out")
+        if isinstance(module, nn.Linear | nn.Embedding):
+            residual = name.endswith("c_proj")
             nn.init.normal_(module.weight, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def init_fan_in(model: nn.Module) -> None:
-    """Normal with deviation 1/sqrt(fan in); what adds to the residual stream starts at zero, so each block starts as the identity."""
+    """Normal with deviation 1/sqrt(fan in); what adds to the residual stream is zero: blocks start as the identity."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            if name.endswith(".out"):
+            if name.endswith(("c_proj", "out_proj")):
                 nn.init.zeros_(module.weight)
             else:
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

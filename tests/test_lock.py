@@ -12,13 +12,32 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-LINUX = {"sys_platform": "linux", "platform_machine": "x86_64", "python_version": "3.11", "python_full_version": "3.11.7", "extra": ""}
-LINUX |= {"os_name": "posix", "platform_system": "Linux", "implementation_name": "cpython", "platform_python_implementation": "CPython"}
+LINUX = {
+    "sys_platform": "linux",
+    "platform_machine": "x86_64",
+    "python_version": "3.11",
+    "python_full_version": "3.11.7",
+    "extra": "",
+}
+LINUX |= {
+    "os_name": "posix",
+    "platform_system": "Linux",
+    "implementation_name": "cpython",
+    "platform_python_implementation": "CPython",
+}
 
 
 def wanted() -> list[Requirement]:
-    listed = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["book"], *PROJECT["optional-dependencies"]["test"]]
-    return [need for need in map(Requirement, listed) if need.name != "irann" and (not need.marker or need.marker.evaluate(LINUX))]
+    listed = [
+        *PROJECT["dependencies"],
+        *PROJECT["optional-dependencies"]["book"],
+        *PROJECT["optional-dependencies"]["test"],
+    ]
+    return [
+        need
+        for need in map(Requirement, listed)
+        if need.name != "irann" and (not need.marker or need.marker.evaluate(LINUX))
+    ]
 
 
 def read(name: str) -> dict[str, tuple[Version, list[str]]]:
@@ -26,7 +45,10 @@ def read(name: str) -> dict[str, tuple[Version, list[str]]]:
     text = re.sub(r"(?m)^#.*\n", "", (ROOT / "book" / name).read_text())
     line = re.compile(r"(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n")
     assert not line.sub("", text), "only NAME==VERSION with hashes"
-    return {name: (Version(version), re.findall(r"[0-9a-f]{64}", hashes)) for name, version, hashes in line.findall(text)}
+    return {
+        name: (Version(version), re.findall(r"[0-9a-f]{64}", hashes))
+        for name, version, hashes in line.findall(text)
+    }
 
 
 LOCK, CUDA = read("lock.txt"), read("lock-cuda.txt")
@@ -62,7 +84,9 @@ def test_what_the_locked_releases_need_is_locked_too():
 
 
 def test_names_are_locked_once_and_no_address_is_written_down():
-    assert not LOCK.keys() & CUDA.keys() and all(name == canonicalize_name(name) for name in LOCK | CUDA)
+    assert not LOCK.keys() & CUDA.keys() and all(
+        name == canonicalize_name(name) for name in LOCK | CUDA
+    )
     assert all(re.match("nvidia-|cuda-", name) for name in CUDA)
     for name in ("lock.txt", "lock-cuda.txt"):
         assert "//" not in (ROOT / "book" / name).read_text()
@@ -72,7 +96,10 @@ def test_names_are_locked_once_and_no_address_is_written_down():
 @pytest.mark.parametrize(
     "name, hole",
     [
-        ("torch", "2.9.1"),  # CVE-2026-24747, in the loading of pickles, which this project never does
+        (
+            "torch",
+            "2.9.1",
+        ),  # CVE-2026-24747, in the loading of pickles, which this project never does
         ("safetensors", "0.7.0"),
         ("filelock", "3.20.2"),  # CVE-2025-68146: it follows a link put in the lock's place
         ("numpy", "1.26.4"),

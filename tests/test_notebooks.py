@@ -58,17 +58,35 @@ def test_the_stored_notebook_is_small_and_clean(page):
 def test_it_needs_nothing_that_the_readme_does_not_install(page):
     project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())["project"]
     wanted = [*project["dependencies"], *project["optional-dependencies"]["book"]]
-    there = {re.match(r"[\w-]+", name)[0] for name in wanted} | set(sys.stdlib_module_names) | {"irann"}
-    tree = ast.parse("\n".join(cell.source for cell in executed(page).cells if cell.cell_type == "code"))
-    used = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names}
+    there = (
+        {re.match(r"[\w-]+", name)[0] for name in wanted} | set(sys.stdlib_module_names) | {"irann"}
+    )
+    tree = ast.parse(
+        "\n".join(cell.source for cell in executed(page).cells if cell.cell_type == "code")
+    )
+    used = {
+        name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names
+    }
     used |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in used} <= there
 
 
 @chapters
 def test_running_it_again_prints_the_same(page, tmp_path):
-    command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "--nbval-cell-timeout=600", "-q", "-p", "no:cacheprovider"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval",
+        "--nbval-current-env",
+        "--nbval-cell-timeout=600",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
     command += ["-o", "addopts=", str(page.with_suffix(".ipynb"))]
-    quiet = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path)}
-    done = subprocess.run(command, cwd=FOLDER, env=os.environ | quiet, capture_output=True, text=True)
+    quiet = {"HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path)}
+    done = subprocess.run(
+        command, cwd=FOLDER, env=os.environ | quiet, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

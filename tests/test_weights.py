@@ -9,11 +9,14 @@ import torch
 
 from irann import checkpoint, lm, shakespeare, zoo
 from irann.checkpoint import CheckpointError
-from irann.train import evaluate, train
+from irann.training import evaluate, train
 
 NAMES = sorted(zoo.MODELS)
 MADE = dict.fromkeys(NAMES, ("gpu", {}))  # by which recipe, changed how
-MADE["thinker"] = "full", {"steps": 5500, "evaluate_every": 1100, "precision": "bfloat16", "seed": 0}
+MADE["thinker"] = (
+    "full",
+    {"steps": 5500, "evaluate_every": 1100, "precision": "bfloat16", "seed": 0},
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +38,17 @@ def test_every_model_ships_and_is_small():
 def test_the_card_tells_how_it_was_made(name):
     told, model, (which, changes) = card(name), zoo.load(name), MADE[name]
     config, recipe = zoo.recipe(name, which, **changes)
-    assert told["command"] == f"irann train {name} --recipe {which}" + "".join(f" --set {key}={value}" for key, value in changes.items())
-    assert model.config == config and zoo.Recipe(**told["recipe"]) == recipe and told["seed"] == recipe.seed
-    assert told["characters"] == told["step"] * recipe.batch * config.window and told["hardware"] and told["hours"] > 0
-    assert told["parameters"] == sum(p.numel() for p in model.parameters()) and told["exact"] == model.exact
+    assert told["command"] == f"irann train {name} --recipe {which}" + "".join(
+        f" --set {key}={value}" for key, value in changes.items()
+    )
+    assert model.config == config
+    assert zoo.Recipe(**told["recipe"]) == recipe
+    assert told["seed"] == recipe.seed
+    assert told["characters"] == told["step"] * recipe.batch * config.window
+    assert told["hardware"]
+    assert told["hours"] > 0
+    assert told["parameters"] == sum(p.numel() for p in model.parameters())
+    assert told["exact"] == model.exact
 
 
 @pytest.mark.parametrize("name", ["gpt", "mamba", "thinker"])
@@ -53,14 +63,20 @@ def test_the_bound_is_near_the_card_s(name, text):
     """A part of the text and few draws: far from the card's number would be a fault, beside it is chance."""
     model, told = zoo.load(name), card(name)
     part = text.val[: 12 * model.config.window + 1]
-    row = model.surprise(part.unfold(0, model.config.window + 1, model.config.window), generator=torch.Generator().manual_seed(0))
-    assert row.mean().item() == pytest.approx(told["validation"], abs=0.25) and 0 < told["standard_error"] < 0.03
+    row = model.nll(
+        part.unfold(0, model.config.window + 1, model.config.window),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert row.mean().item() == pytest.approx(told["validation"], abs=0.25)
+    assert 0 < told["standard_error"] < 0.03
 
 
 @pytest.mark.parametrize("name", ["gpt", "mamba"])
 def test_the_sample_can_be_had_again(name):
     told = card(name)["sample"]
-    *_, draft = lm.stream(zoo.load(name), "\n", 60, seed=told["seed"], temperature=told["temperature"])
+    *_, draft = lm.stream(
+        zoo.load(name), "\n", 60, seed=told["seed"], temperature=told["temperature"]
+    )
     assert zoo.load(name).vocabulary.decode(draft.ids[0, 1:]) == told["text"][:60]
 
 
@@ -104,7 +120,10 @@ def test_of_a_run_the_best_is_loaded_and_not_the_newest(tmp_path, small):
 def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
     for age, name in enumerate(("b", "c", "a")):
         saved = checkpoint.Snapshot({}, {}, {}, {"model": "GPT"}, "ab")
-        os.utime(checkpoint.save(tmp_path / name / "checkpoints" / "step-00000001", saved), (100 - age, 100 - age))
+        os.utime(
+            checkpoint.save(tmp_path / name / "checkpoints" / "step-00000001", saved),
+            (100 - age, 100 - age),
+        )
     assert zoo.newest_run("gpt", tmp_path).name == "b"
 
 
@@ -112,12 +131,19 @@ def test_what_a_buffer_counts_ships_whole(tmp_path, monkeypatch, text):
     """Half precision ends at 65,504."""
     model = zoo.build("diffusion", zoo.recipe("diffusion", "tiny")[0])
     model.vocabulary = text.vocabulary
-    model.visits.fill_(100_001.0)
+    model.level_count.fill_(100_001.0)
     write = zoo.stream
-    monkeypatch.setattr(zoo, "stream", lambda model, prompt, n, **settings: write(model, prompt, 16, **settings))  # quick
-    zoo.ship(model, "diffusion", type(text)(text.train[:2000], text.val[:200], text.vocabulary, text.source, text.sha256), folder=tmp_path)
+    monkeypatch.setattr(
+        zoo, "stream", lambda model, prompt, n, **settings: write(model, prompt, 16, **settings)
+    )  # quick
+    zoo.ship(
+        model,
+        "diffusion",
+        type(text)(text.train[:2000], text.val[:200], text.vocabulary, text.source, text.sha256),
+        folder=tmp_path,
+    )
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
-    assert (zoo.load("diffusion").visits == 100_001).all()
+    assert (zoo.load("diffusion").level_count == 100_001).all()
 
 
 def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):

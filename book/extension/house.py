@@ -31,7 +31,12 @@ def setup(app):
 def configure(app, config):
     config.mathjax_path = "mathjax/tex-mml-chtml.js"  # below _static
     for listeners in app.events.listeners.values():  # thebe would load its code from a network
-        listeners[:] = [one for one in listeners if getattr(one.handler, "__name__", "") not in ("init_thebe_core", "update_thebe_context")]
+        listeners[:] = [
+            one
+            for one in listeners
+            if getattr(one.handler, "__name__", "")
+            not in ("init_thebe_core", "update_thebe_context")
+        ]
     if address := os.environ.get("IRANN_REPOSITORY"):
         buttons = {
             "notebook_interface": "jupyterlab",
@@ -52,11 +57,17 @@ def refuse_failures(app, env, pages):
     for page in pages:
         path = Path(env.doc2path(page))
         if path.suffix == ".ipynb":
-            cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+            cells = [
+                cell
+                for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+                if cell["cell_type"] == "code"
+            ]
             for number, cell in enumerate(cells, start=1):
                 failed = [out["evalue"] for out in cell["outputs"] if out["output_type"] == "error"]
                 if failed or cell["execution_count"] is None:
-                    raise ExtensionError(f"{path}: code cell {number} {f'failed ({failed[0]})' if failed else 'never ran'}; run it anew")
+                    raise ExtensionError(
+                        f"{path}: code cell {number} {f'failed ({failed[0]})' if failed else 'never ran'}; run it anew"
+                    )
 
 
 def bring_mathjax(app, problem):
@@ -66,7 +77,11 @@ def bring_mathjax(app, problem):
     to = Path(app.outdir) / "_static" / "mathjax"
     for file in importlib.metadata.distribution("django-static-mathjax").files:
         name = str(file).partition("static/mathjax/")[2]
-        if name == "LICENSE" or name.startswith("es5/") and name.removeprefix("es5/").startswith(MATHJAX):
+        if (
+            name == "LICENSE"
+            or name.startswith("es5/")
+            and name.removeprefix("es5/").startswith(MATHJAX)
+        ):
             target = to / name.removeprefix("es5/")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file.locate(), target)
@@ -76,7 +91,11 @@ def docstring(app, what, name, thing, options, lines):
     """Our docstrings are Markdown's plainest part: paragraphs, `code`, tables. Make them reStructuredText, in place."""
     page = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
-        if re.match(r"\s*\||\s{2,}\S|\s*- ", paragraph) or re.search(r"(?m)^\s{2,}\S", paragraph) or "import irann" in paragraph:
+        if (
+            re.match(r"\s*\||\s{2,}\S|\s*- ", paragraph)
+            or re.search(r"(?m)^\s{2,}\S", paragraph)
+            or "import irann" in paragraph
+        ):
             page += ["::", "", *("    " + line for line in paragraph.split("\n")), ""]
         else:
             page += [prose(" ".join(paragraph.split())), ""]
@@ -103,7 +122,9 @@ def describe_pictures(app, doctree, page):
         if isinstance(node, nodes.paragraph):
             above = node.astext()
         elif isinstance(node, nodes.image) and not node.get("alt"):
-            node["alt"] = "Figure. " + (above if len(above) < 300 else above[:300].rpartition(" ")[0] + " ...").replace("\n", " ")
+            node["alt"] = "Figure. " + (
+                above if len(above) < 300 else above[:300].rpartition(" ")[0] + " ..."
+            ).replace("\n", " ")
 
 
 def index_pictures(app, doctree, page):
@@ -119,7 +140,10 @@ def index_pictures(app, doctree, page):
             section = picture.parent
             while not isinstance(section, nodes.section):
                 section = section.parent
-            link = nodes.reference(refuri=f"{app.builder.get_relative_uri(page, chapter)}#{section['ids'][0]}", internal=True)
+            link = nodes.reference(
+                refuri=f"{app.builder.get_relative_uri(page, chapter)}#{section['ids'][0]}",
+                internal=True,
+            )
             link += nodes.Text(section.next_node(nodes.title).astext())
             small = picture.deepcopy()
             small["width"] = "180px"

@@ -1,8 +1,8 @@
 """The conversation in a terminal: `irann chat MODEL`, and in a pipe: `echo "Who is there?" | irann chat gpt`.
 
-Settled characters are written once and stay. What a model proposes for the rest of the line is shown in grey and written
-over. Without a terminal there are neither colours nor proposals: the replies go to standard output, everything else to
-standard error.
+Settled characters are written once and stay. What a model proposes for the rest of the line is shown in grey
+and written over. Without a terminal there are neither colours nor proposals: the replies go to standard output,
+everything else to standard error.
 """
 
 import os
@@ -10,17 +10,22 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import CheckpointError
-from ..lm import SAMPLING
-from .session import LENGTH, MODES, SEED, Session
+from ..lm import SAMPLING, vocabulary_of
+from ..settings import InputError
+from .session import LENGTH, SCENE, Frame, Session
+from .streams import advance, cells, check_encoding, check_stdin, heard, tell, visible
 
 HELP = """Write a line and press Enter; the model answers. An empty line lets it speak
 again. Ctrl-C stops a reply, Ctrl-D leaves. Without a value: what is set.
-  /temp N  /topk N  /topp N        how bold, how many characters, how much
-  /length N  /seed N               how long, and the dice
+  /temp N                          temperature: 0 always takes the likeliest
+  /topk N  /topp P                 top-k and top-p (nucleus) sampling
+  /length N  /seed N               characters in a reply; the generator's seed
   /as NAME  /to NAME               who you are, and who answers
   /mode play|plain                 a scene, or going on with the text itself
   /model NAME                      another model, the same scene
@@ -28,15 +33,22 @@ again. Ctrl-C stops a reply, Ctrl-D leaves. Without a value: what is set.
   /scene  /save FILE               show the scene, write it to a file
   /help  /quit"""
 SHORT = {"temp": "temperature", "topk": "top_k", "topp": "top_p", "as": "reader", "to": "speaker"}
+TAB = "    "  # in a terminal, where columns are counted
+RESERVED = 3  # columns at a line's end: the terminal may write ^C there
 
 
-def main(model="gpt", device="cpu", **settings) -> None:
-    """Talk until the input ends or says /quit. Raises ValueError and CheckpointError for what cannot be loaded or set."""
+def main(model: str, settings: dict[str, str], *, device: Any = "cpu") -> None:
+    """Talk until the input ends or says /quit. Raises InputError and CheckpointError for what cannot be loaded or set."""
     settings = {SHORT.get(name, name): value for name, value in settings.items()}
-    for name, known in ({"length": LENGTH} | SAMPLING).items():  # what can be refused without loading is refused first
-        if name in settings:
-            known.check(name, settings[name])
-    Terminal(Session(model, device=device, say=_tell, **settings)).run()
+    known = {"length": LENGTH} | SAMPLING | SCENE
+    for name in known.keys() & settings.keys():  # refused before anything is loaded
+        known[name].read(name, settings[name])
+    check_stdin()
+    session = Session(model, device=device, say=tell)
+    for note in session.set_all(settings):
+        tell(note)
+    check_encoding(vocabulary_of(session.model).characters)
+    Terminal(session).run()
 
 
 class Terminal:
@@ -44,9 +56,10 @@ class Terminal:
 
     def __init__(self, session: Session):
         self.session = session
-        self.typed = sys.stdin.isatty()
+        self.typed = sys.stdin is not None and sys.stdin.isatty()
         self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self.colours = self.live and "NO_COLOR" not in os.environ
+        self.forgetting = False  # whether the reader knows that the model forgets
 
     def run(self) -> None:
         if self.typed:
@@ -59,29 +72,26 @@ class Terminal:
         while True:
             try:
                 line = self.ask()
-                if line is None or not self.hear(line):
+                if line is None or not self.obey(line):
                     return
             except KeyboardInterrupt:  # at the prompt, while a model loads, as a reply ends
                 if not self.typed:
                     raise
                 print("\n/quit or Ctrl-D leaves")
 
-    def hear(self, line: str) -> bool:
+    def obey(self, line: str) -> bool:
         """Do what a line asks, or answer it -> whether to go on."""
         if line.startswith("/"):
             return self.command(line[1:])
         if note := self.session.say(line):
-            _tell(note)
+            tell(note)
         self.answer(self.session.reply)
         return True
 
     def ask(self) -> str | None:
         """-> the next line, None when there are no more."""
         if not self.typed:
-            try:
-                line = sys.stdin.readline()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"what was said on standard input is not text ({error}): say it in UTF-8") from None
+            line = heard(sys.stdin.readline)
             return line.rstrip("\r\n") if line else None
         try:
             return input(f"{self.session.reader}> " if self.session.mode == "play" else "> ")
@@ -89,130 +99,168 @@ class Terminal:
             print()
             return None
 
-    def answer(self, reply) -> None:
+    def answer(self, reply: Callable[[], Iterator[Frame]]) -> None:
         """Write a reply while it comes; Ctrl-C stops it."""
         if self.live and self.session.mode == "play":
             print(self.paint(f"{self.session.speaker}:", "1"))
-        shown, column, grey = 0, 0, 0
+        pen = Pen(self.live, self.colours)
         with _interrupts(self.typed) as stopped:
             try:
                 frames = reply()
                 for frame in frames:
-                    fresh = _visible(frame.text[shown : frame.settled])
-                    shown = max(shown, frame.settled)
-                    if self.live:
-                        column = len(fresh) - fresh.rfind("\n") - 1 if "\n" in fresh else column + len(fresh)
-                        tail = self.tail(frame.text[shown:], column)
-                        if fresh or tail or grey:
-                            sys.stdout.write(("\x1b[K" if grey else "") + fresh)  # erased after a full line, it would take a letter
-                            if tail:
-                                sys.stdout.write(f"{self.paint(tail, '90')}\x1b[{len(tail)}D")
-                            grey = len(tail)
-                    else:
-                        sys.stdout.write(fresh)
-                    sys.stdout.flush()
+                    pen.write(frame)
                     if stopped:
                         break
-                frames.close()
-            except (ValueError, CheckpointError) as error:
+                frames.close()  # pyright: ignore[reportAttributeAccessIssue]
+            except (InputError, CheckpointError) as error:
                 if not self.typed:
                     raise
-                _tell(str(error))
+                tell(str(error))
                 return
-        print("\x1b[K" if grey else "", flush=True)
-        if stopped and self.typed:
-            print(self.paint("[stopped]", "2"))
-        elif stopped:
+        pen.end()
+        if stopped and not self.typed:
             raise KeyboardInterrupt
-        if forgot := self.session.forgot():
-            _tell(forgot)
-
-    def tail(self, proposed: str, column: int) -> str:
-        """-> as much of the unsettled text as fits on the rest of the cursor's line; only there can it be written over."""
-        width = shutil.get_terminal_size().columns
-        if not self.colours or (column and column % width == 0):
-            return ""
-        return _visible(proposed).split("\n")[0][: max(0, width - column % width - 3)]  # the terminal may write ^C there
+        if stopped:
+            print(self.paint("[stopped]", "2"))
+        forgot = self.session.forgot()
+        if forgot and not self.forgetting:  # said once in a scene: from then on it is always so
+            tell(forgot)
+            self.forgetting = True
 
     def command(self, line: str) -> bool:
         """Do what follows a slash -> whether to go on. What cannot be done is said in a sentence."""
         word, _, value = line.strip().partition(" ")
-        word, value = word.lower(), value.strip()
+        word = word.lower()
+        value = value.strip()
+        if word in ("quit", "exit", "q"):
+            return False
         try:
-            if word in ("quit", "exit", "q"):
-                return False
-            if word == "help":
-                own = [f"  /{name} N: {setting.help}" for name, setting in self.session.model.settings.items()]
-                _tell("\n".join([HELP, *own]), bare=True)
-            elif word == "again":
-                self.answer(self.session.again)
-            elif word == "clear":
-                self.session.clear()
-            elif word == "scene":
-                print(_visible(self.session.scene()))
-            elif word == "save":
-                self.save(value)
-            elif word == "model":
-                self.model(value)
-            else:
-                self.set(SHORT.get(word, word), value)
-        except (ValueError, CheckpointError) as error:
-            _tell(str(error))
-        except OSError as error:
-            _tell(f"{value} cannot be read ({error.strerror or error})")
+            match word:
+                case "help":
+                    self.help()
+                case "again":
+                    self.answer(self.session.again)
+                case "clear":
+                    self.session.clear()
+                    self.forgetting = False
+                case "scene":
+                    print(visible(self.session.scene()))
+                case "save":
+                    self.save(value)
+                case "model":
+                    self.model(value)
+                case _:
+                    self.set(SHORT.get(word, word), value)
+        except (InputError, CheckpointError) as error:
+            tell(str(error))
         return True
+
+    def help(self) -> None:
+        own = self.session.model.settings.items()
+        tell(
+            "\n".join([HELP, *(f"  /{name} N: {setting.help}" for name, setting in own)]), bare=True
+        )
 
     def set(self, name: str, value: str) -> None:
         """Change a setting, or say what it is now."""
         session = self.session
-        if name in ("reader", "speaker", "mode", "seed"):
-            if value and (note := session.set(name, value)):
-                _tell(note)
-            meaning = {"mode": f"one of {', '.join(MODES)}", "seed": SEED.help}.get(name, "a character of the play")
-            _tell(f"{name}: {getattr(session, name)} ({meaning})")
-        elif name not in session.options:
-            raise ValueError(f"there is no /{name} for {session.name}; /help lists what there is")
-        else:
-            if value:
-                session.set(name, value)
-            _tell(f"{name}: {session.get(name)} ({session.option(name).help})")
+        setting = session.option(name)
+        if value and (note := session.set(name, value)):
+            tell(note)
+        choices = f"; {setting.words()}" if setting.choices else ""
+        tell(f"{name}: {session.get(name)} ({setting.help}{choices})")
 
     def model(self, name: str) -> None:
         """Change the model, or say which it is."""
-        dropped = self.session.use(name) if name else []
-        _tell(self.session.describe())
-        if dropped:
-            _tell(f"{self.session.name} does not have {', '.join(dropped)}")
+        note = self.session.use(name) if name else ""
+        self.forgetting = False
+        tell(self.session.describe())
+        if note:
+            tell(note)
 
     def save(self, name: str) -> None:
-        """Write the scene to a new file."""
+        """Write the scene to a new file. Raises InputError if it cannot."""
         if not name:
-            raise ValueError("/save takes the name of a file")
+            raise InputError("/save takes the name of a file")
+        path = None
         try:
             path = Path(name).expanduser()
             with open(path, "x", encoding="utf-8") as file:
                 file.write(self.session.scene() + "\n")
         except FileExistsError:
-            raise ValueError(f"{name} is there already; choose another name") from None
-        except (OSError, RuntimeError) as error:  # no such home, for one
-            if getattr(error, "filename", name) is None:  # it was open: half a scene would stand in the way of the next try
+            raise InputError(f"{name} is there already; choose another name") from None
+        except (OSError, RuntimeError, ValueError) as error:  # no such home; a name that is none
+            full = isinstance(error, OSError) and error.filename is None
+            if full and path is not None:  # half a scene would stand in the way of the next try
                 path.unlink()
-            raise ValueError(f"{name} could not be written: {getattr(error, 'strerror', None) or error}") from None
-        _tell(f"saved {name}")
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{name} could not be written: {reason}") from None
+        tell(f"saved {name}")
 
     def paint(self, text: str, code: str) -> str:
         return f"\x1b[{code}m{text}\x1b[0m" if self.colours else text
 
 
+class Pen:
+    """Writes the frames of one reply: settled text once, and on a `live` screen what is proposed for its line."""
+
+    def __init__(self, live: bool, colours: bool):
+        self.live = live
+        self.colours = colours
+        self.shown = 0  # characters of the reply that are written for good
+        self.column = 0
+        self.proposed = False  # whether grey text stands behind the cursor
+
+    def write(self, frame: Frame) -> None:
+        settled = frame.text[self.shown : frame.settled]
+        self.shown = max(self.shown, frame.settled)
+        if not self.live:
+            sys.stdout.write(visible(settled))
+        else:
+            self.draw(visible(settled, TAB), frame.text[self.shown :])
+        sys.stdout.flush()
+
+    def draw(self, settled: str, proposed: str) -> None:
+        """Write over what was proposed before. It is erased first: after a full line, erasing would take a letter."""
+        width = shutil.get_terminal_size().columns
+        if self.proposed:
+            sys.stdout.write("\x1b[K")
+        self.column = advance(self.column, settled, width)
+        sys.stdout.write(settled)
+        tail = self.tail(proposed, width)
+        if tail:
+            back = sum(map(cells, tail))
+            sys.stdout.write(f"\x1b[90m{tail}\x1b[0m\x1b[{back}D")
+        self.proposed = bool(tail)
+
+    def tail(self, proposed: str, width: int) -> str:
+        """-> as much of the unsettled text as fits on the cursor's line; only there can it be written over."""
+        room = width - self.column - RESERVED
+        if not self.colours or room <= 0:
+            return ""
+        line = visible(proposed[:width], TAB).split("\n")[0]
+        while line and not cells(line[0]):  # it would join a settled character
+            line = line[1:]
+        fitting = 0
+        for end, character in enumerate(line):
+            fitting += cells(character)
+            if fitting > room:
+                return line[:end]
+        return line
+
+    def end(self) -> None:
+        print("\x1b[K" if self.proposed else "", flush=True)
+
+
 @contextmanager
-def _interrupts(catch: bool):
+def _interrupts(catch: bool) -> Iterator[list[int]]:
     """-> a list that holds the signal once Ctrl-C came: the step ends, then the reply. A second one interrupts at once."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught
         return
 
-    def note(signum, frame):
+    def note(signum: int, frame: Any) -> None:
         if caught:
             raise KeyboardInterrupt
         caught.append(signum)
@@ -226,13 +274,3 @@ def _interrupts(catch: bool):
         print()
     finally:
         signal.signal(signal.SIGINT, before if before is not None else signal.SIG_DFL)
-
-
-def _visible(text: str) -> str:
-    """-> the text without control characters, which a terminal would obey; line breaks stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
-
-
-def _tell(message: str, bare: bool = False) -> None:
-    sys.stdout.flush()
-    print(message if bare else f"irann: {_visible(message)}", file=sys.stderr, flush=True)

@@ -1,136 +1,137 @@
 """The conversation in a notebook cell: `from irann import Chat; Chat()`.
 
-Ink is settled, grey may still change. Where the cell's event loop runs, a reply is a task that lets the loop breathe
-between two drafts, so Stop works while the model writes. Where none runs, and with `say(text, wait=True)`, the reply is
-written before Python goes on; a page without widgets shows the transcript. Whatever a reader or a model wrote is escaped
-before it becomes HTML.
+Ink is settled, grey may still change. Where the cell's event loop runs, a reply is a task that lets the loop
+breathe between two drafts, so Stop works while the model writes. Where none runs, and with `say(text, wait=True)`,
+the reply is written before Python goes on; a page without widgets shows the transcript.
 """
 
 import asyncio
 import os
 import time
-from html import escape
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import ipywidgets as w
-from IPython import get_ipython
+from IPython.core.getipython import get_ipython
+from IPython.display import DisplayHandle, display
 
 from .. import zoo
 from ..checkpoint import CheckpointError
-from ..figures import ACCENT, INK, PALE
-from ..lm import SAMPLING, LanguageModel, Setting
-from .session import MODES, Frame, Look, Session, Turn, available
+from ..lm import SAMPLING, LanguageModel
+from ..settings import InputError, Setting
+from . import html
+from .session import NAMES, SCENE, Frame, Inspection, Session, Turn, available
 
-EVERY = 0.08  # seconds between two redraws at least: drawing takes the browser more time than Python
-SHOWN = 20_000  # characters of a long scene on the screen
-STYLE = f"""<style>
-.irann-chat .irann-scene, .irann-chat .irann-look {{font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; padding: 8px;
-  color: var(--jp-content-font-color1, inherit)}}
-.irann-chat .irann-scene {{max-height: 420px; overflow-y: auto; display: flex; flex-direction: column-reverse}}
-.irann-chat .irann-turn {{border-radius: 10px; padding: 6px 10px; margin: 4px 0; max-width: 85%; width: fit-content;
-  white-space: pre-wrap; overflow-wrap: anywhere; user-select: text}}
-.irann-chat .irann-reader {{background: rgba(0, 114, 178, .16); margin-left: auto}}
-.irann-chat .irann-model {{background: rgba(128, 128, 128, .13)}}
-.irann-chat .irann-name, .irann-chat .irann-small {{opacity: .7; font-size: 11px; line-height: 1.5; display: block}}
-.irann-chat .irann-open {{color: {PALE}}}
-.irann-chat .irann-error {{color: var(--jp-error-color1, #c22); white-space: pre-wrap}}
-.irann-chat .irann-look {{line-height: 1.7; white-space: pre-wrap; overflow-wrap: anywhere}}
-.irann-chat .irann-look span {{border-radius: 2px}}
-.irann-chat progress {{width: 120px; height: 8px; accent-color: {ACCENT}; vertical-align: middle; margin-right: 6px}}
-.irann-chat .widget-html-content {{line-height: 1.5}}
-</style>"""
-# The text is in the page already; where a page may not write to the clipboard, the words say where to find it.
-COPY = """<button class="jupyter-widgets jupyter-button widget-button irann-copy" title="copy the scene" style="width: auto" onclick="
-  const text = this.closest('.irann-chat').querySelector('.irann-text textarea').value;
-  const say = words => { this.textContent = words; setTimeout(() => this.textContent = 'Copy', 2000) };
-  (navigator.clipboard?.writeText(text) ?? Promise.reject()).then(() => say('Copied'), () => say('Below, as text'))">Copy</button>"""
-MEANINGS = {
-    "surprise": "nats that each character cost",
-    "rounds": "rounds of thought for what comes after each character",
-    "expected_rounds": "rounds that the learned odds expect",
-    "delta": "how much of its state the model rewrites at each character",
-    "attention": "where the framed character looks, the mean of all layers and heads",
-}
+EVERY = 0.08  # seconds between two redraws at least: the browser takes longer to draw than Python
 WRAP = {"flex_flow": "row wrap", "align_items": "center", "grid_gap": "0 4px"}
-INSIDE = 1  # its place in the accordion
+PANELS = ("Settings", "Inside the model", "Drafts of the last reply", "The scene as text")
+INSIDE = PANELS.index("Inside the model")
+BUTTONS = {
+    "Send": "let the model answer; with an empty line it speaks again",
+    "Stop": "end the reply; what has settled stays",
+    "Regenerate": "write the last reply anew",
+    "Clear": "begin a new scene",
+}
+NO_DRAFTS = "models that write a page at once leave their drafts here"
+NOT_HEARD = (
+    "not heard, for a reply is being written: say it again when it has ended, or press Stop first"
+)
+PLAIN = "a chat for a notebook cell; here: chat.say(TEXT), then print(chat.session.scene())"
 
 
 class Chat(w.VBox):
     """A transcript, a line to write on, the settings, and the model's inside on the text.
 
-    `Chat()` takes the first model there are weights for; `Chat("gpt", temperature=0.8)`, or `Chat(model)` with a model of
-    your own that has its vocabulary. `session` holds the conversation.
+    `Chat()` takes the first model there are weights for; `Chat("gpt", temperature=0.8)`, or `Chat(model)` with a
+    model of your own that has its vocabulary. `session` holds the conversation; it is None until a model could be
+    loaded, and the sentence that says why not stands under the transcript.
     """
 
-    def __init__(self, model: LanguageModel | str | None = None, *, device="cpu", **settings):
+    def __init__(
+        self, model: LanguageModel | str | None = None, *, device: Any = "cpu", **settings: Any
+    ):
         self.session: Session | None = None
-        self.device, self.settings, self.task, self.stopping = device, settings, None, False
+        self.device = device
+        self.settings = settings
+        self.task: asyncio.Task | None = None
+        self.stopping = False
         self.frame: Frame | None = None
-        self.began = self.drawn = 0.0
+        self.inspected: Inspection | None = None
+        self.began = 0.0
+        self.drawn = 0.0
+        self.current: LanguageModel | str | None = None
         self.heard: list[str] = []  # what loading had to say
-        self._build()
+        self.said = ""  # the sentence under the transcript
+        self.stored: DisplayHandle | None = None  # the transcript beside the widget
+        self._build_controls()
+        self._build_panels()
+        buttons = [self.submit, self.stop, self.again, self.clear, w.HTML(html.COPY), self.timing]
         super().__init__(
             [
-                w.HTML(STYLE),
+                w.HTML(html.STYLE),
                 w.HBox([self.names, self.about], layout=WRAP),
                 self.scene,
                 self.message,
                 self.line,
-                w.HBox([self.send, self.stop, self.again, self.clear, w.HTML(COPY), self.pace], layout=WRAP),
+                w.HBox(buttons, layout=WRAP),
                 self.more,
             ]
         )
         self.add_class("irann-chat")
         first = model if model is not None else next(iter(available()), next(iter(zoo.MODELS)))
-        if not (isinstance(first, str) and first in zoo.MODELS):
+        if not isinstance(first, str) or first not in zoo.MODELS:
             label = first if isinstance(first, str) else type(first).__name__
             self.names.options = [(label, first), *((name, name) for name in zoo.MODELS)]
-        self.names.value, self.current = first, None
+        self.names.value = first
         self._use(first)
-        self.names.observe(lambda change: change["new"] == self.current or self._use(change["new"]), "value")
+        self.names.observe(self._chosen, "value")
         self._draw()
 
-    def _build(self):
-        narrow = {"style": {"description_width": "auto"}, "layout": w.Layout(width="auto")}
-        self.names = w.Dropdown(options=list(zoo.MODELS), description="model", **narrow)
-        self.about, self.scene, self.message, self.pace = w.HTML(), w.HTML(), w.HTML(), w.HTML()
-        self.line = w.Text(placeholder="Say something and press Enter", continuous_update=True, layout=w.Layout(width="98%"))
-        self.send, self.stop, self.again, self.clear = (
-            w.Button(description=name, tooltip=tip, layout=w.Layout(width="auto", flex="0 0 auto"))
-            for name, tip in (
-                ("Send", "let the model answer; with an empty line it speaks again"),
-                ("Stop", "end the reply; what has settled stays"),
-                ("Regenerate", "write the last reply anew"),
-                ("Clear", "begin a new scene"),
-            )
+    def _build_controls(self) -> None:
+        self.names = _narrow(options=list(zoo.MODELS), description="model")
+        self.about = w.HTML()
+        self.scene = w.HTML()
+        self.message = w.HTML()
+        self.timing = w.HTML()
+        self.line = w.Text(
+            placeholder="Say something and press Enter",
+            continuous_update=True,
+            layout=w.Layout(width="98%"),
         )
-        for button in (self.send, self.stop, self.again, self.clear):
-            button.add_class(f"irann-{button.description.lower()}")
         self.line.add_class("irann-line")
-        self.send.button_style = "primary"
-        self.send.on_click(lambda _: self.say())
         self.line.on_msg(self._entered)
+        self.submit, self.stop, self.again, self.clear = map(_button, BUTTONS)
+        self.submit.button_style = "primary"
+        self.submit.on_click(lambda _: self.say())
         self.stop.on_click(lambda _: self.halt())
         self.again.on_click(lambda _: self.regenerate())
         self.clear.on_click(lambda _: self.begin())
+
+    def _build_panels(self) -> None:
         self.knobs = w.VBox()
         self.copy = w.Textarea(layout=w.Layout(width="98%", height="180px"))
         self.copy.add_class("irann-text")
-        self.kind = w.Dropdown(description="show", **narrow)
-        self.place = w.IntSlider(description="character", min=0, max=0, continuous_update=True)
-        self.view, self.looked = w.HTML(), None
+        self.kind = _narrow(description="show")
+        self.position = w.IntSlider(
+            description="character", min=0, max=0, layout=w.Layout(flex="1 1 300px")
+        )
+        self.view = w.HTML()
         self.film = w.Play(min=0, max=0, interval=100, show_repeat=False)
-        self.slide = w.IntSlider(description="draft", min=0, max=0, layout=w.Layout(flex="1 1 200px"))
+        self.slide = w.IntSlider(
+            description="draft", min=0, max=0, layout=w.Layout(flex="1 1 200px")
+        )
         w.jslink((self.film, "value"), (self.slide, "value"))
         self.drafts = w.HTML()
-        self.kind.observe(lambda _: self._draw_look(), "value")
-        self.place.observe(lambda _: self._draw_look(), "value")
+        self.kind.observe(lambda _: self._draw_inspection(), "value")
+        self.position.observe(lambda _: self._draw_inspection(), "value")
         self.slide.observe(lambda _: self._draw_draft(), "value")
-        inside = w.VBox([w.HBox([self.kind, self.place], layout=WRAP), self.view])
+        inside = w.VBox([w.HBox([self.kind, self.position], layout=WRAP), self.view])
         drafts = w.VBox([w.HBox([self.film, self.slide], layout=WRAP), self.drafts])
-        self.more = w.Accordion([self.knobs, inside, drafts, self.copy], selected_index=None)
-        for i, title in enumerate(("Settings", "Inside the model", "Drafts of the last reply", "The scene as text")):
-            self.more.set_title(i, title)
-        self.more.observe(lambda change: change["new"] == INSIDE and self.look(), "selected_index")
+        self.more = w.Accordion([self.knobs, inside, drafts, self.copy], titles=PANELS)
+        self.more.observe(self._opened, "selected_index")
+
+    # ------------------------------------------------------------------------------------ what the reader does
 
     @property
     def busy(self) -> bool:
@@ -139,13 +140,16 @@ class Chat(w.VBox):
     def say(self, text: str | None = None, wait: bool = False) -> None:
         """Send a text, or what stands on the line, and let the model answer; with `wait` before the cell goes on.
 
-        While a reply is written nothing is heard: a text is refused in a sentence, and the line keeps what stands on it.
+        While a reply is written nothing is heard: a text is refused in a sentence, and the line keeps what stands
+        on it.
         """
         if self.busy and text is not None:
-            self._tell("not heard, for a reply is being written: say it again when it has ended, or press Stop first")
+            self._tell(NOT_HEARD)
         if self.busy or self.session is None:
             return
-        text, self.line.value = self.line.value if text is None else text, ""
+        if text is None:
+            text = self.line.value
+        self.line.value = ""
         self._tell(self.session.say(text))
         self._answer(self.session.reply, wait)
 
@@ -166,76 +170,20 @@ class Chat(w.VBox):
         """End the reply after the model's next step."""
         self.stopping = True
 
-    def look(self) -> None:
+    def inspect(self) -> None:
         """Show the model's inside on the last window of the scene; an open panel is kept up to date."""
         if not self.busy and self.session is not None:
-            self._look()
+            self._inspect()
 
-    def _look(self) -> None:
-        try:
-            self.looked = self.session.look()
-        except Exception as error:
-            self.looked, self.view.value = None, f"<span class='irann-small'>{escape(str(error) or type(error).__name__)}</span>"
-            return
-        self.place.max = len(self.looked.text) - 1
-        self.place.value = self.place.max
-        kinds, before = [*self.looked.values, *self.looked.maps], self.kind.value
-        if list(self.kind.options) != kinds:
-            self.kind.options = kinds
-        self.kind.value = before if before in kinds else kinds[0]
-        self._draw_look()
+    def _chosen(self, change: dict) -> None:
+        if change["new"] != self.current:
+            self._use(change["new"])
 
-    def _answer(self, reply, wait: bool = False) -> None:
-        self.stopping = False
-        self.scene.layout.min_height = "440px"  # a growing text would move Stop from under the pointer, and the click would be lost
-        loop = None if wait or _static() else _loop()
-        frames = lambda: self._frames(reply)
-        if loop is None:
-            for _ in self._write(frames):
-                pass
-        else:
-            self.task = loop.create_task(self._breathing(frames))
+    def _opened(self, change: dict) -> None:
+        if change["new"] == INSIDE:
+            self.inspect()
 
-    def _frames(self, reply):
-        """The frames of a reply; what was forgotten is said below a note that stands there already."""
-        try:
-            yield from reply()
-        finally:
-            if self.message.value and (forgot := self.session.forgot()):
-                self.message.value += f"<span class='irann-small'>{escape(forgot)}</span>"
-
-    async def _breathing(self, reply) -> None:
-        for _ in self._write(reply):
-            await asyncio.sleep(0)  # here the loop hears Stop
-
-    def _write(self, reply):
-        """Follow a reply, redraw now and then, and yield after each draft. Ends with the turn in the session."""
-        self._enable(False)
-        self.began, frames, last = time.monotonic(), None, None
-        try:
-            frames = reply()
-            for self.frame in frames:
-                last = self.frame
-                if self.stopping:
-                    break
-                if time.monotonic() - self.drawn >= EVERY:
-                    self._draw()
-                yield
-        except Exception as error:  # the reader sees a sentence; a cell that is long done cannot show a traceback
-            self._tell(str(error) or type(error).__name__, error=True)
-        finally:
-            if frames is not None:
-                frames.close()
-            self.frame, self.looked = None, None
-            self._say_pace(last)
-            if not self.message.value:
-                self._tell(self.session.forgot())
-            if self.more.selected_index == INSIDE:
-                self._look()
-            self._enable(True)
-            self._draw()
-
-    def _entered(self, widget, content, buffers) -> None:
+    def _entered(self, widget: w.Widget, content: dict, buffers: list) -> None:
         if content.get("event") != "submit" or self.busy:
             return
         loop = _loop()
@@ -244,128 +192,221 @@ class Chat(w.VBox):
         else:  # the last letters of a fast typist may arrive after Enter does
             self.waiting = loop.call_later(0.1, self.say)
 
-    def _use(self, model) -> None:
-        """Load a model and keep the scene; what goes wrong is said under the transcript. The first that loads gets the settings."""
-        self.about.value = f"<span class='irann-small'><progress></progress>loading {escape(str(model))[:200]}</span>"
-        self.halt()
+    def _turned(self, change: dict) -> None:
+        knob = change["owner"]
+        name = knob.description
+        value = change["new"]
+        if name == "seed":
+            value = value.strip() or None
         try:
-            if self.session is None:
-                session, dropped = Session(model, device=self.device, say=self.heard.append), []
-                settings, self.settings = self.settings, {}  # refused ones are not tried again
-                self.heard += filter(None, [session.set(name, value) for name, value in settings.items()])
-                self.session = session
-            else:
-                dropped = self.session.use(model)
-            self.current = model
-            self.heard += [f"{self.session.name} does not have {', '.join(dropped)}"] if dropped else []
-            self._tell("; ".join(self.heard))
-        except OSError as error:
-            self._tell(f"{model} cannot be read ({error.strerror or error})", error=True)
-        except (ValueError, CheckpointError) as error:
+            self._tell(self._talking().set(name, value))
+        except InputError as error:
             self._tell(str(error), error=True)
-        self.names.value = self.current  # none, if there is none yet: then each can be chosen, the one that failed too
-        self.about.value = f"<span class='irann-small'>{escape(self.session.describe()) if self.session else 'no model yet'}</span>"
+        knob.unobserve(self._turned, "value")
+        knob.value = self._shown(name)
+        knob.observe(self._turned, "value")
+
+    # ----------------------------------------------------------------------------------------------- a reply
+
+    def _talking(self) -> Session:
+        assert self.session is not None
+        return self.session
+
+    def _answer(self, reply: Callable[[], Iterator[Frame]], wait: bool = False) -> None:
+        self.stopping = False
+        # a growing text would move Stop from under the pointer, and the click would be lost
+        self.scene.layout.min_height = "440px"
+        loop = None if wait or _static() else _loop()
+        if loop is not None:
+            self.task = loop.create_task(self._breathing(reply))
+            return
+        for _ in self._write(reply):
+            pass
+
+    async def _breathing(self, reply: Callable[[], Iterator[Frame]]) -> None:
+        for _ in self._write(reply):
+            await asyncio.sleep(0)  # here the loop hears Stop
+
+    def _write(self, reply: Callable[[], Iterator[Frame]]) -> Iterator[None]:
+        """Follow a reply, redraw now and then, and yield after each draft. Ends with the turn in the session."""
+        self._enable(False)
+        self.began = time.monotonic()
+        last = None
+        frames = reply()
+        try:
+            for last in frames:
+                self.frame = last
+                if self.stopping:
+                    break
+                if time.monotonic() - self.drawn >= EVERY:
+                    self._draw()
+                yield
+        except Exception as error:
+            self._fail(error)
+        finally:
+            frames.close()  # pyright: ignore[reportAttributeAccessIssue]
+            self._ended(last)
+
+    def _ended(self, last: Frame | None) -> None:
+        self.frame = None
+        self.inspected = None
+        self.timing.value = ""
+        if last is not None:
+            seconds = time.monotonic() - self.began
+            self.timing.value = html.small(f"{last.settled:,} characters in {seconds:.1f} s")
+        if forgot := self._talking().forgot():
+            self.message.value += html.small(forgot)
+        if self.more.selected_index == INSIDE:
+            self._inspect()
+        self._enable(True)
+        self._draw()
+
+    def _fail(self, error: Exception) -> None:
+        """Say what went wrong. A fault of the program, not of what was given, also leaves its traceback in the log."""
+        if isinstance(error, InputError | CheckpointError):
+            self._tell(str(error), error=True)
+        else:
+            traceback.print_exception(error)
+            self._tell(f"{type(error).__name__}: {error}", error=True)
+
+    # ----------------------------------------------------------------------------------------------- the model
+
+    def _use(self, model: LanguageModel | str) -> None:
+        """Load a model and keep the scene. The first that can be loaded gets the settings that were given."""
+        self.about.value = html.progress(f"loading {str(model)[:200]}")
+        self.halt()
+        self._tell("")
+        try:
+            self._load(model)
+            self.current = model
+            self._tell("; ".join(self.heard))
+        except Exception as error:
+            self._fail(error)
+        self.names.value = self.current  # with none, each can be chosen, also the one that failed
+        described = self.session.describe() if self.session else "no model yet"
+        self.about.value = html.small(described)
         self.heard.clear()
-        self.pace.value = ""
+        self.timing.value = ""
         self._enable(True)
         self._fill_knobs()
         if self.session is not None and self.more.selected_index == INSIDE:
-            self._look()
+            self._inspect()
+
+    def _load(self, model: LanguageModel | str) -> None:
+        if self.session is None:
+            session = Session(model, device=self.device, say=self.heard.append)
+            settings = self.settings
+            self.settings = {}  # refused ones are not tried again
+            self.heard += session.set_all(settings)
+            self.session = session
+        elif note := self.session.use(model):
+            self.heard.append(note)
 
     def _fill_knobs(self) -> None:
-        session = self.session
-        if session is None:
-            self.knobs.children = ()
-            return
-        knobs = [_knob(name, setting, self._shown(name)) for name, setting in session.options.items()]
-        knobs.append(w.Text(value=self._shown("seed"), placeholder="none", description="seed", continuous_update=False))
-        knobs.append(w.Dropdown(options=MODES, value=self._shown("mode"), description="mode"))
-        knobs += [w.Text(value=self._shown(name), description=name, continuous_update=False) for name in ("reader", "speaker")]
+        settings = self.session.options | SCENE | NAMES if self.session is not None else {}
+        knobs = [_knob(name, setting, self._shown(name)) for name, setting in settings.items()]
         for knob in knobs:
             knob.style = {"description_width": "90px"}
             knob.add_class(f"irann-knob-{knob.description}")
             knob.observe(self._turned, "value")
         self.knobs.children = tuple(knobs)
 
-    def _shown(self, name: str):
+    def _shown(self, name: str) -> Any:
         """-> what is set, as its knob shows it."""
-        if name in ("seed", "mode", "reader", "speaker"):
-            value = getattr(self.session, name)
-            return "" if value is None else str(value)
-        return self.session.get(name)
+        value = self._talking().get(name)
+        return "" if value is None else str(value) if name == "seed" else value
 
-    def _turned(self, change) -> None:
-        knob, value = change["owner"], change["new"]
-        name = knob.description
-        try:
-            self._tell(self.session.set(name, (value.strip() or None) if name == "seed" else value))
-        except ValueError as error:
-            self._tell(str(error), error=True)
-        knob.unobserve(self._turned, "value")
-        knob.value = self._shown(name)
-        knob.observe(self._turned, "value")
+    # ---------------------------------------------------------------------------------------------- the screen
 
     def _enable(self, on: bool) -> None:
-        for button in (self.send, self.again, self.clear):
+        for button in (self.submit, self.again, self.clear):
             button.disabled = not on or self.session is None
         self.names.disabled = not on
         self.stop.disabled = on
 
     def _tell(self, message: str, error: bool = False) -> None:
-        kind = "error" if error else "small"
-        self.message.value = f"<span class='irann-{kind}'>{escape(message)}</span>" if message else ""
+        self.said = message
+        self.message.value = html.small(message, error)
 
     def _draw(self) -> None:
         """Redraw the transcript; between two drafts only the growing reply is new."""
         self.drawn = time.monotonic()
         if self.session is None:
             return
-        self.scene.value = scene_html(self.session, self.frame)
+        self.scene.value = html.scene_html(self.session, self.frame)
         if self.frame is not None:
-            self._say_pace(self.frame)
-        else:
-            self.copy.value = self.session.scene()
-            turn = self.session.turns[-1] if self.session.turns else None
-            self.film.max = self.slide.max = max(0, len(turn.frames) - 1) if turn else 0
-            self.slide.value = self.slide.max
-            self._draw_draft()
+            notes = [f"{self.frame.settled:,} characters", html.note_of(self.frame)]
+            words = ", ".join(filter(None, notes))
+            length = self.session.get("length")
+            self.timing.value = html.progress(words, self.frame.settled, length)
+            return
+        if self.stored is not None:
+            self.stored.update(self._stored(), raw=True)
+        self.copy.value = self.session.scene()
+        turn = self._last_turn()
+        last_frame = max(0, len(turn.frames) - 1) if turn else 0
+        self.film.max = last_frame
+        self.slide.max = last_frame
+        self.slide.value = last_frame
+        self._draw_draft()
+
+    def _last_turn(self) -> Turn | None:
+        return self.session.turns[-1] if self.session and self.session.turns else None
 
     def _draw_draft(self) -> None:
-        turn = self.session.turns[-1] if self.session and self.session.turns else None
+        turn = self._last_turn()
         if turn is None or not turn.frames:
-            self.drafts.value = "<span class='irann-small'>models that write a page at once leave their drafts here</span>"
-            return
-        frame = turn.frames[min(self.slide.value, len(turn.frames) - 1)]
-        self.drafts.value = f"<div class='irann-look'>{draft_html(frame)}</div><span class='irann-small'>{escape(note_of(frame))}</span>"
-
-    def _draw_look(self) -> None:
-        if self.looked is not None and self.kind.value in {**self.looked.values, **self.looked.maps}:
-            self.place.layout.display = "" if self.kind.value in self.looked.maps else "none"
-            self.view.value = look_html(self.looked, self.kind.value, self.place.value)
-
-    def _say_pace(self, frame: Frame | None) -> None:
-        """How far the reply is; once it is written, how long it took."""
-        if frame is None:
-            self.pace.value = ""
-        elif self.frame is None:
-            words = f"{frame.settled:,} characters in {time.monotonic() - self.began:.1f} s"
-            self.pace.value = f"<span class='irann-small'>{words}</span>"
+            self.drafts.value = html.small(NO_DRAFTS)
         else:
-            words = ", ".join(filter(None, (f"{frame.settled:,} characters", note_of(frame))))
-            bar = f"<progress value={frame.settled} max={self.session.get('length')}></progress>"
-            self.pace.value = f"<span class='irann-small'>{bar}{escape(words)}</span>"
+            frame = turn.frames[min(self.slide.value, len(turn.frames) - 1)]
+            self.drafts.value = html.draft_view(frame)
 
-    def _repr_mimebundle_(self, **kwargs):
+    def _inspect(self) -> None:
+        try:
+            self.inspected = self._talking().inspect()
+        except InputError as error:
+            self.inspected = None
+            self.view.value = html.small(str(error))
+            return
+        self.position.max = len(self.inspected.text) - 1
+        self.position.value = self.position.max
+        kinds = (*self.inspected.values, *self.inspected.maps)
+        before = self.kind.value
+        if self.kind.options != kinds:
+            self.kind.options = kinds
+        self.kind.value = before if before in kinds else kinds[0]
+        self._draw_inspection()
+
+    def _draw_inspection(self) -> None:
+        shown = self.inspected
+        if shown is None or self.kind.value not in shown.values | shown.maps:
+            return
+        self.position.layout.display = "" if self.kind.value in shown.maps else "none"
+        self.view.value = html.inspection_html(shown, self.kind.value, self.position.value)
+
+    def __repr__(self) -> str:
+        if self.session is None:
+            return f"a chat without a model: {self.said}"
+        return f"{self.session.describe()}; {PLAIN}"
+
+    def _repr_mimebundle_(self, **options: Any) -> dict:
         """The live widget, and the transcript for where there are none: a page that nbconvert made, or GitHub."""
-        plain = {"text/plain": (self.session and self.session.scene()) or "an empty stage", "text/html": self._repr_html_()}
-        return plain if _static() else (super()._repr_mimebundle_(**kwargs) or {}) | plain
+        scene = self.session.scene() if self.session else ""
+        bundle = {"text/plain": scene or "an empty stage", "text/html": self._repr_html_()}
+        if not _static():
+            bundle = (super()._repr_mimebundle_(**options) or {}) | bundle
+            self.stored = _display(self._stored())
+        return bundle
+
+    def _stored(self) -> dict:
+        """The scene as an output of its own: a notebook that is opened again has no widget, but that."""
+        return {"text/html": html.stored_html(self.session.scene() if self.session else "")}
 
     def _repr_html_(self) -> str:
-        """The transcript as it stands, for pages without widgets; they may drop the style, so line breaks are elements."""
-        return STYLE + f"<div class='irann-chat'>{self.scene.value}</div>".replace("\n", "<br>")
+        return html.transcript_html(self.scene.value)
 
 
-def _loop():
+def _loop() -> asyncio.AbstractEventLoop | None:
     """-> the event loop that runs here, or None, as in plain Python."""
     try:
         return asyncio.get_running_loop()
@@ -374,80 +415,44 @@ def _loop():
 
 
 def _static() -> bool:
-    """-> whether this cell's output will be stored and nobody will click: nbconvert and nbval run cells that cannot ask for input.
+    """-> whether this cell's output will be stored and nobody will click.
 
-    Voila runs them in the same way, but for a reader.
+    nbconvert and nbval run cells that cannot ask for input. Voila does the same, but for a reader.
     """
-    try:
-        kernel = get_ipython().kernel
-    except AttributeError:  # plain Python, or IPython without a kernel
-        return False
-    return not getattr(kernel, "_allow_stdin", True) and "voila" not in os.environ.get("SERVER_SOFTWARE", "")
+    kernel = getattr(get_ipython(), "kernel", None)  # plain Python has none
+    voila = "voila" in os.environ.get("SERVER_SOFTWARE", "")
+    return kernel is not None and not getattr(kernel, "_allow_stdin", True) and not voila
 
 
-def note_of(frame: Frame) -> str:
-    """-> what the model said beside a draft, in words: its numbers, one per name."""
-    singles = {name: value[0] if isinstance(value, list) and len(value) == 1 else value for name, value in frame.note.items()}
-    return ", ".join(f"{name} {value:.3g}" for name, value in singles.items() if isinstance(value, (int, float)) and name != "forgotten")
+def _display(bundle: dict) -> DisplayHandle | None:
+    """Show an output that can be changed later, where there is a notebook."""
+    if getattr(get_ipython(), "kernel", None) is None:
+        return None
+    return display(bundle, raw=True, display_id=True)
 
 
-def draft_html(frame: Frame) -> str:
-    """-> the settled part in ink and the rest in grey, escaped."""
-    grey = frame.text[frame.settled :]
-    return escape(frame.text[: frame.settled]) + (f"<span class='irann-open'>{escape(grey)}</span>" if grey else "")
+def _narrow(**options: Any) -> w.Dropdown:
+    style = {"description_width": "auto"}
+    return w.Dropdown(style=style, layout=w.Layout(width="auto"), **options)
 
 
-def turn_html(turn: Turn) -> str:
-    """-> one speech bubble, escaped."""
-    end = {"stopped": "stopped", "length": "cut at its length"}.get(turn.ended, "")
-    small = f"<span class='irann-small'>{end}</span>" if end else ""
-    return _bubble(turn.speaker, escape(turn.text), turn.model) + small
+def _button(name: str) -> w.Button:
+    layout = w.Layout(width="auto", flex="0 0 auto")
+    button = w.Button(description=name, tooltip=BUTTONS[name], layout=layout)
+    button.add_class(f"irann-{name.lower()}")
+    return button
 
 
-def scene_html(session: Session, frame: Frame | None = None) -> str:
-    """-> the transcript, escaped; a `frame` is the reply that is being written. A very long scene shows its end."""
-    parts, room = [], SHOWN
-    if frame is not None:
-        parts.append(_bubble(frame.speaker, draft_html(frame), True))
-    for turn in reversed(session.turns):
-        parts.append(turn_html(turn) if len(turn.text) <= room else _bubble(turn.speaker, "... " + escape(turn.text[-room:]), turn.model))
-        room -= len(turn.text)
-        if room <= 0:
-            break
-    inner = "".join(reversed(parts)) or "<span class='irann-small'>The stage is empty.</span>"
-    return f"<div class='irann-scene'><div>{inner}</div></div>"  # the outer box runs upwards, so it stays at its end
-
-
-def _bubble(speaker: str, inner: str, model: bool) -> str:
-    kind = "model" if model else "reader"
-    return f"<div class='irann-turn irann-{kind}'><span class='irann-name'>{escape(speaker)}</span>{inner}</div>"
-
-
-def look_html(look: Look, name: str, place: int = -1) -> str:
-    """-> the text with a number per character as the colour behind it, escaped. For a map, the row of the character at `place`."""
-    is_map = name in look.maps
-    values = look.maps[name][place].tolist() if is_map else look.values[name]
-    place %= len(values)
-    others = values[:place] if is_map and place else values  # a character looks at itself most, which would outshine the rest
-    low, high = min(others), max(others)
-    parts = []
-    for i, (character, value) in enumerate(zip(look.text, values, strict=True)):
-        share = min(1.0, max(0.0, (value - low) / (high - low))) if high > low else 0.0
-        style = f"background:rgba(230,159,0,{share:.2f})" + (f";color:{INK}" if share > 0.7 else "")
-        style += ";outline:1px solid" if is_map and i == place else ""
-        shown = "\u21b5\n" if character == "\n" else escape(character)
-        parts.append(f"<span title='{value:.3f}' style='{style}'>{shown}</span>")
-    bound = "at most, " if name == "surprise" and not look.exact else ""
-    legend = f"{name}: {bound}{MEANINGS.get(name, 'a number')}, from {low:.2f} (plain) to {high:.2f} (orange)"
-    return f"<div class='irann-look'>{''.join(parts)}</div><span class='irann-small'>{escape(legend)}</span>"
-
-
-def _knob(name: str, setting: Setting, value):
-    """-> the widget for one setting: a list of choices, or a number that the session checks."""
+def _knob(name: str, setting: Setting, value: Any) -> Any:
+    """-> the widget for one setting; the session checks what it says."""
+    options = {"value": value, "description": name, "tooltip": setting.help}
     if setting.choices is not None:
-        return w.Dropdown(options=setting.choices, value=value, description=name, tooltip=setting.help)
-    if name in SAMPLING and isinstance(setting.default, float):
+        return w.Dropdown(options=setting.choices, **options)
+    if setting.default is None or setting.type is str:
+        return w.Text(placeholder="none", continuous_update=False, **options)
+    if name in SAMPLING and setting.type is float:
         high = max(2.0, value) if name == "temperature" else setting.high
-        return w.FloatSlider(value=value, min=setting.low, max=high, step=0.05, description=name, tooltip=setting.help)
-    kind = w.IntText if isinstance(setting.default, int) else w.FloatText
-    return kind(value=value, description=name, tooltip=setting.help)
+        return w.FloatSlider(min=setting.low, max=high, step=0.05, **options)
+    if setting.type is bool:
+        return w.Checkbox(**options)
+    return w.IntText(**options) if setting.type is int else w.FloatText(**options)

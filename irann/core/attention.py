@@ -1,61 +1,81 @@
-"""Attention: each place asks, every earlier place answers, and the answers are averaged by how well they fit.
+"""Attention: every query is compared with every key, and the values are averaged by how well they
+fit.
 
-Source: Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), section 3.2. The causal mask counts from
-the end, so that a short run of new queries can look back over a longer run of remembered keys.
+Source: Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), section 3.2. The causal
+mask counts from the end, so that a few new queries can look back over a longer run of cached keys.
 """
 
 import math
 
 import torch
 from einops import einsum, rearrange
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def scores(q: Tensor, k: Tensor) -> Tensor:
-    """(b h t c), (b h s c) -> (b h t s): how well each question fits each key.
+def scores(q: Float[Tensor, "b h t c"], k: Float[Tensor, "b h s c"]) -> Float[Tensor, "b h t s"]:
+    """How well each query fits each key: q . k / sqrt(c).
 
-    The division by sqrt(c) keeps the variance of a score at one when q and k have unit variance (eq. 1 of the paper).
+    The division keeps the variance of a score at one when q and k have unit variance (eq. 1 of the
+    paper).
     """
     return einsum(q, k, "b h t c, b h s c -> b h t s") / math.sqrt(q.shape[-1])
 
 
-def causal_mask(t: int, s: int, device=None) -> Tensor:
-    """-> (t s) of bool: True where new place i of t may look at place j of s; the last new place is the last place."""
+def causal_mask(
+    t: int, s: int, device: torch.device | str | None = None
+) -> Bool[Tensor, "{t} {s}"]:
+    """True where query i may see key j: of s positions, the t queries belong to the last t."""
     return torch.ones(t, s, dtype=torch.bool, device=device).tril(s - t)
 
 
-def weights(q: Tensor, k: Tensor, *, causal: bool = True) -> Tensor:
-    """(b h t c), (b h s c) -> (b h t s): the scores as shares, each row sums to one."""
+def attention_weights(
+    q: Float[Tensor, "b h t c"], k: Float[Tensor, "b h s c"], *, causal: bool = True
+) -> Float[Tensor, "b h t s"]:
+    """The softmax of the scores over s: each row sums to one."""
     fit = scores(q, k)
     if causal:
-        fit = fit.masked_fill(~causal_mask(*fit.shape[-2:], device=fit.device), -torch.inf)
+        mask = causal_mask(*fit.shape[-2:], device=fit.device)
+        fit = fit.masked_fill(~mask, -torch.inf)
     return fit.softmax(-1)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True) -> Tensor:
-    """(b h t c), (b h s c), (b h s c) -> (b h t c): the weighted mean of the values.
+def attention(
+    q: Float[Tensor, "b h t c"],
+    k: Float[Tensor, "b h s c"],
+    v: Float[Tensor, "b h s c"],
+    *,
+    causal: bool = True,
+) -> Float[Tensor, "b h t c"]:
+    """The values, averaged with the attention weights (eq. 1 of the paper).
 
-    With `causal`, s may exceed t: the t questions then belong to the last t places (eq. 1 of the paper).
+    With `causal`, s may exceed t: the t queries then belong to the last t positions.
     Raises ValueError when the shapes do not belong together.
     """
     _check(q, k, v, causal)
-    return einsum(weights(q, k, causal=causal), v, "b h t s, b h s c -> b h t c")
+    return einsum(attention_weights(q, k, causal=causal), v, "b h t s, b h s c -> b h t c")
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """(b t (h c)) -> (b h t c): cut the width into heads. Raises ValueError for a width that they cannot share equally."""
+def split_heads(x: Float[Tensor, "b t d"], heads: int) -> Float[Tensor, "b {heads} t c"]:
+    """Cut the width d into heads of c channels. Raises ValueError unless `heads` divides d."""
     if x.shape[-1] % heads:
         raise ValueError(f"a width of {x.shape[-1]} cannot be cut into {heads} equal heads")
     return rearrange(x, "b t (h c) -> b h t c", h=heads)
 
 
-def merge_heads(x: Tensor) -> Tensor:
-    """(b h t c) -> (b t (h c)): lay the heads side by side again."""
+def merge_heads(x: Float[Tensor, "b h t c"]) -> Float[Tensor, "b t d"]:
+    """Lay the heads side by side again: d = h c."""
     return rearrange(x, "b h t c -> b t (h c)")
 
 
 def _check(q, k, v, causal):
-    if q.ndim != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f"attention wants q (b h t c) and k, v (b h s c); got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if (
+        q.ndim != 4
+        or k.shape != v.shape
+        or (*k.shape[:2], k.shape[-1]) != (*q.shape[:2], q.shape[-1])
+    ):
+        got = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"attention wants q (b h t c) and k, v (b h s c); got {got}")
     if causal and q.shape[2] > k.shape[2]:
-        raise ValueError(f"{q.shape[2]} causal questions cannot belong to the last of only {k.shape[2]} places")
+        t, s = q.shape[2], k.shape[2]
+        raise ValueError(f"{t} causal queries cannot belong to the last of only {s} positions")

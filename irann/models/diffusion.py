@@ -1,461 +1,338 @@
 """Diffusion-LM: text out of noise. Every character is a point on a sphere; noise drowns the points; a network guesses them back.
 
-Papers: Li et al. 2022, "Diffusion-LM" (arXiv 2205.14217) for diffusion on learned embeddings, rounding, clamping and
-control; Dieleman et al. 2022, "Continuous diffusion for categorical data" (arXiv 2211.15089) for embeddings of one length,
-cross-entropy as the loss and noise levels spent where it changes; Chen et al. 2022, "Analog Bits" (arXiv 2208.04202) for
-self-conditioning. The mathematics is `core.noise`; this file adds what makes it work for characters:
+Papers: Li et al. 2022, "Diffusion-LM" (arXiv 2205.14217) for diffusion on learned embeddings, rounding, clamping
+and control; Dieleman et al. 2022, "Continuous diffusion for categorical data" (arXiv 2211.15089) for embeddings of
+one length, cross-entropy as the loss and noise levels spent where it changes; Chen et al. 2022, "Analog Bits"
+(arXiv 2208.04202) for self-conditioning. The mathematics is `core.noise`, with levels tau = 1 .. T and clean data
+x_0; this file adds what makes it work for characters:
 
-| part                          | why                                                                                           |
-|-------------------------------|-----------------------------------------------------------------------------------------------|
-| embeddings on a sphere        | the noise cannot be outgrown (that no two share a point is the loss's work)                |
-| the guess is a mean of points | softmax over characters, times their embeddings: never a point that means nothing             |
-| Bayes at each place           | p(c | x) = p(x_here | c) p(c | x_elsewhere): the first factor is known exactly, so it is given |
-| neighbours at the input       | spelling is local; attention need not learn it                                                |
-| self-conditioning             | the last guess is shown again, so that the next one builds on it                              |
-| clean places                  | a prompt is kept; text is continued, or filled in anywhere                                    |
-| levels by learned quantiles   | most noise levels teach nothing: too clean or too dark                                        |
+| part                      | why                                                                                   |
+|---------------------------|---------------------------------------------------------------------------------------|
+| embeddings on a sphere    | noise cannot be outgrown (that no two share a point is the work of the loss)          |
+| the guess is a mean       | softmax over characters, times their embeddings: never a point that means nothing     |
+| Bayes at each position    | p(c | x) = p(x_t | c) p(c | x elsewhere): the first factor is known exactly, so given |
+| neighbours at the input   | spelling is local; attention need not learn it                                        |
+| self-conditioning         | the last guess is shown again, so that the next one builds on it                      |
+| clean positions           | a prompt is kept; text is continued, or filled in anywhere                            |
+| levels by learned quantiles | most noise levels teach nothing: too little noise or too much                       |
 
-No causal mask: every place sees both sides. The training loss is a surrogate; `surprise` is a bound of the likelihood.
+No causal mask: every position sees both sides. The training loss is a surrogate; `nll` is a bound of the likelihood.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from jaxtyping import Bool
+from torch import Generator, Tensor
 
 from ..core import noise
-from ..core.noise import Bound, Schedule
-from ..layers import Block, init_fan_in, leading, make_norm, rotary_table
+from ..core.noise import Bound
 from ..lm import (
-    SEED,
     Draft,
-    LanguageModel,
-    Setting,
-    check_heads,
-    check_length,
+    Ids,
+    Loss,
+    Nats,
     check_settings,
-    check_sizes,
+    cross_entropy,
     evaluating,
-    filter_logits,
+    leading,
+    page_by_page,
+    seeded,
     vocabulary_of,
 )
+from ..sampling import Sampling, check_sampling, filter_logits
+from ..settings import InputError, Setting
+from .denoiser import Denoiser, DiffusionConfig, draw_mask
 
-BINS = 50  # noise levels are told apart this finely when their loss is remembered
+SURE = 0.9999  # a character of this probability is taken as known
+COLDEST = 0.5  # the least temperature at which that is judged: colder, any guess looks sure, even the first
+STEPS = Setting(64, "denoising steps for each page of text", low=1, high=1000)
+Guide = Callable[[Tensor, Tensor], Tensor]  # x_tau (b t c), tau (b) -> a log probability (b)
 
 
 @dataclass(frozen=True)
-class DiffusionConfig:
-    """Sizes and options. `page` characters are written at once; longer texts are written page after page."""
+class Denoising:
+    """How a page is written; made from keyword arguments, and checked, by `Diffusion.denoising`."""
 
-    vocabulary: int = 65
-    window: int = 128
-    page: int = 64
-    layers: int = 4
-    heads: int = 2
-    width: int = 128
-    dropout: float = 0.0
-    channels: int = 16  # of a character's embedding, whose squared length is the same number
-    neighbours: int = 2  # places on each side that a place is shown at the input
-    schedule: str = "cosine"
-    levels: int = 1000  # noise levels, T
-    bayes: bool = True  # give the exact posterior of each place
-    self_condition: bool = True
-    adaptive: bool = True  # spend noise levels where the loss changes
-
-    def __post_init__(self):
-        check_sizes(self, "window", "page", "layers", "heads", "width", vocabulary=2, channels=2, neighbours=0, levels=BINS)
-        if self.page > self.window:
-            raise ValueError(f"a page fits into the window of {self.window} characters; got {self.page}")
-        check_heads(self.width, self.heads, rotary=True)
+    levels: list[int]  # noise levels, decreasing
+    eta: float
+    clamp: bool
+    sampling: Sampling
+    guide: Guide | None
+    strength: float
 
 
-class Diffusion(LanguageModel):
-    """Guess every character of a window from a noisy picture of it, seeing both sides and the noise level."""
+class Diffusion(Denoiser):
+    """Guess every character of a window from noisy embeddings, seeing both sides and the noise level."""
 
     exact = False
     settings = {
-        "steps": Setting(64, "denoising steps for each page of text", low=1, high=1000),
+        "steps": STEPS,
         "eta": Setting(1.0, "fresh noise per step: 1 ancestral, 0 none (DDIM)", low=0.0, high=1.0),
-        "clamp": Setting("off", "round every guess to the nearest character (Diffusion-LM's clamping trick)", choices=("off", "on")),
+        "clamp": Setting(
+            "off",
+            "round every guess to the nearest character (Diffusion-LM's clamping trick)",
+            choices=("off", "on"),
+        ),
     }
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
-        c = config
-        self.schedule = Schedule(c.schedule, c.levels)
-        self.points = nn.Parameter(torch.empty(c.vocabulary, c.channels))
-        self.points.no_decay = True  # only their direction is used
-        seen = c.channels + c.vocabulary * (c.bayes + c.self_condition)
-        self.look = nn.Linear((2 * c.neighbours + 1) * seen, c.width, bias=False)
-        self.level = nn.Sequential(nn.Linear(2 * 16, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
-        self.clean = nn.Parameter(torch.zeros(c.width))
-        self.dropout = nn.Dropout(c.dropout)
-        self.blocks = nn.ModuleList(
-            Block(c.width, c.heads, causal=False, norm="plain", qk_norm=True, activation="squared_relu", bias=False, dropout=c.dropout)
-            for _ in range(c.layers)
-        )
-        self.norm = make_norm("plain", c.width)
-        self.head = nn.Linear(c.width, c.vocabulary)
-        init_fan_in(self)
-        nn.init.zeros_(self.head.weight)
-        nn.init.normal_(self.points)
-        self.register_buffer("unsure", torch.linspace(0, 1, BINS))  # running mean of the cross-entropy in each bin of levels
-        self.register_buffer("visits", torch.zeros(BINS))
+        steps = replace(STEPS, default=min(64, config.levels), high=config.levels)
+        self.settings = type(self).settings | {"steps": steps}
 
-    # --- the points ---------------------------------------------------------------------------------------------------
+    # --- training -------------------------------------------------------------------------------
 
-    @property
-    def embeddings(self) -> Tensor:
-        """-> (v c): the characters' points, all at distance sqrt(c), so that a channel has variance one, like the noise."""
-        return F.normalize(self.points, dim=-1) * math.sqrt(self.config.channels)
+    @torch.no_grad()
+    def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Tensor]:
+        """Mask, noise level and its probability, noise, and the rows that are self-conditioned.
 
-    def alone(self, x: Tensor, tau: Tensor) -> Tensor:
-        """(b t c), (b) -> (b t v): log p(x_here | character) up to a constant: all that a place says about itself.
-
-        The points have one length, so of the Gaussian's exponent only sqrt(alpha_bar) x . e / (1 - alpha_bar) is left.
+        `weight` turns a mean over all positions into one over the masked positions of the whole batch.
         """
-        ab = self.schedule.alpha_bar
-        with torch.autocast(x.device.type, enabled=False):  # the factor grows beyond all bounds, and errors with it
-            return self.schedule.at(ab.sqrt() / (1 - ab), tau, x) * (x @ self.embeddings.T)
+        self.absorb()
+        device = ids.device
+        normal = noise.normal(generator)
+        x0 = self.word_embedding.new_empty(*ids.shape, self.config.channels, device=device)
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        mask = draw_mask(*ids.shape, device=device, generator=generator)
+        tau, p = self.draw_levels(len(ids), generator)
+        eps = normal(x0)
+        self_conditioned = torch.rand(len(ids), generator=generator, device=device) < 0.5
+        return {
+            "mask": mask,
+            "weight": mask.to(dtype) / mask.to(dtype).mean(),
+            "tau": tau.to(device),
+            "p": p.to(device),
+            "eps": eps,
+            "self_conditioned": self_conditioned,
+            "eps_rounding": normal(x0),
+        }
 
-    # --- the network --------------------------------------------------------------------------------------------------
-
-    def forward(self, x: Tensor, tau: Tensor, ids: Tensor, mask: Tensor, hint: Tensor | None = None) -> Tensor:
-        """(b t c), (b), (b t), (b t), (b t v) -> (b t v): logits of every character given all the noisy ones.
-
-        `mask` is True where text is to be written; elsewhere `ids` are known and replace the noise. `hint` is an earlier guess,
-        as probabilities; None means none yet, all zeros.
-        """
-        c, known = self.config, F.one_hot(ids, self.config.vocabulary).to(x.dtype)
-        here = mask[..., None]
-        x = torch.where(here, x, self.embeddings[ids])
-        alone = self.alone(x, tau)
-        seen = [x]
-        if c.bayes:
-            seen.append(torch.where(here, alone.softmax(-1), known) * math.sqrt(c.vocabulary))
-        if c.self_condition:
-            seen.append(torch.where(here, known.new_zeros(()) if hint is None else hint, known) * math.sqrt(c.vocabulary))
-        h = self.look(neighbourhood(torch.cat(seen, -1), c.neighbours))
-        h = h + torch.where(here, self.level(waves(self.schedule.at(self.schedule.snr.log(), tau, x))), self.clean)
-        h = self.dropout(h)
-        turn = rotary_table(h.shape[1], c.width // c.heads, h.dtype, h.device)
-        for block in self.blocks:
-            h, _ = block(h, None, turn)
-        logits = self.head(self.norm(h))
-        return logits + alone if c.bayes else logits
-
-    def guess(self, x: Tensor, tau: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """(b t c), (b), (b t), (b t) -> (b t v): `forward`, and once more with its own first answer as the hint."""
-        logits = self(x, tau, ids, mask)
-        return self(x, tau, ids, mask, logits.softmax(-1)) if self.config.self_condition else logits
-
-    # --- training -----------------------------------------------------------------------------------------------------
-
-    def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b window+1) -> cross-entropy of the hidden characters at adaptive noise levels, plus rounding, in nats per character.
+    def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
+        """Cross-entropy of the masked characters at adaptive noise levels, plus rounding, in nats per character.
 
         A surrogate, not a likelihood. `bound_nats_per_char` among the parts is an unbiased one-draw estimate of the bound.
         """
         ids = self.check_ids(ids)
-        rows = len(ids)
-        mask = cover(*ids.shape, ids.device)
-        tau, odds = self.draw_levels(rows)
+        draws = self.draw(ids) if draws is None else draws
+        mask, tau, weight = draws["mask"], draws["tau"], draws["weight"]
         x0 = self.embeddings[ids]
-        x = self.schedule.noise(x0, tau, torch.randn_like(x0))
-        hint = None
-        if self.config.self_condition:
-            hint = x0.new_zeros(*ids.shape, self.config.vocabulary)
-            half = (torch.rand(rows) < 0.5).nonzero()[:, 0]
-            if len(half):
-                with torch.no_grad():
-                    hint[half] = self(x[half], tau[half], ids[half], mask[half]).softmax(-1)
-        logits = self(x, tau, ids, mask, hint)
-        nats = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
-        cross_entropy = nats[mask].mean()
-        rounding = self.rounding(x0, ids, torch.randn_like(x0)).mean()
+        x = self.schedule.noise(x0, tau, draws["eps"])
+        previous = self._previous_guess(x, tau, ids, mask, draws["self_conditioned"])
+        logits = self(x, tau, ids, mask, previous)
+        nll = cross_entropy(logits, ids)
+        rounding = self.rounding(x0, ids, draws["eps_rounding"]).mean()
+        loss = (nll * weight).mean() + rounding
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self.training:
-                self.remember(tau, (nats * mask).sum(1) / mask.sum(1))
+                self._observe(tau, (nll * mask).sum(1) / mask.sum(1))
             guess = logits.softmax(-1) @ self.embeddings
-            step = noise.step_kl(self.schedule, x0, guess, tau).sum(-1) / odds[:, None]
-            bound = (step + noise.prior_kl(self.schedule, x0).sum(-1))[mask].mean() + rounding
-            mse = ((guess - x0)[mask] ** 2).mean()
-        parts = {"cross_entropy": cross_entropy.detach(), "rounding": rounding.detach(), "mse": mse, "bound_nats_per_char": bound}
-        return cross_entropy + rounding, parts
-
-    def rounding(self, x0: Tensor, ids: Tensor, eps: Tensor) -> Tensor:
-        """(b t c), (b t) -> (b t): -log p(character | its point with the least noise), by Bayes and nothing else."""
-        tau = torch.zeros(len(ids), dtype=torch.long)
-        return F.cross_entropy(self.alone(self.schedule.noise(x0, tau, eps), tau).transpose(1, 2), ids, reduction="none")
-
-    # --- which noise levels -------------------------------------------------------------------------------------------
+            step = noise.step_kl(self.schedule, x0, guess, tau).sum(-1) / draws["p"][:, None]
+            bound = step + noise.prior_kl(self.schedule, x0).sum(-1)
+            parts = {
+                "cross_entropy": (nll * weight).mean(),
+                "rounding": rounding.detach(),
+                "mse": ((guess - x0).square().mean(-1) * weight).mean(),
+                "bound_nats_per_char": (bound * weight).mean() + rounding,
+            }
+        return loss, parts
 
     @torch.no_grad()
-    def remember(self, tau: Tensor, nats: Tensor) -> None:
-        """(b), (b): take note of the loss at these levels."""
-        bins = (tau * BINS // self.config.levels).to(nats.device)
-        nats = nats.detach().to(self.unsure.dtype)
-        count = torch.zeros_like(self.visits).index_add_(0, bins, torch.ones_like(nats))
-        total = torch.zeros_like(self.unsure).index_add_(0, bins, nats)
-        self.visits += count
-        rate = (count / self.visits.clamp(min=1)).clamp(min=0.02) * (count > 0)
-        self.unsure += rate * (total / count.clamp(min=1) - self.unsure)
+    def _previous_guess(self, x, tau, ids, mask, self_conditioned):
+        """The first guess of the rows that are self-conditioned, zeros for the others; computed for those rows alone."""
+        if not self.config.self_condition:
+            return None
+        rows = self_conditioned.nonzero()[:, 0]
+        guess = x.new_zeros(*ids.shape, self.config.vocabulary)
+        first = self(x[rows], tau[rows], ids[rows], mask[rows]).softmax(-1)
+        return guess.index_copy(0, rows, first.to(guess.dtype))
 
-    def level_odds(self) -> Tensor:
-        """-> (T) of float64: how often each noise level is visited; level 0 never, for its step is the rounding.
+    # --- the bound ------------------------------------------------------------------------------
 
-        Nine tenths follow the rise of the remembered cross-entropy, smoothed and made to rise (Dieleman et al., section 4.2);
-        one tenth is spread evenly, so that no level is forgotten.
-        """
-        even = torch.ones(BINS, dtype=torch.float64) / BINS
-        if self.config.adaptive:
-            curve = F.pad(self.unsure.cpu().double()[None], (2, 2), mode="replicate").unfold(1, 5, 1).mean(-1)[0].cummax(0).values
-            rise = curve.diff(prepend=curve[:1] * 0).clamp(min=0)
-            even = 0.9 * rise / rise.sum().clamp(min=1e-9) + 0.1 * even
-        width = self.config.levels / BINS
-        edges = torch.cat([torch.zeros(1, dtype=torch.float64), even.cumsum(0)])
-        at = torch.arange(self.config.levels + 1, dtype=torch.float64) / width
-        low = at.floor().long().clamp(max=BINS - 1)
-        odds = (edges[low] + (at - low) * (edges[low + 1] - edges[low])).diff()
-        odds[0] = 0
-        return odds / odds.sum()
+    @torch.no_grad()
+    def bound(self, ids: Ids, *, generator: Generator | None = None, draws: int = 4) -> Bound:
+        """The terms of an upper bound of -log p, in nats, for each character of `ids[:, 1:]`.
 
-    def draw_levels(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """-> (b) noise levels, on the CPU like the schedule, and (b) their odds: one from each of `count` equal slices of
-        probability, in random order."""
-        odds = self.level_odds()
-        drawn = {"generator": generator, "device": generator.device if generator else None}
-        u = (torch.randperm(count, **drawn).cpu() + torch.rand(count, **drawn).cpu().double()) / count  # MPS has no doubles
-        tau = torch.searchsorted(odds.cumsum(0), u.clamp(max=1 - 1e-12), right=True).clamp(1, self.config.levels - 1)
-        return tau, odds[tau].to(self.points)
-
-    def timesteps(self, steps: int) -> list[int]:
-        """-> `steps` decreasing noise levels, from the darkest down, equally likely apart: small strides where text takes shape."""
-        top = self.config.levels - 1
-        reached = self.level_odds().cumsum(0)
-        taus = torch.searchsorted(reached, (torch.arange(steps, dtype=torch.float64) + 0.5) / steps).tolist()
-        taus[-1] = top
-        for i in range(1, steps):
-            taus[i] = max(taus[i], taus[i - 1] + 1)
-        return [min(tau, top - (steps - 1 - i)) for i, tau in enumerate(taus)][::-1]
-
-    # --- the bound ----------------------------------------------------------------------------------------------------
-
-    def bound(self, ids: Tensor, *, generator: torch.Generator | None = None, draws: int = 4) -> Bound:
-        """(b t+1) -> Bound: the terms of an upper bound of -log p, in nats, for each character of `ids[:, 1:]`.
-
-        `prior`, `reconstruction` and `total` are (b t); `steps` is (1 b t), the estimate of all noise levels' sum.
-
-        Text is scored as it is written: page by page, each given the clean characters before it, so that the pages' bounds add
-        up to one of the whole (chain rule). The sum over noise levels is estimated without bias from `draws` of them per page.
+        `prior`, `reconstruction` and `total` are (b t); `steps` is (1 b t), the estimate of the sum over noise levels.
+        Text is scored as it is written: page by page, each given the clean characters before it, so that the pages'
+        bounds add up to one of the whole (chain rule). The sum over noise levels is estimated without bias from `draws`
+        of them per page.
         """
         ids = self.check_ids(ids)
-        if ids.shape[1] < 2:
-            nothing = self.points.new_zeros(len(ids), 0)
-            return Bound(nothing, nothing[None], nothing)
-        parts = [self._page_bound(ids[:, : end + 1], start, generator, draws) for start, end in self.pages(1, ids.shape[1] - 1)]
+        nothing = self.word_embedding.new_zeros(len(ids), 0)
+        parts = [(nothing, nothing[None], nothing)]
+        for start in range(1, ids.shape[1], self.config.page):
+            page = ids[:, : start + self.config.page]
+            parts.append(self._page_bound(page, start, generator, draws))
         return Bound(*(torch.cat(part, -1) for part in zip(*parts, strict=True)))
 
-    def pages(self, start: int, n: int) -> list[tuple[int, int]]:
-        """-> first and last place of each page of the `n` places from `start`."""
-        return [(a, min(a + self.config.page, start + n) - 1) for a in range(start, start + n, self.config.page)]
-
-    @torch.no_grad()
     def _page_bound(self, ids, start, generator, draws):
         mask = torch.zeros_like(ids, dtype=torch.bool)
         mask[:, start:] = True
-        x0, normal = self.embeddings[ids], noise.normal(generator)
-        steps = 0
-        tau, odds = (d.view(draws, -1) for d in self.draw_levels(draws * len(ids), generator))
-        for level, odd in zip(tau, odds, strict=True):
-            x = self.schedule.noise(x0, level, normal(x0))
-            guess = self.guess(x, level, ids, mask).softmax(-1) @ self.embeddings
-            steps = steps + noise.step_kl(self.schedule, x0, guess, level).sum(-1) / odd[:, None] / draws
+        x0 = self.embeddings[ids]
+        normal = noise.normal(generator)
+        taus, ps = self.draw_levels(draws * len(ids), generator)
+        steps = x0.new_zeros(ids.shape)
+        for tau, p in zip(taus.view(draws, -1), ps.view(draws, -1).to(ids.device), strict=True):
+            x = self.schedule.noise(x0, tau, normal(x0))
+            guess = self.guess(x, tau, ids, mask).softmax(-1) @ self.embeddings
+            kl = noise.step_kl(self.schedule, x0, guess, tau).sum(-1)
+            steps = steps + kl / p[:, None] / draws
         prior = noise.prior_kl(self.schedule, x0).sum(-1)
-        return Bound(prior[:, start:], steps[None, :, start:], self.rounding(x0, ids, normal(x0))[:, start:])
+        rounding = self.rounding(x0, ids, normal(x0))
+        return prior[:, start:], steps[None, :, start:], rounding[:, start:]
 
-    def surprise(self, ids: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """(b t+1) -> (b t): an upper bound, on average over the noise, of the nats of each character of `ids[:, 1:]`."""
-        return self.bound(ids, generator=generator).total
+    def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
+        """An upper bound, on average over the noise, of the nats of each character of `ids[:, 1:]`."""
+        bound = self.bound(ids, generator=generator)
+        return bound.prior + bound.steps[0] + bound.reconstruction
 
-    # --- writing ------------------------------------------------------------------------------------------------------
+    # --- writing --------------------------------------------------------------------------------
+
+    def denoising(
+        self, *, guide: Guide | None = None, strength: float = 1.0, **given: Any
+    ) -> Denoising:
+        """The arguments of `generate` and `infill`, checked: temperature, top_k, top_p, those of `settings`, and a guide.
+
+        `guide(x_tau, tau) -> (b)` is the log probability of something wished for, given noisy embeddings (b t c): its
+        gradient steers the page, `strength` times (see `noise.guided`). Raises InputError that names one out of range.
+        """
+        own = {name: given.pop(name, s.default) for name, s in self.settings.items()}
+        own = {name: self.settings[name].check(name, value) for name, value in own.items()}
+        if not math.isfinite(strength):
+            raise InputError(f"strength is a finite number; got {strength!r}")
+        return Denoising(
+            levels=self.timesteps(own["steps"]),
+            eta=own["eta"],
+            clamp=own["clamp"] == "on",
+            sampling=check_sampling(**given),
+            guide=guide,
+            strength=strength,
+        )
 
     def generate(
-        self,
-        prompt: Tensor,
-        n: int,
-        *,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        generator=None,
-        steps=64,
-        eta=1.0,
-        clamp="off",
-        guide: Callable[[Tensor, Tensor], Tensor] | None = None,
-        strength: float = 1.0,
+        self, prompt: Ids, n: int, *, generator: Generator | None = None, **how: Any
     ) -> Iterator[Draft]:
-        """(b t) -> drafts: the prompt and a page of text that comes out of noise, then the next page.
+        """The prompt, and a page of text that comes out of noise, then the next page; `how` is what `denoising` takes.
 
-        A character counts as settled once it and all before it are so sure that they are taken as known from then on. The
-        note says how many characters of the prompt are `forgotten`, page by page: the window has no room for them.
-        `guide(x_tau, tau) -> (b)` is the log probability of something wished for, given a noisy page (b t c): its gradient
-        steers the page, `strength` times (see `noise.guided`).
+        In each row a character is settled once it and all before it are so sure that they are taken as known from then on.
         """
-        n = check_length(n)
-        dials = self._dials(temperature, top_k, top_p, steps, eta, clamp, guide, strength)
-        prompt = self.check_ids(prompt)
-        if prompt.shape[1] == 0:
-            prompt = prompt.new_zeros(len(prompt), 1)
-        page = torch.cat([prompt, prompt.new_zeros(len(prompt), n)], 1).to(self.device)
-        return self._generate(page, prompt.shape[1], n, dials, generator)
+        chosen = self.denoising(**how)
 
-    def _generate(self, page, start, n, dials, generator):
-        room = self.config.window + 1
-        forgotten = max(0, start + min(self.config.page, n) - room) if n else 0
-        note = {"forgotten": forgotten} if forgotten else {}
-        yield Draft(page[:, :start].clone(), start, note)
-        for first, last in self.pages(start, n):
-            left = max(0, last + 1 - room)  # what the window can no longer hold
-            note = {"forgotten": min(left, start)} if left else {}
-            mask = torch.zeros(page.shape[0], last + 1 - left, dtype=torch.bool, device=page.device)
-            mask[:, first - left :] = True
-            for draft in self._denoise(page[:, left : last + 1], mask, dials, generator):
-                page[:, left : last + 1] = draft.ids
-                yield Draft(page[:, : last + 1].clone(), left + draft.settled, note | draft.note)
+        def write(ids: Tensor, mask: Tensor) -> Iterator[Draft]:
+            return self._denoise(ids, mask, chosen, generator)
+
+        return page_by_page(self, prompt, n, self.config.page, write)
 
     def infill(
         self,
-        ids: Tensor,
-        mask: Tensor,
+        ids: Ids,
+        mask: Bool[Tensor, "positions"],
         *,
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        generator=None,
-        steps=64,
-        eta=1.0,
-        clamp="off",
-        guide: Callable[[Tensor, Tensor], Tensor] | None = None,
-        strength: float = 1.0,
+        generator: Generator | None = None,
+        **how: Any,
     ) -> Iterator[Draft]:
-        """(b t), (t) of bool -> drafts of the whole text: places where `mask` is True are written, all others are kept.
+        """Drafts of the whole text: positions where `mask` is True are written, all others are kept.
 
-        What stands after a gap is seen as well as what stands before. A text beyond the window is filled in page after page,
-        each with the text around it. Raises ValueError for a mask that does not fit.
+        What stands after a gap is seen as well as what stands before. A text beyond the window is filled in page after
+        page, each with the text around it. Raises InputError for a mask that does not fit.
         """
-        dials = self._dials(temperature, top_k, top_p, steps, eta, clamp, guide, strength)
+        chosen = self.denoising(**how)
         ids = self.check_ids(ids)
         if mask.dtype != torch.bool or mask.shape != ids.shape[1:]:
-            raise ValueError(f"mask is bool of shape ({ids.shape[1]},), one for each place; got {mask.dtype} of shape {tuple(mask.shape)}")
-        return self._infill(ids.to(self.device).clone(), mask.to(self.device).clone(), dials, generator)
+            raise InputError(
+                f"mask is bool of shape ({ids.shape[1]},), one for each position; got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        text, mask = ids.to(self.device).clone(), mask.to(self.device).clone()
+        return self._infill(text, mask, chosen, generator)
 
-    def _infill(self, page, mask, dials, generator):
-        size, room = page.shape[1], self.config.window + 1
-        yield Draft(page.clone(), size if not mask.any() else int(mask.nonzero()[0]), {})
+    def _infill(self, text, mask, how, generator):
+        room = self.config.window + 1
+        page = self.config.page
+        yield Draft(text.clone(), first_gap(mask))
         while mask.any():
-            first = int(mask.nonzero()[0])
-            left = max(0, min(first - (room - self.config.page) // 2, size - room))
-            now = mask[left : left + room].clone()
-            now[first - left + self.config.page :] = False  # a later page's gaps are not this page's
-            later = mask[left : left + room] & ~now
-            cut = left + (int(later.nonzero()[0]) if later.any() else len(now))  # unwritten text must not be read
-            now = now[: cut - left].expand(len(page), -1)
-            for draft in self._denoise(page[:, left:cut], now, dials, generator):
-                page[:, left:cut] = draft.ids
-                done = draft.settled == cut - left
-                settled = left + draft.settled if not done else size if not later.any() and not mask[cut:].any() else cut
-                yield Draft(page.clone(), settled, draft.note)
-            mask[left:cut] = False
+            start = first_gap(mask)
+            begin = max(0, min(start - (room - page) // 2, len(mask) - room))
+            now = mask[begin : begin + room].clone()
+            now[start - begin + page :] = False  # what a later page is to write
+            end = begin + first_gap(mask[begin : begin + room] & ~now)  # it must not be read before
+            mask[begin:end] = False
+            now = now[: end - begin].expand(len(text), -1)
+            for draft in self._denoise(text[:, begin:end], now, how, generator):
+                text[:, begin:end] = draft.ids
+                settled = begin + draft.settled
+                settled = first_gap(mask) if settled == end else settled
+                yield Draft(text.clone(), settled, draft.note)
 
-    def fill(self, text: str, *, gap: str = "_", seed: int | None = None, **settings) -> Iterator[Draft]:
-        """Text with gaps in, drafts out: every `gap` sign is a place to write, as in "To be, or ___ to be".
+    def fill(
+        self, text: str, *, gap: str = "_", seed: int | None = None, **settings: Any
+    ) -> Iterator[Draft]:
+        """Text with gaps in, drafts out: every `gap` sign is a position to write, as in "To be, or ___ to be".
 
-        Raises ValueError for a text without gaps, a gap sign that is itself a character of the vocabulary, and as `infill` does.
+        Raises InputError for a text without gaps, a gap sign that is itself a character of the vocabulary, and as
+        `infill` does.
         """
         vocabulary = vocabulary_of(self)
         if len(gap) != 1 or gap in vocabulary.characters:
-            raise ValueError(f"a gap is one sign that is not among the characters of the vocabulary; got {gap!r}")
+            raise InputError(
+                f"a gap is one sign that is not among the characters of the vocabulary; got {gap!r}"
+            )
         if gap not in text:
-            raise ValueError(f"the text has no gap to fill: write {gap!r} for each character that is missing")
+            raise InputError(
+                f"the text has no gap to fill: write {gap!r} for each character that is missing"
+            )
         mask = torch.tensor([character == gap for character in text])
         ids = vocabulary.encode(text.replace(gap, vocabulary.characters[0]))[None]
-        generator = None if seed is None else torch.Generator(self.device).manual_seed(SEED.check("seed", seed))
-        return self.infill(ids, mask, generator=generator, **check_settings(self, settings))
-
-    def _dials(self, temperature, top_k, top_p, steps, eta, clamp, guide, strength):
-        given = {"steps": steps, "eta": eta, "clamp": clamp}
-        given = {name: self.settings[name].check(name, value) for name, value in given.items()}
-        if given["steps"] > self.config.levels:
-            raise ValueError(f"steps is a whole number from 1 to {self.config.levels}, this model's noise levels; got {steps!r}")
-        if not math.isfinite(strength):
-            raise ValueError(f"strength is a finite number; got {strength!r}")
-        odds = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        filter_logits(torch.zeros(1), **odds)
-        return given | {"odds": odds, "guide": guide, "strength": strength}
+        settings = check_settings(self, settings)
+        return self.infill(ids, mask, generator=seeded(self, seed), **settings)
 
     @torch.no_grad()
-    def _denoise(self, ids, mask, dials, generator):
-        """One window: from noise to text where `mask` is True, as drafts of the window."""
-        ids, mask, normal = ids.clone(), mask.clone(), noise.normal(generator)
-        logits, hint, sure = None, None, None
-
-        def denoiser(x, tau):
-            nonlocal logits, hint, sure
-            with evaluating(self):
-                believed = self(x, tau, ids, mask, hint)
-            logits = filter_logits(believed, **dials["odds"])
-            sure = (believed / max(dials["odds"]["temperature"], COLDEST)).softmax(-1).amax(-1)  # a filter makes no guess surer
-            hint = logits.softmax(-1)
-            if dials["clamp"] == "on":
-                return self.embeddings[logits.argmax(-1)]
-            return hint @ self.embeddings
-
-        def guide(x, tau):  # is shown the known places where they would stand without noise
-            still = self.schedule.noise(self.embeddings[ids], tau, torch.zeros_like(x))
-            return dials["guide"](torch.where(mask[..., None], x, still), tau)
-
-        walker = denoiser if dials["guide"] is None else noise.guided(denoiser, guide, self.schedule, dials["strength"])
-        taus = self.timesteps(dials["steps"])
+    def _denoise(self, ids, mask, how, generator):
+        """One window: from noise to text where `mask` is True, a draft of it after each noise level."""
+        normal = noise.normal(generator)
+        alpha_bar = [1.0, *self.schedule.alpha_bar.tolist()]
+        position = torch.arange(ids.shape[1], device=ids.device)
         x = normal(self.embeddings.new_empty(*ids.shape, self.config.channels))
-        for tau, x in zip(taus, noise.sample(walker, x, self.schedule, timesteps=taus, eta=dials["eta"], noise=normal), strict=True):  # noqa: B020
-            likeliest = logits.argmax(-1)
-            last = tau == taus[-1]
+        guess = None
+        for tau, tau_next in pairwise([*how.levels, 0]):
+            with evaluating(self):
+                level = torch.full((len(x),), tau, device=x.device)
+                logits = self(x, level, ids, mask, guess)
+                filtered = filter_logits(logits, **how.sampling._asdict())
+                guess = filtered.softmax(-1)  # p(character | x)
+                likeliest = filtered.argmax(-1)
+                x0 = self.embeddings[likeliest] if how.clamp else guess @ self.embeddings
+                if how.guide is not None:
+                    x0 = self._guided(x0, x, level, ids, mask, how)
+                x = noise.step(
+                    x0, x, alpha_bar[tau], alpha_bar[tau_next], eta=how.eta, noise=normal
+                )
+                nearest = (x @ self.embeddings.T).argmax(-1)
             ids = torch.where(mask, likeliest, ids)
-            settled = ids.shape[1] if last else leading(~mask | (sure > SURE))
-            mask[:, :settled] = False  # from here on it is known
-            shown = ids if last else torch.where(mask, (x @ self.embeddings.T).argmax(-1), ids)
-            yield Draft(shown, settled, {"level": tau, "sure": round(sure.mean().item(), 3)})
+            temperature = max(how.sampling.temperature, COLDEST)
+            sure = (logits / temperature).softmax(-1).amax(-1)  # a filter makes no guess surer
+            settled = leading(~mask | (sure > SURE))  # in each row
+            mask = mask & (position >= settled[:, None])  # what has settled is known from here on
+            note = {"level": tau, "sure": round(sure.mean().item(), 3)}
+            if tau_next:
+                yield Draft(torch.where(mask, nearest, ids), int(settled.min()), note)
+            else:
+                yield Draft(ids, ids.shape[1], note)
+
+    def _guided(self, x0, x, level, ids, mask, how):
+        """The guess x0, moved by the guide, to which known positions are shown where they would be without noise."""
+        known = self.schedule.noise(self.embeddings[ids], level, torch.zeros_like(x))
+
+        def seen(x: Tensor, level: Tensor) -> Tensor:
+            return how.guide(torch.where(mask[..., None], x, known), level)
+
+        return noise.guided(lambda x, level: x0, seen, self.schedule, how.strength)(x, level)
 
 
-SURE = 0.9999  # a place this sure is taken as known
-COLDEST = 0.5  # the least temperature at which that is judged: colder, any guess looks sure, even the first
-
-
-def neighbourhood(x: Tensor, reach: int) -> Tensor:
-    """(b t seen) -> (b t (2 reach + 1) seen): every place beside its neighbours, zeros beyond the ends."""
-    t = x.shape[1]
-    x = F.pad(x, (0, 0, reach, reach))
-    return torch.cat([x[:, i : i + t] for i in range(2 * reach + 1)], -1)
-
-
-def waves(level: Tensor) -> Tensor:
-    """(b 1 1) -> (b 1 32): a noise level (log signal-to-noise) as sines and cosines from slow to fast."""
-    angle = level * torch.logspace(-1.5, 0.5, 16, dtype=level.dtype).to(level.device)
-    return torch.cat([angle.sin(), angle.cos()], -1)
-
-
-def cover(rows: int, places: int, device=None) -> Tensor:
-    """-> (b t) of bool, True where text is hidden: half the rows after a random place, a quarter between two, a quarter all but the first.
-
-    The first place is never hidden: something must come before the text, if only a newline.
-    """
-    a, b = (1 + torch.rand(2, rows, 1, device=device) * (places - 1)).long().clamp(max=places - 1)  # a float just below 1 rounds up
-    place = torch.arange(places, device=device)
-    kind = torch.rand(rows, 1, device=device)
-    after = place >= a
-    between = (place >= torch.minimum(a, b)) & (place <= torch.maximum(a, b))
-    return torch.where(kind < 0.5, after, torch.where(kind < 0.75, between, place >= 1))
+def first_gap(mask: Bool[Tensor, "t"]) -> int:
+    """The first position that is to be written; the length where there is none."""
+    return int(leading(~mask[None]))

@@ -1,130 +1,189 @@
 """Mamba: a left-to-right model whose whole past fits into a state of fixed size.
 
-Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752), section 3.4
-and figure 3; the scan itself is `irann.core.scan`. With its defaults the model computes exactly what transformers'
-`MambaForCausalLM` computes. Every block is the same, there is no attention, no MLP and no notion of position:
+Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
+section 3.4 and figure 3; the scan itself is `irann.core.scan`. With its defaults the model computes exactly what
+transformers' `MambaForCausalLM` computes, and its parameters have the names of that checkpoint. Every block is
+the same; there is no attention, no MLP and no notion of position:
 
-    norm -> widen -> short convolution -> SiLU -> selective scan -> gate -> narrow -> add
+    norm -> in_proj -> conv1d -> SiLU -> x_proj, dt_proj -> selective scan -> gate -> out_proj -> add
 
-| part        | shape              | what it decides                                                              |
-|-------------|--------------------|------------------------------------------------------------------------------|
-| widen       | d -> 2 e           | the signal and its gate                                                      |
-| convolution | e, 4 places        | what the last few characters say together                                    |
-| choose      | e -> rank + 2 n    | from each character: how fast to forget, B what to write, C what to read     |
-| pace        | rank -> e          | delta, the step size of each channel; softplus keeps it positive             |
-| log_A       | e n                | A = -exp(log_A): each channel forgets at n different rates                   |
-| D           | e                  | what passes by the state                                                     |
-| out         | e -> d             | back into the stream                                                         |
+| parameter | shape               | what it decides                                                     |
+|-----------|---------------------|---------------------------------------------------------------------|
+| in_proj   | d -> 2 e            | the signal u and its gate                                           |
+| conv1d    | e, d_conv positions | what the last few characters say together                           |
+| x_proj    | e -> dt_rank + 2 n  | from each character: its step size, B what to write, C what to read |
+| dt_proj   | dt_rank -> e        | delta, the step size of each channel; softplus keeps it positive    |
+| A_log     | e n                 | A = -exp(A_log): each channel forgets at n different rates          |
+| D         | e                   | what passes by the state                                            |
+| out_proj  | e -> d              | back into the residual stream                                       |
 
 Ours beside the paper: `init="fan_in"` and `tied=False`, as in this book's other models; dropout.
 """
 
 import math
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
-from ..layers import ACTIVATIONS, RENAMED, init_fan_in, make_norm
-from ..lm import PIECE, Reader, check_sizes
+from ..layers import ACTIVATIONS, StackedLinear, init_fan_in
+from ..lm import PIECE, Ids, Reader
+from ..settings import Checked, field
 
 
 @dataclass(frozen=True)
-class MambaConfig:
-    """Sizes and options; the defaults are the paper's choices at a size for two CPU cores. `window` matters in training only."""
+class MambaConfig(Checked):
+    """Sizes and options; the defaults are the paper's choices at a size for two CPU cores."""
 
-    vocabulary: int = 65
-    window: int = 256
-    layers: int = 4
-    width: int = 128
-    inner: int | None = None  # e; None: twice the width
-    state: int = 16  # n
-    taps: int = 4  # places the convolution looks at
-    rank: int | None = None  # of delta; None: a sixteenth of the width, rounded up
-    dropout: float = 0.0
-    bias: bool = False
-    convolution_bias: bool = True
-    activation: str = "silu"
-    eps: float = 1e-5
-    tied: bool = True
-    init: str = "mamba"
-
-    def __post_init__(self):
-        check_sizes(self, "vocabulary", "window", "layers", "width", "inner", "state", "taps", "rank")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is one of {', '.join(ACTIVATIONS)}; got {self.activation!r}")
-        if self.init not in ("mamba", "fan_in"):
-            raise ValueError(f"init is one of mamba, fan_in; got {self.init!r}")
+    vocabulary: int = field(65, "different characters", low=1)
+    window: int = field(256, "characters seen at once; matters in training only", low=1)
+    layers: int = field(4, "Mamba blocks", low=1)
+    width: int = field(128, "of the residual stream", low=1)
+    d_inner: int | None = field(None, "inner width, e; null: twice `width`", low=1, kind=int)
+    d_state: int = field(16, "of the state space, n", low=1)
+    d_conv: int = field(4, "positions that the convolution looks at", low=1)
+    dt_rank: int | None = field(
+        None, "of delta's map; null: a sixteenth of `width`, rounded up", low=1, kind=int
+    )
+    dropout: float = field(0.0, "of the residual stream's updates", low=0.0, high=1.0)
+    bias: bool = field(False, "biases in in_proj and out_proj")
+    conv_bias: bool = field(True, "a bias in the convolution")
+    activation: str = field("silu", "after the convolution", choices=tuple(ACTIVATIONS))
+    eps: float = field(1e-5, "of the norms", low=0.0)
+    tied: bool = field(True, "one matrix for reading and writing characters")
+    init: str = field("mamba", "how weights begin", choices=("mamba", "fan_in"))
 
     @classmethod
-    def fast(cls, **sizes) -> "MambaConfig":
+    def fast(cls, **sizes: Any) -> "MambaConfig":
         """The options that train better at this size, all at once."""
         return replace(cls(tied=False, init="fan_in"), **sizes)
 
 
-class Memory(NamedTuple):
-    """All that a layer remembers, whatever was read: the inputs its convolution still needs, its state, its last pace."""
-
-    tail: Tensor  # (b taps-1 e)
-    h: Tensor  # (b e n)
-    delta: Tensor  # (b e)
+Parameters = dict[str, Any]  # of one module, by name
 
 
-class State(NamedTuple):
-    """What `read` hands on: each layer's memory and, once single characters are read, each layer's weights laid out for that."""
+class LayerState(NamedTuple):
+    """All that a layer remembers, whatever was read."""
 
-    layers: list[Memory]
-    ready: list[tuple] | None
+    conv_state: Float[Tensor, "b d_conv-1 e"]  # the inputs that the convolution still needs
+    ssm_state: Float[Tensor, "b e n"]  # h of the recurrence
+    delta: Float[Tensor, "b e"]  # the step size of the last character
+
+
+class StepWeights(NamedTuple):
+    """A layer for one character after the other: parameters of its parts, and what is computed from two of them.
+
+    The dicts are the modules' own: weights that are trained or loaded later are seen at the next character.
+    """
+
+    mixer: "Mixer"
+    eps: float | None  # of the norm
+    norm: Parameters
+    in_proj: Parameters
+    conv1d: Parameters
+    x_proj: Parameters
+    dt_proj: Parameters
+    out_proj: Parameters
+    own: Parameters  # of the mixer: A_log, D
+    A: Float[Tensor, "e n"]
+    conv: Float[Tensor, "d_conv e"]
+    sources: tuple[Tensor, Tensor]  # what `A` and `conv` were computed from
+    version: int | None  # of the sources then; in inference mode none is counted
+
+    def fresh(self) -> bool:
+        """Whether `A` and `conv` are those of the layer's parameters as they are now."""
+        A_log, conv = self.sources
+        same = self.own["A_log"] is A_log and self.conv1d["weight"] is conv
+        return same and (self.version is None or self.version == A_log._version + conv._version)
+
+    def advance(
+        self, x: Float[Tensor, "b d"], state: LayerState
+    ) -> tuple[Float[Tensor, "b d"], LayerState]:
+        """`Block.forward` for a single character, in as few calls as it takes: they are most of its time."""
+        x_normed = torch.rms_norm(x, x.shape[-1:], self.norm["weight"], self.eps)
+        u, gate = F.linear(x_normed, **self.in_proj).chunk(2, -1)
+        inputs = torch.cat([state.conv_state, u.unsqueeze(1)], 1)
+        u = (inputs * self.conv).sum(1)
+        bias = self.conv1d["bias"]
+        u = self.mixer.activation(u if bias is None else u + bias)
+        delta, B, C = F.linear(u, **self.x_proj).split_with_sizes(self.mixer.split, -1)
+        delta = F.softplus(F.linear(delta, **self.dt_proj))
+        scanned = [u, delta, self.A, B, C, self.own["D"], state.ssm_state]
+        if state.ssm_state.dtype != x.dtype:  # half precision keeps its state in float32
+            scanned = [v.to(state.ssm_state.dtype) for v in scanned]
+        y, ssm_state = step(*scanned)
+        x = x + F.linear(y.to(x.dtype) * F.silu(gate), **self.out_proj)
+        return x, LayerState(inputs[:, 1:], ssm_state, delta)
+
+
+class MambaState(NamedTuple):
+    """What `read` hands on: each layer's state and, once single characters are read, each layer's weights."""
+
+    layers: list[LayerState]
+    weights: list[StepWeights] | None = None
+
+
+Update = tuple[Float[Tensor, "b t d"], LayerState]
 
 
 class Mixer(nn.Module):
-    """The selective state space between its gate and its convolution."""
+    """The selective state space between its convolution and its gate."""
 
     def __init__(self, config: MambaConfig):
         super().__init__()
         c = config
-        self.inner, self.state, self.rank = c.inner or 2 * c.width, c.state, c.rank or math.ceil(c.width / 16)
+        self.d_inner = c.d_inner or 2 * c.width
+        self.dt_rank = c.dt_rank or math.ceil(c.width / 16)
+        self.split = [self.dt_rank, c.d_state, c.d_state]  # delta, B, C in what x_proj gives
         self.activation = ACTIVATIONS[c.activation]
-        self.widen = nn.Linear(c.width, 2 * self.inner, bias=c.bias)
-        self.widen.stacked = 2  # two matrices on top of each other; Muon treats each on its own
-        self.convolution = nn.Conv1d(self.inner, self.inner, c.taps, groups=self.inner, bias=c.convolution_bias)
-        self.choose = nn.Linear(self.inner, self.rank + 2 * c.state, bias=False)
-        self.pace = nn.Linear(self.rank, self.inner)
-        self.log_A = nn.Parameter(torch.arange(1.0, c.state + 1).log().repeat(self.inner, 1))  # A = -1, -2, ..., -n: S4D-real
-        self.D = nn.Parameter(torch.ones(self.inner))
-        self.log_A.no_decay = self.D.no_decay = True
-        self.out = nn.Linear(self.inner, c.width, bias=c.bias)
+        e = self.d_inner
+        self.in_proj = StackedLinear(c.width, 2 * e, stacked=2, bias=c.bias)  # u, gate
+        self.conv1d = nn.Conv1d(e, e, c.d_conv, groups=e, bias=c.conv_bias)
+        self.x_proj = nn.Linear(e, sum(self.split), bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, e)
+        s4d_real = torch.arange(1.0, c.d_state + 1)  # A = -1, -2, ..., -n in every channel
+        self.A_log = nn.Parameter(s4d_real.log().repeat(e, 1))
+        self.D = nn.Parameter(torch.ones(e))
+        self.out_proj = nn.Linear(e, c.width, bias=c.bias)
 
     @torch.no_grad()
-    def init_pace(self, low: float = 1e-3, high: float = 0.1):
+    def init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
         """delta starts log-uniform in [low, high] (section 3.6): some channels count single characters, some whole lines."""
-        nn.init.uniform_(self.pace.weight, -(self.rank**-0.5), self.rank**-0.5)
-        delta = torch.empty_like(self.pace.bias).uniform_(math.log(low), math.log(high)).exp()
-        self.pace.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(low), math.log(high)).exp()
+        self.dt_proj.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """(b t d) -> (b t d), and what to remember."""
-        x, gate, tail = self.enter(x, memory and memory.tail)
-        delta, B, C = self.select(x)
-        y, h = selective_scan(x, delta, -torch.exp(self.log_A), B, C, self.D, state=memory and memory.h)
-        return self.out(y * F.silu(gate)), Memory(tail, h, delta[:, -1].clone())
+    def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
+        u, gate, conv_state = self.convolve(x, state.conv_state if state else None)
+        delta, B, C = self.select(u)
+        ssm_state = state.ssm_state if state else None
+        A = -torch.exp(self.A_log)
+        y, ssm_state = selective_scan(u, delta, A, B, C, self.D, state=ssm_state)
+        after = LayerState(conv_state, ssm_state, delta[:, -1].clone())
+        return self.out_proj(y * F.silu(gate)), after
 
-    def enter(self, x: Tensor, tail: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """(b t d), (b taps-1 e) -> (b t e), (b t e), (b taps-1 e): the signal after its convolution, its gate, the new tail."""
-        x, gate = self.widen(x).chunk(2, -1)
-        before = self.convolution.kernel_size[0] - 1
-        x = torch.cat([x.new_zeros(len(x), before, self.inner) if tail is None else tail, x], 1)
-        tail = x[:, x.shape[1] - before :].clone()  # a copy, or the view would keep the whole text alive
-        return self.activation(self.convolution(x.mT).mT), gate, tail
+    def convolve(
+        self, x: Float[Tensor, "b t d"], conv_state: Float[Tensor, "b before e"] | None = None
+    ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b t e"], Float[Tensor, "b before e"]]:
+        """u after its convolution, the gate, and the new conv_state."""
+        u, gate = self.in_proj(x).chunk(2, -1)
+        before = self.conv1d.kernel_size[0] - 1
+        earlier = u.new_zeros(len(u), before, self.d_inner) if conv_state is None else conv_state
+        u = torch.cat([earlier, u], 1)
+        conv_state = u[:, u.shape[1] - before :].clone()  # a view would keep the whole text alive
+        return self.activation(self.conv1d(u.mT).mT), gate, conv_state
 
-    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(... e) -> (... e), (... n), (... n): delta, B and C, each character's own."""
-        delta, B, C = self.choose(x).split([self.rank, self.state, self.state], -1)
-        return F.softplus(self.pace(delta)), B, C
+    def select(
+        self, u: Float[Tensor, "b t e"]
+    ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b t n"], Float[Tensor, "b t n"]]:
+        """delta, B and C, each character's own (algorithm 2)."""
+        delta, B, C = self.x_proj(u).split(self.split, -1)
+        return F.softplus(self.dt_proj(delta)), B, C
 
 
 class Block(nn.Module):
@@ -132,151 +191,127 @@ class Block(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        self.norm = make_norm("rms", config.width, eps=config.eps)
+        self.norm = nn.RMSNorm(config.width, eps=config.eps)
         self.mixer = Mixer(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> tuple[Tensor, Memory]:
-        """(b t d) -> (b t d), and what to remember."""
-        y, memory = self.mixer(self.norm(x), memory)
-        return x + self.dropout(y), memory
+    def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
+        y, after = self.mixer(self.norm(x), state)
+        return x + self.dropout(y), after
 
-    def ready(self) -> tuple:
-        """-> the weights as `write` wants them: what is the same for every character is computed once."""
+    def step_weights(self) -> StepWeights:
         m = self.mixer
-        cuts = [m.rank, m.state, m.state]
-        shape, gain, eps = self.norm.normalized_shape, self.norm.weight, self.norm.eps
-        linear = [(part.weight, part.bias) for part in (m.widen, m.choose, m.pace, m.out)]
-        taps, bias = m.convolution.weight.squeeze(1).T.contiguous(), m.convolution.bias
-        return shape, gain, eps, *linear, taps, bias, m.activation, cuts, -torch.exp(m.log_A), m.D
-
-
-def write(ready: tuple, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-    """(b d) -> (b d), and the memory: `Block.forward` for one character, in as few calls as it takes."""
-    shape, gain, eps, widen, choose, pace, out, taps, bias, activation, cuts, A, D = ready
-    u, gate = F.linear(F.rms_norm(x, shape, gain, eps), *widen).chunk(2, -1)
-    seen = torch.cat([memory.tail, u.unsqueeze(1)], 1)
-    u = (seen * taps).sum(1)
-    u = activation(u if bias is None else u + bias)
-    delta, B, C = F.linear(u, *choose).split(cuts, -1)
-    delta = F.softplus(F.linear(delta, *pace))
-    inputs = u, delta, A, B, C, D
-    if memory.h.dtype != x.dtype:  # half precision keeps its state in float32
-        inputs = (v.to(memory.h.dtype) for v in inputs)
-    y, h = step(*inputs, memory.h)
-    return x + F.linear(y.to(x.dtype) * F.silu(gate), *out), Memory(seen[:, 1:], h, delta)
+        modules = (self.norm, m.in_proj, m.conv1d, m.x_proj, m.dt_proj, m.out_proj, m)
+        sources = (m.A_log, m.conv1d.weight)
+        counted = not any(p.is_inference() for p in sources)
+        return StepWeights(
+            m,
+            self.norm.eps,
+            *(module._parameters for module in modules),
+            A=-torch.exp(m.A_log),
+            conv=m.conv1d.weight.squeeze(1).T.contiguous(),
+            sources=sources,
+            version=sum(p._version for p in sources) if counted else None,
+        )
 
 
 class Mamba(Reader):
     """Characters to logits: embed, a stack of blocks, norm, head."""
 
-    memory = None  # the state never fills up
+    no_decay = ("A_log", ".D")
 
     def __init__(self, config: MambaConfig):
         super().__init__(config)
-        self.embed = nn.Embedding(config.vocabulary, config.width)
-        self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = make_norm("rms", config.width, eps=config.eps)
-        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
-        if config.init == "fan_in":
+        c = config
+        self.embeddings = nn.Embedding(c.vocabulary, c.width)
+        self.drop = nn.Dropout(c.dropout)
+        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm_f = nn.RMSNorm(c.width, eps=c.eps)
+        self.lm_head = None if c.tied else nn.Linear(c.width, c.vocabulary, bias=False)
+        if c.init == "fan_in":
             init_fan_in(self)
         else:
-            nn.init.normal_(self.embed.weight, std=0.02)
+            nn.init.normal_(self.embeddings.weight, std=0.02)
         for block in self.blocks:
-            block.mixer.init_pace()
-            if config.init == "mamba":
+            block.mixer.init_dt()
+            if c.init == "mamba":  # as the published code, after GPT-2
                 with torch.no_grad():
-                    block.mixer.out.weight /= math.sqrt(config.layers)  # as the published code, after GPT-2
+                    block.mixer.out_proj.weight /= math.sqrt(c.layers)
 
-    def read(self, ids: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """(b t), state -> (b t v), state: each block's `Memory`, of the same size after any number of characters.
+    @property
+    def blocks(self) -> Iterator[Block]:
+        return iter(self.layers)  # pyright: ignore[reportReturnType]
+
+    @property
+    def max_context(self) -> None:
+        """The state never fills up."""
+
+    def read(
+        self, ids: Ids, state: MambaState | None = None
+    ) -> tuple[Float[Tensor, "b t v"], MambaState | None]:
+        """Logits, and each layer's state, of the same size after any number of characters.
 
         Without gradients a long text is read in pieces, so that only its logits grow with it.
         """
-        if ids.shape[1] > PIECE and not torch.is_grad_enabled():
+        if ids.shape[1] == 0:
+            return self.embeddings.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
+        writing = not torch.is_grad_enabled()
+        if writing and ids.shape[1] > PIECE:
             logits = []
             for piece in ids.split(PIECE, 1):
                 more, state = self.read(piece, state)
                 logits.append(more)
             return torch.cat(logits, 1), state
-        if ids.shape[1] == 0:
-            return self.embed.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
-        before, ready, after = *(state or ([None] * len(self.blocks), None)), []
-        if state and ids.shape[1] == 1 and not self.training:
-            ready = ready or [block.ready() for block in self.blocks]
-            x = self.embed(ids[:, 0])
-            for weights, memory in zip(ready, before, strict=True):
-                x, memory = write(weights, x, memory)
-                after.append(memory)
-            x = x.unsqueeze(1)
+        if writing and ids.shape[1] == 1 and state and not self.training:
+            x, state = self._step(ids[:, 0], state)
         else:
-            x = self.dropout(self.embed(ids))
-            for block, memory in zip(self.blocks, before, strict=True):
-                x, memory = block(x, memory)
-                after.append(memory)
-        return F.linear(self.norm(x), self.embed.weight if self.head is None else self.head.weight), State(after, ready)
+            past = state.layers if state else [None] * len(self.layers)
+            x = self.drop(self.embeddings(ids))
+            layers = []
+            for block, layer in zip(self.blocks, past, strict=True):
+                x, layer = block(x, layer)
+                layers.append(layer)
+            state = MambaState(layers)
+        head = self.embeddings if self.lm_head is None else self.lm_head
+        return F.linear(self.norm_f(x), head.weight), state
 
-    def notes(self, state: State) -> dict:
-        """The mean pace at the last character: near 0 it was let pass, large it was written and older things made room."""
-        return {"delta": torch.stack([memory.delta for memory in state.layers]).mean().item()} if state else {}
+    def _step(self, ids, state):
+        """The blocks for one character; after training or loading their weights are prepared anew."""
+        weights = state.weights
+        ours = weights and weights[0].mixer is self.layers[0].mixer
+        if not ours or not all(w.fresh() for w in weights):
+            weights = [block.step_weights() for block in self.blocks]
+        x = self.embeddings(ids)
+        layers = []
+        for w, layer in zip(weights, state.layers, strict=True):
+            x, layer = w.advance(x, layer)
+            layers.append(layer)
+        return x.unsqueeze(1), MambaState(layers, weights)
+
+    def notes(self, state: MambaState | None) -> dict:
+        """Each row's mean step size at its last character: near 0 it was let pass, large it replaced older ones."""
+        if state is None:
+            return {}
+        delta = torch.stack([layer.delta for layer in state.layers])
+        return {"delta": delta.mean((0, 2)).tolist()}
 
     @torch.no_grad()
-    def inside(self, ids: Tensor) -> dict[str, Tensor]:
-        """(1 t) -> `delta` (t): the mean pace at each character, how much of the state it rewrites."""
-        x, paces = self.embed(self.check_ids(ids)), []
+    def inspect(self, ids: Integer[Tensor, "1 t"]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`delta` (t): the mean step size of each character, how much of the state it rewrites."""
+        x = self.embeddings(self.check_ids(ids))
+        deltas = []
         for block in self.blocks:
-            signal, _, _ = block.mixer.enter(block.norm(x))
-            paces.append(block.mixer.select(signal)[0][0].mean(-1))
+            delta, _, _ = block.mixer.select(block.mixer.convolve(block.norm(x))[0])
+            deltas.append(delta[0].mean(-1))
             x, _ = block(x)
-        return {"delta": torch.stack(paces).mean(0)}
+        return {"delta": torch.stack(deltas).mean(0)}
 
     @classmethod
-    def from_transformers(cls, source, *, window: int = 1024) -> "Mamba":
+    def from_transformers(cls, source: Any, *, window: int = 1024) -> "Mamba":
         """A `MambaForCausalLM`, or a name or folder that transformers resolves -> the same model in this book's form.
 
         Its config knows no window; `window` is the length in which ours is then evaluated and trained.
-        Raises ValueError for an activation that is not one of ours.
         """
-        if isinstance(source, (str, os.PathLike)):
-            from transformers import MambaForCausalLM
+        from .interop import mamba_from_transformers
 
-            source = MambaForCausalLM.from_pretrained(source)
-        hf = source.config
-        model = cls(
-            MambaConfig(
-                vocabulary=hf.vocab_size,
-                window=window,
-                layers=hf.num_hidden_layers,
-                width=hf.hidden_size,
-                inner=hf.intermediate_size,
-                state=hf.state_size,
-                taps=hf.conv_kernel,
-                rank=int(hf.time_step_rank),
-                bias=hf.use_bias,
-                convolution_bias=hf.use_conv_bias,
-                activation=RENAMED.get(hf.hidden_act, hf.hidden_act),
-                eps=hf.layer_norm_epsilon,
-                tied=source.lm_head.weight is source.backbone.embeddings.weight,
-            )
-        ).to(source.lm_head.weight)
-
-        theirs = source.state_dict()
-        names = {"embed": "backbone.embeddings", "norm": "backbone.norm_f", "head": "lm_head"}
-        inside = {
-            "norm": "norm",
-            "mixer.widen": "mixer.in_proj",
-            "mixer.convolution": "mixer.conv1d",
-            "mixer.choose": "mixer.x_proj",
-            "mixer.pace": "mixer.dt_proj",
-            "mixer.out": "mixer.out_proj",
-            "mixer.log_A": "mixer.A_log",
-            "mixer.D": "mixer.D",
-        }
-        for i in range(hf.num_hidden_layers):
-            names |= {f"blocks.{i}.{ours}": f"backbone.layers.{i}.{their}" for ours, their in inside.items()}
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                module, _, kind = name.rpartition(".")
-                weight.copy_(theirs[names[name] if name in names else f"{names[module]}.{kind}"])
-        return model.train(source.training)
+        return mamba_from_transformers(source, window=window)

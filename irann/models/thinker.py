@@ -1,499 +1,299 @@
-"""Iterative Thinking: one small network applied again and again, a thought that is carried along, and a rule for stopping.
+"""Iterative thinking from left to right: every position thinks as long as it needs.
 
-    given = settle(prelude(characters))             once
-    thought <- settle(core(thought + given))        up to R rounds of the same weights, from a thought of zeros
-    logits = head(thought)                          after any round
-
-Papers: Dehghani et al. 2018, "Universal Transformers" (arXiv 1807.03819), for depth by repetition; Geiping et al. 2025,
-"Scaling up Test-Time Compute with Latent Reasoning" (arXiv 2502.05171), for the prelude and the input injected at every
-round; Banino et al. 2021, "PonderNet" (arXiv 2107.05407), for the learned odds of halting; for the page, Austin et al.
-2021 (arXiv 2107.03006), absorbing diffusion, and Hoogeboom et al. 2021 (arXiv 2110.02037), which shows that its bound is
-that of guessing in random order.
-
-What we do differently: the state is normalised at every round (`settle`), so that it comes to rest and more rounds do no
-harm; every round's prediction is trained, or every late one's; with `round_gains` a block may see each round differently, as
-Bae et al. 2024 (arXiv 2410.20672) relax their shared layers, but by a gain per channel; the odds of halting also see how
-unsure the prediction is and how far the state has moved, and learn beside the network without bending it. A character that
-has stopped is frozen: its state, its prediction, and the keys and values that later characters look back at.
+A position that has stopped is frozen: its hidden state, its prediction, and the keys and values that
+later positions look back at. The papers stand in recurrent.py.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count, islice
-from typing import ClassVar
+from functools import partial
+from typing import Any
 
 import torch
-from einops import rearrange
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int
+from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
-from ..layers import Block, init_fan_in, leading, make_norm, rotary_table, scale
-from ..lm import (
-    Draft,
-    LanguageModel,
-    Reader,
-    Setting,
-    check_heads,
-    check_length,
-    check_settings,
-    check_sizes,
-    cross_entropy,
-    evaluating,
-    filter_logits,
-    left_to_right,
-    sample,
+from ..core.halting import expected_rounds, halting_distribution
+from ..layers import Block, KeyValue, scale
+from ..lm import Draft, Ids, Loss, Nats, Reader, cross_entropy, left_to_right
+from ..sampling import SAMPLING
+from ..settings import InputError, Setting
+from .recurrent import (
+    STOPPING,
+    Hidden,
+    RecurrentDepth,
+    Rotary,
+    Round,
+    ThinkerConfig,
+    entropy,
+    round_nats,
+    stops,
 )
 
 
-@dataclass(frozen=True)
-class ThinkerConfig:
-    """Sizes, and how the rounds are trained."""
-
-    vocabulary: int = 65
-    window: int = 128
-    width: int = 128
-    heads: int = 2
-    prelude: int = 1  # blocks that read the characters once
-    core: int = 1  # blocks of the core, which all rounds share
-    rounds: int = 6
-    dropout: float = 0.0
-    round_gains: bool = False  # each round has gains of its own (by block and channel, on what attention and MLP see), and odds of its own
-    supervision: str = "every"  # whose predictions are trained: every round's, the late ones', the last one's, or as `halting` weighs them
-    random_rounds: bool = False  # train with a number of rounds drawn anew for each batch, from half to one and a half times
-    prior: float = 0.3  # odds of the geometric prior (PonderNet's lambda_p)
-    prior_weight: float = 0.01  # of the KL to it (PonderNet's beta): nats per character that a thought may cost
-
-    def __post_init__(self):
-        check_sizes(self, "vocabulary", "window", "width", "heads", "core", "rounds", prelude=0)
-        if self.supervision not in ("every", "late", "last", "halting"):
-            raise ValueError(f"supervision is one of every, late, last, halting; got {self.supervision!r}")
-        if not 0 < self.prior < 1:
-            raise ValueError(f"prior is a number between 0 and 1; got {self.prior!r}")
-        check_heads(self.width, self.heads, rotary=True)
-
-
-STOPPING = {
-    "stop": Setting("odds", "when thinking stops", choices=("odds", "sampled", "state", "prediction", "fixed")),
-    "rounds": Setting(0, "rounds of thinking at most; 0: as many as in training", low=0, high=256),
-    "threshold": Setting(0.5, "stop=odds: how likely it must be to have stopped by now", low=0.0, high=1.0),
-    "tolerance": Setting(0.05, "stop=state or prediction: the largest change that counts as rest", low=0.0, high=2.0),
-}
-
-
-class Body(LanguageModel):
-    """What both ways of reading share: embedding, prelude, core, head, and the odds of halting."""
-
-    def __init__(self, config: ThinkerConfig, *, causal: bool, symbols: int):
-        super().__init__(config)
-        c = config
-        style = {"causal": causal, "norm": "plain", "qk_norm": True, "activation": "squared_relu", "bias": False, "dropout": c.dropout}
-        self.embed = nn.Embedding(symbols, c.width)
-        self.prelude = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.prelude))
-        self.core = nn.ModuleList(Block(c.width, c.heads, **style) for _ in range(c.core))
-        self.gains = self.halt_bias = None
-        if c.round_gains:
-            self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))
-            self.halt_bias = nn.Parameter(torch.zeros(c.rounds))
-        self.settle = make_norm("plain", c.width)
-        self.head = nn.Linear(c.width, c.vocabulary, bias=False)
-        self.halt_head = nn.Linear(c.width + 2, 1)
-        init_fan_in(self)
-        nn.init.zeros_(self.halt_head.weight)
-        nn.init.constant_(self.halt_head.bias, math.log(c.prior / (1 - c.prior)))  # untrained, the odds are the prior's
-
-    def turn(self, start: int, end: int) -> Tensor:
-        """-> (t c/2): the rotary table of places start to end."""
-        c = self.config
-        return rotary_table(max(end, c.window + 1), c.width // c.heads, self.head.weight.dtype, self.device)[start:end]
-
-    def gain(self, r: int, i: int) -> Tensor | None:
-        """-> (2 d), or None: of round r (from 0) and the core's i-th block. Rounds beyond the trained ones take the last one's."""
-        return None if self.gains is None else self.gains[min(r, len(self.gains) - 1), i]
-
-    def odds(self, r: int, thought: Tensor, before: Tensor, logits: Tensor) -> Tensor:
-        """(... d) twice, (... v) -> (...): the odds of halting at round r, from the thought, how far it moved, how unsure its guess is."""
-        if self.config.supervision != "halting":
-            thought, before = thought.detach(), before.detach()
-        moved, unsure = distance(thought, before), entropy(logits.detach())
-        logit = self.halt_head(torch.cat([thought, moved[..., None], unsure[..., None]], -1)).squeeze(-1)
-        logit = logit.to(self.halt_head.weight)  # mixed precision ends here: odds are multiplied, and their logs taken
-        return (logit if self.halt_bias is None else logit + self.halt_bias[min(r, len(self.halt_bias) - 1)]).sigmoid()
-
-    def ponder(self, ids: Tensor, thought: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """(b t) -> round after round without end: thought (b t d), logits (b t v), odds (b t). Every place thinks, nobody stops.
-
-        `thought` is where to start from, if one is carried over.
-        """
-        turn, x = self.turn(0, ids.shape[1]), self.embed(ids)
-        for block in self.prelude:
-            x, _ = block(x, None, turn)
-        given = self.settle(x)
-        thought = torch.zeros_like(given) if thought is None else thought
-        for r in count():
-            before, x = thought, thought + given
-            for i, block in enumerate(self.core):
-                x, _ = block(x, None, turn, self.gain(r, i))
-            thought = self.settle(x)
-            logits = self.head(thought)
-            yield thought, logits, self.odds(r, thought, before, logits)
-
-    def every_round(self, ids: Tensor, rounds: int | None = None, thought: Tensor | None = None):
-        """(b t) -> logits (b t v r), odds (b t r), thought (b t d): the first `rounds` rounds, by default as many as in training."""
-        thoughts, logits, odds = zip(*islice(self.ponder(ids, thought), rounds or self.config.rounds), strict=True)
-        return torch.stack(logits, -1), torch.stack(odds, -1), thoughts[-1]
-
-    def rule(self, settings: dict) -> dict:
-        """-> all of this model's settings, the given ones checked. Raises ValueError that names a wrong one."""
-        given = {name: value for name, value in check_settings(self, settings).items() if value is not None}
-        rule = {name: knob.default for name, knob in self.settings.items()} | given
-        return rule | {"rounds": rule["rounds"] or self.config.rounds}
-
-    def thinking_loss(self, nats: Tensor, odds: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(... r), (... r) -> a scalar, parts: the rounds' predictions, and the halting odds that choose among them.
-
-        The odds minimise the expected surprise at the round where they stop, plus beta times KL(p || prior) (PonderNet,
-        section 2.3). Unless `supervision` is `halting` they take the surprise as given, so that no thought is bent to end sooner.
-        """
-        c, p = self.config, halting_distribution(odds)
-        kl = kl_to_geometric(p, c.prior).mean()
-        if c.supervision == "halting":
-            loss = (p * nats).sum(-1).mean() + c.prior_weight * kl
-        else:
-            halt = (p * nats.detach()).sum(-1).mean() + c.prior_weight * kl
-            loss = (nats * supervised(c.supervision, nats)).sum(-1).mean() + halt - halt.detach()  # its gradient, not its value
-        return loss, {"rounds": expected_rounds(p).mean().detach(), "prior_kl": kl.detach()}
-
-    def draw_rounds(self) -> int:
-        """-> how many rounds to train this batch with; from torch's global generator, which the trainer keeps."""
-        r = self.config.rounds
-        return int(torch.randint((r + 1) // 2, r + r // 2 + 1, ())) if self.config.random_rounds and self.training else r
-
-
 @dataclass
-class Memory:
-    """What `Thinker.read` remembers: keys and values of the prelude's blocks, and of the core's blocks at every round.
+class ThinkerCache:
+    """What `Thinker.read` keeps: the KV cache of the prelude by block, of the core by round and block.
 
-    `rounds` and `halted` (b t) tell of the last call's places: rounds taken, and the chance of having stopped by then.
+    And of the last call's positions: the `rounds` taken, and the probability of having `halted`.
     """
 
     length: int
-    prelude: list
-    core: list
-    rounds: Tensor
-    halted: Tensor
+    prelude: list[KeyValue]
+    core: list[list[KeyValue]]
+    rounds: Int[Tensor, "b t"]
+    halted: Float[Tensor, "b t"]
 
 
-class Thinker(Body, Reader):
-    """Left to right: an exact likelihood, and every character thinks as long as it needs.
+@dataclass
+class Thought:
+    """Where the positions of one read stand between two rounds; what has stopped is frozen."""
 
-    At round r a place looks back at what earlier places were at round r, or at their last round if they stopped before.
-    So it depends on earlier places only, and reading in pieces is the same as reading at once.
+    hidden: Hidden
+    logits: Float[Tensor, "b t v"] | None  # None before the first round
+    survival: Float[Tensor, "b t"]  # the probability of still thinking
+    rounds: Int[Tensor, "b t"]  # taken so far
+    thinking: Bool[Tensor, "b t"]
+
+    def after(self, now: Round, rule: dict[str, Any], limit: Float[Tensor, "b t"]) -> "Thought":
+        """A round left `now`, which where thinking had stopped is what it was: who thinks on?"""
+        survival = torch.where(self.thinking, self.survival * (1 - now.halt), self.survival)
+        stop = stops(rule, now, (self.hidden, self.logits), survival, limit)
+        rounds = self.rounds + self.thinking
+        return Thought(now.hidden, now.logits, survival, rounds, self.thinking & ~stop)
+
+
+class Thinker(RecurrentDepth, Reader):
+    """Left to right: an exact likelihood, and every position thinks as long as it needs.
+
+    At round r a position looks back at what earlier positions were at round r, or at their last
+    round if they stopped before. So it depends on earlier positions only, and reading in pieces is
+    the same as reading at once.
     """
 
-    settings: ClassVar = STOPPING
+    settings: dict[str, Setting] = STOPPING
 
     def __init__(self, config: ThinkerConfig):
         super().__init__(config, causal=True, symbols=config.vocabulary)
 
-    def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b window+1) -> a scalar, parts: `thinking_loss` of every round's nats; `nats_per_char` is what the last round pays."""
+    def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Any]:
+        """`rounds`: how many, the same for the whole batch."""
+        return {"rounds": self.draw_rounds(generator)}
+
+    def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
+        """`rounds_loss` of every round's nats; `nats_per_char` is what the last round pays."""
         ids = self.check_ids(ids)
-        logits, odds, _ = self.every_round(ids[:, :-1], self.draw_rounds())
-        nats = F.cross_entropy(rearrange(logits, "b t v r -> b v t r"), ids[:, 1:, None].expand_as(odds), reduction="none")
-        loss, parts = self.thinking_loss(nats, odds)
+        draws = self.draw(ids) if draws is None else draws
+        logits, halt, _ = self.every_round(ids[:, :-1], draws["rounds"])
+        nats = round_nats(logits, ids[:, 1:])
+        loss, parts = self.rounds_loss(nats, halt)
         return loss, {"nats_per_char": nats[..., -1].mean().detach()} | parts
 
-    def surprise(self, ids: Tensor, *, generator=None, **settings) -> Tensor:
-        """(b t+1) -> (b t): exact, whatever the rule of stopping; see `read` for the settings."""
+    def nll(self, ids: Ids, *, generator: Generator | None = None, **settings: Any) -> Nats:
+        """Exact, whatever the rule of stopping; see `read` for the settings."""
         ids = self.check_ids(ids)
         logits, _ = self.read(ids[:, :-1], packed=True, generator=generator, **settings)
         return cross_entropy(logits, ids[:, 1:])
 
-    def read(self, ids: Tensor, state: Memory | None = None, *, packed=False, generator=None, **settings):
-        """(b t), state -> (b t v), state: each place's prediction at the round where it stopped, by the rule named `stop`.
+    def read(
+        self,
+        ids: Ids,
+        state: ThinkerCache | None = None,
+        *,
+        packed: bool = False,
+        generator: Generator | None = None,
+        **settings: Any,
+    ) -> tuple[Float[Tensor, "b t v"], ThinkerCache]:
+        """Each position's prediction at the round where it stopped, by the rule named `stop`.
 
-        | stop       | a place stops after the round at which                                                      |
-        |------------|---------------------------------------------------------------------------------------------|
-        | odds       | the chance of having stopped, 1 - product of (1 - odds), reaches `threshold`                |
-        | sampled    | that chance reaches a number drawn for the place: it stops at round r with probability p_r  |
-        | state      | its thought has moved by at most `tolerance` (root mean square)                             |
-        | prediction | its prediction has moved by at most `tolerance` since the round before (total variation)    |
-        | fixed      | `rounds` are done, as with every rule at last                                               |
+        | stop       | a position stops after the round at which                                      |
+        |------------|--------------------------------------------------------------------------------|
+        | halting    | the probability of having stopped, 1 - prod(1 - halt), reaches `threshold`     |
+        | sampled    | it reaches a number drawn for the position: so at round r with probability p_r |
+        | state      | the hidden state has moved by at most `tolerance` (root mean square)           |
+        | prediction | the prediction has moved by at most `tolerance` (total variation)              |
+        | fixed      | `rounds` are done, as with every rule at last                                  |
 
-        With `packed`, places that have stopped are left out of the computation; without, they are computed and dropped,
-        so that every bit of a place's logits is independent of when later places stop.
-        Raises ValueError for settings out of range and when state and ids outgrow the window.
+        With `packed`, positions that have stopped are left out of the computation. Without, they are
+        computed and dropped, so that every bit of a position's logits is independent of when later
+        positions stop. Raises InputError for settings out of range, and when state and ids outgrow
+        the window.
         """
-        rule = self.rule(settings)
+        return self.read_by(self.rule(settings), ids, state, packed=packed, generator=generator)
+
+    def read_by(
+        self,
+        rule: dict[str, Any],
+        ids: Ids,
+        state: ThinkerCache | None = None,
+        *,
+        packed: bool,
+        generator: Generator | None,
+    ) -> tuple[Float[Tensor, "b t v"], ThinkerCache]:
+        """`read`, with settings that `rule` has checked once for all calls."""
+        if torch.compiler.is_exporting() and rule["stop"] != "fixed":
+            raise InputError(
+                "how long a thinker thinks depends on the text: export cannot follow it"
+            )
         start = state.length if state else 0
         end = start + ids.shape[1]
         if end > self.config.window:
-            raise ValueError(f"the window holds {self.config.window} characters; got {ids.shape[1]} after {start}: read the last ones only")
-        x, turn, prelude = self.embed(ids), self.turn(start, end), []
-        for block, kv in zip(self.prelude, state.prelude if state else [None] * len(self.prelude), strict=True):
-            x, kv = block(x, kv, turn)
-            prelude.append(kv)
-        if rule["stop"] == "sampled":
-            limit = torch.rand(ids.shape, generator=generator, dtype=x.dtype, device=x.device)
-        else:
-            limit = x.new_full(ids.shape, rule["threshold"])
-        logits, core, rounds, halted = self.think(self.settle(x), turn, state.core if state else [], limit, rule, packed)
-        return logits, Memory(end, prelude, core, rounds, halted)
+            raise InputError(
+                f"the window holds {self.config.window} characters; got {ids.shape[1]} after "
+                f"{start}: read the last ones only"
+            )
+        rotary = self.rotary(start, end)
+        injected, prelude = self.inject(ids, rotary, state.prelude if state else None)
+        limit = self.limits(ids, rule, generator)
+        past = state.core if state else []
+        thought, core = self.think(injected, rotary, past, limit, rule, packed)
+        assert thought.logits is not None  # there is a first round
+        halted = 1 - thought.survival
+        return thought.logits, ThinkerCache(end, prelude, core, thought.rounds, halted)
 
-    def think(self, given: Tensor, turn: Tensor, past: list, limit: Tensor, rule: dict, packed: bool):
-        """(b t d), past keys and values by round and block, limit (b t) -> logits (b t v), and what is to be remembered."""
-        b, t, _ = given.shape
-        thought, logits = torch.zeros_like(given), given.new_zeros(b, t, self.config.vocabulary)
-        rounds, going = torch.zeros(b, t, dtype=torch.long, device=given.device), torch.ones(b, t, dtype=torch.bool, device=given.device)
-        left, core = given.new_ones(b, t), []  # the chance of still thinking
+    def think(
+        self,
+        injected: Hidden,
+        rotary: Rotary,
+        past: list[list[KeyValue]],
+        limit: Float[Tensor, "b t"],
+        rule: dict[str, Any],
+        packed: bool,
+    ) -> tuple[Thought, list[list[KeyValue]]]:
+        """All rounds of new positions, given the core's KV cache of earlier ones."""
+        t = injected.shape[1]
+        one = injected.new_ones(injected.shape[:2])
+        rounds = torch.zeros_like(one, dtype=torch.long)
+        thought = Thought(torch.zeros_like(injected), None, one, rounds, one.bool())
+        core: list[list[KeyValue]] = []
         for r in range(rule["rounds"]):
-            remembered = past[min(r, len(past) - 1)] if past else [None] * len(self.core)
-            some = r > 0 and rule["stop"] != "fixed" and not (packed and going.all())
-            asks = going if packed else torch.ones_like(going)
-            x, kvs = (thought + given)[asks] if some else thought + given, []
-            for i, (block, kv) in enumerate(zip(self.core, remembered, strict=True)):
-                gain = self.gain(r, i)
-                x, kv = some_places(block, x, asks, going, frozen(kv, core[-1][i], t), turn, gain) if some else block(x, kv, turn, gain)
-                kvs.append(kv)
-            core.append(kvs)
-
-            new, active = self.settle(x).reshape(-1, given.shape[-1]), going[asks] if some else going.flatten()
-            guess = self.head(new)  # of all that were computed: how many rows a product has may change its last bits
-            odds = self.odds(r, new, thought[asks], guess)[active]
-            new, guess, before, old = new[active], guess[active], thought[going], logits[going]
-            left = left.masked_scatter(going, left[going] * (1 - odds))
-            thought, logits = scatter(thought, going, new), scatter(logits, going, guess)
-            rounds = rounds + going
-            rest = at_rest(rule, new, before, guess, old if r else None, left[going], limit[going])
-            going = going.masked_scatter(going, ~rest)
-            if not going.any():
+            earlier = past[min(r, len(past) - 1)] if past else None
+            x = thought.hidden + injected
+            none_stopped = r == 0 or rule["stop"] == "fixed"
+            if none_stopped or (packed and bool(thought.thinking.all())):
+                hidden, caches = self.think_once(r, x, rotary, earlier)
+            else:
+                packing = pack(thought.thinking if packed else one.bool(), thought.thinking)
+                caches = frozen(earlier, core[-1], t)
+                x, caches = self.think_once(r, packing.pick(x), rotary, caches, packing.through)
+                hidden = packing.update(thought.hidden, x)
+            core.append(caches)
+            thought = thought.after(self.predict(r, hidden, thought.hidden), rule, limit)
+            if not thought.thinking.any():
                 break
-        for later in past[len(core) :]:  # rounds that only earlier places ever took
-            core.append([frozen(kv, last, t) for kv, last in zip(later, core[-1], strict=True)])
-        return logits, core, rounds, 1 - left
+        for earlier in past[len(core) :]:  # rounds that only earlier positions took
+            core.append(frozen(earlier, core[-1], t))
+        return thought, core
 
-    def notes(self, state: Memory) -> dict:
+    def notes(self, state: ThinkerCache) -> dict:
         return {"rounds": state.rounds[:, -1].tolist(), "halted": state.halted[:, -1].tolist()}
 
     @torch.no_grad()
-    def inside(self, ids: Tensor, *, generator=None, **settings) -> dict[str, Tensor]:
-        """(1 t) -> how many rounds each character took, and how its prediction's entropy fell from round to round (r t).
+    def inspect(
+        self, ids: Ids, *, generator: Generator | None = None, **settings: Any
+    ) -> dict[str, Tensor]:
+        """`rounds` taken (t), `expected_rounds` (t), and the `entropy` of each prediction (r t).
 
         See `read` for the settings.
         """
         ids = self.check_ids(ids)
-        logits, odds, _ = self.every_round(ids, self.rule(settings)["rounds"])
+        logits, halt, _ = self.every_round(ids, self.rule(settings)["rounds"])
         return {
             "rounds": self.read(ids, generator=generator, **settings)[1].rounds[0].float(),
-            "expected_rounds": expected_rounds(halting_distribution(odds))[0],
+            "expected_rounds": expected_rounds(halting_distribution(halt))[0],
             "entropy": entropy(logits.movedim(-1, 1))[0],
         }
 
-    def generate(self, prompt, n, *, temperature=1.0, top_k=None, top_p=None, generator=None, **settings) -> Iterator[Draft]:
-        reading = _Reading(self, self.rule(settings) | {"packed": True, "generator": generator})
-        return left_to_right(reading, prompt, n, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    def generate(
+        self, prompt: Ids, n: int, *, generator: Generator | None = None, **settings: Any
+    ) -> Iterator[Draft]:
+        """`settings` are temperature, top_k, top_p, and those of `read`."""
+        sampling = {name: settings.pop(name) for name in SAMPLING if name in settings}
+        read = partial(self.read_by, self.rule(settings), packed=True, generator=generator)
+        return left_to_right(self, prompt, n, generator=generator, read=read, **sampling)
 
 
-class _Reading:
-    """A thinker that reads by chosen settings: `left_to_right` sees any other reader."""
-
-    def __init__(self, model: Thinker, settings: dict):
-        self.model, self.settings = model, settings
-
-    def read(self, ids, state=None):
-        return self.model.read(ids, state, **self.settings)
-
-    def __getattr__(self, name):
-        return getattr(self.model, name)
+# ------------------------------------------------------------ positions that still think, packed
 
 
-def some_places(block: Block, x: Tensor, asks: Tensor, going: Tensor, kv: tuple[Tensor, Tensor], turn: Tensor, gains: Tensor | None):
-    """(asking d), (b t) of bool twice, k and v (b h s c) -> (asking d), k and v: `block` at the places that ask, among the last t.
+@dataclass
+class Packing:
+    """The positions that a round computes, packed from their batch into one list of n.
 
-    New keys and values replace the old ones of the places that are `going`; all others are seen as they were.
-    """
-    attention, (row, place) = block.attention, asks.nonzero(as_tuple=True)
-    q, k_new, v_new = (z[0].transpose(0, 1) for z in attention.project(scale(block.norm_attention(x), gains, 0)[None], turn[place]))
-    k, v = (old.clone() for old in kv)
-    at, fresh = place + k.shape[2] - asks.shape[1], going[asks]
-    k[row[fresh], :, at[fresh]], v[row[fresh], :, at[fresh]] = k_new[fresh], v_new[fresh]
+        computed (b t)       the list (n)           queries of attention (b m), padded
+        [ x  .  x  x ]       row     0  0  0  1     [ 0  2  3 ]
+        [ .  x  .  . ]       column  0  2  3  1     [ 1  -  - ]
+                             rank    0  1  2  0
 
-    asking = asks.sum(1)
-    used = torch.arange(int(asking.max()), device=x.device) < asking[:, None]  # rows in which fewer places ask end in blanks
-    asked, last = q.new_zeros(*used.shape, *q.shape[1:]), torch.zeros_like(used, dtype=torch.long)
-    asked[used], last[used] = q, at
-    mask = torch.arange(k.shape[2], device=x.device) <= last[:, None, :, None]
-    y = F.scaled_dot_product_attention(asked.transpose(1, 2), k, v, mask)
-    x = x + attention.out(rearrange(y.transpose(1, 2)[used], "asking h c -> asking (h c)"))
-    return x + block.mlp(scale(block.norm_mlp(x), gains, 1)), (k, v)
-
-
-def frozen(past, last, t: int):
-    """Keys and values of before (or None) and of the last round, (b h s c) each -> those of before, and the last t places as they were."""
-    return last if past is None else tuple(torch.cat([a, z[:, :, z.shape[2] - t :]], 2) for a, z in zip(past, last, strict=True))
-
-
-def scatter(x: Tensor, where: Tensor, new: Tensor) -> Tensor:
-    """(b t d), (b t) of bool, (new d) -> (b t d): x with new rows where it is True."""
-    return x.masked_scatter(where[..., None], new.to(x))
-
-
-def at_rest(rule: dict, thought: Tensor, before: Tensor, logits: Tensor, old: Tensor | None, left: Tensor, limit: Tensor) -> Tensor:
-    """(... d) twice, (... v) twice, (...) twice -> (...) of bool: who stops after this round, by the rule named `stop`."""
-    if rule["stop"] == "state":
-        return distance(thought, before) <= rule["tolerance"]
-    if rule["stop"] == "prediction" and old is not None:
-        return (logits.softmax(-1) - old.softmax(-1)).abs().sum(-1) / 2 <= rule["tolerance"]
-    return 1 - left >= limit if rule["stop"] in ("odds", "sampled") else torch.zeros_like(left, dtype=torch.bool)
-
-
-def distance(a: Tensor, b: Tensor) -> Tensor:
-    """(... d), (... d) -> (...): root mean square of the difference."""
-    return (a - b).square().mean(-1).sqrt()
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """(... v) -> (...): of the prediction, in nats."""
-    log_p = logits.log_softmax(-1)
-    return -(log_p.exp() * log_p).sum(-1)
-
-
-class PageThinker(Body):
-    """All at once: some characters are hidden, every place looks both ways, and the surest guesses are kept.
-
-    Trained to guess hidden characters from the rest. To guess a text in random order gives a bound on its likelihood
-    (Hoogeboom et al. 2021, eq. 4): -log p(text) <= t E[mean surprise over k hidden places], k uniform from 1 to t.
-    While writing, the thought is carried over from one refinement to the next.
+    A position may be computed although it has stopped: only `thinking` ones change in `update`.
     """
 
-    exact = False
-    settings: ClassVar = STOPPING | {
-        "steps": Setting(0, "refinements in which a page is written; 0: one for every two characters", low=0, high=4096),
-        "order": Setting("surest", "which guesses are kept first", choices=("surest", "random", "left")),
-        "keep": Setting(1.0, "guesses surer than this are kept at once; 1: only as many as the steps ask for", low=0.0, high=1.0),
-    }
+    row: Int[Tensor, " n"]
+    column: Int[Tensor, " n"]
+    rank: Int[Tensor, " n"]  # among the computed positions of its row
+    thinking: Bool[Tensor, " n"]
+    shape: tuple[int, int, int]  # b, t, m
 
-    def __init__(self, config: ThinkerConfig):
-        super().__init__(config, causal=False, symbols=config.vocabulary + 1)
-        self.blank = config.vocabulary  # the id of a hidden character
+    def pick(self, x: Hidden) -> Float[Tensor, "n d"]:
+        return x[self.row, self.column]
 
-    def hide(self, b: int, t: int, first: Tensor | int = 1, generator=None) -> Tensor:
-        """-> (b t) of bool, True where hidden: k places from `first` on, k uniform from 1 to all of them, spread over the batch."""
-        device = self.device
-        first = torch.as_tensor(first, device=device).expand(b)
-        u = (torch.rand((), generator=generator, device=device) + torch.arange(b, device=device) / b) % 1
-        k = 1 + (u * (t - first)).long().clamp(max=t - first - 1)
-        lots = torch.rand(b, t, generator=generator, device=device).masked_fill(torch.arange(t, device=device) < first[:, None], 2.0)
-        return lots.argsort(1).argsort(1) < k[:, None]
+    def update(
+        self, old: Float[Tensor, "b s *rest"], new: Float[Tensor, "n *rest"]
+    ) -> Float[Tensor, "b s *rest"]:
+        """`old`, with new values where one is thinking; the batch's t positions are its last."""
+        column = self.column + old.shape[1] - self.shape[1]
+        updated = old.clone()
+        updated[self.row[self.thinking], column[self.thinking]] = new[self.thinking]
+        return updated
 
-    def loss(self, ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """(b window+1) -> a scalar, parts: `thinking_loss` of the hidden characters' nats, as shares of the bound.
+    def through(
+        self,
+        block: Block,
+        x: Float[Tensor, "n d"],
+        cache: KeyValue,
+        rotary: Rotary,
+        gains: Float[Tensor, "2 d"] | None,
+    ) -> tuple[Float[Tensor, "n d"], KeyValue]:
+        """`block` at these positions; what those that think show is new in the KV cache."""
+        qkv = block.attn.project(scale(block.ln_1(x), gains, 0)[None], rotary[self.column])
+        q, k, v = (z[0].transpose(0, 1) for z in qkv)
+        keys = self.update(cache[0].transpose(1, 2), k).transpose(1, 2)
+        values = self.update(cache[1].transpose(1, 2), v).transpose(1, 2)
+        x = x + block.dropout(block.attn.c_proj(self.attend(q, keys, values)))
+        return x + block.dropout(block.mlp(scale(block.ln_2(x), gains, 1))), (keys, values)
 
-        Every other row keeps a clean beginning, like a prompt; half of the batches carry on a thought about a page with more
-        hidden. `bound_nats_per_char` is a one-draw estimate by the last round, from the rows without a beginning.
-        """
-        ids = self.check_ids(ids)
-        b, t = ids.shape
-        first = torch.where(torch.arange(b, device=ids.device) % 2 == 1, torch.randint(1, t, (b,), device=ids.device), 1)
-        hidden, thought = self.hide(b, t, first), None
-        if self.training and torch.rand(()) < 0.5:
-            with torch.no_grad():
-                thought = self.every_round(ids.masked_fill(hidden | self.hide(b, t, first), self.blank), self.draw_rounds())[2]
-        logits, odds, _ = self.every_round(ids.masked_fill(hidden, self.blank), self.draw_rounds(), thought)
-        nats = F.cross_entropy(rearrange(logits, "b t v r -> b v t r"), ids[..., None].expand_as(odds), reduction="none")
-        weight = (hidden * t).to(nats) / hidden.sum(1, keepdim=True)  # the mean over each row's hidden places
-        loss, parts = self.thinking_loss(nats * weight[..., None], odds)
-        return loss, {"bound_nats_per_char": (nats[..., -1] * weight)[::2].mean().detach()} | parts
-
-    def surprise(self, ids: Tensor, *, generator=None, draws: int = 4) -> Tensor:
-        """(b t+1) -> (b t): an unbiased estimate of each character's share of the bound, the mean over `draws` ways to hide."""
-        ids = self.check_ids(ids)
-        (b, size), total = ids.shape, 0.0
-        for _ in range(draws):
-            hidden = self.hide(b, size, generator=generator)
-            logits = self.every_round(ids.masked_fill(hidden, self.blank))[0][..., -1]
-            nats = cross_entropy(logits, ids)
-            total = total + (nats * hidden * (size - 1) / hidden.sum(1, keepdim=True))[:, 1:]
-        return total / draws
-
-    def generate(self, prompt, n, *, temperature=1.0, top_k=None, top_p=None, generator=None, **settings) -> Iterator[Draft]:
-        """(b t) -> drafts: blanks that are guessed all at once, the guesses to be kept first by `order`; then the next page.
-
-        Guesses that are not kept are shown, unsettled, and hidden again. In each refinement a page thinks until all its
-        hidden places would stop by the rule `stop`. Pages are half a window long. The note says how many characters of the
-        prompt are `forgotten`, page by page: the window has no room for them.
-        """
-        rule = self.rule(settings)
-        filters = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        filter_logits(torch.zeros(1), **filters)
-        n, prompt = check_length(n), self.check_ids(prompt)
-        if prompt.shape[1] == 0:
-            prompt = prompt.new_zeros(len(prompt), 1)
-        page = torch.cat([prompt, prompt.new_zeros(len(prompt), n)], 1).to(self.device)
-        return self._write(page, prompt.shape[1], filters, generator, rule)
-
-    def _write(self, page, start, filters, generator, rule):
-        room, first = self.config.window + 1, start
-        forgotten = max(0, start + min(room // 2, page.shape[1] - start) - room)
-        note = {"forgotten": forgotten} if forgotten else {}
-        yield Draft(page[:, :start].clone(), start, note)
-        while first < page.shape[1]:
-            last = min(first + max(1, room // 2), page.shape[1])
-            left = max(0, last - room)  # what the window can no longer hold
-            note = {"forgotten": min(left, start)} if left else {}
-            for ids, hidden, r in self.refine(page[:, left:last].clone(), first - left, filters, generator, rule):
-                page[:, left:last] = ids
-                yield Draft(page[:, :last].clone(), left + leading(~hidden), note | {"rounds": r, "hidden": int(hidden.sum())})
-            first = last
-
-    @torch.no_grad()
-    def refine(self, ids: Tensor, start: int, filters: dict, generator, rule: dict):
-        """(b t) -> per refinement: all guesses (b t), what is still hidden (b t), rounds so far; places from `start` on are written."""
-        hidden = (torch.arange(ids.shape[1], device=ids.device) >= start).expand_as(ids)
-        steps, thought, rounds = rule["steps"] or -(-(ids.shape[1] - start) // 2), None, 0
-        for step in range(steps):
-            with evaluating(self):
-                thought, logits, taken = self.think(ids.masked_fill(hidden, self.blank), hidden, thought, generator, rule)
-            rounds += taken
-            guess = sample(filter_logits(logits, **filters).flatten(0, 1), generator).view_as(ids)
-            sure = logits.softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
-            if rule["order"] == "random":
-                rank = torch.rand(ids.shape, generator=generator, device=ids.device)
-            else:
-                rank = sure if rule["order"] == "surest" else -torch.arange(ids.shape[1], device=ids.device).to(sure).expand_as(sure)
-            due = -(-hidden.sum(1, keepdim=True) // (steps - step))  # of what is left, an equal share for each step that is left
-            kept = rank.masked_fill(~hidden, -torch.inf).argsort(1, descending=True).argsort(1) < due
-            ids, hidden = torch.where(hidden, guess, ids), hidden & ~(kept | (sure > rule["keep"]))
-            yield ids, hidden, rounds
-            if not hidden.any():
-                return
-
-    def think(self, ids: Tensor, hidden: Tensor, thought: Tensor | None, generator, rule: dict):
-        """(b t), (b t) of bool, (b t d) -> thought, logits (b t v), rounds taken: each page until all of its hidden places are at rest."""
-        left, old = torch.ones(ids.shape, dtype=self.head.weight.dtype, device=ids.device), None
-        limit = torch.full_like(left, rule["threshold"])
-        if rule["stop"] == "sampled":
-            limit = torch.rand(left.shape, generator=generator, dtype=left.dtype, device=left.device)
-        before = left.new_zeros(*ids.shape, self.config.width) if thought is None else thought
-        rounds = self.ponder(ids, thought)
-        logits, taken, done = None, 0, torch.zeros(len(ids), 1, 1, dtype=torch.bool, device=ids.device)
-        while not taken or (taken < rule["rounds"] and not done.all()):
-            new, guess, odds = next(rounds)
-            thought, logits = (new, guess) if not taken else (torch.where(done, thought, new), torch.where(done, logits, guess))
-            left, taken = left * (1 - odds), taken + 1
-            rest = at_rest(rule, new, before, guess, old, left, limit)
-            done = done | (rest | ~hidden).all(1)[:, None, None]
-            before, old = new, guess
-        return thought, logits, taken
+    def attend(
+        self, q: Float[Tensor, "n h c"], k: Float[Tensor, "b h s c"], v: Float[Tensor, "b h s c"]
+    ) -> Float[Tensor, "n d"]:
+        """Causal attention: each of these positions looks at all positions up to its own."""
+        b, t, m = self.shape
+        s = k.shape[2]
+        queries = q.new_zeros(b, m, *q.shape[1:])
+        queries[self.row, self.rank] = q
+        own = self.rank.new_zeros(b, m)  # where each query stands; padding stands at the first
+        own[self.row, self.rank] = self.column + s - t
+        mask = torch.arange(s, device=q.device) <= own[:, None, :, None]
+        y = F.scaled_dot_product_attention(queries.transpose(1, 2), k, v, mask)
+        return y.transpose(1, 2)[self.row, self.rank].flatten(1)
 
 
-def supervised(name: str, nats: Tensor) -> Tensor:
-    """(... r) -> (r), of sum one: how much each round's prediction counts in training.
+def pack(computed: Bool[Tensor, "b t"], thinking: Bool[Tensor, "b t"]) -> Packing:
+    """Those positions that are `computed`, some of which may no longer be `thinking`."""
+    row, column = computed.nonzero(as_tuple=True)
+    rank = (computed.cumsum(1) - 1)[row, column]
+    b, t = computed.shape
+    return Packing(row, column, rank, thinking[row, column], (b, t, int(computed.sum(1).max())))
 
-    `late`: nothing before the middle round, then 1 : 2 : 3 and so on, so that the last one counts most.
-    """
-    r = torch.arange(1, nats.shape[-1] + 1, device=nats.device)
-    weight = {"every": torch.ones_like(r), "late": (r + 1 - (len(r) + 1) // 2).clamp(min=0), "last": r == len(r)}[name].to(nats)
-    return weight / weight.sum()
+
+def frozen(earlier: list[KeyValue] | None, last: list[KeyValue], t: int) -> list[KeyValue]:
+    """Of each block: what earlier positions show, and what the last t showed a round ago."""
+    if earlier is None:
+        return last
+    joined = []
+    for (k, v), (last_k, last_v) in zip(earlier, last, strict=True):
+        first = last_k.shape[2] - t
+        k = torch.cat([k, last_k[:, :, first:]], 2)
+        v = torch.cat([v, last_v[:, :, first:]], 2)
+        joined.append((k, v))
+    return joined

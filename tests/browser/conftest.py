@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 from irann import zoo
 from irann.text import Text, Vocabulary
-from irann.train import train
+from irann.training import train
 
 PATIENCE = 90  # seconds a busy machine may take for one thing
 MARKUP = "<>=\"()/'.:0123456789"  # the model must know the characters of a script, else the session leaves them out
@@ -48,19 +48,28 @@ def photograph(page, folder: Path, error: Exception) -> None:
 def folder(corpus, tmp_path_factory) -> Path:
     """A notebook, and two models that were trained for a moment."""
     folder = tmp_path_factory.mktemp("browser")
-    vocabulary = Vocabulary(sorted({*corpus.vocabulary.characters, *MARKUP}))
-    ids = [vocabulary.encode(corpus.vocabulary.decode(part)) for part in (corpus.train[:6000], corpus.val[:700])]
+    vocabulary = Vocabulary(corpus.vocabulary.characters + MARKUP)
+    ids = [
+        vocabulary.encode(corpus.vocabulary.decode(part))
+        for part in (corpus.train[:6000], corpus.val[:700])
+    ]
     small = Text(*ids, vocabulary, "an excerpt", "0" * 64)
     for name in ("gpt", "diffusion"):
         config, recipe = zoo.recipe(name, "tiny", steps=20)
         config = type(config)(**(vars(config) | {"vocabulary": len(vocabulary)}))
         list(train(zoo.build(name, config), small, recipe, run=folder / "runs" / name))
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata.kernelspec = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     nbformat.write(notebook, folder / "chat.ipynb")
     settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
-    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false}')
+    (settings / "notification.jupyterlab-settings").write_text(
+        '{"fetchNews": "false", "checkForUpdates": false}'
+    )
     return folder
 
 
@@ -71,17 +80,37 @@ def address(folder) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     root, token = f"http://127.0.0.1:{port}", os.urandom(16).hex()
-    homes = {"HOME": "home", "IPYTHONDIR": "ipython", "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
+    homes = {
+        "HOME": "home",
+        "IPYTHONDIR": "ipython",
+        "JUPYTERLAB_SETTINGS_DIR": "settings",
+        "JUPYTERLAB_WORKSPACES_DIR": "workspaces",
+    }
     homes |= {f"JUPYTER_{kind}_DIR": kind.lower() for kind in ("CONFIG", "DATA", "RUNTIME")}
-    env = os.environ | {name: str(folder / place) for name, place in homes.items()} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}"]
+    env = (
+        os.environ
+        | {name: str(folder / place) for name, place in homes.items()}
+        | {"OMP_NUM_THREADS": "1"}
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "jupyter",
+        "lab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+    ]
     command += ["--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
     with (folder / "lab.log").open("w") as log:
         lab = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
     try:
         end = time.monotonic() + PATIENCE
         while not _answers(f"{root}/api"):
-            assert lab.poll() is None and time.monotonic() < end, (folder / "lab.log").read_text()[-3000:]
+            assert lab.poll() is None and time.monotonic() < end, (folder / "lab.log").read_text()[
+                -3000:
+            ]
             time.sleep(0.3)
         yield f"{root}/lab/tree/chat.ipynb?reset&token={token}"
     finally:
@@ -105,7 +134,9 @@ def page(address, folder):
     """The notebook in a browser, its cell executed and the chat on the screen."""
     chromium = shutil.which("chromium")
     if chromium is None:
-        pytest.fail("there is no chromium on the PATH, and the chat is tested in a real browser: apt-get install chromium")
+        pytest.fail(
+            "there is no chromium on the PATH, and the chat is tested in a real browser: apt-get install chromium"
+        )
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=SWITCHES.split())
         page = browser.new_page(viewport={"width": 1100, "height": 1000})

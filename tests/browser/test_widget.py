@@ -1,9 +1,12 @@
 """The chat in a real JupyterLab in a real browser, used as a reader uses it."""
 
 import re
+import shutil
 import time
+from contextlib import suppress
 
 import pytest
+from playwright.sync_api import TimeoutError
 
 EVIL = '<img src=x onerror="window.broken=1"> <script>window.broken=2</script> <b>bold</b>'
 WAIT = 30_000  # milliseconds
@@ -13,7 +16,11 @@ class Reader:
     """Types, clicks and looks."""
 
     def __init__(self, page):
-        self.page, self.scene, self.line = page, page.locator(".irann-chat .irann-scene"), page.locator(".irann-line input")
+        self.page, self.scene, self.line = (
+            page,
+            page.locator(".irann-chat .irann-scene"),
+            page.locator(".irann-line input"),
+        )
 
     def click(self, name: str) -> None:
         self.page.locator(f"button.irann-{name}:enabled").click(timeout=WAIT)
@@ -42,7 +49,9 @@ class Reader:
         self.page.wait_for_selector(f".irann-chat .irann-small:has-text('{name}:')", timeout=WAIT)
 
     def wait(self, what: str, count: int = 1) -> None:
-        self.page.wait_for_function(f"document.querySelectorAll('.irann-chat {what}').length >= {count}", timeout=WAIT)
+        self.page.wait_for_function(
+            f"document.querySelectorAll('.irann-chat {what}').length >= {count}", timeout=WAIT
+        )
 
     def done(self) -> str:
         """-> the last reply, once it is written and the screen rests: buttons and text may come in either order."""
@@ -57,7 +66,9 @@ class Reader:
         watch = "window.wrote = 0; new MutationObserver(() => window.wrote++).observe(STOP, {attributes: true})"
         self.page.evaluate(watch.replace("STOP", "document.querySelector('button.irann-stop')"))
         self.click("regenerate")
-        self.page.wait_for_function("window.wrote > 0", timeout=WAIT)  # a short reply may be over before we look
+        self.page.wait_for_function(
+            "window.wrote > 0", timeout=WAIT
+        )  # a short reply may be over before we look
         return self.done()
 
 
@@ -123,7 +134,9 @@ def test_settings_regenerate_and_clear(reader, settings):
     reader.set("length", 40)
     reader.set("length", 0)
     reader.page.wait_for_selector(".irann-error:has-text('length is a whole number')", timeout=WAIT)
-    reader.page.wait_for_function("document.querySelector('.irann-knob-length input').value == '40'", timeout=WAIT)
+    reader.page.wait_for_function(
+        "document.querySelector('.irann-knob-length input').value == '40'", timeout=WAIT
+    )
     reader.set("temperature", 0)
     reader.type("What news?")
     reader.click("send")
@@ -173,7 +186,12 @@ def test_loading_shows_progress_and_a_reply_how_far_it_is(reader, settings):
     reader.enter()
     reader.wait(".irann-model")
     reader.done()
-    assert reader.page.locator(".irann-small", has_text=re.compile(r"^60 characters in [\d.]+ s$")).count() == 1
+    assert (
+        reader.page.locator(
+            ".irann-small", has_text=re.compile(r"^60 characters in [\d.]+ s$")
+        ).count()
+        == 1
+    )
     reader.choose("diffusion")
     reader.choose("gpt")
     bars = reader.page.evaluate("window.bars")
@@ -202,14 +220,18 @@ def test_the_inside_keeps_up_and_shows_where_a_character_looks(reader, settings)
     reader.wait(".irann-model")
     reader.done()
     reader.open("Inside")
-    reader.wait(".irann-look span", 30)
-    before = reader.page.locator(".irann-look").first.inner_text()
+    reader.wait(".irann-text-view span", 30)
+    before = reader.page.locator(".irann-text-view").first.inner_text()
     reader.written()
-    reader.page.wait_for_function("old => document.querySelector('.irann-look').innerText != old", arg=before, timeout=WAIT)
+    reader.page.wait_for_function(
+        "old => document.querySelector('.irann-text-view').innerText != old",
+        arg=before,
+        timeout=WAIT,
+    )
     reader.page.locator(".irann-chat select").last.select_option("attention")
-    framed = reader.page.locator(".irann-look span[style*=outline]")
+    framed = reader.page.locator(".irann-text-view span[style*=outline]")
     framed.wait_for(timeout=WAIT)
-    place = "[...document.querySelectorAll('.irann-look span')].findIndex(letter => letter.style.outlineStyle)"
+    place = "[...document.querySelectorAll('.irann-text-view span')].findIndex(letter => letter.style.outlineStyle)"
     last = reader.page.evaluate(place)
     reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
     reader.page.keyboard.press("ArrowLeft")
@@ -226,13 +248,17 @@ def test_a_page_leaves_a_film_of_its_drafts(reader, settings):
         reader.wait(".irann-model")
         final = reader.done()
         reader.open("Drafts")
-        look = reader.page.locator(".irann-look:visible")
+        look = reader.page.locator(".irann-text-view:visible")
         assert look.inner_text().strip() and look.locator(".irann-open").count() == 0
         reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
         reader.page.keyboard.press("Home")
-        reader.page.locator(".irann-look:visible .irann-open").wait_for(timeout=WAIT)
-        reader.page.locator(".irann-chat .widget-play button").first.click()  # and from there it runs by itself
-        reader.page.locator(".irann-look:visible .irann-open").wait_for(state="detached", timeout=WAIT)
+        reader.page.locator(".irann-text-view:visible .irann-open").wait_for(timeout=WAIT)
+        reader.page.locator(
+            ".irann-chat .widget-play button"
+        ).first.click()  # and from there it runs by itself
+        reader.page.locator(".irann-text-view:visible .irann-open").wait_for(
+            state="detached", timeout=WAIT
+        )
         assert look.inner_text().strip() in final
     finally:
         reader.choose("gpt")
@@ -287,3 +313,27 @@ def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
         assert cut == []
     finally:
         page.set_viewport_size(size)
+
+
+def test_a_saved_chat_that_is_opened_again_shows_its_transcript(reader, address, folder):
+    reader.type("Who saves me?")
+    reader.enter()
+    reader.wait(".irann-model")
+    with suppress(TimeoutError):  # a short reply is over already
+        reader.page.locator("button.irann-stop:enabled").click(timeout=3000)
+    said = reader.done().splitlines()[-1]
+    assert not reader.page.locator("pre.irann-stored").is_visible()
+    saved, again, until = folder / "chat.ipynb", folder / "again.ipynb", time.monotonic() + 30
+    reader.page.keyboard.press("Control+s")
+    while "Who saves me?" not in saved.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.3)
+    shutil.copy(saved, again)
+    page = reader.page.context.browser.new_page()
+    try:
+        page.goto(address.replace("chat.ipynb", "again.ipynb"), timeout=3 * WAIT)
+        stored = page.locator("pre.irann-stored")
+        stored.wait_for(timeout=3 * WAIT)
+        assert stored.inner_text().startswith("Who saves me?") and said in stored.inner_text()
+    finally:
+        page.close()

@@ -1,10 +1,10 @@
-// The selective scan of scan.py with its state in registers: the same equations, the same names.
+// The selective scan of core/scan.py with its state in registers: the same equations, the same names.
 //
 //   h_t = 2^(delta_t A2) h_{t-1} + (delta_t u_t) B_t,    y_t = sum_n C_t h_t,    A2 = A log2(e)
 //
-// Layouts, last axis fastest: u, delta, y (b t e); A2 (n e); B, C (b t n); entry (b k n e), the state before every SPAN
-// places and, last, the state after all. One share is one text of the batch and `wide` channels, a multiple of LANES.
-// Built by scan.py with -DN=... and -DREAL=float or double; every loop over n has a constant length and unrolls.
+// Layouts, last axis fastest: u, delta, y (b t e); A2 (n e); B, C (b t n); state, last (b n e); entry (b k n e), the state
+// before every SPAN positions. One share is one text of the batch and `wide` channels, a multiple of LANES.
+// Built by native.py with -DN=... -DSPAN=... and -DREAL=float or double; loops over n have a constant length and unroll.
 #include <string.h>
 
 #ifdef __AVX512F__
@@ -12,7 +12,6 @@
 #else
 #define BYTES 32
 #endif
-#define SPAN 32
 #define LANES (BYTES / (long)sizeof(REAL))
 #define FOR_N for (int n = 0; n < N; n++)
 
@@ -29,6 +28,8 @@ static inline vec all(REAL x) { return x - (vec){0}; }
 static inline vec get(const REAL *from) { vec v; memcpy(&v, from, BYTES); return v; }
 static inline void put(REAL *to, vec v) { memcpy(to, &v, BYTES); }
 static inline vec pick(bits mask, vec yes, vec no) { return (vec)(((bits)yes & mask) | ((bits)no & ~mask)); }
+// A NaN may carry a message in its low bits, and power_of_two would shift it into the exponent: a number again.
+static inline vec plain(vec v) { return pick(v == v, v, all(__builtin_nan(""))); }
 static inline REAL total(vec v) {
   for (int half = LANES / 2; half; half /= 2) for (int i = 0; i < half; i++) v[i] += v[i + half];
   return v[0];
@@ -47,22 +48,23 @@ static inline vec power_of_two(vec x) {
   return pick(x >= (REAL)MOST, all(__builtin_inf()), pick(x < (REAL)LEAST, all(0), sum));
 }
 
-static void forward_share(const REAL *u, const REAL *delta, const REAL *A2, const REAL *B, const REAL *C, REAL *y, REAL *entry,
+static void forward_share(const REAL *u, const REAL *delta, const REAL *A2, const REAL *B, const REAL *C,
+                          const REAL *state, REAL *y, REAL *last, REAL *entry,
                           long times, long width, long from, long to) {
   for (long e = from; e < to; e += LANES) {
     vec h[N], a2[N];
-    FOR_N h[n] = get(entry + n * width + e), a2[n] = get(A2 + n * width + e);
+    FOR_N h[n] = get(state + n * width + e), a2[n] = plain(get(A2 + n * width + e));
     REAL *next = entry + e;
     for (long t = 0; t < times; t++) {
       if (t % SPAN == 0) { FOR_N put(next + n * width, h[n]); next += N * width; }
-      vec d = get(delta + t * width + e), x = d * get(u + t * width + e), sum = all(0);
+      vec d = plain(get(delta + t * width + e)), x = d * get(u + t * width + e), sum = all(0);
       FOR_N {
         h[n] = power_of_two(d * a2[n]) * h[n] + x * B[t * N + n];
         sum += h[n] * C[t * N + n];
       }
       put(y + t * width + e, sum);
     }
-    FOR_N put(next + n * width, h[n]);
+    FOR_N put(last + n * width + e, h[n]);
   }
 }
 
@@ -82,11 +84,11 @@ static void backward_share(const REAL *dy, const REAL *u, const REAL *delta, con
       vec a2[N], right[N], sum_A[N];
       FOR_N {
         long i = n * width + e;
-        a2[n] = get(A2 + i), right[n] = get(carry + i), sum_A[n] = get(dA + i), h[0][n] = get(entry + k * N * width + i);
+        a2[n] = plain(get(A2 + i)), right[n] = get(carry + i), sum_A[n] = get(dA + i), h[0][n] = get(entry + k * N * width + i);
       }
       for (long s = 0; s < span; s++) {
         long i = (start + s) * width + e;
-        vec d = get(delta + i), x = d * get(u + i);
+        vec d = plain(get(delta + i)), x = d * get(u + i);
         FOR_N {
           a[s][n] = power_of_two(d * a2[n]);
           h[s + 1][n] = a[s][n] * h[s][n] + x * B[(start + s) * N + n];
@@ -117,20 +119,18 @@ static void backward_share(const REAL *dy, const REAL *u, const REAL *delta, con
   }
 }
 
-long lanes(void) { return LANES; }
-long span(void) { return SPAN; }
-
 // Share i is text i / parts and part i % parts of the channels. dA is (b n e); dB and dC are (b parts t n): summed by the caller.
 #define SHARES                                                                                   \
   _Pragma("omp parallel for schedule(static) num_threads(threads)")                              \
   for (long i = 0; i < batch * parts; i++) {                                                     \
     long b = i / parts, from = i % parts * wide, to = from + wide < width ? from + wide : width; \
-    long te = b * times * width, tn = b * times * N, ne = b * N * width, k = ((times + SPAN - 1) / SPAN + 1) * ne;
+    long te = b * times * width, tn = b * times * N, ne = b * N * width, k = (times + SPAN - 1) / SPAN * ne;
 
-void forward(const REAL *u, const REAL *delta, const REAL *A2, const REAL *B, const REAL *C, REAL *y, REAL *entry,
+void forward(const REAL *u, const REAL *delta, const REAL *A2, const REAL *B, const REAL *C, const REAL *state,
+             REAL *y, REAL *last, REAL *entry,
              long batch, long times, long width, long parts, long wide, long threads) {
-  SHARES (void)ne;
-    forward_share(u + te, delta + te, A2, B + tn, C + tn, y + te, entry + k, times, width, from, to);
+  SHARES
+    forward_share(u + te, delta + te, A2, B + tn, C + tn, state + ne, y + te, last + ne, entry + k, times, width, from, to);
   }
 }
 

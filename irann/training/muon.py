@@ -33,7 +33,9 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1})
+        super().__init__(
+            params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "stacked": 1}
+        )
 
     @torch.no_grad()
     def step(self):
@@ -47,9 +49,13 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(state["momentum"], group["momentum"])
-                for weight, part in zip(p.chunk(group["stacked"]), update.chunk(group["stacked"]), strict=True):
+                for weight, part in zip(
+                    p.chunk(group["stacked"]), update.chunk(group["stacked"]), strict=True
+                ):
                     by_shape.setdefault(tuple(part.shape), []).append((weight, part))
             for shape, pairs in by_shape.items():
                 size = group["lr"] * 0.2 * max(shape) ** 0.5
-                for (weight, _), update in zip(pairs, orthogonalise(torch.stack([part for _, part in pairs])), strict=True):
+                for (weight, _), update in zip(
+                    pairs, orthogonalise(torch.stack([part for _, part in pairs])), strict=True
+                ):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)

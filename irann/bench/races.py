@@ -1,0 +1,388 @@
+"""Races: models trained side by side on the same text, to see what a design is worth.
+
+| race         | the question                                                                                                   |
+|--------------|----------------------------------------------------------------------------------------------------------------|
+| models       | how well do all five learn and write, with as many parameters, from as many characters, in as many seconds?    |
+| models-long  | how do all five end at the size of those that ship, after twenty passes? For a GPU (`--device cuda`)           |
+| thinker      | what do rounds of two shared blocks buy, beside a plain GPT of as many parameters and one of as many layers?   |
+| thinker-long | the same from eleven passes over the text: hours of a CPU, or minutes of a GPU                                 |
+| nanogpt      | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?        |
+
+Within a race and a seed, arms of one window and batch see the very same characters. Losses are over the whole validation
+part, every character once. An arm that was interrupted goes on where it stopped, and an arm that is done is not run again.
+"""
+
+import functools
+import json
+import math
+import signal
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import shakespeare, zoo
+from ..lm import cross_entropy
+from ..models.diffusion import DiffusionConfig
+from ..models.gpt import GPTConfig
+from ..models.mamba import MambaConfig
+from ..models.thinker import ThinkerConfig
+from ..settings import InputError
+from ..shakespeare import write_atomically
+from ..text import Text
+from ..training import Recipe, Signals, evaluate, progress, train
+from . import quality
+
+ROUNDS, THRESHOLDS = (1, 2, 3, 4, 5, 6, 8, 12), (0.1, 0.2, 0.3, 0.5, 0.7)
+MUON = Recipe(batch=12, lr=4e-3, optimizer="muon", muon_lr=0.012)
+FREE = ("seed", "save_every")  # what may differ from a stored row: each run has its own seed
+Rows = dict[str, dict]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model of a race: its name in the zoo, its sizes, how it is trained, and what else to measure when it is."""
+
+    model: str
+    config: Any
+    recipe: Recipe
+    measure: Callable[[Any, Text], dict] | None = None
+
+    def settings(self) -> dict:
+        """-> sizes and recipe, flat, as a report keeps them beside what they gave."""
+        settings = {"model": self.model} | asdict(self.config) | asdict(self.recipe)
+        del settings["seed"]
+        return settings
+
+
+def models_arms(quick: bool) -> dict[str, Arm]:
+    """All five at 0.8 million parameters (within 4 %), 1.5 million characters each, by the same optimizer."""
+    window, width, steps = (32, 32, 20) if quick else (128, 128, 1000)
+    wide, narrow = round(width * 1.4 / 4) * 4, round(width * 0.94 / 4) * 4
+    gpt = GPTConfig.fast(window=window, layers=4, heads=2, width=width)
+    mamba = MambaConfig.fast(window=window, layers=7, width=width)
+    thinker = ThinkerConfig(window=window, width=wide, rounds=6, **zoo.DEEP)
+    page = ThinkerConfig(window=window, width=wide, rounds=4)
+    diffusion = DiffusionConfig(window=window, page=window // 2, layers=4, heads=2, width=narrow)
+    recipe = replace(MUON, steps=steps, evaluate_every=steps // 5)
+    averaged = replace(recipe, average=0.99)
+    measure = functools.partial(text_quality, count=2, n=40) if quick else text_quality
+    return {
+        "gpt": Arm("gpt", gpt, recipe, measure),
+        "mamba": Arm("mamba", mamba, recipe, measure),
+        "thinker": Arm("thinker", thinker, recipe, measure),
+        "thinker-page": Arm("thinker-page", page, recipe, measure),
+        "diffusion": Arm("diffusion", diffusion, averaged, measure),
+    }
+
+
+def models_long_arms(quick: bool) -> dict[str, Arm]:
+    """All five at 1.7 million parameters (within 8 %), 20 million characters each, in batches of 32 windows.
+
+    Step, averaging and dropout are those of each one's recipe `gpu`; the thinker, whose own batches are smaller, has more dropout.
+    """
+    which, steps, batch = ("tiny", 20, 8) if quick else ("gpu", 2500, 32)
+    measure = functools.partial(text_quality, count=2, n=40) if quick else text_quality
+    changes = {"diffusion": {"heads": 2, "width": 176}, "thinker": {"dropout": 0.15}}
+    same = {"steps": steps, "batch": batch, "evaluate_every": steps // 5, "precision": "float32"}
+    arms = {}
+    for name in zoo.MODELS:
+        config, recipe = zoo.recipe(name, which, **({} if quick else changes.get(name, {})))
+        arms[name] = Arm(name, config, replace(recipe, **same), measure)
+    return arms
+
+
+def thinker_arms(quick: bool) -> dict[str, Arm]:
+    """At 0.41 million parameters, beside GPTs as deep as some of its rounds, and as all of them."""
+    window, width, some, rounds, steps = (32, 32, 2, 3, 20) if quick else (128, 128, 4, 6, 1200)
+    recipe = replace(MUON, steps=steps, evaluate_every=steps // 3)
+    sizes = {"window": window, "width": width, "heads": 2}
+    return _two_blocks(sizes, recipe, rounds, (some, rounds))
+
+
+def thinker_long_arms(quick: bool) -> dict[str, Arm]:
+    """At 1.7 million parameters, near those that ship, and eleven passes over the text, so that not size alone is the limit."""
+    sizes = {"window": 256, "width": 264, "heads": 3, "dropout": 0.1}
+    steps, save_every, some, rounds = 5500, 250, 4, 6
+    if quick:
+        sizes |= {"window": 32, "width": 32, "heads": 2}
+        steps, save_every, some, rounds = 20, 0, 2, 3
+    recipe = replace(MUON, steps=steps, batch=8, average=0.998, precision="bfloat16")
+    recipe = replace(recipe, evaluate_every=steps // 5, save_every=save_every)
+    return _two_blocks(sizes, recipe, rounds, (some,))
+
+
+def _two_blocks(sizes: dict, recipe: Recipe, rounds: int, deep: tuple[int, ...]) -> dict[str, Arm]:
+    """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the thinker passes in so many rounds."""
+    plain = GPTConfig.fast(**sizes, layers=2)
+    thinker = ThinkerConfig(**sizes, rounds=rounds, **zoo.DEEP)
+    arms = {
+        "gpt, equal parameters": Arm("gpt", plain, recipe),
+        "thinker": Arm("thinker", thinker, recipe, nll_by_rounds),
+    }
+    for r in deep:
+        arms[f"gpt, as deep as {r} rounds"] = Arm("gpt", replace(plain, layers=2 * r), recipe)
+    return arms
+
+
+def nanogpt_arms(quick: bool) -> dict[str, Arm]:
+    """nanoGPT's recipe for a CPU, as its repository's readme and defaults give it, in our code; and ours, short and long.
+
+    4 layers, 4 heads, width 128, block 64, batch 12, 2,000 steps of AdamW at 1e-3 (betas .9, .99, decay .1) down to 1e-4
+    on a cosine after 100 steps of warm-up, no dropout, no biases. Ours reads windows of 128, so all three are also measured
+    in windows of 64.
+    """
+    scale = 100 if quick else 1
+    theirs = GPTConfig(window=64, layers=4, heads=4, width=128, bias=False)
+    cosine = {"decay": "cosine", "warmup": 100 // scale, "final_lr": 0.1}
+    slow = Recipe(steps=2000 // scale, batch=12, lr=1e-3, **cosine)
+    ours, fast = zoo.recipe("gpt", "demo")
+    return {
+        "nanoGPT's recipe": Arm("gpt", theirs, slow, nll_in_64),
+        "ours, short": Arm("gpt", ours, replace(fast, steps=200 // scale), nll_in_64),
+        "ours, long": Arm("gpt", ours, replace(fast, steps=700 // scale), nll_in_64),
+    }
+
+
+RACES = {
+    "models": models_arms,
+    "models-long": models_long_arms,
+    "thinker": thinker_arms,
+    "thinker-long": thinker_long_arms,
+    "nanogpt": nanogpt_arms,
+}
+
+
+def run(
+    name: str, *, seeds: int = 3, quick: bool = False, out: Path, device: str | torch.device = "cpu"
+) -> dict:
+    """Run a race -> what it ran on, and `rows`: by arm its parameters, characters, whether its nats are `exact`, and lists.
+
+    One entry per seed in `nats`, `seconds` (of training, without validation), `curves` (points of characters, seconds,
+    nats) and `measured` (what else the race measures of a trained arm). Written to `out`/NAME.json after each arm.
+    """
+    arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / f"{name}.json"
+    versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    machine = {"device": hardware(device)} | versions
+    report = {"race": name, "quick": quick, **machine, "seeds": seeds, "notes": [], "rows": {}}
+    if before := stored(page, quick):
+        report |= {"device": "cpu"} | before | {"seeds": seeds}  # older ones name no device
+    else:
+        keep(report, page)  # what it began on, should it be stopped before a row is there
+    for seed in range(seeds):
+        for arm_name, arm in arms.items():
+            fresh = {"arm": arm.settings(), "nats": [], "seconds": [], "curves": [], "measured": []}
+            row = report["rows"].setdefault(arm_name, fresh)
+            folder = out / "runs" / f"{name}-{arm_name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            _check_same(arm, row, f"{page} holds '{arm_name}'", folder)
+            trained = len(row["nats"]) > seed
+            if trained and (arm.measure is None or len(row["measured"]) > seed):
+                continue
+            print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
+            note = f"{arm_name}, seed {seed}: {'measured on ' * trained}{ran_on(machine)}"
+            if ran_on(machine) != ran_on(report) and note not in report["notes"]:
+                report["notes"].append(note)
+                keep(report, page)  # before the work, which may be stopped and go on elsewhere
+            run_arm(arm, text, seed, folder, row, device)
+            keep(report, page)
+    return report
+
+
+def keep(report: dict, page: Path) -> None:
+    write_atomically(page, (json.dumps(report, indent=1) + "\n").encode())
+
+
+def stored(page: Path, quick: bool) -> dict:
+    """-> the report in a file, or {} if there is none. Raises InputError for a damaged one, and for a quick one beside a full one."""
+    if not page.exists():
+        return {}
+    try:
+        report = json.loads(page.read_text())
+        other = report["quick"] != quick
+    except (ValueError, TypeError, KeyError):
+        raise InputError(f"{page} is not a report: delete it, or choose another --out") from None
+    if other:
+        kind = "full" if quick else "quick"
+        raise InputError(
+            f"{page} holds a {kind} report: delete it and its runs, or choose another --out"
+        )
+    return report
+
+
+def _check_same(arm: Arm, row: dict, subject: str, folder: Path) -> None:
+    """Raises InputError for a stored row of other settings."""
+    was, now = row.get("arm", {}), arm.settings()
+    changed = [key for key in now | was if was.get(key) != now.get(key) and key not in FREE]
+    if changed:
+        runs = f"{str(folder).rpartition('-')[0]}-[0-9]*"
+        raise InputError(
+            f"{subject} with other settings ({', '.join(changed)}): delete that row and {runs}, or choose another --out"
+        )
+
+
+def hardware(device: str | torch.device) -> str:
+    """-> what a report calls a device: a GPU by its name, any other by its kind."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def ran_on(report: dict) -> str:
+    """-> the machine of a report in words; older ones do not say that it was a CPU."""
+    device = report.get("device", "cpu")
+    machine = f"{report['threads']} threads" if device == "cpu" else device
+    return f"{machine}, torch {report['torch']}"
+
+
+def run_arm(
+    arm: Arm, text: Text, seed: int, folder: Path, row: dict, device: str | torch.device = "cpu"
+) -> None:
+    """Train one arm, or the rest of it, and put what it reached into its row, as the entries of this seed."""
+    model = zoo.build(arm.model, arm.config, seed=seed).to(device)
+    recipe = replace(arm.recipe, seed=seed)
+    with Signals() as stop:
+        ticks = train(model, text, recipe, run=folder, resume=True, stop=stop)
+        for tick in progress(ticks, recipe.steps):
+            if tick.interrupted:
+                words = f"saved in {tick.saved}; the same command goes on from there"
+                print(words, file=sys.stderr)
+                if tick.interrupted == signal.SIGINT:
+                    raise KeyboardInterrupt
+                raise SystemExit(128 + tick.interrupted)
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    if not log:
+        raise InputError(
+            f"{folder} has lost its metrics.jsonl: delete that folder, and the same command trains this arm anew"
+        )
+    if log[-1]["step"] < recipe.steps:  # a kill took the last line
+        log.append({"step": recipe.steps, "validation": evaluate(model, text).nats_per_char})
+    per_step, seconds = recipe.batch * arm.config.window, training_seconds(log)
+    curve = []
+    for line in log:
+        if "validation" in line:
+            spent = round(seconds * line["step"] / recipe.steps, 1)
+            curve.append([line["step"] * per_step, spent, line["validation"]])
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row["characters"] = recipe.steps * per_step
+    row["exact"] = model.exact
+    results = {"nats": log[-1]["validation"], "seconds": round(seconds, 1), "curves": curve}
+    if arm.measure:
+        results["measured"] = arm.measure(model, text)
+    for key, value in results.items():
+        row[key][seed : seed + 1] = [value]  # later seeds may be there already
+
+
+def training_seconds(log: list[dict]) -> float:
+    """Lines of metrics.jsonl -> what the steps took: the mean of the middle half of those that did not validate, times all.
+
+    So a busy minute does not count, nor a line that was lost; and of steps that are of two kinds, as the page thinker's, both do.
+    """
+    pairs = zip([{"seconds": 0.0}, *log], log, strict=False)
+    spent = sorted(b["seconds"] - a["seconds"] for a, b in pairs if "validation" not in b)
+    quarter = len(spent) // 4
+    return statistics.mean(spent[quarter : len(spent) - quarter]) * log[-1]["step"]
+
+
+# ------------------------------------------------------------------------------- what is measured of a trained arm
+
+
+def text_quality(
+    model: Any, text: Text, count: int = quality.SAMPLES, n: int = quality.LENGTH
+) -> dict:
+    """-> by temperature, the means of what quality.written says of `count` texts of n characters."""
+    measured, _ = quality.written(model, text, count, n)
+    for row in measured.values():
+        row |= {name: value["mean"] for name, value in row.items() if isinstance(value, dict)}
+    return measured
+
+
+def nll_in_64(model: Any, text: Text) -> dict:
+    """-> nats per character in windows of 64, so that no character has a longer past than another model's."""
+    return {"windows of 64": evaluate(model, text, window=64).nats_per_char}
+
+
+def nll_by_rounds(model: Any, text: Text) -> dict:
+    """-> nats per character with `all` rounds, by `fixed` numbers of them, and by the learned rule: threshold -> nats, mean rounds.
+
+    Keys are text, as JSON has them.
+    """
+    trained = model.config.rounds
+    fixed, learned = {}, {}
+    for rounds in sorted({*ROUNDS, trained}):
+        nll = Counted(model, stop="fixed", rounds=rounds)
+        fixed[str(rounds)] = evaluate(model, text, nll=nll).nats_per_char
+    for threshold in THRESHOLDS:
+        nll = Counted(model, threshold=threshold)
+        learned[str(threshold)] = [evaluate(model, text, nll=nll).nats_per_char, nll.mean_rounds]
+    return {"all": fixed[str(trained)], "trained": trained, "fixed": fixed, "learned": learned}
+
+
+class Counted:
+    """A thinker's nll by chosen settings, which counts the rounds that were taken."""
+
+    def __init__(self, model: Any, **settings: Any):
+        self.model, self.settings = model, settings
+        self.rounds = self.positions = 0
+
+    def __call__(
+        self, ids: Int[Tensor, "b t+1"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "b t"]:
+        logits, state = self.model.read(
+            ids[:, :-1], packed=True, generator=generator, **self.settings
+        )
+        self.rounds += int(state.rounds.sum())
+        self.positions += state.rounds.numel()
+        return cross_entropy(logits, ids[:, 1:])
+
+    @property
+    def mean_rounds(self) -> float:
+        return self.rounds / self.positions
+
+
+# ----------------------------------------------------------------------------------- what the rows of a race come to
+
+
+def gap(rows: Rows) -> dict[str, tuple[list[float], list[float]]]:
+    """-> by rounds for which there is a GPT as deep, two lists by seed: the part of the gap between that GPT and the one of
+    equal parameters that the thinker closes with so many rounds, and its lead on the latter in nats per character.
+    """
+    small, by_rounds = rows["gpt, equal parameters"]["nats"], {}
+    for name, row in rows.items():
+        if not name.startswith("gpt, as deep as "):
+            continue
+        rounds = name.split()[4]
+        thinker = [measured["fixed"][rounds] for measured in rows["thinker"]["measured"]]
+        seeds = list(zip(thinker, small, row["nats"], strict=False))
+        by_rounds[rounds] = [(b - a) / (b - c) for a, b, c in seeds], [b - a for a, b, _ in seeds]
+    return by_rounds
+
+
+def mean_by_rounds(measured: list[dict]) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """What `nll_by_rounds` gave, by seed -> means over seeds: nats by fixed rounds; nats and rounds by threshold of the learned rule."""
+    mean = statistics.mean
+    fixed = {r: mean(seed["fixed"][r] for seed in measured) for r in measured[0]["fixed"]}
+    learned = {}
+    for x in measured[0]["learned"]:
+        learned[x] = [mean(each) for each in zip(*(seed["learned"][x] for seed in measured))]
+    return fixed, learned
+
+
+def at_seconds(curve: list[list[float]], seconds: float) -> float:
+    """-> nats after so many seconds, on a line between the two measurements around them; NaN before the first and after the last."""
+    for (_, a, nats), (_, b, later) in zip(curve, curve[1:], strict=False):
+        if a <= seconds <= b:
+            return nats + (later - nats) * (seconds - a) / (b - a) if b > a else later
+    return math.nan
+
+
+def lowest(row: dict) -> list[tuple[int, float]]:
+    """-> by seed, where on the way an arm's loss was lowest: characters, nats."""
+    points = [min(curve, key=lambda point: point[2]) for curve in row["curves"]]
+    return [(characters, nats) for characters, _, nats in points]

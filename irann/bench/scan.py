@@ -1,0 +1,233 @@
+"""The selective scan and Mamba beside other implementations: time, growth with length, memory, writing.
+
+`python -m irann.bench.scan SUBJECT b t e` prints how many bytes the peak memory of this process grows in one pass.
+"""
+
+import functools
+import math
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import zoo
+from ..core.scan import selective_scan
+from ..models.mamba import Mamba, MambaConfig
+from .speed import alternate, in_turn, random_ids, seconds, seeded, summary, write_on
+
+STATE = 16  # n of every scan here
+PEER = "mambapy, parallel scan"
+
+
+def inputs_of(b: int, t: int, e: int, n: int = STATE) -> list[Tensor]:
+    """-> u, delta (b t e), A (e n), B, C (b t n), D (e), as a Mamba block would have them, all asking for gradients."""
+    generator = seeded()
+    u, B, C = (torch.randn(b, t, size, generator=generator) for size in (e, n, n))
+    delta = torch.rand(b, t, e, generator=generator) * 0.1 + 0.001
+    A = -torch.arange(1.0, n + 1).expand(e, n).contiguous()
+    return [x.requires_grad_() for x in (u, delta, A, B, C, torch.ones(e))]
+
+
+def contestants() -> dict[str, Callable]:
+    """-> by name, a function of (u, delta, A, B, C, D) -> y (b t e)."""
+    scans = {
+        "irann, C kernel where there is one (auto)": ours("auto"),
+        "irann, plain torch (chunked)": ours("chunked"),
+        "plain loop (sequential)": ours("sequential"),
+    }
+    try:
+        from mambapy.pscan import pscan
+    except ImportError:
+        return scans
+
+    def parallel(u, delta, A, B, C, D):  # discretised and read out as mambapy's own block does
+        decay = torch.exp(delta[..., None] * A)
+        h = pscan(decay, (delta * u)[..., None] * B[:, :, None, :])
+        return (h @ C[..., None]).squeeze(-1) + D * u
+
+    return scans | {PEER: parallel}
+
+
+def ours(method: str) -> Callable:
+    return lambda *inputs: selective_scan(*inputs, method=method)[0]
+
+
+def forward_backward(scan: Callable, inputs: list[Tensor]) -> None:
+    for x in inputs:
+        x.grad = None
+    scan(*inputs).sum().backward()
+
+
+def times(quick: bool) -> dict:
+    """Forward and backward at b 16, t 256, e 256 (quick: b 2, t 64, e 64), all in turn."""
+    b, t, e, rounds = (2, 64, 64, 3) if quick else (16, 256, 256, 7)
+    inputs = inputs_of(b, t, e)
+    runners = {
+        name: functools.partial(forward_backward, scan, inputs)
+        for name, scan in contestants().items()
+    }
+    return {"b": b, "t": t, "e": e, "n": STATE, **in_turn(runners, rounds)}
+
+
+def growth(quick: bool) -> dict:
+    """-> by method, the exponent with which time grows with length."""
+    lengths, e = ((64, 128, 256), 32) if quick else ((256, 512, 1024, 2048, 4096), 256)
+    exponents = {}
+    for method in ("auto", "chunked"):
+        medians = []
+        for t in lengths:
+            run = functools.partial(forward_backward, ours(method), inputs_of(1, t, e))
+            taken = alternate({method: functools.partial(seconds, run)}, rounds=3)[method]
+            medians.append(statistics.median(taken))
+        exponents[method] = exponent(lengths, medians)
+    return {"b": 1, "e": e, "lengths": lengths, "exponents": exponents}
+
+
+def exponent(lengths: Sequence[float], taken: Sequence[float]) -> float:
+    """-> p of the best fit seconds = constant * length^p: the slope of log time over log length, least squares."""
+    x, y = [math.log(v) for v in lengths], [math.log(v) for v in taken]
+    return statistics.linear_regression(x, y).slope
+
+
+def memory(quick: bool) -> dict:
+    """Peak memory above the inputs of one forward and backward pass, in MB, each in a process of its own; by length too."""
+    b, t, e = (4, 256, 128) if quick else (8, 256, 256)
+    peaks = {name: memory_of(name, b, t, e) for name in contestants()}
+    lengths = (t, 2 * t, 4 * t)
+    first = next(iter(peaks))
+    grown = [memory_of(first, b, length, e) for length in lengths]
+    return {"b": b, "t": t, "e": e, "MB": peaks, "lengths": lengths, "grown": grown}
+
+
+def memory_of_steps(quick: bool) -> dict:
+    """Peak memory above weights and gradients of one training step of each model, in MB, each in a process of its own."""
+    which, b = ("tiny", 4) if quick else ("gpu", 4)
+    windows = {name: zoo.recipe(name, which)[0].window for name in zoo.MODELS}
+    peaks = {name: memory_of(f"{name} {which}", b, t, 0) for name, t in windows.items()}
+    return {"b": b, "recipe": which, "MB": peaks}
+
+
+def memory_of(subject: str, b: int, t: int, e: int) -> float:
+    """-> MB, of a contestant or of "MODEL RECIPE"."""
+    command = [sys.executable, "-m", __spec__.name, subject, str(b), str(t), str(e)]
+    return float(subprocess.run(command, check=True, capture_output=True).stdout) / 1e6
+
+
+def prepared(subject: str, b: int, t: int, e: int) -> Callable:
+    """-> one pass forward and backward, with all that it starts from already in memory."""
+    if subject in (scans := contestants()):
+        forward_backward(scans[subject], inputs_of(1, 8, 8))
+        inputs = inputs_of(b, t, e)
+        for x in inputs:
+            x.grad = torch.ones_like(x)
+        return lambda: scans[subject](*inputs).sum().backward()
+    name, which = subject.split()
+    config = zoo.recipe(name, which)[0]
+    model = zoo.build(name, config).train()
+    ids = torch.zeros(b, t + 1, dtype=torch.long)
+    model.loss(ids[:1, :9])[0].backward()
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    return lambda: model.loss(ids)[0].backward()
+
+
+def peak() -> int:
+    """-> the largest memory of this process, in bytes, since it was last forgotten."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    except OSError:  # not Linux: since the process began
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def grown_by(subject: str, b: int, t: int, e: int) -> int:
+    """-> bytes by which the peak of this process grows in one pass."""
+    torch.set_num_threads(1)
+    run = prepared(subject, b, t, e)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    except OSError:
+        pass
+    before = peak()
+    run()
+    return peak() - before
+
+
+def training_step(quick: bool) -> dict:
+    """Loss and gradients of a Mamba of 4 layers, width 128 (quick: 2 of 32), b 16, t 256: ours twice, and mambapy's."""
+    layers, width, b, t, rounds = (2, 32, 2, 64, 2) if quick else (4, 128, 16, 256, 3)
+    model = Mamba(MambaConfig(layers=layers, width=width, window=t))
+    ids = random_ids(b, t + 1)
+
+    def with_kernel(switch: str) -> None:
+        with patch.dict(os.environ, IRANN_KERNEL=switch):
+            model.loss(ids)[0].backward()
+
+    runners: dict[str, Callable] = {
+        "irann, kernel where there is one": functools.partial(with_kernel, "1"),
+        "irann, plain torch": functools.partial(with_kernel, "0"),
+    }
+    try:
+        from mambapy.mamba import Mamba as Theirs
+        from mambapy.mamba import MambaConfig as TheirConfig
+    except ImportError:
+        pass
+    else:
+        theirs = Theirs(TheirConfig(d_model=width, n_layers=layers))
+        embed = torch.nn.Embedding(65, width)
+
+        def peer() -> None:
+            logits = theirs(embed(ids[:, :-1])) @ embed.weight.T
+            F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).backward()
+
+        runners["mambapy"] = peer
+    return {"layers": layers, "width": width, "b": b, "t": t, **in_turn(runners, rounds)}
+
+
+def writing(quick: bool) -> dict:
+    """Mamba of 4 layers, width 128, batch 1: characters per second after 100 and after 10,000 read, and transformers' beside it.
+
+    The time to the first character is left out, for both.
+    """
+    n, long, rounds = (20, 1000, 2) if quick else (400, 10_000, 7)
+    model = Mamba(MambaConfig(layers=4, width=128)).eval()
+    text = random_ids(1, long)
+    runners = {
+        "irann, after 100": lambda: write_on(model, text[:, :100], n),
+        f"irann, after {long:,}": lambda: write_on(model, text, n),
+    }
+    try:
+        from transformers import MambaConfig as TheirConfig
+        from transformers import MambaForCausalLM
+    except ImportError:
+        pass
+    else:
+        sizes: dict[str, Any] = {"vocab_size": 65, "hidden_size": 128, "state_size": STATE}
+        config = TheirConfig(
+            **sizes, num_hidden_layers=4, bos_token_id=0, eos_token_id=None, pad_token_id=0
+        )
+        theirs: Any = MambaForCausalLM(config).eval()
+
+        def write(length: int) -> None:
+            theirs.generate(text[:, :100], max_new_tokens=length, do_sample=True, top_k=0)
+
+        def peer() -> float:
+            first = seconds(functools.partial(write, 1))
+            return n / (seconds(functools.partial(write, n + 1)) - first)
+
+        runners["transformers, cached, after 100"] = peer
+    return {name: summary(rates) for name, rates in alternate(runners, rounds).items()}
+
+
+if __name__ == "__main__":
+    print(grown_by(sys.argv[1], *map(int, sys.argv[2:])))

@@ -1,0 +1,199 @@
+"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models,
+and a model's name takes that one alone; `models`, `models-long`, `thinker`, `thinker-long` and `nanogpt` train models side by
+side (races.py; so the thinker alone has no name here).
+
+Where implementations are compared, times are ratios: every round runs all contestants one after the other in the same process,
+on one thread, and a ratio is the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh
+process's peak. Of the models: likelihood over the whole validation part, what their text looks like from outside (quality.py),
+what they cost (speed.py). What was measured is kept in `out` after each part, and a second start goes on from there.
+"""
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import shakespeare, zoo
+from ..checkpoint import CheckpointError
+from ..lm import evaluating
+from ..settings import InputError
+from ..text import Text
+from ..training import evaluate
+from . import quality, races, report, scan, speed, waiting
+
+EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the stretches of a window that are told apart
+
+
+def main(
+    what: str = "all",
+    *,
+    quick: bool = False,
+    out: Path = Path("bench-report"),
+    seeds: int = 3,
+    device: str | torch.device = "cpu",
+) -> dict:
+    """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` and `device` are those of a race.
+
+    Raises InputError for another `what`, for a report in `out` that this one would not go on from, and for a device other
+    than the CPU where no race is run; CheckpointError for a model's name where it has no weights.
+    """
+    out = Path(out)
+    known = dict.fromkeys(
+        ("all", "scan", "waiting", *races.RACES, *zoo.MODELS)
+    )  # `thinker` is a race
+    if what not in known:
+        raise InputError(f"bench takes one of {', '.join(known)}; got {what!r}")
+    if what in races.RACES:
+        measured = races.run(what, seeds=seeds, quick=quick, out=out, device=device)
+    elif torch.device(device).type == "cpu":
+        measured = measure(what, quick, out)
+    else:
+        raise InputError(
+            f"{what} is measured on the CPU: leave --device out, it is for races ({', '.join(races.RACES)})"
+        )
+    page = report.markdown(measured)
+    print(page)
+    (out / f"{what}.md").write_text(page + "\n")
+    report.draw(measured, what, out)
+    return measured
+
+
+def parts_of(what: str) -> dict[str, Callable[[bool], dict]]:
+    """-> what is measured, by its name in the report: functions of `quick`."""
+    if what in zoo.MODELS:
+        return {"models": partial(trained_models, only=what)}
+    if what == "waiting":
+        return {"waiting": waiting.waiting}
+    parts: dict[str, Callable[[bool], dict]] = {
+        "scan": scan.times,
+        "growth": scan.growth,
+        "memory": scan.memory,
+        "step": scan.training_step,
+        "writing": scan.writing,
+    }
+    if what == "all":
+        parts |= {
+            "cache": speed.cache_gain,
+            "steps": speed.training_steps,
+            "step_memory": scan.memory_of_steps,
+            "gpt": speed.gpt_beside_transformers,
+            "windows": speed.layer_against_window,
+            "lengths": speed.writing_by_length,
+            "parallel": parallel_writing,
+            "models": trained_models,
+        }
+    return parts
+
+
+def measure(what: str, quick: bool, out: Path) -> dict:
+    """Part after part, each kept in `out` when it is done -> the report. One thread."""
+    parts = parts_of(what)
+    out.mkdir(parents=True, exist_ok=True)
+    page = out / f"{what}.json"
+    before = races.stored(page, quick)
+    measured = {"torch": torch.__version__, "threads": 1, "quick": quick} | before
+    missing = set(parts) - set(before)
+    if missing and measured["torch"] != torch.__version__:
+        raise InputError(
+            f"{page} was measured with torch {measured['torch']}, this is {torch.__version__}: delete it, or choose another --out"
+        )
+    if not missing:
+        print(f"all of it is measured already; to measure again, delete {page}", file=sys.stderr)
+    _name_retrained(measured, page)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name, part in parts.items():
+            if name in missing:
+                print(f"measuring: {name}", file=sys.stderr)
+                measured[name] = part(quick)
+                races.keep(measured, page)
+    finally:
+        torch.set_num_threads(threads)
+    return measured
+
+
+def _name_retrained(measured: dict, page: Path) -> None:
+    """Say of which models the report tells that have other weights now."""
+    retrained = []
+    for name, row in measured.get("models", {}).items():
+        if "weights" in row and weights_of(name) not in (None, row["weights"]):
+            retrained.append(name)
+    if retrained:
+        words = f"was measured with other weights of {', '.join(retrained)}; to measure again, delete it"
+        print(page, words, file=sys.stderr)
+
+
+def parallel_writing(quick: bool) -> dict:
+    text = shakespeare.load()
+    corpus = quality.counted(text.vocabulary.decode(text.train))
+    return speed.speed_against_quality(quick, corpus, text.vocabulary)
+
+
+def trained_models(quick: bool, only: str | None = None) -> dict:
+    """-> by name, each model with weights or a run: parameters, likelihood, text quality, characters written per second.
+
+    And `validation text`, pieces of the real thing measured like a model's: what the measures say of Shakespeare.
+    """
+    text = shakespeare.load()
+    count, n = (2, 100) if quick else (quality.SAMPLES, quality.LENGTH)
+    real = quality.real(text, count, n)
+    rows: dict[str, dict] = {
+        "validation text": {"quality": dict.fromkeys(map(str, quality.TEMPERATURES), real)}
+    }
+    for name in [only] if only else zoo.MODELS:
+        try:
+            model = zoo.load(name)
+        except CheckpointError as error:
+            if only:
+                raise
+            rows[name] = {"missing": str(error)}
+            continue
+        rows[name] = _trained_model(model, name, text, quick, count, n)
+    return rows
+
+
+def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n: int) -> dict:
+    card = model.card or {}
+    row = {"parameters": sum(p.numel() for p in model.parameters()), "exact": model.exact}
+    row |= {key: card[key] for key in ("characters", "curve") if key in card}
+    row["weights"] = weights_of(name)
+    if quick:
+        row |= {"nats_per_char": card.get("validation"), "measured": False}
+        row["standard_error"] = card.get("standard_error")
+    else:
+        likelihood = evaluate(model, text)
+        row["nats_per_char"] = likelihood.nats_per_char
+        row["standard_error"] = likelihood.standard_error
+    row["by_position"] = by_position(model, text, pages=2 if quick else 60)
+    row["quality"], row["samples"] = quality.written(model, text, count, n)
+    for key, batch in (("chars_per_second", 1), ("chars_per_second_of_a_batch", count)):
+        rates = []
+        for seed in range(1 if quick else 3):
+            write = partial(quality.samples, model, text.vocabulary, batch, 200, 1.0, seed)
+            rates.append(batch * 200 / speed.seconds(write))
+        row[key] = speed.summary(rates)
+    return row
+
+
+def weights_of(name: str) -> str | None:
+    """-> which weights `load(name)` would give, in short, or None where there are none: by hash, or by the run's step and loss."""
+    try:
+        card = zoo.load(name).card or {}
+    except CheckpointError:
+        return None
+    return card["sha256"][:12] if "sha256" in card else f"step {card['step']}, {card['validation']}"
+
+
+def by_position(model: Any, text: Any, pages: int = 60) -> list[list[float]]:
+    """-> pairs of a position in the window and the mean nats of the characters from there to the next, over some windows."""
+    window = model.config.window
+    ids = text.val[: pages * window + 1].unfold(0, window + 1, window)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad(), evaluating(model):
+        nats = torch.cat([model.nll(part, generator=generator) for part in ids.split(20)]).mean(0)
+    stretches = zip(EDGES, EDGES[1:], strict=False)
+    return [[a, nats[a:b].mean().item()] for a, b in stretches if a < len(nats)]

@@ -1,0 +1,78 @@
+"""Training on a machine that is not idle: as irann waits for its threads, passively, and on one thread.
+
+python -m irann.bench.waiting STEPS trains the tiny GPT in a process of its own, and prints the seconds of its steps.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+from .. import machine
+
+WAYS = {
+    "as it is": {},
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "one thread": {"OMP_NUM_THREADS": "1"},
+}
+BUSY = [sys.executable, "-c", "while True: pass"]
+
+
+def waiting(quick: bool) -> dict:
+    """Seconds of training, by what else runs and by way of waiting; the ways take turns."""
+    steps, rounds = (40, 1) if quick else (400, 5)
+    conditions: dict[str, Callable[[dict], float]] = {
+        "quiet": lambda way: seconds([way], steps),
+        "one busy process": lambda way: beside_a_busy_one(way, steps),
+        "another training": lambda way: seconds([way, way], steps),
+    }
+    rows: dict[str, dict[str, list[float]]] = {}
+    for condition, run in conditions.items():
+        rows[condition] = {name: [] for name in WAYS}
+        for _ in range(rounds):
+            for name, way in WAYS.items():
+                rows[condition][name].append(run(way))
+    return {"steps": steps, "rounds": rounds, "cores": machine.cores(), "seconds": rows}
+
+
+def seconds(ways: list[dict], steps: int) -> float:
+    """-> of trainings that run side by side, each with its environment: the longest one's."""
+    command = [sys.executable, "-m", "irann.bench.waiting", str(steps)]
+    free = {k: v for k, v in os.environ.items() if k not in (*machine.CHOSEN, "OMP_NUM_THREADS")}
+    running = [
+        subprocess.Popen(command, env=free | way, stdout=subprocess.PIPE, text=True) for way in ways
+    ]
+    return max(float(process.communicate()[0].split()[-1]) for process in running)
+
+
+def beside_a_busy_one(way: dict, steps: int) -> float:
+    """-> of a training beside a process that computes without end."""
+    busy = subprocess.Popen(BUSY)
+    try:
+        return seconds([way], steps)
+    finally:
+        busy.kill()
+        busy.wait()
+
+
+def main(steps: int) -> None:
+    import time
+
+    import torch  # noqa: F401  first, as chapters do
+
+    import irann
+
+    text = irann.shakespeare.load()
+    config, recipe = irann.recipe("gpt", "tiny", steps=steps + 5, evaluate_every=0)
+    ticks = irann.train(irann.build("gpt", config), text, recipe)
+    for _ in range(5):  # what happens once
+        next(ticks)
+    began = time.perf_counter()
+    for _ in range(steps - 1):
+        next(ticks)
+    print(time.perf_counter() - began)
+    ticks.close()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,133 @@
+"""What `irann doctor` says: what is installed, what is in use, and what is wrong. Made to be pasted into a report."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, kernels, machine, shakespeare, zoo
+from .checkpoint import CheckpointError
+from .settings import InputError
+from .text import CorpusError
+
+# No other variable is shown: an environment may hold secrets.
+VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CC", "TRITON_INTERPRET")
+OURS = ("IRANN_CORPUS", "IRANN_CACHE", "IRANN_KERNEL")
+OPTIONAL = ("ipywidgets", "jupyterlab", "matplotlib", "transformers", "triton")
+ENOUGH = 1e9  # bytes on a disk: a run keeps three checkpoints of some 50 MB
+
+
+def report() -> Iterator[str]:
+    """Yields lines; the last ones say what is wrong, each with its way out."""
+    problems: list[str] = []
+    checks: dict[str, Callable[[list[str]], Iterator[str]]] = {
+        "irann": _versions,
+        "torch": _torch,
+        "scan": _scan,
+        "corpus": _corpus,
+        "weights": _weights,
+        "runs": _runs,
+        "disk": _disk,
+    }
+    for name, check in checks.items():
+        for line in check(problems):
+            yield f"{name:8} {_short(line)}"
+    for problem in problems:
+        yield f"{'wrong':8} {_short(problem)}"
+    if not problems:
+        yield f"{'wrong':8} nothing that shows from here"
+
+
+def _versions(problems: list[str]) -> Iterator[str]:
+    import irann
+
+    system = f"Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield f"{irann.__version__} in {Path(__file__).parent}, {system}"
+    installed = []
+    for name in OPTIONAL:
+        try:
+            installed.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            installed.append(f"no {name}")
+    yield ", ".join(installed)
+    if "no ipywidgets" in installed:
+        problems.append("the chat of the notebooks is missing: pip install 'irann[book]'")
+
+
+def _torch(problems: list[str]) -> Iterator[str]:
+    cores = machine.cores()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        gpus.append("mps")
+    yield f"{torch.__version__}, {', '.join(gpus) or 'no GPU'}, {torch.get_num_threads()} threads on {cores} cores"
+    known = {name: os.environ[name] for name in VARIABLES + OURS if name in os.environ}
+    yield ", ".join(f"{name}={value}" for name, value in known.items()) or "no variables are set"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    patient = machine.waits_politely() or known.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    if load > cores / 2 and torch.get_num_threads() > 1 and not patient:
+        problems.append(
+            f"other work keeps {load:.1f} of {cores} cores busy, which can slow torch down many times: "
+            "set OMP_WAIT_POLICY=PASSIVE"
+        )
+
+
+def _scan(problems: list[str]) -> Iterator[str]:
+    lines = kernels.describe().splitlines()
+    yield from lines
+    if os.environ.get("CC", "").strip() and "no C kernel" in lines[0]:
+        problems.append(
+            f"CC is {os.environ['CC']!r}, and the scan's C kernel cannot be built with it"
+        )
+
+
+def _corpus(problems: list[str]) -> Iterator[str]:
+    try:
+        yield f"tiny-shakespeare, {shakespeare.load().source}"
+    except CorpusError as error:
+        yield "none"
+        problems.append(str(error))
+
+
+def _weights(problems: list[str]) -> Iterator[str]:
+    whole = []
+    for name in zoo.shipped():
+        try:
+            zoo.load(name)
+            whole.append(name)
+        except CheckpointError as error:
+            problems.append(str(error))
+    yield ", ".join(whole) or "none"
+
+
+def _runs(problems: list[str]) -> Iterator[str]:
+    runs = [folder for folder in sorted(Path("runs").glob("*")) if checkpoint.listed(folder)]
+    for run in runs:
+        try:
+            folder, _, skipped = checkpoint.newest(run)
+            yield f"{folder}"
+            problems += [f"skipped: {reason}" for reason in skipped]
+        except (CheckpointError, InputError) as error:
+            problems.append(str(error))
+    if not runs:
+        yield f"none in {Path('runs').absolute()}"
+
+
+def _disk(problems: list[str]) -> Iterator[str]:
+    for folder in (Path.cwd(), Path.home()):
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError:
+            continue
+        yield f"{free / 1e9:,.1f} GB free at {folder}"
+        if free < ENOUGH:
+            problems.append(f"the disk of {folder} is nearly full: free some space")
+
+
+def _short(line: str) -> str:
+    """-> a line without the name of the reader's home."""
+    home = os.path.expanduser("~")
+    return line if home in ("/", "~") else line.replace(home, "~")

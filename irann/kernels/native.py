@@ -1,0 +1,200 @@
+"""The selective scan in C (scan.c), with the state in registers: for a CPU with a compiler.
+
+Built once per machine at the first scan, and kept in the cache (IRANN_CACHE, else
+XDG_CACHE_HOME/irann, else ~/.cache/irann). The compiler is CC, which may carry arguments ("gcc
+-m64", "ccache gcc"), else cc. Texts, and where there are fewer texts than threads runs of channels,
+are shared among torch's OpenMP threads.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import shlex
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .operator import operator
+
+SOURCE = Path(__file__).with_name("scan.c")
+OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+REALS = {torch.float32: ("-DREAL=float", "-DWIDE=0"), torch.float64: ("-DREAL=double", "-DWIDE=1")}
+BYTES = 64  # e is padded to the widest vector there is
+SPAN = 32  # positions between two kept states
+LOG2E = 1 / math.log(2)
+
+
+def scan(
+    u: Float[Tensor, "b t e"],
+    delta: Float[Tensor, "b t e"],
+    A: Float[Tensor, "e n"],
+    B: Float[Tensor, "b t n"],
+    C: Float[Tensor, "b t n"],
+    state: Float[Tensor, "b e n"],
+) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b e n"]]:
+    """y without D u, and the last state."""
+    e = u.shape[2]
+    missing = -e % (BYTES // u.element_size())
+    if missing:  # zeros change nothing
+        u, delta = (pad(x, (0, missing)) for x in (u, delta))
+        A, state = (pad(x, (0, 0, 0, missing)) for x in (A, state))
+    inputs = (x.contiguous() for x in (u, delta, A, B, C, state))
+    y, last, _ = SCAN(*inputs)
+    if missing:
+        y, last = y[..., :e], last[:, :e]
+    return y, last
+
+
+def _spans(u):
+    return -(-u.shape[1] // SPAN)
+
+
+def _forward(
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, e, n = state.shape
+    y = u.new_empty(u.shape)
+    last = u.new_empty(b, n, e)
+    entry = u.new_empty(b * _spans(u) * n * e)
+    _call("forward", u, n, (u, delta, A.T * LOG2E, B, C, state.mT), (y, last, entry))
+    return y, last.mT.contiguous(), entry
+
+
+def _backward(
+    dy: Tensor,
+    dlast: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    entry: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    b, t, e = u.shape
+    n = A.shape[1]
+    parts, _ = _parts(u)
+    du = u.new_empty(u.shape)
+    ddelta = u.new_empty(u.shape)
+    dA = u.new_zeros(b, n, e)
+    dB = u.new_empty(b, parts, t, n)
+    dC = u.new_empty(b, parts, t, n)
+    carry = dlast.mT.clone(memory_format=torch.contiguous_format)
+    inputs = dy, u, delta, A.T * LOG2E, B, C, entry
+    _call("backward", u, n, inputs, (carry, du, ddelta, dA, dB, dC))
+    return du, ddelta, dA.sum(0).T.contiguous(), dB.sum(1), dC.sum(1), carry.mT.contiguous()
+
+
+def _parts(u):
+    """-> runs of channels of a text, so that every thread has work; and their width."""
+    b, _, e = u.shape
+    lanes = BYTES // u.element_size()
+    wide = -(-e // (lanes * -(-torch.get_num_threads() // b))) * lanes
+    return -(-e // wide), wide
+
+
+def _call(name, u, n, inputs, outputs):
+    function = getattr(_kernel(n, u.dtype).library, name)
+    inputs = [x.contiguous() for x in inputs]
+    sizes = (*u.shape, *_parts(u), torch.get_num_threads())
+    function(*(x.data_ptr() for x in (*inputs, *outputs)), *sizes)
+
+
+def why_not(n: int, dtype: torch.dtype) -> str:
+    """-> why there is no kernel for n states of a dtype, in words; empty if there is one."""
+    if os.environ.get("IRANN_KERNEL") == "0":
+        return "IRANN_KERNEL is 0"
+    if not 1 <= n <= 64:
+        return f"it is for 1 to 64 states; got {n}"
+    if dtype not in REALS:
+        return f"it is for float32 and float64; got {dtype}"
+    kernel = _kernel(n, dtype)
+    return "" if kernel.library else kernel.note
+
+
+def built(n: int, dtype: torch.dtype) -> str:
+    """-> where the kernel for n states of a dtype lies, and how it was built."""
+    return _kernel(n, dtype).note
+
+
+class Kernel(NamedTuple):
+    """scan.c, loaded, and how it was built; or None, and the reason."""
+
+    library: ctypes.CDLL | None
+    note: str
+
+
+def _kernel(n, dtype):
+    return _build(n, dtype, os.environ.get("CC"))
+
+
+@functools.cache
+def _build(n, dtype, cc):
+    """The name of what is built is a hash of the source, all options and all that cc targets."""
+    try:
+        compiler = shlex.split(cc or "") or ["cc"]
+        source = SOURCE.read_bytes()
+        target = _run(*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull)
+        cache = _cache()
+        for openmp in Path(torch.__file__).parent.glob("lib/lib*omp*"):
+            ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's own threads, for scan.c
+    except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+        return Kernel(None, f"no C compiler ({error})")
+    reason = ""
+    for threads in ("-fopenmp",), ():
+        options = (*OPTIONS, f"-DN={n}", f"-DSPAN={SPAN}", *REALS[dtype], *threads)
+        key = b"\0".join([source, target, *map(str.encode, (*compiler, *options))])
+        path = cache / f"scan-{hashlib.sha256(key).hexdigest()[:20]}.so"
+        try:
+            if not _intact(path):
+                _compile(compiler, options, source, path)
+            library = ctypes.CDLL(str(path))
+        except (OSError, subprocess.SubprocessError) as error:  # no OpenMP, or no place to write
+            reason = f"scan.c could not be built ({error})"
+            continue
+        library.forward.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_long] * 6
+        library.backward.argtypes = [ctypes.c_void_p] * 13 + [ctypes.c_long] * 6
+        with_threads = "with OpenMP" if threads else "without OpenMP"
+        return Kernel(library, f"built by {shlex.join(compiler)} {with_threads}, {path}")
+    return Kernel(None, reason)
+
+
+def _compile(compiler, options, source, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "scan"
+        listing = made.with_suffix(".sha256")
+        _run(*compiler, *options, "-fPIC", "-c", "-o", f"{made}.o", "-x", "c", "-", input=source)
+        _run(*compiler, "-shared", f"{made}.o", "-o", str(made))  # OpenMP is in the process already
+        listing.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        os.replace(made, path)
+        os.replace(listing, path.with_suffix(".sha256"))
+
+
+def _cache():
+    if chosen := os.environ.get("IRANN_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann"
+
+
+def _intact(path):
+    """Is it there, as it was built? To load a library that was cut off would end the process."""
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return digest == path.with_suffix(".sha256").read_text()
+    except (OSError, ValueError):
+        return False
+
+
+def _run(*command, input=None):
+    return subprocess.run(command, input=input, check=True, capture_output=True, timeout=60).stdout
+
+
+SCAN = operator("native", _forward, _backward, _spans, devices=("CPU",))

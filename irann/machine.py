@@ -1,0 +1,81 @@
+"""Two cores are rarely idle: while others compute, torch's threads wait for each other without keeping the cores.
+
+torch computes with OpenMP's threads. Between two pieces of work they wait by spinning, some 300,000 times around a
+loop, before they go to sleep. On an idle machine nothing is faster. Where anything else runs, the thread that the
+others wait for may not be running, and they burn its time: on two cores beside one busy process, a small training has
+taken fifty times as long. GNU's OpenMP library spins 300 times less while it manages more threads than there are
+cores. So a watcher looks twice a second at how much others compute, and as long as they do it keeps a second pool of
+threads, which sleeps. That works whichever of torch and irann was imported first; an environment variable would come
+too late, and could not change its mind.
+"""
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+MOST_CORES = 8  # beyond, waking the sleepers may cost more than spinning saves
+CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a reader who sets one of these decides for himself
+PERIOD = 0.5  # seconds between two looks
+BUSY = 0.25  # cores: others compute
+QUIET = 4  # looks without others until the pool is let go
+STAT = Path("/proc/stat")
+
+
+def cores() -> int:
+    """-> how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def waits_politely() -> bool:
+    """-> whether `share_cores` has work to do on this machine."""
+    chosen = any(name in os.environ for name in CHOSEN)
+    linux = sys.platform == "linux" and STAT.is_file()
+    return linux and 1 < torch.get_num_threads() <= MOST_CORES and not chosen
+
+
+def share_cores() -> None:
+    """Start the watcher, once in a process. Nothing is computed differently."""
+    if waits_politely() and not any(t.name == _watch.__name__ for t in threading.enumerate()):
+        threading.Thread(target=_watch, name=_watch.__name__, daemon=True).start()
+
+
+class SecondPool:
+    """A pool of OpenMP's threads that does nothing; while it is there, all others wait politely."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        threading.Thread(target=self._hold, name="second pool", daemon=True).start()
+
+    def _hold(self) -> None:
+        torch.zeros(MOST_CORES << 16).add_(1)  # enough for every thread: the pool now exists
+        self.released.wait()
+
+
+def _watch() -> None:
+    pool = SecondPool() if os.getloadavg()[0] > 0.7 * cores() else None
+    quiet = 0
+    wall, busy = _clocks()
+    while True:
+        time.sleep(PERIOD)
+        wall_now, busy_now = _clocks()
+        others = (busy_now - busy) / (wall_now - wall)
+        wall, busy = wall_now, busy_now
+        quiet = quiet + 1 if others < BUSY else 0
+        if pool is None and not quiet:
+            pool = SecondPool()
+        elif pool is not None and quiet >= QUIET:
+            pool.released.set()
+            pool = None
+
+
+def _clocks() -> tuple[float, float]:
+    """-> seconds on the wall, and seconds that others have computed on all cores."""
+    user, nice, system, _, _, irq, softirq, steal, *_ = map(int, STAT.read_text().split()[1:11])
+    busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic(), busy - time.process_time()

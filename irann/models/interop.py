@@ -1,0 +1,110 @@
+"""Models of transformers in this book's form: since the parameters have the same names, little more than a copy."""
+
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..settings import InputError
+from .gpt import GPT, GPTConfig
+from .mamba import Mamba, MambaConfig
+
+Model = TypeVar("Model", bound=nn.Module)
+RENAMED = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "squared_relu",
+}  # activations
+
+
+def gpt_from_transformers(source: Any) -> GPT:
+    """A `GPT2LMHeadModel`, or a name or folder that transformers resolves -> the same model.
+
+    Raises InputError for another class of model, and for a variant that would compute something else.
+    """
+    from transformers import GPT2LMHeadModel
+
+    theirs = _resolved(source, GPT2LMHeadModel, "gpt2")
+    hf = theirs.config
+    if not hf.scale_attn_weights or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention:
+        raise InputError(
+            "only plain GPT-2 attention can be copied: scaled by 1/sqrt(c) in every layer, without cross-attention"
+        )
+    if hf.embd_pdrop != hf.resid_pdrop:
+        raise InputError(
+            f"one dropout serves the whole residual stream here; got embd_pdrop {hf.embd_pdrop} and resid_pdrop "
+            f"{hf.resid_pdrop}: set both to the same number first"
+        )
+    config = GPTConfig(
+        vocabulary=hf.vocab_size,
+        window=hf.n_positions,
+        layers=hf.n_layer,
+        heads=hf.n_head,
+        width=hf.n_embd,
+        inner=hf.n_inner,
+        dropout=hf.resid_pdrop,
+        attention_dropout=hf.attn_pdrop,
+        eps=hf.layer_norm_epsilon,
+        activation=_activation(hf.activation_function),
+        tied=theirs.lm_head.weight is theirs.transformer.wte.weight,
+    )
+    ours = GPT(config).to(theirs.lm_head.weight)
+    return _copied(ours, theirs, prefix="transformer.", transposed=("c_attn", "c_proj", "c_fc"))
+
+
+def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
+    """A `MambaForCausalLM`, or a name or folder that transformers resolves -> the same model.
+
+    Its config knows no window; `window` is the length in which ours is then evaluated and trained.
+    Raises InputError for another class of model, and for an activation that is not one of ours.
+    """
+    from transformers import MambaForCausalLM
+
+    theirs = _resolved(source, MambaForCausalLM, "mamba")
+    hf = theirs.config
+    config = MambaConfig(
+        vocabulary=hf.vocab_size,
+        window=window,
+        layers=hf.num_hidden_layers,
+        width=hf.hidden_size,
+        d_inner=hf.intermediate_size,
+        d_state=hf.state_size,
+        d_conv=hf.conv_kernel,
+        dt_rank=int(hf.time_step_rank),
+        bias=hf.use_bias,
+        conv_bias=hf.use_conv_bias,
+        activation=_activation(hf.hidden_act),
+        eps=hf.layer_norm_epsilon,
+        tied=theirs.lm_head.weight is theirs.backbone.embeddings.weight,
+    )
+    ours = Mamba(config).to(theirs.lm_head.weight)
+    return _copied(ours, theirs, prefix="backbone.")
+
+
+def _activation(name: Any) -> str:
+    """-> our name of an activation of transformers."""
+    return RENAMED[name] if name in RENAMED else name
+
+
+def _resolved(source: Any, kind: type, model_type: str) -> Any:
+    """-> a model of exactly this kind: a relative has parts that a copy would lose without a word."""
+    if isinstance(source, str | os.PathLike):
+        return kind.from_pretrained(source)
+    if not isinstance(source, kind) or source.config.model_type != model_type:
+        raise InputError(f"what can be copied is a {kind.__name__}; got a {type(source).__name__}")
+    return source
+
+
+@torch.no_grad()
+def _copied(
+    ours: Model, theirs: nn.Module, *, prefix: str, transposed: tuple[str, ...] = ()
+) -> Model:
+    """Copy every parameter from the one of its name; GPT-2 keeps its linear maps transposed (`Conv1D`)."""
+    weights = theirs.state_dict()
+    for name, parameter in ours.named_parameters():
+        theirs_name = name if name.startswith("lm_head") else prefix + name
+        weight: Tensor = weights[theirs_name]
+        turned = name.endswith(".weight") and name.split(".")[-2] in transposed
+        parameter.copy_(weight.T if turned else weight)
+    return ours.train(theirs.training)

@@ -1,0 +1,105 @@
+"""How well a model predicts a text: the likelihood of every character, each scored once."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..lm import LanguageModel, evaluating
+from ..settings import InputError
+from ..text import Text
+from .bars import bar
+from .processes import rank_and_world, summed
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Nats per character over a whole text: exact, or an upper bound with a standard error.
+
+    The error is that of the mean over windows, by their variance. It counts how they differ as well as the noise of
+    the draws, and is larger than the latter alone.
+    """
+
+    nats_per_char: float
+    standard_error: float
+    characters: int
+    exact: bool
+
+    @property
+    def bits_per_char(self) -> float:
+        return self.nats_per_char / math.log(2)
+
+    def __str__(self) -> str:
+        bound = f"at most, a bound (standard error {self.standard_error:.4f}), "
+        return (
+            f"{'' if self.exact else bound}{self.nats_per_char:.4f} nats per character "
+            f"({self.bits_per_char:.4f} bits) over {self.characters:,} characters"
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel,
+    text: Text,
+    *,
+    part: str = "val",
+    window: int | None = None,
+    batch: int = 32,
+    seed: int = 0,
+    nll: Callable[..., Tensor] | None = None,
+    share: bool = False,
+) -> Likelihood:
+    """The likelihood of every character of the validation (or training) part, each scored once.
+
+    The context rule, the same for all models: the part is cut into windows of the model's own length that do not
+    overlap; a character is predicted from those before it in its window and the one before the window (for the first
+    window of the validation part, the last character of the training part; a text without one before it skips its
+    first character). `nll`, a callable like the model's, scores in its place. With `share`, each process of a group
+    scores its share of the windows, and all get the whole. Raises InputError for a text in another vocabulary.
+    """
+    check_vocabulary(model, text)
+    length = window or model.config.window
+    rank, world = rank_and_world() if share else (0, 1)
+    batches = _windows(text, part, length, batch)
+    generator = torch.Generator(model.device)
+    mine = range(rank, len(batches), world)
+    nats = squares = count = 0.0
+    for i in bar(mine, desc="validating", leave=False, delay=5, disable=None):
+        ids = batches[i]
+        generator.manual_seed(seed + i)  # so that a bound does not depend on who scores what
+        with evaluating(model):
+            row = (nll or model.nll)(ids.to(model.device), generator=generator)
+        row = row.cpu().double()  # not every device has doubles
+        nats += row.sum().item()
+        squares += (row.mean(1) ** 2 * row.shape[1]).sum().item()  # windows weigh by their length
+        count += row.numel()
+    if share:
+        nats, squares, count = summed([nats, squares, count])
+    mean = nats / count
+    windows = sum(len(ids) for ids in batches)
+    error = math.sqrt(max(0.0, squares / count - mean**2) / max(1, windows - 1))
+    return Likelihood(mean, 0.0 if model.exact else error, int(count), model.exact)
+
+
+def _windows(text: Text, part: str, window: int, batch: int) -> list[Tensor]:
+    """-> (b window+1) at a time, and last (1 t+1) of what remains."""
+    ids = getattr(text, part)
+    if part == "val":
+        ids = torch.cat([text.train[-1:], ids])
+    full, remaining = divmod(len(ids) - 1, window)
+    batches = []
+    if full:
+        batches += ids[: full * window + 1].unfold(0, window + 1, window).split(batch)
+    if remaining:
+        batches.append(ids[None, -remaining - 1 :])
+    return batches
+
+
+def check_vocabulary(model: LanguageModel, text: Text) -> None:
+    if model.vocabulary is not None and model.vocabulary != text.vocabulary:
+        raise InputError(
+            "the text's characters are not those that the model was trained on: cut the text with the model's "
+            "vocabulary, as Text.of(characters, vocabulary=model.vocabulary), or build a new model"
+        )

@@ -1,0 +1,275 @@
+"""The training loop, one for every model: a generator of ticks that can be watched, stopped, and resumed bitwise.
+
+    for tick in train(model, text, recipe, run="runs/mine"):
+        print(tick.step, tick.loss)
+
+A notebook plots the ticks, the command line prints them, a test stops after five. The loop knows of a model only what
+`lm.LanguageModel` promises.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Generator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .. import checkpoint
+from ..lm import LanguageModel
+from ..settings import InputError
+from ..text import Text, windows
+from .evaluation import check_vocabulary, evaluate
+from .processes import gathered, rank_and_world, summed
+from .recipe import Recipe
+from .run import Run
+from .signals import Signals
+from .state import NotFinite, State
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One step of training. `loss` in nats per character; `seconds` on this run so far, earlier sittings included."""
+
+    step: int
+    loss: float
+    parts: dict[str, float]
+    lr: float
+    seconds: float
+    chars_per_second: float
+    gradient: float = 0.0  # norm, before clipping
+    characters: int = 0  # trained on so far
+    validation: float | None = None  # nats per character, where it was measured
+    saved: Path | None = None
+    interrupted: int = 0  # the signal that ends training after this step
+    notes: tuple[str, ...] = ()  # what happened on resuming
+
+
+def train(
+    model: LanguageModel,
+    text: Text,
+    recipe: Recipe,
+    *,
+    run: str | os.PathLike | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop: Callable[[], int | None] | None = None,
+) -> Generator[Tick, None, None]:
+    """Train `model` in place, yielding a Tick per step.
+
+    With `run`, a directory, checkpoints and metrics.jsonl are kept there; `resume` goes on from its newest valid
+    checkpoint, bitwise as if never stopped; `overwrite` starts it anew. Without `run` nothing is written.
+    `stop` is asked after each step. Once it answers with a signal's number (as `Signals` does), a checkpoint is saved
+    and the ticks end, the last one with `interrupted`. A SIGINT, SIGTERM or SIGHUP that comes while a step runs does
+    the same where its handler is the default one; a second SIGINT quits at once. Between two steps the generator holds
+    no handler; whatever else ends the loop there, a checkpoint is saved too.
+
+    Raises NotFinite; InputError for what cannot be trained; CheckpointError when the run's checkpoints cannot be used
+    or belong to another model, vocabulary or corpus; RunError when the directory holds a run and neither `resume` nor
+    `overwrite` is given; InUse; DiskError.
+    """
+    folder = None if run is None else Path(run)
+    if not (resume and folder is not None and checkpoint.listed(folder)):
+        check_vocabulary(model, text)  # otherwise the run's checkpoints say what fits
+    _check(model, text, recipe)
+    if resume and overwrite:
+        raise InputError("resume and overwrite exclude each other")
+    return _train(model, text, recipe, folder, resume, overwrite, stop)
+
+
+def _train(model, text, recipe, folder, resume, overwrite, stop) -> Generator[Tick, None, None]:
+    state = State(model, text, recipe)
+    loss_of = _loss_of(model, recipe, state.world)
+    characters = recipe.batch * model.config.window
+    speed = 0.0
+    with Run(folder, state, resume=resume, overwrite=overwrite) as run:
+        model.vocabulary = text.vocabulary
+        if state.step and state.validation is None and _validates(recipe, state.step):
+            _validate(state)  # the run was stopped before it
+            run.amend()
+        if state.step == recipe.steps:
+            state.use_average()
+        for step in range(state.step + 1, recipe.steps + 1):
+            with Signals() as caught:
+                began = time.perf_counter()
+                rate = recipe.rate(step - 1)
+                with state.stepping():
+                    # Every process draws the whole batch, windows and noise, and then takes its rows of it: so the
+                    # objective of a step does not depend on how many pieces the batch is cut into.
+                    ids = windows(text.train, model.config.window, recipe.batch, state.order)
+                    ids = ids.to(state.device)
+                    model.train()
+                    draws = model.draw(ids, generator=state.draws)
+                    loss, parts = _gradients(loss_of, state, ids, draws)
+                    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
+                    gradient = norm.item()
+                    _check_step(state, step, loss, gradient, recipe.lr * rate)
+                    for optimizer in state.optimizers:
+                        for group in optimizer.param_groups:
+                            group["lr"] = group["full_lr"] * rate
+                        optimizer.step()
+                    model.zero_grad(set_to_none=True)
+                    for total in model.observed() if state.world > 1 else ():
+                        dist.all_reduce(total)
+                    model.absorb()
+                    state.step = step
+                    state.validation = None
+                    state.update_average()
+                spent = time.perf_counter() - began
+                state.seconds += spent
+                speed = 0.95 * speed + 0.05 * characters / spent if speed else characters / spent
+
+                last = step == recipe.steps
+                validates = _validates(recipe, step)
+                saves = bool(recipe.save_every) and step % recipe.save_every == 0
+                interrupted = _agreed(caught, stop)
+                if validates or saves or interrupted:
+                    state.check_finite(recipe.lr * rate)
+                if validates and (last or not interrupted):
+                    _validate(state)
+                    interrupted = interrupted or _agreed(caught, stop)
+                tick = Tick(
+                    step,
+                    loss,
+                    parts,
+                    lr=recipe.lr * rate,
+                    seconds=state.seconds,
+                    chars_per_second=speed,
+                    gradient=gradient,
+                    characters=state.characters,
+                    validation=state.validation,
+                    interrupted=interrupted,
+                    notes=run.told(),
+                )
+                # first the line, then the checkpoint: resuming drops a line too many, and cannot write a missing one
+                run.write(tick)
+                if validates or saves or interrupted:
+                    tick = dataclasses.replace(tick, saved=run.save())
+                if last or interrupted:
+                    state.use_average()
+            yield tick
+            if interrupted:
+                return
+
+
+def _gradients(
+    loss_of: nn.Module, state: State, ids: Tensor, draws: dict[str, Any]
+) -> tuple[float, dict[str, float]]:
+    """Backward through the whole batch -> its loss and its parts: the means over equal pieces and over processes."""
+    recipe = state.recipe
+    loss = 0.0
+    parts: dict[str, float] = {}
+    mine = torch.arange(recipe.batch, device="cpu")[state.rank :: state.world]
+    pieces = mine.chunk(recipe.accumulate)
+    for i, rows in enumerate(pieces):
+        last = i + 1 == len(pieces)
+        alone = state.world == 1 or last  # gradients are exchanged once, with the last piece
+        with nullcontext() if alone else loss_of.no_sync():  # pyright: ignore[reportCallIssue]
+            mixed = recipe.precision == "bfloat16"
+            with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
+                piece_loss, piece_parts = loss_of(ids[rows], _rows_of(draws, rows))
+            (piece_loss / len(pieces)).backward()
+        loss += piece_loss.item() / len(pieces)
+        for name, value in piece_parts.items():
+            parts[name] = parts.get(name, 0.0) + float(value) / len(pieces)
+    loss, *values = (total / state.world for total in summed([loss, *parts.values()]))
+    return loss, dict(zip(parts, values, strict=True))
+
+
+def _rows_of(draws: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """-> the draws of some rows of the batch; what has no batch axis is everybody's."""
+    return {
+        name: value[rows] if isinstance(value, Tensor) and value.ndim else value
+        for name, value in draws.items()
+    }
+
+
+def _check_step(state: State, step: int, loss: float, gradient: float, lr: float) -> None:
+    """Raises NotFinite before an update that would spoil the weights."""
+    if not (math.isfinite(loss) and math.isfinite(gradient)):
+        state.model.zero_grad(set_to_none=True)
+        raise NotFinite(
+            f"at step {step} the loss is {loss:g} and the gradient's norm {gradient:g}, "
+            f"learning rate {lr:g}: stopped before the update"
+        )
+
+
+def _validates(recipe: Recipe, step: int) -> bool:
+    regular = bool(recipe.evaluate_every) and step % recipe.evaluate_every == 0
+    return regular or step == recipe.steps
+
+
+def _validate(state: State) -> None:
+    """Nats per character over the whole validation part, with the averaged weights if the recipe keeps them."""
+    began = time.perf_counter()
+    nats = evaluate(state.averaged(), state.text, share=state.world > 1).nats_per_char
+    if not math.isfinite(nats):
+        raise NotFinite(f"after step {state.step} the validation loss is {nats:g}: not saved")
+    state.validation = nats
+    state.seconds += time.perf_counter() - began
+
+
+def _agreed(caught: Signals, stop: Callable | None) -> int:
+    """-> the signal that ends training, if any process has one: all stop after the same step."""
+    signum = caught()
+    if stop is not None:
+        signum = int(stop() or signum)
+    return max(gathered(signum))
+
+
+class _Loss(nn.Module):
+    """The model's loss as a module's call, which is what DistributedDataParallel and torch.compile take hold of."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, draws: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.model.loss(ids, draws)
+
+
+def _loss_of(model: LanguageModel, recipe: Recipe, world: int) -> nn.Module:
+    call: Any = _Loss(model)
+    if recipe.compile:
+        call = torch.compile(call)
+    if world > 1:
+        call = nn.parallel.DistributedDataParallel(call, broadcast_buffers=False)
+    return call
+
+
+def _check(model: LanguageModel, text: Text, recipe: Recipe) -> None:
+    """Raises InputError for what cannot be trained, before anything is touched."""
+    found, made_for = len(text.vocabulary), model.config.vocabulary
+    if found != made_for:
+        raise InputError(
+            f"the text has {found} different characters, the model was made for {made_for}"
+        )
+    if len(text.train) < model.config.window + 1:
+        raise InputError(
+            f"the training part has {len(text.train):,} characters; one window and its target take "
+            f"{model.config.window + 1}"
+        )
+    if not len(text.val):
+        raise InputError(
+            "the validation part is empty: give a longer text, or a smaller part of it to train on"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            "every parameter of the model is frozen: there is nothing to train; unfreeze some with requires_grad_()"
+        )
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise InputError(
+            "nothing can be trained under torch.inference_mode, nor weights that were made there: leave it, "
+            "and build the model outside"
+        )
+    _, world = rank_and_world()
+    if recipe.batch % (world * recipe.accumulate):
+        raise InputError(
+            f"a batch of {recipe.batch} cannot be shared by {world} processes in {recipe.accumulate} pieces each"
+        )

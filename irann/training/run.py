@@ -1,0 +1,294 @@
+"""A run directory: its lock, its metrics, its checkpoints, and what must fit to go on from them."""
+
+import json
+import math
+import os
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import filelock
+import torch.distributed as dist
+
+from .. import checkpoint
+from ..checkpoint import CheckpointError, DiskError, Snapshot
+from ..settings import InputError
+from .state import NotFinite, State
+
+if TYPE_CHECKING:
+    from .loop import Tick
+
+FREE = ("evaluate_every", "save_every", "compile")  # a recipe may change these on the way
+
+
+class RunError(InputError):
+    """The run directory holds another run."""
+
+
+class InUse(Exception):
+    """Another trainer holds the run directory."""
+
+
+class Run:
+    """`with Run(folder, state) as run:` holds the directory while training; `folder` None writes nothing.
+
+    Of several processes the first one writes. When the block ends in an error between two steps, as when the caller
+    leaves the loop, a checkpoint is saved. The lock is the operating system's, so it never outlives its process.
+    """
+
+    def __init__(self, folder: Path | None, state: State, *, resume=False, overwrite=False):
+        self.state = state
+        self.folder = folder or Path()
+        self.kept = folder is not None
+        self.writes = self.kept and state.rank == 0
+        self.resume = resume and self.kept
+        self.overwrite = overwrite
+        self.saved_at = 0
+        self.notes: tuple[str, ...] = ()
+        self.metrics = Metrics(self.folder / "metrics.jsonl")
+        self.lock = filelock.FileLock(self.folder / ".lock", thread_local=False)
+
+    def __enter__(self) -> "Run":
+        if not self.kept:
+            return self
+        size = _check_saveable(self.state.snapshot())
+        if self.writes:
+            self._claim()
+        try:
+            if self.writes:
+                with _disk(f"the run directory {self.folder} cannot be written"):
+                    self._clear(size)
+            if self.state.world > 1:
+                dist.barrier()  # what the first process swept or put back, all must see
+            if self.resume:
+                self.notes = self._go_on()
+            self.saved_at = self.state.step
+            if self.writes:
+                self.metrics.keep(self.state.step)
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if error is not None:
+                self._rescue(error)
+        finally:
+            if self.writes:
+                self._release()
+
+    def told(self) -> tuple[str, ...]:
+        """-> what happened on resuming, once."""
+        notes = self.notes
+        self.notes = ()
+        return notes
+
+    def write(self, tick: "Tick") -> None:
+        self.tick = tick
+        if self.writes:
+            self.metrics.write(tick)
+
+    def save(self) -> Path | None:
+        """Save a checkpoint of where the state is now -> its folder, in the process that writes it. Raises DiskError."""
+        if not self.kept:
+            return None
+        snapshot = self.state.snapshot()
+        self.saved_at = self.state.step
+        if not self.writes:
+            return None
+        name = f"step-{self.state.step:08d}"
+        folder = checkpoint.save(self.folder / "checkpoints" / name, snapshot)
+        checkpoint.tidy(self.folder)
+        return folder
+
+    def amend(self) -> None:
+        """The newest checkpoint, and its line in the metrics, learn a validation that was made up for."""
+        if self.writes:
+            self.metrics.keep(self.state.step, self.state.validation)
+        self.save()
+
+    # ------------------------------------------------------------------------------------ beginning and end
+
+    def _claim(self) -> None:
+        """Take the lock. Raises InUse that names who has it."""
+        try:
+            with _disk(f"the run directory {self.folder} cannot be used"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            owner = "another process"
+            with suppress(OSError):
+                owner = (self.folder / "owner.txt").read_text().strip()
+            raise InUse(
+                f"{self.folder} is in use by {owner}; wait for it, stop it, or choose another --run"
+            ) from None
+
+    def _clear(self, size: int) -> None:
+        """Make room for this run, or refuse it; sweep what a kill left; say who we are."""
+        checkpoints = self.folder / "checkpoints"
+        metrics = self.metrics.path
+        if self.overwrite:
+            if checkpoints.exists():
+                shutil.rmtree(checkpoints)
+            metrics.unlink(missing_ok=True)
+        has_metrics = metrics.exists() and metrics.stat().st_size > 0
+        if not self.resume and (checkpoint.listed(self.folder) or has_metrics):
+            raise RunError(
+                f"{self.folder} holds another run; resume it (--resume), start it anew (--overwrite) "
+                "or choose another --run"
+            )
+        checkpoint.sweep(self.folder)
+        if shutil.disk_usage(self.folder).free < size:
+            raise DiskError(
+                f"a checkpoint of {size:,} bytes in {self.folder} could not be written "
+                "(the disk is full: free some space); what is there is intact"
+            )
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        owner = f"process {os.getpid()} on {platform.node()}, since {since}\n"
+        (self.folder / "owner.txt").write_text(owner)
+
+    def _release(self) -> None:
+        if self.lock.is_locked:
+            (self.folder / "owner.txt").unlink(missing_ok=True)
+            self.lock.release()
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save what an error between two steps would lose: GeneratorExit too, when the caller leaves the loop."""
+        state = self.state
+        for note in self.notes[:-1]:  # why checkpoints were skipped, which no tick has told
+            warnings.warn(note, stacklevel=2)
+        news = state.step != self.saved_at and not state.midstep and state.undisturbed()
+        expected = isinstance(error, NotFinite | DiskError)
+        if self.writes and news and not expected and state.world == 1 and state.finite():
+            if self.metrics.step < state.step:
+                self.metrics.write(self.tick)
+            self.save()
+
+    # ----------------------------------------------------------------------------------------------- going on
+
+    def _go_on(self) -> tuple[str, ...]:
+        """Take over the newest valid checkpoint, if there is any -> what there is to say. Raises CheckpointError."""
+        found = checkpoint.listed(self.folder)
+        if not found:
+            return (f"there is no checkpoint in {self.folder} yet: beginning with step 1",)
+        folder, saved, skipped = checkpoint.newest(self.folder)
+        try:
+            _check_fits(folder, saved, self.state)
+            self.state.restore(saved)
+            self._warn_of_differences(folder, saved)
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())
+            raise CheckpointError(f"{folder} does not fit: {reason}") from None
+        notes = [f"resumed from {folder} at step {self.state.step}"]
+        newer = found[: found.index(folder)] if self.writes else []
+        for damaged, reason in reversed(list(zip(newer, skipped, strict=True))):
+            aside = checkpoint.set_aside(damaged)
+            notes.insert(0, f"skipped, and set aside as {aside}: {reason}")
+        return tuple(notes)
+
+    def _warn_of_differences(self, folder: Path, saved: Snapshot) -> None:
+        before = saved.config["environment"]
+        for name, now in self.state.describe()["environment"].items():
+            if before.get(name) != now:
+                warnings.warn(
+                    f"{folder} was saved with {name} {before.get(name)}, here it is {now}: "
+                    "not bitwise from here on",
+                    stacklevel=2,
+                )
+        if self.state.device.type == "mps":
+            warnings.warn(
+                f"{folder} does not keep the random generator of mps: not bitwise from here on",
+                stacklevel=2,
+            )
+
+
+def _check_fits(folder: Path, saved: Snapshot, state: State) -> None:
+    """Raises CheckpointError that names both values if a checkpoint belongs to another model, text or recipe."""
+    vocabulary = state.text.vocabulary.characters
+    theirs = _identity(saved.config, saved.vocabulary)
+    ours = _identity(json.loads(json.dumps(state.describe())), vocabulary)
+    for name in theirs | ours:
+        then, now = theirs.get(name), ours.get(name)
+        if then != now and name not in FREE:
+            raise CheckpointError(
+                f"{folder} was trained with {name} = {then!r}, asked for is {name} = {now!r}: "
+                "resume as it began, or start another run"
+            )
+
+
+def _identity(config: dict[str, Any], vocabulary: str) -> dict[str, Any]:
+    """-> what a run is and stays, by name: of the text, its SHA-256 says more than where it came from."""
+    corpus = config["corpus"]
+    return {
+        "model": config["model"],
+        **config["config"],
+        **config["recipe"],
+        "frozen parameters": config["frozen"],
+        "characters": vocabulary,
+        "text of SHA-256": corpus["sha256"][:16],
+        "training characters": corpus["training_characters"],
+    }
+
+
+def _check_saveable(snapshot: Snapshot) -> int:
+    """-> how many bytes a checkpoint of it has. Raises InputError for what no checkpoint can hold, before any work."""
+    try:
+        return sum(map(len, checkpoint.packed(snapshot).values()))
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"this training could not be saved: {reason}") from None
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object per step; on resuming, the lines after the checkpoint are dropped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.step = 0
+
+    def keep(self, step: int, validation: float | None = None) -> None:
+        """Keep the lines up to `step`; its own learns a validation that was measured only now."""
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.is_file() else []
+        lines = [line for line in lines if _step_of(line) <= step]
+        if lines and validation is not None and _step_of(lines[-1]) == step:
+            lines[-1] = json.dumps(json.loads(lines[-1]) | {"validation": validation})
+        with _disk(f"{self.path} could not be written", "; the checkpoints are intact"):
+            aside = self.path.with_suffix(".new")
+            aside.write_text("".join(line + "\n" for line in lines))
+            os.replace(aside, self.path)
+        self.step = step
+
+    def write(self, tick: "Tick") -> None:
+        row = {"step": tick.step, "loss": tick.loss, **tick.parts}
+        row |= {"lr": tick.lr, "gradient": tick.gradient, "seconds": round(tick.seconds, 3)}
+        row["chars_per_second"] = round(tick.chars_per_second)
+        if tick.validation is not None:
+            row["validation"] = tick.validation
+        with _disk(f"{self.path} could not be written", "; the checkpoints are intact"):
+            with open(self.path, "a") as file:
+                file.write(json.dumps(row) + "\n")
+        self.step = tick.step
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf  # a line that a kill cut off
+
+
+@contextmanager
+def _disk(what: str, consequence: str = "") -> Iterator[None]:
+    """What the operating system refuses inside the block is a DiskError in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, filelock.Timeout):  # which is one, too
+            raise
+        raise DiskError(f"{what} ({checkpoint.why(error)}){consequence}") from None

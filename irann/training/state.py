@@ -1,0 +1,255 @@
+"""All that training goes on from, in memory and, by name, in a checkpoint."""
+
+import copy
+import dataclasses
+import hashlib
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import checkpoint
+from ..checkpoint import Snapshot
+from ..lm import LanguageModel, exclusive
+from ..settings import InputError
+from ..text import Text
+from .processes import gathered, rank_and_world
+from .recipe import Recipe, optimizers
+
+REMEMBERED = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "Muon": ("momentum",)}  # per parameter
+LAST_TRAINED: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # model -> mark
+GLOBAL_GENERATOR = threading.RLock()  # one thread at a time swaps or seeds torch's
+
+
+class NotFinite(Exception):
+    """Loss, gradient or weights became infinite or NaN; training stopped before using or saving them."""
+
+    def __init__(self, what: str):
+        way_out = "try a lower lr, a longer warmup or a smaller clip"
+        super().__init__(f"{what}; the newest checkpoint is from before; {way_out}")
+
+
+class State:
+    """One training: the model, its optimizers, its random streams, its averaged weights, and how far it is."""
+
+    def __init__(self, model: LanguageModel, text: Text, recipe: Recipe):
+        self.model = model
+        self.text = text
+        self.recipe = recipe
+        self.rank, self.world = rank_and_world()
+        self.device = model.device
+        self.optimizers = optimizers(model, recipe)
+        # windows, and what the loss draws for a whole batch, are the same in every process; dropout is each one's own
+        self.order = torch.Generator("cpu").manual_seed(recipe.seed)
+        self.draws = torch.Generator(self.device).manual_seed(recipe.seed + 2**31)
+        self.dropout = PrivateStream(recipe.seed + 1 + self.rank, self.device)
+        self.average = copy.deepcopy(model).requires_grad_(False) if recipe.average else None
+        self.step = 0
+        self.seconds = 0.0
+        self.validation: float | None = None
+        self.midstep = False
+        self.mark: object = None  # of this training, from its first step on
+
+    @property
+    def characters(self) -> int:
+        return self.step * self.recipe.batch * self.model.config.window
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """One step: nobody else uses the model, and dropout draws from this training's own stream."""
+        self.midstep = True
+        with exclusive(self.model), self.dropout, torch.enable_grad():
+            self._begin()
+            yield
+        self.midstep = False
+
+    def _begin(self) -> None:
+        """Raises InputError if another training has changed the model since this one's last step."""
+        if self.mark is None:
+            self.mark = LAST_TRAINED[self.model] = object()
+        if not self.undisturbed():
+            raise InputError(
+                "another training of this model has begun since, and has changed its weights: train a copy of the "
+                "model (copy.deepcopy), or one after the other"
+            )
+
+    def undisturbed(self) -> bool:
+        """-> whether the model's weights are still those of this training."""
+        return self.mark is None or LAST_TRAINED.get(self.model) is self.mark
+
+    @torch.no_grad()
+    def update_average(self) -> None:
+        """Move the averaged weights towards the model's: with a short memory first, so the start is soon forgotten."""
+        if self.average is not None:
+            decay = min(self.recipe.average, self.step / (self.step + 10))
+            for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                mean.lerp_(p, 1 - decay)
+
+    @torch.no_grad()
+    def averaged(self) -> LanguageModel:
+        """-> the model to measure and to keep: with the averaged weights, if the recipe has them."""
+        if self.average is None:
+            return self.model
+        for mean, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            mean.copy_(buffer)
+        return self.average
+
+    @torch.no_grad()
+    def use_average(self) -> None:
+        """At the end the model itself gets the averaged weights: those that `zoo.load` finds in the run."""
+        if self.average is not None:
+            with exclusive(self.model):
+                for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
+                    p.copy_(mean)
+
+    def check_finite(self, lr: float) -> None:
+        """Raises NotFinite before such weights could be measured or saved: a finite gradient times a huge rate."""
+        if not self.finite():
+            raise NotFinite(
+                f"after step {self.step} the weights are not finite, learning rate {lr:g}: not saved"
+            )
+
+    def finite(self) -> bool:
+        kept = list(self.model.state_dict().values())
+        if self.average is not None:
+            kept += self.average.parameters()
+        return all(bool(tensor.isfinite().all()) for tensor in kept)
+
+    # ---------------------------------------------------------------------------------------- in a checkpoint
+
+    def describe(self) -> dict[str, Any]:
+        """-> which training this is, and where it stands: what a checkpoint's config.json says."""
+        gpu = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None
+        frozen = [name for name, p in self.model.named_parameters() if not p.requires_grad]
+        return {
+            "model": type(self.model).__name__,
+            "config": dataclasses.asdict(self.model.config),
+            "recipe": dataclasses.asdict(self.recipe),
+            "frozen": frozen,
+            "step": self.step,
+            "characters": self.characters,
+            "seconds": self.seconds,
+            "validation": self.validation,
+            "exact": self.model.exact,
+            "corpus": {
+                # a file's name may hold bytes that are no text
+                "source": self.text.source.encode("utf-8", "backslashreplace").decode(),
+                "sha256": self.text.sha256 or _sha256(self.text),
+                "training_characters": len(self.text.train),
+            },
+            "environment": checkpoint.environment()
+            | {
+                "device": self.device.type,
+                "gpu": gpu,
+                "compile": self.recipe.compile,
+                "processes": self.world,
+                "weights": str(next(self.model.parameters()).dtype).removeprefix("torch."),
+            },
+        }
+
+    def snapshot(self) -> Snapshot:
+        """-> everything, by name. Every process of a group calls it."""
+        memory: dict[str, Tensor] = {}
+        if self.average is not None:
+            memory |= {f"average.{name}": p for name, p in self.average.named_parameters()}
+        for name, (optimizer, p, key) in self._memory().items():
+            if p in optimizer.state:  # a parameter that never had a gradient has none
+                memory[name] = torch.as_tensor(optimizer.state[p][key], device=p.device)
+        rng = {"order": self.order.get_state(), "draws": self.draws.get_state()}
+        for rank, states in enumerate(gathered(self.dropout.states)):
+            rng |= {f"{name}.{rank}": state for name, state in states.items()}
+        characters = self.text.vocabulary.characters
+        return Snapshot(self.model.state_dict(), memory, rng, self.describe(), characters)
+
+    def restore(self, saved: Snapshot) -> None:
+        """Take over a snapshot. Raises ValueError, KeyError or RuntimeError where a name or a shape does not fit."""
+        memory = self._checked(saved.optimizer)
+        self.model.load_state_dict(saved.model)
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        places = self._memory()
+        for name, tensor in memory.items():
+            optimizer, p, key = places[name]
+            optimizer.state[p][key] = tensor.to(
+                p.device, torch.float32 if key == "step" else p.dtype
+            )
+        if self.average is not None:
+            for name, p in self.average.named_parameters():
+                p.copy_(saved.optimizer[f"average.{name}"])
+        self.order.set_state(saved.rng["order"])
+        if len(saved.rng["draws"]) == len(self.draws.get_state()):  # else another device's
+            self.draws.set_state(saved.rng["draws"])
+        for name in self.dropout.states:
+            state = saved.rng.get(f"{name}.{self.rank}")
+            if state is not None:  # or of fewer processes, or of another device
+                self.dropout.states[name] = state
+        self.step = int(saved.config["step"])
+        self.seconds = float(saved.config["seconds"])
+        validation = saved.config["validation"]
+        self.validation = None if validation is None else float(validation)
+
+    def _memory(self) -> dict[str, tuple[torch.optim.Optimizer, torch.nn.Parameter, str]]:
+        """-> what optimizers remember, as "adamw.wte.weight.exp_avg": optimizer, parameter and its name in there."""
+        names = {p: name for name, p in self.model.named_parameters()}
+        return {
+            f"{type(optimizer).__name__.lower()}.{names[p]}.{key}": (optimizer, p, key)
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+            for key in REMEMBERED[type(optimizer).__name__]
+        }
+
+    def _checked(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
+        """-> what optimizers are to remember, every name and shape of it checked: their kernels check nothing."""
+        memory = {name: t for name, t in memory.items() if not name.startswith("average.")}
+        places = self._memory()
+        known = {places[name][1] for name in memory if name in places}
+        wanted = {name for name, (_, p, _) in places.items() if p in known}
+        if memory.keys() != wanted:
+            names = ", ".join(sorted(memory.keys() ^ wanted))
+            raise ValueError(f"optimizer.safetensors and what is trained here differ in {names}")
+        for name, tensor in memory.items():
+            _, p, key = places[name]
+            shape = () if key == "step" else tuple(p.shape)
+            if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+                theirs = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise ValueError(f"optimizer.safetensors has {name} as {theirs}, not {shape}")
+        return memory
+
+
+class PrivateStream:
+    """A stream of random numbers for dropout: `with stream:` swaps it in for torch's global one, and out again.
+
+    What the caller draws between two steps, a sample or a plot, therefore cannot change what training draws.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self.cuda = device if device.type == "cuda" else None
+        self.states = {"cpu": torch.Generator("cpu").manual_seed(seed).get_state()}
+        if self.cuda:
+            self.states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+
+    def __enter__(self) -> None:
+        GLOBAL_GENERATOR.acquire()
+        self.outer = self._swap(self.states)
+
+    def __exit__(self, *_: Any) -> None:
+        self.states = self._swap(self.outer)
+        GLOBAL_GENERATOR.release()
+
+    def _swap(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Set torch's global generators -> what they were."""
+        before = {"cpu": torch.get_rng_state()}
+        torch.set_rng_state(states["cpu"])
+        if self.cuda:
+            before["cuda"] = torch.cuda.get_rng_state(self.cuda)
+            torch.cuda.set_rng_state(states["cuda"], self.cuda)
+        return before
+
+
+def _sha256(text: Text) -> str:
+    return hashlib.sha256(torch.cat([text.train, text.val]).cpu().numpy().tobytes()).hexdigest()

@@ -1,0 +1,202 @@
+"""irann.kernels as operators of torch, the building of scan.c, and the Triton kernel.
+
+Their numbers are held against oracles in test_scan.py.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import refuses
+from test_scan import close, draw, everything
+
+from irann import kernels
+from irann.core.scan import selective_scan
+from irann.kernels import chunked, native
+
+PROGRAMS = Path(__file__).parent / "programs"
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler here")
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nothing built yet, and an empty cache; -> the folder of the cache."""
+    monkeypatch.setattr(native, "_build", native._build.__wrapped__)
+    monkeypatch.setenv("IRANN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("CC", raising=False)
+    return tmp_path / "cache"
+
+
+def test_auto_takes_the_c_kernel_exactly_when_it_can(monkeypatch):
+    best = "native" if shutil.which("cc") else "chunked"
+    assert kernels.fastest("cpu", 16, torch.float32) == best
+    assert kernels.fastest("cpu", 65, torch.float32) == "chunked"
+    assert kernels.describe().startswith(f"cpu: {best}")
+    monkeypatch.setenv("IRANN_KERNEL", "0")
+    assert kernels.fastest("cpu", 16, torch.float32) == "chunked"
+    assert "IRANN_KERNEL is 0" in kernels.describe()
+
+
+@pytest.mark.parametrize("fault", ["missing", "broken", "nonsense", "nowhere to write"])
+def test_without_a_kernel_torch_takes_over_in_silence(fault, fresh, monkeypatch, capfd):
+    if fault == "nowhere to write":
+        fresh.write_text("a file, not a folder")
+    else:
+        cc = {"missing": "no-such-compiler", "broken": "false", "nonsense": "cc '"}[fault]
+        monkeypatch.setenv("CC", cc)
+    inputs = draw(2, 20, 5, 3)
+    close(everything(inputs, "auto"), everything(inputs, "chunked"), 0)
+    with refuses("'native' is not to be had: .*(no C compiler|could not be built)"):
+        selective_scan(*inputs[:6], method="native")
+    assert "cpu: chunked (no C kernel: " in kernels.describe()
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_compiler
+@pytest.mark.parametrize("cc", ["", " ", "cc -DONE=1", "env cc"])
+def test_the_compiler_may_carry_arguments(cc, fresh, monkeypatch):
+    monkeypatch.setenv("CC", cc)
+    inputs = draw(2, 20, 5, 3)
+    close(everything(inputs, "native"), everything(inputs, "sequential"))
+    assert (cc.strip() or "cc") in kernels.describe() and len(list(fresh.glob("*.so"))) > 0
+
+
+@needs_compiler
+def test_a_check_compiles_nothing(fresh):
+    u, delta, A, B, C, *_ = draw(2, 20, 5, 3)
+    with refuses("delta should be"):
+        selective_scan(u, delta[:1], A, B, C, method="native")
+    assert not fresh.exists()
+
+
+@needs_compiler
+def test_a_damaged_kernel_is_built_again(fresh, monkeypatch, tmp_path):
+    inputs = draw(2, 20, 5, 3)
+    expected = everything(inputs, "native")
+    damages = {
+        "rubbish": lambda path, data: b"\xff rubbish",
+        "cut off": lambda path, data: data[: len(data) // 2] if path.suffix == ".so" else data,
+    }  # to load what was cut off would end the process
+    for name, damage in damages.items():
+        (tmp_path / name).mkdir()
+        for path in fresh.iterdir():
+            (tmp_path / name / path.name).write_bytes(damage(path, path.read_bytes()))
+        monkeypatch.setenv("IRANN_CACHE", str(tmp_path / name))
+        close(everything(inputs, "native"), expected, 0)
+        assert all(path.stat().st_size > 1000 for path in (tmp_path / name).glob("*.so"))
+
+
+@needs_compiler
+def test_an_edited_source_is_built_again(fresh, monkeypatch, tmp_path):
+    one = torch.ones(1, 1, 1)
+    assert selective_scan(one, one, 0 * one[0], one, one, method="native")[0].item() == 1
+    source, edited = native.SOURCE.read_text(), tmp_path / "scan.c"
+    edited.write_text(source.replace("sum += h[n] * C", "sum += 3 * h[n] * C"))
+    assert edited.read_text() != source
+    monkeypatch.setattr(native, "SOURCE", edited)
+    assert selective_scan(one, one, 0 * one[0], one, one, method="native")[0].item() == 3
+    assert len(list(fresh.glob("*.so"))) == 2
+
+
+@needs_compiler
+def test_backward_takes_the_kernel_of_forward(monkeypatch):
+    inputs = draw(2, 20, 5, 3)
+    y, h = selective_scan(*inputs[:6], state=inputs[6])
+    monkeypatch.setenv("IRANN_KERNEL", "0")
+    gradients = torch.autograd.grad(y.sin().sum() + h.cos().sum(), inputs)
+    close(gradients, everything(inputs, "auto")[2:])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_kernel_shares_one_text_among_threads(threads):
+    inputs, before = draw(1, 40, 50, 3), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        close(everything(inputs, "auto"), everything(inputs, "sequential"))
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- operators of torch ---------------------------------------------------------------------------
+
+
+def calls(b, t, e, n):
+    """-> the operators, each with inputs; e is a multiple of the vectors of scan.c."""
+    u, delta, A, B, C, _, state = draw(b, t, e, n)
+    yield native.SCAN, (u, delta, A, B, C, state)
+    if kernels.why_not("triton", "cpu", n, u.dtype) == "":
+        from irann.kernels import triton
+
+        yield triton.SCAN, (u, delta, A, B, C, state)
+    u, delta, B, C = (
+        v.detach().transpose(0, 1).contiguous().requires_grad_() for v in (u, delta, B, C)
+    )
+    for trees in (0, 1):
+        yield chunked.SCAN, (u, delta, A, B, C, state, 8, trees)
+
+
+@needs_compiler
+@pytest.mark.parametrize("b, t, e, n", [(2, 9, 16, 3), (1, 1, 8, 1)])
+def test_operators_keep_the_rules_of_torch(b, t, e, n):
+    """No result shares memory with an input, shapes are foreseen, gradients registered, ..."""
+    for operator, inputs in calls(b, t, e, n):
+        torch.library.opcheck(operator, inputs)
+        y, last, entry = operator(*(v.detach() if torch.is_tensor(v) else v for v in inputs))
+        backward = getattr(torch.ops.irann, f"{operator._opname}_backward").default
+        kept = [v.detach() for v in inputs[:5]]
+        torch.library.opcheck(backward, (y, last, *kept, entry, *inputs[6:]))
+
+
+@pytest.mark.parametrize("method", ["chunked", "parallel", "native"])
+def test_a_second_differentiation_is_refused_in_a_sentence(method):
+    u, *inputs = draw(1, 9, 3, 2)
+    y, _ = selective_scan(u, *inputs[:5], method=method)
+    (gradient,) = torch.autograd.grad(y.sin().sum(), u, create_graph=True)
+    with pytest.raises(RuntimeError, match="can be differentiated once; method='sequential'"):
+        gradient.sum().backward()
+    with torch.no_grad():
+        assert torch.equal(selective_scan(u, *inputs[:5], method=method)[0], y)
+
+
+@needs_compiler
+def test_compile_export_and_func_see_one_operator():
+    """No graph breaks, any length of text, and the gradients of plain autograd."""
+    program = [sys.executable, "-W", "ignore", PROGRAMS / "scan_compiled.py"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for method, found in json.loads(done.stdout).items():
+        assert found.pop("graph breaks") == 0, method
+        assert max(found.values()) < 1e-12, (method, found)
+
+
+# --- Triton: on a GPU, or in its interpreter (conftest.py) ----------------------------------------
+
+
+@pytest.mark.parametrize("b, t, e, n", [(2, 1, 3, 1), (2, 7, 4, 5), (1, 33, 35, 2)])
+def test_triton_agrees_in_value_and_gradient(b, t, e, n):
+    inputs = draw(b, t, e, n, decay=0.5)
+    close(everything(inputs, "triton"), everything(inputs, "sequential"))
+
+
+def test_triton_s_gradients_are_those_of_finite_differences():
+    def scan(*inputs):
+        return selective_scan(*inputs[:6], state=inputs[6], method="triton")
+
+    assert torch.autograd.gradcheck(scan, draw(1, 17, 1, 2), fast_mode=True)
+
+
+@pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+def test_auto_is_right_on_every_device_there_is(device):
+    inputs = [v.detach() for v in draw(2, 70, 40, 16)]
+    y, h = selective_scan(*(v.to(device) for v in inputs[:6]), state=inputs[6].to(device))
+    close([y.cpu(), h.cpu()], selective_scan(*inputs[:6], state=inputs[6], method="sequential"))
+
+
+def test_triton_is_refused_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with refuses("CUDA"):
+        selective_scan(*draw(1, 2, 1, 1)[:5], method="triton")

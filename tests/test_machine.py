@@ -1,0 +1,46 @@
+"""irann.machine: threads that wait let others work, unless the reader chose otherwise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PROGRAMS
+
+import irann
+from irann import machine
+
+FREE = {k: v for k, v in os.environ.items() if k not in machine.CHOSEN and k != "OMP_NUM_THREADS"}
+two_cores = pytest.mark.skipif(machine.cores() < 2, reason="one core waits for nobody")
+
+
+def burnt(with_irann: str, **environment) -> float:
+    """-> seconds that torch's other thread spent on waiting, in a process of its own."""
+    tree = {"PYTHONPATH": str(Path(irann.__file__).parent.parent)}
+    command = [sys.executable, PROGRAMS / "waiting.py", with_irann]
+    done = subprocess.run(
+        command, env=FREE | tree | environment, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
+
+
+@two_cores
+def test_waiting_costs_next_to_nothing_although_torch_was_imported_first():
+    assert burnt("irann") < 0.2 * burnt("torch")
+
+
+@two_cores
+def test_who_sets_how_to_wait_decides():
+    assert burnt("irann", OMP_WAIT_POLICY="ACTIVE") > 0.1
+    assert burnt("irann", GOMP_SPINCOUNT="100000000") > 0.1
+
+
+def test_where_one_thread_computes_no_pool_is_started(monkeypatch):
+    started = []
+    monkeypatch.setattr(machine.threading, "Thread", lambda **options: started.append(options))
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 1)
+    machine.share_cores()
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: machine.MOST_CORES + 1)
+    machine.share_cores()
+    assert not started

@@ -1,0 +1,116 @@
+"""irann.settings: one description of a value, for sizes, recipes, writing, the command line and the chat."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import refuses
+from hypothesis import given
+from hypothesis import strategies as st
+
+from irann.lm import SEED
+from irann.settings import Checked, InputError, Setting, check_heads, field
+
+STEPS = Setting(100, "steps", low=1, high=500)
+
+
+@pytest.mark.parametrize(
+    "wrong", [0, 501, 2.5, float("nan"), float("inf"), True, None, "20", [3], torch.ones(2)]
+)
+def test_a_value_out_of_range_or_of_another_type_is_named_with_the_range(wrong):
+    with pytest.raises(InputError, match="steps is a whole number from 1 to 500; got"):
+        STEPS.check("steps", wrong)
+
+
+def test_values_come_out_in_the_setting_s_type():
+    for value in (20, 20.0, np.int64(20), torch.tensor(20), torch.tensor(20.0)):
+        checked = STEPS.check("steps", value)
+        assert checked == 20 and type(checked) is int
+    assert type(Setting(0.5, "a fraction").check("x", 1)) is float
+    for seed in (2**53 + 1, 2**62):  # larger than what a float can tell apart
+        assert SEED.check("seed", seed) == SEED.read("seed", str(seed)) == seed
+
+
+@pytest.mark.parametrize(
+    "setting, text, value",
+    [
+        (STEPS, "20", 20),
+        (STEPS, " 2e2 ", 200),
+        (Setting(0.1, ""), "1e-3", 1e-3),
+        (Setting(False, ""), "Yes", True),
+        (Setting(True, ""), "0", False),
+        (Setting("a", "", choices=("a", "b")), "b", "b"),
+        (Setting(None, "", low=1, kind=int), "null", None),
+        (Setting(None, "", low=1, kind=int), "7", 7),
+    ],
+)
+def test_a_text_is_read_as_the_value_it_spells(setting, text, value):
+    read = setting.read("x", text)
+    assert read == value and type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    "setting, text, words",
+    [
+        (STEPS, "many", "x is a whole number from 1 to 500; got 'many'"),
+        (STEPS, "none", "x is a whole number from 1 to 500; got None"),
+        (Setting(False, ""), "maybe", "x is true or false; got 'maybe'"),
+        (Setting("a", "", choices=("a", "b")), "c", "x is one of a, b; got 'c'"),
+        (Setting(None, "", low=1, kind=int), "0", "x is a whole number from 1 up, or null; got 0"),
+        (Setting(0.5, "", above=0.0, below=1.0), "1", "x is a number above 0 to below 1; got 1"),
+        (Setting(0.5, "", above=0.0, below=1.0), "0", "x is a number above 0 to below 1; got 0"),
+        (Setting(0.5, ""), "nan", "x is a number; got nan"),
+    ],
+)
+def test_a_text_that_is_no_such_value_is_refused_in_the_same_words(setting, text, words):
+    with refuses(words):
+        setting.read("x", text)
+
+
+@given(st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none()))
+def test_whatever_comes_is_in_range_or_refused(value):
+    for read in (STEPS.check, STEPS.read):
+        try:
+            number = read("steps", value)
+        except InputError:
+            continue
+        assert type(number) is int and 1 <= number <= 500
+
+
+@dataclass(frozen=True)
+class Sizes(Checked):
+    layers: int = field(4, "blocks", low=1)
+    rate: float = field(0.1, "a rate", low=0.0, high=1.0)
+    inner: int | None = field(None, "a width", low=1, kind=int)
+
+
+def test_a_checked_dataclass_holds_its_fields_to_their_settings():
+    sizes = Sizes(layers=np.int64(2), rate=1)
+    assert sizes == Sizes(2, 1.0, None) and type(sizes.layers) is int and type(sizes.rate) is float
+    assert list(Sizes.settings()) == ["layers", "rate", "inner"]
+    for change in ({"layers": 0}, {"rate": float("nan")}, {"inner": 0}, {"layers": True}):
+        with refuses(f"{next(iter(change))} is a"):
+            replace(sizes, **change)
+
+
+def test_heads_share_a_width_equally_and_in_pairs_where_rotary():
+    check_heads(48, 3, rotary=True)
+    check_heads(9, 3, rotary=False)
+    with pytest.raises(InputError, match="a width of 10 cannot be cut into 3 equal heads"):
+        check_heads(10, 3, rotary=False)
+    with pytest.raises(InputError, match="3 heads of a width of 9 have 3 channels each"):
+        check_heads(9, 3, rotary=True)
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+def test_a_number_that_no_float_can_hold_is_refused_like_any_other(digits):
+    for setting in (STEPS, Setting(3e-3, "", low=0.0), Setting(1, "", low=1)):
+        huge = 10**digits
+        if setting.type is float or setting is STEPS:
+            with pytest.raises(InputError, match="x is a.* number from"):
+                setting.check("x", huge)
+            with pytest.raises(InputError, match="x is a.* number from"):
+                setting.read("x", "1" + "0" * digits)
+        else:
+            assert setting.check("x", huge) == huge
