@@ -1,6 +1,8 @@
-"""python book/execute.py notebooks/01_gpt.md ...: run chapters from a fresh kernel and store the .ipynb beside each .md, clean.
+"""python book/execute.py notebooks/01_gpt.md ...: run chapters from a fresh kernel and store the
+.ipynb beside each .md, clean.
 
-Clean means: no times and no widget states, which would differ at every run, and only the metadata that the .md has.
+Clean means: no times and no widget states, which would differ at every run, and only the metadata
+that the .md has.
 """
 
 import base64
@@ -46,7 +48,9 @@ def execute(page: Path) -> Path:
 
 
 def smaller(picture: str) -> str:
-    """A PNG in base64 -> the same with 160 colours, a third of the size: so that it may be sharp."""
+    """A PNG in base64 -> the same with 160 colours, a third of the size: so that it may be
+    sharp.
+    """
     image = Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGB")
     file = io.BytesIO()
     image.quantize(160, Image.Quantize.MAXCOVERAGE).save(file, "png", optimize=True)

@@ -1,8 +1,9 @@
 """The command line: irann data | train | sample | chat | eval | bench | doctor.
 
-Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4 data not what it should be,
-5 loss not finite, 6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a checkpoint saved, 141 when
-nobody reads what training tells. Whatever else goes wrong is a fault of the program, and keeps its traceback.
+Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4 data not what it
+should be, 5 loss not finite, 6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a
+checkpoint saved, 141 when nobody reads what training tells. Whatever else goes wrong is a fault of
+the program, and keeps its traceback.
 """
 
 import contextlib
@@ -77,7 +78,8 @@ Prompt = _option("what the text begins with; - reads it from standard input")
 Encoded = _option("also write train_encoded.npy, val_encoded.npy, vocab.json here", metavar="DIR")
 Lies = _option("where tiny-shakespeare already lies", metavar="FILE")
 What = typer.Argument(
-    help=f"scan: the scan against others; waiting: training beside other work; all: trained models too; {NAMES}: that one alone; "
+    help="scan: the scan against others; waiting: training beside other work; all: trained "
+    f"models too; {NAMES}: that one alone; "
     "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
 )
 Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
@@ -170,7 +172,9 @@ def train_command(
 def _follow(
     ticks: Iterator[Tick], steps: int, shown: bool, logger: Callable[[Tick], None] | None
 ) -> Tick | None:
-    """Go through a training, on the screen if `shown` -> its last tick. Whatever fails here, a checkpoint is saved."""
+    """Go through a training, on the screen if `shown` -> its last tick. Whatever fails here, a
+    checkpoint is saved.
+    """
     last = None
     with contextlib.closing(ticks):  # pyright: ignore[reportArgumentType]
         for last in progress(ticks, steps, mininterval=0.5) if shown else ticks:
@@ -193,7 +197,9 @@ def sample(
     seed: Annotated[str | None, _number(lm.SEED)] = None,
     device: Device = "auto",
 ) -> None:
-    """Let a trained model write. Models may have settings of their own, such as --steps or --rounds."""
+    """Let a trained model write. Models may have settings of their own, such as --steps or
+    --rounds.
+    """
     _first(model)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings = {name: SAMPLING[name].read(name, value) for name, value in given.items()}
@@ -244,8 +250,10 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
         everything = text.vocabulary.decode(torch.cat([text.train, text.val]))
         if vocabulary.unknown(everything):
             raise InputError(
-                f"{text.source} has characters that are not among the {len(vocabulary)} of the model, such as "
-                f"{vocabulary.unknown(everything)[:20]!r}; if the model was trained on another text, "
+                f"{text.source} has characters that are not among the {len(vocabulary)} of "
+                "the model, such as "
+                f"{vocabulary.unknown(everything)[:20]!r}; if the model was trained on "
+                "another text, "
                 "give that with --corpus FILE"
             )
         text = Text.of(everything, vocabulary=vocabulary, source=text.source, sha256=text.sha256)
@@ -264,7 +272,8 @@ def bench(
     seeds: Annotated[str, _number(SEEDS)] = "3",
     device: Annotated[str, RaceDevice] = "cpu",
 ) -> None:
-    """Time the selective scan against others, compare the trained models, or train models side by side.
+    """Time the selective scan against others, compare the trained models, or train models side by
+    side.
 
     Goes on where it stopped."""
     from .bench import suite
@@ -290,7 +299,8 @@ def _nothing(*_: Any) -> None:
 def _first(model: str) -> None:
     if model.startswith("-"):
         raise InputError(
-            f"the model comes first, then what is set, as in: irann sample gpt --seed 1; got {model!r}"
+            "the model comes first, then what is set, as in: irann sample gpt --seed 1; got "
+            f"{model!r}"
         )
 
 
@@ -357,7 +367,9 @@ def _processes() -> Iterator[int]:
 
 
 def _logger(tool: str | None, run: Path) -> Callable[[Tick], None] | None:
-    """-> a function of ticks that writes to the tool; it opens it with the first. Raises InputError if it is missing."""
+    """-> a function of ticks that writes to the tool; it opens it with the first. Raises InputError
+    if it is missing.
+    """
     try:
         if tool == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -394,7 +406,7 @@ def _again() -> str:
     return shlex.join(["irann", *words, "--resume"])
 
 
-# ----------------------------------------------------------------------------------------------- what goes wrong
+# ---------------------------------------------------------------------------------- what goes wrong
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -437,7 +449,9 @@ def _drop_output() -> None:
 
 
 def _code_of(error: Exception) -> int | None:
-    """-> the exit code of an expected failure, None for a fault of ours, which deserves its traceback."""
+    """-> the exit code of an expected failure, None for a fault of ours, which deserves its
+    traceback.
+    """
     if hasattr(error, "format_message"):  # click's own: a wrong option or value
         return 2
     if _no_memory(error):
@@ -456,7 +470,10 @@ def _words(error: Exception) -> str:
     if hasattr(error, "format_message"):
         return error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
     if _no_memory(error):
-        return "the memory of this machine is too small for that: try a smaller batch, window, width or length"
+        return (
+            "the memory of this machine is too small for that: try a smaller batch, "
+            "window, width or length"
+        )
     if isinstance(error, OSError):
         return f"{error.filename or 'the output'} cannot be written or read ({why(error)})"
     return str(error)

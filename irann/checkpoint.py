@@ -1,16 +1,18 @@
-"""Checkpoints that are whole or are not there: safetensors and JSON, hashed, written aside and renamed as one.
+"""Checkpoints that are whole or are not there: safetensors and JSON, hashed, written aside and
+renamed as one.
 
 A checkpoint is a directory, `checkpoints/step-00000100` of its run:
 
     model.safetensors       the weights
-    optimizer.safetensors   what the optimizers remember of each parameter, by its name, and averaged weights
+    optimizer.safetensors   what optimizers remember, by parameter, and averages
     rng.safetensors         the state of every random generator that training draws from
-    config.json             which model, its config, its recipe, how far it is, the corpus, the machine
+    config.json             model, config, recipe, how far it is, corpus, machine
     vocabulary.json         the characters, in order of id
     manifest.json           format version, size and SHA-256 of each file; written last
 
-It is written under a temporary name, flushed to the disk and renamed, so a kill at any moment leaves the old ones
-whole. Nothing here can execute anything: no pickle, and no name in a file is ever imported.
+It is written under a temporary name, flushed to the disk and renamed, so a kill at any moment
+leaves the old ones whole. Nothing here can execute anything: no pickle, and no name in a file is
+ever imported.
 """
 
 import errno
@@ -38,11 +40,15 @@ UNFINISHED = ".unfinished-"
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be trusted, or does not fit; the message names the file and the reason."""
+    """A checkpoint that cannot be trusted, or does not fit; the message names the file and the
+    reason.
+    """
 
 
 class DiskError(Exception):
-    """A checkpoint that could not be written, most often because the disk is full; the older ones are intact."""
+    """A checkpoint that could not be written, most often because the disk is full; the older ones
+    are intact.
+    """
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ class Snapshot:
 def environment() -> dict[str, Any]:
     """-> what bitwise resume depends on beside the files, as far as this machine goes.
 
-    `kernel` says whether the scan's kernel in C can be had, as far as that shows without building it.
+    `kernel` says whether the scan's kernel in C can be had, as far as that shows without building
+    it.
     """
     compiler = (os.environ.get("CC", "").split() or ["cc"])[0]
     return {
@@ -73,7 +80,9 @@ def environment() -> dict[str, Any]:
 
 
 def packed(snapshot: Snapshot) -> dict[str, bytes]:
-    """-> the files of a checkpoint, manifest last. Raises TypeError, ValueError or RuntimeError for what they cannot hold."""
+    """-> the files of a checkpoint, manifest last. Raises TypeError, ValueError or RuntimeError for
+    what they cannot hold.
+    """
     files = {}
     for part in TENSORS:
         # on the CPU, contiguous, and no two sharing memory, as safetensors wants them
@@ -88,7 +97,9 @@ def packed(snapshot: Snapshot) -> dict[str, bytes]:
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a snapshot to `folder`, which appears whole or not at all -> folder. Raises DiskError."""
+    """Write a snapshot to `folder`, which appears whole or not at all -> folder. Raises
+    DiskError.
+    """
     folder = Path(folder)
     files = packed(snapshot)
     aside = before = None
@@ -108,7 +119,8 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         _fsync(folder.parent)
     except OSError as error:
         raise DiskError(
-            f"the checkpoint {folder} could not be written ({why(error)}); the older ones are intact"
+            f"the checkpoint {folder} could not be written ({why(error)}); the older ones are "
+            "intact"
         ) from None
     finally:
         for unfinished in (before, aside):
@@ -118,7 +130,9 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def _put_back_and_remove(unfinished: Path) -> None:
-    """Remove a temporary folder; a whole checkpoint in it, whose replacement never came, is put back first."""
+    """Remove a temporary folder; a whole checkpoint in it, whose replacement never came, is put
+    back first.
+    """
     for whole in unfinished.glob("step-*"):
         if not (unfinished.parent / whole.name).exists():
             try:
@@ -136,11 +150,14 @@ def why(error: OSError) -> str:
 
 
 def load(folder: Path) -> Snapshot:
-    """A checkpoint directory -> its snapshot, every byte checked first. Raises CheckpointError with file and reason."""
+    """A checkpoint directory -> its snapshot, every byte checked first. Raises CheckpointError with
+    file and reason.
+    """
     folder = Path(folder)
     if folder.is_file():
         raise CheckpointError(
-            f"{folder} is a file; a checkpoint is a directory of safetensors and JSON with a manifest.json, "
+            f"{folder} is a file; a checkpoint is a directory of safetensors and JSON with a "
+            "manifest.json, "
             "and pickled files (.pt, .pth, .bin) are never opened"
         )
     if not folder.is_dir():
@@ -152,7 +169,8 @@ def load(folder: Path) -> Snapshot:
         told, size = listing[name]["size"], len(data[name])
         if size != told:
             raise CheckpointError(
-                f"{folder / name} has {size:,} bytes, its manifest.json says {told!r}: it was cut off or padded"
+                f"{folder / name} has {size:,} bytes, its manifest.json says {told!r}: it was "
+                "cut off or padded"
             )
         if _sha256(data[name]) != listing[name]["sha256"]:
             raise CheckpointError(
@@ -181,7 +199,9 @@ def listed(run: Path) -> list[Path]:
 
 
 def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
-    """-> the newest valid checkpoint of a run, and why each newer one was skipped. Raises CheckpointError if there is none."""
+    """-> the newest valid checkpoint of a run, and why each newer one was skipped. Raises
+    CheckpointError if there is none.
+    """
     skipped: list[str] = []
     if found := _first_whole(listed(run), skipped):
         return *found, skipped
@@ -190,7 +210,9 @@ def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
 
 
 def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
-    """-> the valid checkpoint with the lowest validation loss, or the newest if none was validated; and what was skipped."""
+    """-> the valid checkpoint with the lowest validation loss, or the newest if none was validated;
+    and what was skipped.
+    """
     skipped: list[str] = []
     folders = listed(run)
     unreadable = [
@@ -203,7 +225,9 @@ def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
 
 
 def _first_whole(folders: list[Path], skipped: list[str]) -> tuple[Path, Snapshot] | None:
-    """-> the first checkpoint that can be loaded; why those before it cannot is added to `skipped`."""
+    """-> the first checkpoint that can be loaded; why those before it cannot is added to
+    `skipped`.
+    """
     for folder in folders:
         try:
             return folder, load(folder)
@@ -219,7 +243,9 @@ def _by_validation(folders: list[Path]) -> list[Path]:
 
 
 def validation_of(folder: Path) -> float | None:
-    """-> the validation loss that a checkpoint recorded, None where it has none or cannot be read."""
+    """-> the validation loss that a checkpoint recorded, None where it has none or cannot be
+    read.
+    """
     value = config_of(folder).get("validation")
     return float(value) if isinstance(value, int | float) else None
 
@@ -234,7 +260,9 @@ def config_of(folder: Path) -> dict:
 
 
 def tidy(run: Path, keep: int = 2) -> None:
-    """Remove all but the newest `keep` checkpoints and the best by validation loss; if it is damaged, the next best stays too."""
+    """Remove all but the newest `keep` checkpoints and the best by validation loss; if it is
+    damaged, the next best stays too.
+    """
     folders = listed(run)
     if not folders[keep:]:
         return
@@ -249,9 +277,11 @@ def tidy(run: Path, keep: int = 2) -> None:
 
 
 def set_aside(folder: Path) -> str:
-    """Rename a checkpoint that had to be skipped -> its new name. It counts no more, and stays for a person to look at.
+    """Rename a checkpoint that had to be skipped -> its new name. It counts no more, and stays for
+    a person to look at.
 
-    Its steps are trained again; under its old name `tidy` would take it for the newest and remove valid ones behind it.
+    Its steps are trained again; under its old name `tidy` would take it for the newest and remove
+    valid ones behind it.
     """
     aside = folder.with_name("skipped-" + folder.name)
     try:
@@ -263,7 +293,9 @@ def set_aside(folder: Path) -> str:
 
 
 def sweep(run: Path) -> int:
-    """Remove what a kill left half-written -> how many. What it caught half-way through being replaced is put back."""
+    """Remove what a kill left half-written -> how many. What it caught half-way through being
+    replaced is put back.
+    """
     left = list((Path(run) / "checkpoints").glob(UNFINISHED + "*"))
     for folder in left:
         _put_back_and_remove(folder)
@@ -285,7 +317,9 @@ def _sha256(data: bytes) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, dict]:
-    """-> size and SHA-256 of each file. Every byte counts: the same content written otherwise is refused, too."""
+    """-> size and SHA-256 of each file. Every byte counts: the same content written otherwise is
+    refused, too.
+    """
     data = _read(path)
     try:
         content = json.loads(data)
@@ -296,7 +330,8 @@ def _read_manifest(path: Path) -> dict[str, dict]:
         raise CheckpointError(f"{path} is not the manifest of a checkpoint") from None
     if type(version) is int and version != FORMAT:
         raise CheckpointError(
-            f"{path} has format version {version}, this irann reads version {FORMAT}: train the run anew "
+            f"{path} has format version {version}, this irann reads version {FORMAT}: train "
+            "the run anew "
             "(--overwrite), or go on with the irann that began it"
         )
     if not whole or type(version) is not int:

@@ -1,4 +1,6 @@
-"""What `irann doctor` says: what is installed, what is in use, and what is wrong. Made to be pasted into a report."""
+"""What `irann doctor` says: what is installed, what is in use, and what is wrong. Made to be pasted
+into a report.
+"""
 
 import importlib.metadata
 import os
@@ -63,14 +65,18 @@ def _torch(problems: list[str]) -> Iterator[str]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         gpus.append("mps")
-    yield f"{torch.__version__}, {', '.join(gpus) or 'no GPU'}, {torch.get_num_threads()} threads on {cores} cores"
+    yield (
+        f"{torch.__version__}, {', '.join(gpus) or 'no GPU'}, {torch.get_num_threads()} "
+        f"threads on {cores} cores"
+    )
     known = {name: os.environ[name] for name in VARIABLES + OURS if name in os.environ}
     yield ", ".join(f"{name}={value}" for name, value in known.items()) or "no variables are set"
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     patient = machine.waits_politely() or known.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
     if load > cores / 2 and torch.get_num_threads() > 1 and not patient:
         problems.append(
-            f"other work keeps {load:.1f} of {cores} cores busy, which can slow torch down many times: "
+            f"other work keeps {load:.1f} of {cores} cores busy, which can slow torch down "
+            "many times: "
             "set OMP_WAIT_POLICY=PASSIVE"
         )
 

@@ -1,6 +1,8 @@
-"""The house style: one hue per model everywhere, and the few plots that notebooks, chat and benchmark share.
+"""The house style: one hue per model everywhere, and the few plots that notebooks, chat and
+benchmark share.
 
-The hues are from Okabe and Ito's palette, which colour-blind readers can tell apart. Plots return their axes.
+The hues are from Okabe and Ito's palette, which colour-blind readers can tell apart. Plots return
+their axes.
 """
 
 import inspect
@@ -19,13 +21,16 @@ SMALL = 9  # points; no letter is smaller
 NATS = "nats per character"
 SEEN = {"step": "step", "seconds": "seconds", "characters": "characters seen"}
 
-# Nats per character of the validation part that know nothing, the letters' frequencies, and add-one pairs of letters.
+# Nats per character of the validation part that know nothing, the letters' frequencies, and add-one
+# pairs of letters.
 # A test computes them anew.
 REFERENCES = {"uniform": 4.17439, "unigram": 3.34733, "bigram": 2.48189}
 
 
 def use() -> None:
-    """Set the house style for every figure that follows: sharp, and dark on white, whatever page is around it."""
+    """Set the house style for every figure that follows: sharp, and dark on white, whatever page is
+    around it.
+    """
     import matplotlib.pyplot as plt
     from cycler import cycler
 
@@ -54,7 +59,9 @@ def use() -> None:
 
 
 def colour(name: str) -> str:
-    """-> the hue of a model, by its name in the zoo (`thinker-page` has the thinker's); one that is not listed gets a spare one."""
+    """-> the hue of a model, by its name in the zoo (`thinker-page` has the thinker's); one that is
+    not listed gets a spare one.
+    """
     family = name.split("-")[0]
     return HUES.get(family, SPARE[sum(map(ord, family)) % len(SPARE)])
 
@@ -66,7 +73,9 @@ def show(fn: Any) -> None:
 
 @torch.no_grad()
 def trip(model: nn.Module, ids: Tensor, depth: int = 3) -> None:
-    """Send ids through a model and print the shape that leaves each part, in the order they are passed."""
+    """Send ids through a model and print the shape that leaves each part, in the order they are
+    passed.
+    """
     rows, hooks = [("ids", tuple(ids.shape), "")], []
 
     def note(name: str) -> Callable:
@@ -102,7 +111,9 @@ def learning_curve(
     ax: Any = None,
     label: str | None = None,
 ) -> Any:
-    """Draw the loss of a list of ticks and the reference lines. `against` is step, seconds or characters."""
+    """Draw the loss of a list of ticks and the reference lines. `against` is step, seconds or
+    characters.
+    """
     ax = _axes(ax)
     losses = torch.tensor([tick.loss for tick in ticks])
     smooth = max(1, min(smooth, len(losses) // 4))
@@ -141,7 +152,9 @@ def heat(
     label: str = "",
     bar: bool = True,
 ) -> Any:
-    """Draw a matrix (rows columns) whose rows and columns belong to characters; `label` names the colours of the bar."""
+    """Draw a matrix (rows columns) whose rows and columns belong to characters; `label` names the
+    colours of the bar.
+    """
     inches = 1.5 + 0.15 * max(len(rows), len(columns), 20)
     ax = _axes(ax, figsize=(inches, inches))
     image = ax.imshow(torch.as_tensor(weights), cmap="magma_r", vmin=0, vmax=vmax, aspect="equal")
@@ -205,11 +218,13 @@ def _axes(ax: Any, **figure: Any) -> Any:
     return ax or plt.subplots(**figure)[1]
 
 
-# ----------------------------------------------------------------- what `irann bench` measured, as its report holds it
+# ---------------------------------------------- what `irann bench` measured, as its report holds it
 
 
 def race(report: dict, *, against: str = "characters", ax: Any = None) -> Any:
-    """Draw the validation curves of a race, one thin line per seed, bounds dashed. `against` is characters or seconds."""
+    """Draw the validation curves of a race, one thin line per seed, bounds dashed. `against` is
+    characters or seconds.
+    """
     ax = _axes(ax)
     i, unit, xlabel = {
         "characters": (0, 1e6, "millions of characters trained on"),
@@ -242,7 +257,9 @@ def positions(models: dict, *, ax: Any = None) -> Any:
 
 
 def _nats_of_models(models: dict, key: str, scaled: Callable, ax: Any) -> Any:
-    """Draw the nats that each model has under `key` against the numbers beside them, on a logarithmic scale."""
+    """Draw the nats that each model has under `key` against the numbers beside them, on a
+    logarithmic scale.
+    """
     ax = _axes(ax)
     for name, row in models.items():
         if key in row:
@@ -268,7 +285,9 @@ def windows(measured: dict, *, ax: Any = None) -> Any:
 
 
 def lengths(measured: dict, *, ax: Any = None) -> Any:
-    """Draw characters per second against the length of the prompt, for the longest reply, lowest to highest shaded."""
+    """Draw characters per second against the length of the prompt, for the longest reply, lowest to
+    highest shaded.
+    """
     ax = _axes(ax)
     longest = max(one["reply"] for row in measured.values() for one in row)
     for name, row in measured.items():

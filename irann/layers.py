@@ -1,8 +1,9 @@
-"""What models of this book share: one Transformer block, its attention, its norms, rotary positions, activations.
+"""What models of this book share: one Transformer block, its attention, its norms, rotary
+positions, activations.
 
-The block is GPT-2's (Radford et al. 2019), with the names of its checkpoints: norm, attention, add; norm, MLP,
-add. Its options are the ingredients that later work found to train faster; each is named here with its source,
-and each is off by default.
+The block is GPT-2's (Radford et al. 2019), with the names of its checkpoints: norm, attention, add;
+norm, MLP, add. Its options are the ingredients that later work found to train faster; each is named
+here with its source, and each is off by default.
 """
 
 import math
@@ -53,7 +54,9 @@ ACTIVATIONS = {
 
 
 def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) -> nn.Module:
-    """A norm over the last axis: `layer` with gain (and bias), `plain` LayerNorm without either, or `rms` with gain."""
+    """A norm over the last axis: `layer` with gain (and bias), `plain` LayerNorm without either, or
+    `rms` with gain.
+    """
     if kind == "layer":
         return nn.LayerNorm(width, eps=eps, bias=bias)
     if kind == "plain":
@@ -66,17 +69,20 @@ def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) ->
 def rotary_table(
     start: int, end: int, c: int, *, like: Tensor, base: float = 10_000.0
 ) -> Complex[Tensor, "t pairs"]:
-    """The rotation of each pair of channels at positions start..end, as a number on the unit circle.
+    """The rotation of each pair of channels at positions start..end, as a number on the unit
+    circle.
 
-    Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * base^(-2j/c). Computed in float64,
-    then cast to the precision and device of `like`. Raises InputError for an odd c.
+    Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * base^(-2j/c).
+    Computed in float64, then cast to the precision and device of `like`. Raises InputError for an
+    odd c.
     """
     if c % 2:
         raise InputError(
             f"rotary positions turn channels in pairs; a head of {c} channels has one left over"
         )
     dtype = torch.promote_types(like.dtype, torch.complex64)
-    # To write is to ask for one position after the other, which costs as much as all of them: they are kept. What a
+    # To write is to ask for one position after the other, which costs as much as all of them: they
+    # are kept. What a
     # compiler or autograd looks at is theirs alone.
     plain = type(like) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
     if plain and not torch.compiler.is_compiling():
@@ -102,8 +108,8 @@ def apply_rotary(
 ) -> Float[Tensor, "*batch t c"]:
     """Turn every pair of neighbouring channels by its position's angle.
 
-    A pair is a complex number, and turning it one multiplication (same paper, eq. 12); the score of a rotated query
-    and a rotated key then depends on their distance alone.
+    A pair is a complex number, and turning it one multiplication (same paper, eq. 12); the score of
+    a rotated query and a rotated key then depends on their distance alone.
     """
     pairs = torch.view_as_complex(x.to(rotary.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
@@ -120,7 +126,8 @@ class StackedLinear(nn.Linear):
 class Attention(nn.Module):
     """Multi-head attention, with the KV cache of what was read before.
 
-    The weighted mean itself is torch's fused form of `core.attention.attention`; a test holds the two equal.
+    The weighted mean itself is torch's fused form of `core.attention.attention`; a test holds the
+    two equal.
     """
 
     def __init__(
@@ -164,8 +171,8 @@ class Attention(nn.Module):
     ) -> tuple[Float[Tensor, "b h t c"], Float[Tensor, "b h t c"], Float[Tensor, "b h t c"]]:
         """Queries, keys and values, normed and rotated as the options say.
 
-        QK-norm brings each query and key to mean zero and unit variance, so that scores cannot blow up (Dehghani et
-        al. 2023, arXiv 2302.05442).
+        QK-norm brings each query and key to mean zero and unit variance, so that scores cannot blow
+        up (Dehghani et al. 2023, arXiv 2302.05442).
         """
         qkv = rearrange(self.c_attn(x), "b t (three h c) -> three b h t c", three=3, h=self.heads)
         qk, v = qkv.split([2, 1])  # both go through norm and rotation together
@@ -232,7 +239,9 @@ class Block(nn.Module):
         rotary: Complex[Tensor, "t pairs"] | None = None,
         gains: Float[Tensor, "2 d"] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], KeyValue]:
-        """The residual stream, and the KV cache for next time. `gains` scale what attention and MLP see."""
+        """The residual stream, and the KV cache for next time. `gains` scale what attention and MLP
+        see.
+        """
         y, keys_values = self.attn(scale(self.ln_1(x), gains, 0), cache, rotary)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(scale(self.ln_2(x), gains, 1))), keys_values
@@ -246,7 +255,8 @@ def scale(
 
 
 def init_gpt2(model: nn.Module, layers: int) -> None:
-    """Normal with deviation 0.02, biases zero; what adds to the residual stream is smaller by sqrt(2 layers).
+    """Normal with deviation 0.02, biases zero; what adds to the residual stream is smaller by
+    sqrt(2 layers).
 
     Source: GPT-2 (Radford et al. 2019), section 2.3.
     """
@@ -259,7 +269,9 @@ def init_gpt2(model: nn.Module, layers: int) -> None:
 
 
 def init_fan_in(model: nn.Module) -> None:
-    """Normal with deviation 1/sqrt(fan in); what adds to the residual stream is zero: blocks start as the identity."""
+    """Normal with deviation 1/sqrt(fan in); what adds to the residual stream is zero: blocks start
+    as the identity.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             if name.endswith(("c_proj", "out_proj")):

@@ -1,8 +1,9 @@
-"""What every model of this book can do, said once: the protocol, the draft, and the two ways to write.
+"""What every model of this book can do, said once: the protocol, the draft, and the two ways to
+write.
 
-A model reads integer characters, `ids`, and answers with a likelihood or with text. Text comes as a stream of
-whole drafts rather than of single characters, so that models that write left to right and models that denoise
-a whole page can stand behind the same screen.
+A model reads integer characters, `ids`, and answers with a likelihood or with text. Text comes as a
+stream of whole drafts rather than of single characters, so that models that write left to right and
+models that denoise a whole page can stand behind the same screen.
 """
 
 import threading
@@ -26,18 +27,20 @@ SEED = Setting(0, "the same seed gives the same text", low=0, high=2**62)
 Ids = Integer[Tensor, "b t"]  # uint8 too
 Nats = Float[Tensor, "b t-1"]  # of `ids[:, 1:]`
 Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]
-PIECE = 2048  # a long prompt is read in pieces of this many characters, so that its logits never fill the memory
+# a long prompt is read in pieces of this many characters, so that its logits never fill the memory
+PIECE = 2048
 
 
 @dataclass(frozen=True)
 class Draft:
     """One frame of writing: the prompt and everything proposed so far.
 
-    The first `settled` characters of every row will not change again; `note` is a small dict to show beside
-    the text; `forgotten` counts the characters of the prompt that the model's window has no room for.
-    `generate` begins with the prompt. Left to right, every later frame is one character longer. Where a page
-    is written at once, a frame holds the text up to the end of that page. The last frame is the answer.
-    A draft belongs to its receiver: nothing else uses its `ids`.
+    The first `settled` characters of every row will not change again; `note` is a small dict to
+    show beside the text; `forgotten` counts the characters of the prompt that the model's window
+    has no room for. `generate` begins with the prompt. Left to right, every later frame is one
+    character longer. Where a page is written at once, a frame holds the text up to the end of that
+    page. The last frame is the answer. A draft belongs to its receiver: nothing else uses its
+    `ids`.
     """
 
     ids: Ids
@@ -47,11 +50,13 @@ class Draft:
 
 
 class LanguageModel(nn.Module):
-    """The protocol that trainer, chat and benchmark speak. A new model subclasses this and passes test_contract.py.
+    """The protocol that trainer, chat and benchmark speak. A new model subclasses this and passes
+    test_contract.py.
 
-    `config` is a frozen dataclass with at least `vocabulary` and `window`. `exact` says whether `nll` is an exact
-    likelihood or an upper bound. `settings` are the extra keyword arguments of `generate`, of `inspect`, and, if
-    `exact`, of `nll`. `no_decay` ends the names of parameters that weight decay spares.
+    `config` is a frozen dataclass with at least `vocabulary` and `window`. `exact` says whether
+    `nll` is an exact likelihood or an upper bound. `settings` are the extra keyword arguments of
+    `generate`, of `inspect`, and, if `exact`, of `nll`. `no_decay` ends the names of parameters
+    that weight decay spares.
     """
 
     exact = True
@@ -70,25 +75,35 @@ class LanguageModel(nn.Module):
         return next(self.parameters()).device
 
     def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Any]:
-        """What `loss` draws at random for a whole batch, dropout aside: tensors whose first axis is the batch.
+        """What `loss` draws at random for a whole batch, dropout aside: tensors whose first axis is
+        the batch.
 
-        Cut with the batch, the pieces of it make one objective: the mean over equal pieces is that of the whole.
+        Cut with the batch, the pieces of it make one objective: the mean over equal pieces is that
+        of the whole.
         """
         return {}
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
-        """A scalar to minimise, in nats per character, and its parts by their honest names, detached."""
+        """A scalar to minimise, in nats per character, and its parts by their honest names,
+        detached.
+        """
         raise NotImplementedError
 
     def observed(self) -> list[Tensor]:
-        """Sums that `loss` adds to while training; several processes add theirs up before `absorb`."""
+        """Sums that `loss` adds to while training; several processes add theirs up before
+        `absorb`.
+        """
         return []
 
     def absorb(self) -> None:
-        """Once per optimizer step, after the gradients of the whole batch: use what `loss` has observed."""
+        """Once per optimizer step, after the gradients of the whole batch: use what `loss` has
+        observed.
+        """
 
     def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
-        """Negative log-likelihood of each character of `ids[:, 1:]` in nats, exactly, or a bound if not `exact`."""
+        """Negative log-likelihood of each character of `ids[:, 1:]` in nats, exactly, or a bound if
+        not `exact`.
+        """
         raise NotImplementedError
 
     def generate(
@@ -107,18 +122,23 @@ class LanguageModel(nn.Module):
     def inspect(
         self, ids: Integer[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
     ) -> dict[str, Tensor]:
-        """What this model has to show about each character of a text, by name: (t) numbers, or (... t s) maps."""
+        """What this model has to show about each character of a text, by name: (t) numbers, or (...
+        t s) maps.
+        """
         return {}
 
     def check_ids(self, ids: Any) -> Int[Tensor, "b t"]:
-        """-> ids as int64. Raises InputError that says why they are not characters of this model."""
+        """-> ids as int64. Raises InputError that says why they are not characters of this
+        model.
+        """
         if not isinstance(ids, Tensor):
             raise InputError(
                 f"ids are a tensor of whole numbers of shape (b, t); got a {type(ids).__name__}"
             )
         if ids.ndim != 2 or ids.is_floating_point():
             raise InputError(
-                f"ids are whole numbers of shape (b, t); got {ids.dtype} of shape {tuple(ids.shape)}"
+                f"ids are whole numbers of shape (b, t); got {ids.dtype} of shape "
+                f"{tuple(ids.shape)}"
             )
         if not torch.compiler.is_compiling() and ids.numel():
             low, high = int(ids.min()), int(ids.max())
@@ -128,7 +148,9 @@ class LanguageModel(nn.Module):
 
 
 class Reader(LanguageModel):
-    """A model that reads from left to right. Subclasses write `read`; everything else follows from it."""
+    """A model that reads from left to right. Subclasses write `read`; everything else follows from
+    it.
+    """
 
     @property
     def max_context(self) -> int | None:
@@ -138,8 +160,8 @@ class Reader(LanguageModel):
     def read(self, ids: Ids, state: Any = None) -> tuple[Float[Tensor, "b t v"], Any]:
         """Logits of the character after every new position, and the state: the model's own affair.
 
-        The inner loop of writing: ids are taken as they come. `loss`, `nll`, `generate`, `inspect` and a call of
-        the model check them.
+        The inner loop of writing: ids are taken as they come. `loss`, `nll`, `generate`, `inspect`
+        and a call of the model check them.
         """
         raise NotImplementedError
 
@@ -171,7 +193,7 @@ def cross_entropy(logits: Float[Tensor, "b t v"], ids: Ids) -> Float[Tensor, "b 
     return F.cross_entropy(logits, ids, reduction="none")
 
 
-# ------------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def left_to_right(
@@ -185,11 +207,12 @@ def left_to_right(
 ) -> Iterator[Draft]:
     """Drafts that grow by one character each, all of it settled.
 
-    The prompt is read once; after that each character costs one call of `read` (default: the model's) with the
-    state. When the state is full, the last half of its window is read anew, so that a long text pays for one
-    rereading per half window; what lies before is forgotten, and each draft counts how much of the prompt that is.
-    An empty prompt starts from character 0, the newline of a sorted vocabulary.
-    Raises InputError for ids that are not characters of the model and for settings out of range, before any work.
+    The prompt is read once; after that each character costs one call of `read` (default: the
+    model's) with the state. When the state is full, the last half of its window is read anew, so
+    that a long text pays for one rereading per half window; what lies before is forgotten, and each
+    draft counts how much of the prompt that is. An empty prompt starts from character 0, the
+    newline of a sorted vocabulary. Raises InputError for ids that are not characters of the model
+    and for settings out of range, before any work.
     """
     chosen = check_sampling(**sampling)
     page, start = _page(model, prompt, n)
@@ -232,11 +255,13 @@ def page_by_page(
     page: int,
     write: Callable[[Tensor, Tensor], Iterator[Draft]],
 ) -> Iterator[Draft]:
-    """Drafts of a text that is written `page` characters at once, each page given the text before it.
+    """Drafts of a text that is written `page` characters at once, each page given the text before
+    it.
 
-    `write(ids, mask)` yields drafts of one window (b t), in which the positions where `mask` (b t) is True are to
-    be written. The window has room for `config.window + 1` characters; what lies before is forgotten.
-    Raises InputError for ids that are not characters of the model and for a length out of range, before any work.
+    `write(ids, mask)` yields drafts of one window (b t), in which the positions where `mask` (b t)
+    is True are to be written. The window has room for `config.window + 1` characters; what lies
+    before is forgotten. Raises InputError for ids that are not characters of the model and for a
+    length out of range, before any work.
     """
     text, start = _page(model, prompt, n)
     return _page_by_page(text, start, page, model.config.window + 1, write)
@@ -260,7 +285,9 @@ def _page_by_page(text, start, page, room, write):
 
 
 def _page(model, prompt, n) -> tuple[Tensor, int]:
-    """-> the prompt with room for `n` more characters, on the model's device, and how long the prompt is."""
+    """-> the prompt with room for `n` more characters, on the model's device, and how long the
+    prompt is.
+    """
     n = LENGTH.check("length", n)
     prompt = model.check_ids(prompt)
     if prompt.shape[1] == 0:
@@ -275,7 +302,9 @@ def leading(true: Bool[Tensor, "b t"]) -> Int[Tensor, "b"]:
 
 
 class _Turns:
-    """A model's lock: one thread at a time. A copy, or one from another process, gets a lock of its own."""
+    """A model's lock: one thread at a time. A copy, or one from another process, gets a lock of its
+    own.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -286,14 +315,18 @@ class _Turns:
 
 @contextmanager
 def exclusive(model: LanguageModel) -> Iterator[None]:
-    """No other thread trains or asks the model inside the block: a training step, or one step of writing."""
+    """No other thread trains or asks the model inside the block: a training step, or one step of
+    writing.
+    """
     with model.turns.lock:
         yield
 
 
 @contextmanager
 def evaluating(model: LanguageModel) -> Iterator[None]:
-    """Without dropout inside the block, as before after it, and undisturbed: writing leaves training as it was."""
+    """Without dropout inside the block, as before after it, and undisturbed: writing leaves
+    training as it was.
+    """
     with model.turns.lock:
         training = model.training
         if training:
@@ -305,7 +338,7 @@ def evaluating(model: LanguageModel) -> Iterator[None]:
                 model.train()
 
 
-# -------------------------------------------------------------------------------------------- text in, text out
+# -------------------------------------------------------------------------------- text in, text out
 
 
 def generate(
@@ -313,10 +346,11 @@ def generate(
 ) -> str:
     """Text in, text out: the prompt and `n` more characters by a model that has its `vocabulary`.
 
-    `settings` are temperature, top_k, top_p and what the model itself offers. With a `seed` the text is always
-    the same. Ctrl-C, or an interrupted kernel: what has settled by then is returned, with a warning that says so.
-    A prompt that the window cannot hold loses its beginning unread, with a warning too.
-    Raises InputError for characters outside the vocabulary and for settings out of range.
+    `settings` are temperature, top_k, top_p and what the model itself offers. With a `seed` the
+    text is always the same. Ctrl-C, or an interrupted kernel: what has settled by then is returned,
+    with a warning that says so. A prompt that the window cannot hold loses its beginning unread,
+    with a warning too. Raises InputError for characters outside the vocabulary and for settings out
+    of range.
     """
     first = last = None
     try:
@@ -332,7 +366,8 @@ def generate(
     assert first is not None and last is not None  # the prompt is a draft
     if first.forgotten:
         warnings.warn(
-            f"the window holds {model.config.window} characters: the first {first.forgotten:,} of the prompt are not read",
+            f"the window holds {model.config.window} characters: the first "
+            f"{first.forgotten:,} of the prompt are not read",
             stacklevel=2,
         )
     return vocabulary_of(model).decode(last.ids[0, : last.settled])
@@ -341,7 +376,9 @@ def generate(
 def stream(
     model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None = None, **settings: Any
 ) -> Iterator[Draft]:
-    """Text in, drafts out: the same, while it is being written. An empty prompt is read as a newline."""
+    """Text in, drafts out: the same, while it is being written. An empty prompt is read as a
+    newline.
+    """
     vocabulary = vocabulary_of(model)
     settings = check_settings(model, settings)
     newline = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
@@ -350,7 +387,9 @@ def stream(
 
 
 def seeded(model: LanguageModel, seed: int | None) -> Generator | None:
-    """-> a generator on the model's device, or None for no seed. Raises InputError for a seed out of range."""
+    """-> a generator on the model's device, or None for no seed. Raises InputError for a seed out
+    of range.
+    """
     if seed is None:
         return None
     return Generator(model.device).manual_seed(SEED.check("seed", seed))
@@ -360,7 +399,8 @@ def vocabulary_of(model: LanguageModel) -> Vocabulary:
     """-> the characters that a model knows. Raises InputError for one that has none yet."""
     if not isinstance(model, LanguageModel):
         raise InputError(
-            f"a model comes first, as irann.load gives it; got {model!r}: irann.load(NAME) loads one"
+            f"a model comes first, as irann.load gives it; got {model!r}: irann.load(NAME) "
+            "loads one"
         )
     if not isinstance(model.vocabulary, Vocabulary):
         raise InputError(
@@ -370,7 +410,9 @@ def vocabulary_of(model: LanguageModel) -> Vocabulary:
 
 
 def check_settings(model: LanguageModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """-> the settings, each in its type. Raises InputError that names one this model does not have, or out of range."""
+    """-> the settings, each in its type. Raises InputError that names one this model does not have,
+    or out of range.
+    """
     known = SAMPLING | model.settings
     for name in settings:
         if name not in known:

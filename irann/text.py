@@ -52,7 +52,9 @@ class Vocabulary:
         return "".join(dict.fromkeys(c for c in text if c not in self._id))
 
     def spelt(self, text: str) -> str:
-        """-> the text as this vocabulary has it: CR LF as LF, and accents composed or apart, whichever is known."""
+        """-> the text as this vocabulary has it: CR LF as LF, and accents composed or apart,
+        whichever is known.
+        """
         if not self.unknown(text):
             return text
         if "\r" not in self._id:
@@ -70,13 +72,16 @@ class Vocabulary:
                 unknown = self.unknown(text)
                 shown = unknown if len(unknown) <= 20 else unknown[:20] + "..."
                 raise InputError(
-                    f"these characters are not among the {len(self)} of the vocabulary: {shown!r}; leave them out"
+                    f"these characters are not among the {len(self)} of the vocabulary: "
+                    f"{shown!r}; leave them out"
                 )
             ids[start : start + len(piece)] = found
         return torch.from_numpy(ids)
 
     def decode(self, ids: Any) -> str:
-        """Ids, as a tensor (t), an array or a list -> text. Raises InputError for an id outside the vocabulary."""
+        """Ids, as a tensor (t), an array or a list -> text. Raises InputError for an id outside the
+        vocabulary.
+        """
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < len(self):
             raise InputError(
@@ -105,7 +110,9 @@ class Text:
         source: str = "a string",
         sha256: str = "",
     ) -> "Text":
-        """Cut a string into a training part (the first `split` of it) and a validation part (the rest)."""
+        """Cut a string into a training part (the first `split` of it) and a validation part (the
+        rest).
+        """
         vocabulary = vocabulary or Vocabulary(text)
         ids = vocabulary.encode(text)
         cut = int(split * len(ids))
@@ -121,7 +128,8 @@ class Text:
         return cls(ids[:cut], ids[cut:], vocabulary, source, sha256)
 
     def write(self, folder: str | os.PathLike) -> list[Path]:
-        """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order of id) -> their paths.
+        """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order
+        of id) -> their paths.
 
         Raises OSError that names the file; one that broke off half-way is removed.
         """
@@ -160,25 +168,30 @@ def pieces(text: str) -> Iterator[tuple[int, str]]:
 def windows(
     ids: Int[Tensor, "t"], window: int, batch: int, generator: torch.Generator | None = None
 ) -> Int[Tensor, "b {window}+1"]:
-    """-> stretches of the text that start at random positions, each as likely as any other; drawn on the CPU."""
+    """-> stretches of the text that start at random positions, each as likely as any other; drawn
+    on the CPU.
+    """
     if len(ids) < window + 1:
         raise InputError(
-            f"the text has {len(ids)} characters, too few for one window of {window} and the character after it"
+            f"the text has {len(ids)} characters, too few for one window of {window} and the "
+            "character after it"
         )
     starts = torch.randint(len(ids) - window, (batch, 1), generator=generator, device="cpu")
     return ids[starts + torch.arange(window + 1, device="cpu")]
 
 
 def read_text(path: str | os.PathLike) -> Text:
-    """-> a file of UTF-8 text as a corpus with a vocabulary of its own; a byte order mark at its start is dropped,
-    and CR LF is read as LF: `source` says so.
+    """-> a file of UTF-8 text as a corpus with a vocabulary of its own; a byte order mark at its
+    start is dropped, and CR LF is read as LF: `source` says so.
 
-    Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few characters.
+    Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few
+    characters.
     """
     name, data = printable(path), read_bytes(path)
     if not data:
         raise CorpusError(
-            f"{name} is empty: give a text of some thousand characters, or none for tiny-shakespeare"
+            f"{name} is empty: give a text of some thousand characters, or none for "
+            "tiny-shakespeare"
         )
     if b"\0" in data or data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise CorpusError(f"{name} looks like UTF-16 or is no text (NUL bytes): save it as UTF-8")
@@ -186,7 +199,8 @@ def read_text(path: str | os.PathLike) -> Text:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise CorpusError(
-            f"{name} is not UTF-8 text (byte {error.start:,} is {error.object[error.start]:#04x}): save it as UTF-8"
+            f"{name} is not UTF-8 text (byte {error.start:,} is "
+            f"{error.object[error.start]:#04x}): save it as UTF-8"
         ) from None
     if data.startswith(b"\xef\xbb\xbf"):
         name += ", without its byte order mark"

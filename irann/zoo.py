@@ -1,7 +1,8 @@
-"""The models of this book: the one list of their names, classes, sizes, recipes, and where their weights are.
+"""The models of this book: the one list of their names, classes, sizes, recipes, and where their
+weights are.
 
-A new model is one more entry here; trainer, chat, benchmark and command line then have it. (Help texts, colours and
-races name models too; a new one works without them.)
+A new model is one more entry here; trainer, chat, benchmark and command line then have it. (Help
+texts, colours and races name models too; a new one works without them.)
 """
 
 import dataclasses
@@ -44,9 +45,10 @@ BASE = {
 class Entry:
     """A model: its class, its config, and by recipe's name a pair of config and recipe.
 
-    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute), `full` (60 to 85
-    minutes of two cores of a CPU without AVX-512) and `gpu` (minutes of a GPU). The weights that ship were made by
-    `gpu`; the thinker's on a CPU, by `full` with the steps and the precision of `gpu`.
+    Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute),
+    `full` (60 to 85 minutes of two cores of a CPU without AVX-512) and `gpu` (minutes of a GPU).
+    The weights that ship were made by `gpu`; the thinker's on a CPU, by `full` with the steps and
+    the precision of `gpu`.
     """
 
     model: type[LanguageModel]
@@ -61,7 +63,9 @@ def _entry(model: type[LanguageModel], config: Checked, **recipes: dict[str, Any
 
 
 def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any, Recipe]:
-    """-> both, with fields of either replaced. Raises InputError for a name or a value that is none."""
+    """-> both, with fields of either replaced. Raises InputError for a name or a value that is
+    none.
+    """
     both = (config, recipe)
     changed = []
     known = {name for part in both for name in part.settings()}
@@ -78,7 +82,8 @@ def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any,
     return changed[0], changed[1]
 
 
-# the thinker's form that chapter 2 arrives at: all blocks in the core, and a prior by which a further round should gain
+# the thinker's form that chapter 2 arrives at: all blocks in the core, and a prior by which a
+# further round should gain
 # 0.07 nats (prior_weight times ln 2) to be as likely as the one before it
 DEEP: dict[str, Any] = dict(
     prelude=0, core=2, round_gains=True, supervision="late", prior=0.5, prior_weight=0.1
@@ -101,7 +106,8 @@ MODELS: dict[str, Entry] = {
         tiny=dict(width=32, rounds=3),
         demo=DEEP | dict(width=128, rounds=3, steps=250),
         full=DEEP_AND_WIDE | dict(steps=2500, evaluate_every=500),
-        # with a batch of 32, and dropout 0.15, no lower than 1.420, after 16 million characters; then it learns by heart
+        # with a batch of 32, and dropout 0.15, no lower than 1.420, after 16 million characters;
+        # then it learns by heart
         gpu=DEEP_AND_WIDE | dict(batch=8, steps=5500, evaluate_every=1100, precision="bfloat16"),
     ),
     "thinker-page": _entry(
@@ -125,7 +131,8 @@ MODELS: dict[str, Entry] = {
         MambaConfig.fast(layers=7, width=192),
         tiny=dict(layers=2, width=32, d_state=4),
         demo=dict(layers=3, width=96, steps=400),
-        # with a batch of 8, dropout 0.15 and no average 1.466 from as many characters, in 73 minutes instead
+        # with a batch of 8, dropout 0.15 and no average 1.466 from as many characters, in 73
+        # minutes instead
         full=dict(
             dropout=0.2, batch=32, steps=1750, average=0.998, evaluate_every=250, save_every=50
         ),
@@ -142,7 +149,8 @@ def entry(name: str) -> Entry:
 
 
 def recipe(name: str, which: str = "demo", /, **changes: Any) -> tuple[Any, Recipe]:
-    """-> config and recipe of a model, with fields of either replaced. Raises InputError for a name or value that is none.
+    """-> config and recipe of a model, with fields of either replaced. Raises InputError for a name
+    or value that is none.
 
     Values may be strings, as from a command line; they are read as the type of what they replace.
     """
@@ -166,11 +174,13 @@ def load(
     device: str | torch.device = "cpu",
     say: Callable[[str], None] | None = None,
 ) -> LanguageModel:
-    """A model's name, a run directory or a checkpoint -> the trained model, in eval mode, with its `vocabulary` and `card`.
+    """A model's name, a run directory or a checkpoint -> the trained model, in eval mode, with its
+    `vocabulary` and `card`.
 
-    A name finds the weights that come with this package, else the newest run under runs/. Of a run, the best
-    checkpoint by validation loss is taken; `say` hears of checkpoints that had to be skipped, or a warning tells of
-    them. Raises CheckpointError with the reason, InputError for a name that is neither.
+    A name finds the weights that come with this package, else the newest run under runs/. Of a run,
+    the best checkpoint by validation loss is taken; `say` hears of checkpoints that had to be
+    skipped, or a warning tells of them. Raises CheckpointError with the reason, InputError for a
+    name that is neither.
     """
     path = Path(name)
     if str(name) in shipped():
@@ -190,7 +200,8 @@ def load(
         model = restore(saved, path)
     else:
         raise InputError(
-            f"{str(name)!r} is neither a model ({', '.join(MODELS)}) nor a run or checkpoint on this disk"
+            f"{str(name)!r} is neither a model ({', '.join(MODELS)}) nor a run or checkpoint "
+            "on this disk"
         )
     return model.to(device).eval()
 
@@ -205,9 +216,9 @@ def ship(
 ) -> dict:
     """Write a trained model's weights and its card to where `load(name)` finds them -> the card.
 
-    Parameters are written in half precision, buffers as they are: what they count may be more than half precision
-    holds. The card says what `about` says, and what is measured here on the very weights that are written: the
-    likelihood of the whole validation part of `text`, and a sample.
+    Parameters are written in half precision, buffers as they are: what they count may be more than
+    half precision holds. The card says what `about` says, and what is measured here on the very
+    weights that are written: the likelihood of the whole validation part of `text`, and a sample.
     """
     folder = Path(folder or WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
@@ -240,13 +251,17 @@ def ship(
 
 
 def _seal(card: dict) -> str:
-    """-> the SHA-256 of a card without its own: what the weights are read by must not change unnoticed either."""
+    """-> the SHA-256 of a card without its own: what the weights are read by must not change
+    unnoticed either.
+    """
     content = {key: value for key, value in card.items() if key != "card_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def newest_run(name: str, runs: str | Path = "runs") -> Path:
-    """-> the run of this model under `runs` that saved last. Raises CheckpointError that says how to train one."""
+    """-> the run of this model under `runs` that saved last. Raises CheckpointError that says how
+    to train one.
+    """
     kind = entry(name).model.__name__
     found = []
     for folder in Path(runs).glob("*"):
@@ -257,13 +272,16 @@ def newest_run(name: str, runs: str | Path = "runs") -> Path:
             found.append((newest.stat().st_mtime, folder))
     if not found:
         raise CheckpointError(
-            f"there are no trained weights for {name} yet; train some with: irann train {name} --recipe demo"
+            f"there are no trained weights for {name} yet; train some with: irann train "
+            f"{name} --recipe demo"
         )
     return max(found)[1]
 
 
 def restore(saved: Snapshot, path: Path) -> LanguageModel:
-    """A snapshot -> its model, with averaged weights where it has them. Raises CheckpointError if it cannot be built."""
+    """A snapshot -> its model, with averaged weights where it has them. Raises CheckpointError if
+    it cannot be built.
+    """
     averaged = {
         name.removeprefix("average."): weight
         for name, weight in saved.optimizer.items()
@@ -289,7 +307,8 @@ def _assemble(
         raise CheckpointError(f"{path} does not fit this irann's {kind}: {reason}") from None
     if len(characters) != model.config.vocabulary:
         raise CheckpointError(
-            f"{path} has {len(characters)} characters in its vocabulary, its model was made for {model.config.vocabulary}"
+            f"{path} has {len(characters)} characters in its vocabulary, its model was made "
+            f"for {model.config.vocabulary}"
         )
     model.vocabulary = Vocabulary(characters)
     model.card = card
@@ -315,5 +334,6 @@ def _load_shipped(name: str) -> LanguageModel:
         return _assemble(card, weights, card["characters_in_order"], path)
     except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
         raise CheckpointError(
-            f"the weights of {name} that came with this package cannot be used ({error}); install irann again"
+            f"the weights of {name} that came with this package cannot be used ({error}); "
+            "install irann again"
         ) from None

@@ -32,7 +32,9 @@ PROGRAMS = Path(__file__).parent / "programs"  # what tests start as processes o
 
 @contextmanager
 def refuses(words: str):
-    """The block ends in an error that says `words` (a pattern), or in one of the type checker, which comes first."""
+    """The block ends in an error that says `words` (a pattern), or in one of the type checker,
+    which comes first.
+    """
     with pytest.raises((ValueError, TypeCheckError)) as caught:
         yield caught
     if not isinstance(caught.value, TypeCheckError):
@@ -51,7 +53,9 @@ def small_disk(size: int):
 
 
 def pytest_collection_modifyitems(items):
-    """The chapters first: they take longest, and begun last they would leave one of two processes idle."""
+    """The chapters first: they take longest, and begun last they would leave one of two processes
+    idle.
+    """
     items.sort(key=lambda item: item.path.name != "test_notebooks.py")
 
 
@@ -62,7 +66,9 @@ def corpus() -> Text:
 
 @pytest.fixture(scope="session")
 def small(corpus) -> Text:
-    """The first few thousand characters of both parts, with the whole vocabulary, for what has to be fast."""
+    """The first few thousand characters of both parts, with the whole vocabulary, for what has to
+    be fast.
+    """
     return Text(corpus.train[:6000], corpus.val[:700], corpus.vocabulary, "an excerpt", "0" * 64)
 
 
@@ -75,7 +81,9 @@ def clock(monkeypatch):
 
 
 def excite(model: torch.nn.Module, std: float = 0.6, seed: int = 0) -> torch.nn.Module:
-    """Draw every parameter anew and large: on default initialisation many a fault hides under the tolerance."""
+    """Draw every parameter anew and large: on default initialisation many a fault hides under the
+    tolerance.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -85,10 +93,12 @@ def excite(model: torch.nn.Module, std: float = 0.6, seed: int = 0) -> torch.nn.
 
 @torch.no_grad()
 def stablelm(blocks, width: int, heads: int, gains=None):
-    """Blocks with rotary positions, QK-norm, squared ReLU and plain norms, gains (blocks 2 d) -> a StableLM of transformers, double.
+    """Blocks with rotary positions, QK-norm, squared ReLU and plain norms, gains (blocks 2 d) -> a
+    StableLM of transformers, double.
 
-    It has all that they have, written by others. Its angles belong to channels j and j + c/2, ours to neighbours: so the channels
-    of q and k change places. Its MLP is gated, relu(gate) * up: one matrix as both is the squared ReLU. Gains go into the matrices.
+    It has all that they have, written by others. Its angles belong to channels j and j + c/2, ours
+    to neighbours: so the channels of q and k change places. Its MLP is gated, relu(gate) * up: one
+    matrix as both is the squared ReLU. Gains go into the matrices.
     """
     from transformers import StableLmConfig, StableLmModel
 

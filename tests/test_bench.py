@@ -43,7 +43,7 @@ def test_each_contestant_runs_the_method_it_is_named_after(monkeypatch):
     assert asked == ["auto", "chunked", "sequential"]
 
 
-# ------------------------------------------------------------------------------------------------------- one report
+# --------------------------------------------------------------------------------------- one report
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +132,7 @@ def test_models_without_weights_are_named(tmp_path, monkeypatch):
         suite.main("mamba", quick=True, out=tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------- what is gone on with
+# ----------------------------------------------------------------------------- what is gone on with
 
 
 def test_what_was_measured_is_not_measured_again(quick, tmp_path, monkeypatch, capsys):
@@ -193,7 +193,7 @@ def test_another_subject_or_device_is_refused(tmp_path):
         suite.main("scan", quick=True, out=tmp_path, device="cuda")
 
 
-# ---------------------------------------------------------------------------------------------------- its arithmetic
+# ----------------------------------------------------------------------------------- its arithmetic
 
 
 def test_time_that_grows_with_the_square_of_the_length_is_said_to(monkeypatch, clock):

@@ -1,4 +1,6 @@
-"""The conversation without a screen, then its screens: what is asked, what is said, what stays after a stop."""
+"""The conversation without a screen, then its screens: what is asked, what is said, what stays
+after a stop.
+"""
 
 import asyncio
 import io
@@ -54,7 +56,9 @@ def here(runs, monkeypatch):
 
 
 class Parrot(LanguageModel):
-    """Says what it was told to say: in `pages`, guesses first and settles later; it `fails` after so many characters."""
+    """Says what it was told to say: in `pages`, guesses first and settles later; it `fails` after
+    so many characters.
+    """
 
     def __init__(self, vocabulary, script: str, pages: bool = False, fails: int | None = None):
         super().__init__(SimpleNamespace(vocabulary=len(vocabulary), window=64))
@@ -513,7 +517,8 @@ def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c
 
 
 def screen(written, width):
-    """-> the lines that a terminal shows, a list of cells each; the second cell of a wide character is empty.
+    """-> the lines that a terminal shows, a list of cells each; the second cell of a wide character
+    is empty.
 
     Beyond a line's last cell the cursor still stands on it, until something is written.
     """
@@ -770,7 +775,9 @@ def test_markup_stays_text_everywhere():
 
 
 def test_markup_stays_text_in_the_book(tmp_path):
-    """A chapter whose stored outputs hold what a reader and a model said: printed, as a transcript, and as the chat leaves it."""
+    """A chapter whose stored outputs hold what a reader and a model said: printed, as a transcript,
+    and as the chat leaves it.
+    """
     widget = Chat(
         Parrot(Vocabulary(EVIL + "ABCDEFGHIJKLMNOPQRSTUVWXYZ:\n abcdefghijklmnopqrstuvwxyz"), EVIL)
     )
@@ -994,7 +1001,10 @@ def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_repli
 
 
 def test_a_notebook_that_is_executed_without_a_reader_stores_the_transcript(here):
-    cell = "from irann import Chat\nchat = Chat('runs/gpt-tiny', length=20, seed=3)\nchat.say('Who is there?')\nchat"
+    cell = (
+        "from irann import Chat\nchat = Chat('runs/gpt-tiny', length=20, "
+        "seed=3)\nchat.say('Who is there?')\nchat"
+    )
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
     client = nbclient.NotebookClient(
         notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": str(here)}}

@@ -47,7 +47,9 @@ def saved(tmp_path):
 
 
 def sign(folder, **changes):
-    """Make the manifest fit whatever lies in the folder now, as someone with bad intentions would."""
+    """Make the manifest fit whatever lies in the folder now, as someone with bad intentions
+    would.
+    """
     listing = {}
     for name in checkpoint.FILES:
         data = (folder / name).read_bytes()
@@ -68,11 +70,13 @@ def test_what_is_saved_is_what_is_loaded(saved):
     assert sorted(p.name for p in saved.iterdir()) == sorted(EVERY_FILE)
 
 
-# ----------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def refused(folder, name):
-    """Whether a checkpoint is refused in a sentence that names the file, or the manifest that lists it."""
+    """Whether a checkpoint is refused in a sentence that names the file, or the manifest that lists
+    it.
+    """
     with pytest.raises(CheckpointError) as caught:
         checkpoint.load(folder)
     return name in str(caught.value) and "\n" not in str(caught.value)
@@ -233,7 +237,7 @@ def test_well_signed_nonsense_is_a_sentence_or_harmless(run_of_gpt):
                 work()
 
 
-# --------------------------------------------------------------------------------------- which one is taken
+# ------------------------------------------------------------------------------- which one is taken
 
 
 def test_two_newest_and_the_best_are_kept(tmp_path):
@@ -288,7 +292,7 @@ def test_a_new_checkpoint_survives_older_damaged_ones_with_higher_numbers(run_of
     assert len(list((run / "checkpoints").glob("skipped-*"))) == 2
 
 
-# ------------------------------------------------------------------------------------------- disks and kills
+# ---------------------------------------------------------------------------------- disks and kills
 
 
 def test_all_that_is_written_is_flushed_to_the_disk(tmp_path, monkeypatch):

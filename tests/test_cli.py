@@ -320,7 +320,10 @@ def test_not_finite_exits_5(run, tmp_path, monkeypatch):
 
 def test_a_full_disk_is_one_sentence(tmp_path):
     """Under a limit on file sizes, the first checkpoint cannot be written."""
-    code = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); from irann.__main__ import main; main()"
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
+        "from irann.__main__ import main; main()"
+    )
     command = [sys.executable, "-c", code, "train", "gpt", *TINY, "--run", str(tmp_path / "run")]
     result = subprocess.run(command, capture_output=True, text=True, env=ENV)
     assert result.returncode == 1
@@ -377,12 +380,15 @@ def test_a_run_that_a_signal_ends_can_be_gone_on_with(tmp_path, signum, code):
 
 
 def test_a_closed_terminal_saves(tmp_path):
-    """The run's terminal goes away while it trains: nothing more can be told, and still nothing is lost."""
+    """The run's terminal goes away while it trains: nothing more can be told, and still nothing is
+    lost.
+    """
     names = ("fcntl", "pty", "termios")  # Windows has no such terminals
     fcntl, pty, termios = (pytest.importorskip(name) for name in names)
     ours, theirs = pty.openpty()
 
-    def claim():  # a session of its own, led from this terminal; the tests themselves may run under nohup
+    # a session of its own, led from this terminal; the tests themselves may run under nohup
+    def claim():
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 

@@ -1,4 +1,6 @@
-"""The contract of every model in the zoo, in every mode of writing. A new model passes this file unchanged."""
+"""The contract of every model in the zoo, in every mode of writing. A new model passes this file
+unchanged.
+"""
 
 import copy
 import os

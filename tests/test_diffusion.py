@@ -1,4 +1,6 @@
-"""irann.models.diffusion: what its network sees, what its bound is worth, and what its drafts promise."""
+"""irann.models.diffusion: what its network sees, what its bound is worth, and what its drafts
+promise.
+"""
 
 import math
 from functools import lru_cache
@@ -127,7 +129,8 @@ def test_some_text_is_masked_in_every_row_and_the_first_position_never():
     assert 0.75 < ends_masked < 0.85
 
 
-# --- noise levels ------------------------------------------------------------------------------------------------------
+# --- noise levels
+# --------------------------------------------------------------------------------------------------
 
 
 def test_levels_are_drawn_as_often_as_their_probabilities_say_and_gather_where_the_loss_rises():
@@ -169,7 +172,8 @@ def test_timesteps_fall_from_the_darkest_level(steps):
         assert all(a > b for a, b in zip(taus, taus[1:], strict=False))
 
 
-# --- the loss and the bound --------------------------------------------------------------------------------------------
+# --- the loss and the bound
+# --------------------------------------------------------------------------------------------
 
 
 def test_the_loss_is_cross_entropy_of_masked_text_plus_rounding_and_reaches_every_weight():
@@ -208,7 +212,9 @@ def test_half_of_the_rows_are_shown_a_first_guess():
 
 @pytest.mark.parametrize("pieces", (1, 2, 8))
 def test_a_batch_in_pieces_is_the_batch_in_any_order(pieces):
-    """Loss, parts, gradients, and what is remembered of the noise levels: the mean over the pieces is the whole."""
+    """Loss, parts, gradients, and what is remembered of the noise levels: the mean over the pieces
+    is the whole.
+    """
 
     def step(order, pieces):
         model = tiny().train()
@@ -269,7 +275,9 @@ def test_rounding_reads_the_least_noise():
 
 
 def test_rounding_holds_colliding_points_apart():
-    """Two characters on one point cost ln 2 each time either is read; descending that cost drives them apart."""
+    """Two characters on one point cost ln 2 each time either is read; descending that cost drives
+    them apart.
+    """
     model = tiny(levels=50)
     with torch.no_grad():
         model.word_embedding[1] = model.word_embedding[0] + 1e-4
@@ -287,7 +295,9 @@ def test_rounding_holds_colliding_points_apart():
 
 
 class Scribe(Diffusion):
-    """Its network is the exact contextual prior of a known language: each character is drawn alone, with these probabilities."""
+    """Its network is the exact contextual prior of a known language: each character is drawn alone,
+    with these probabilities.
+    """
 
     p = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.05, 0.03, 0.02], dtype=torch.float64)
 
@@ -311,7 +321,9 @@ def scribe(**changes):
 
 
 def test_the_bound_of_a_perfect_model_is_the_entropy_and_a_little_more():
-    """Drawn levels weigh as the sum over all levels; with the true posterior the bound is tight but for the finite steps."""
+    """Drawn levels weigh as the sum over all levels; with the true posterior the bound is tight but
+    for the finite steps.
+    """
     model = scribe()
     entropy = -(model.p * model.p.log()).sum().item()
     ids = torch.multinomial(model.p, 12_000 * 17, replacement=True, generator=seeded()).view(
@@ -326,7 +338,9 @@ def test_the_bound_of_a_perfect_model_is_the_entropy_and_a_little_more():
 
 
 def test_drawing_levels_gives_the_sum_over_all_of_them():
-    """Random weights, both passes, two pages: against `noise.bound_terms`, which visits every level."""
+    """Random weights, both passes, two pages: against `noise.bound_terms`, which visits every
+    level.
+    """
     model, ids = tiny(levels=50), text(1, 9).expand(500, 9)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 1:] = True
@@ -372,7 +386,9 @@ def test_a_page_is_scored_given_what_stands_before_and_nothing_after():
 
 
 def test_the_bound_in_training_is_the_bound():
-    """The one-draw estimate among the loss's parts, over many batches, for a model that needs no context."""
+    """The one-draw estimate among the loss's parts, over many batches, for a model that needs no
+    context.
+    """
     model = scribe().eval()
     ids = torch.multinomial(model.p, 2000 * 17, replacement=True, generator=seeded()).view(2000, 17)
     torch.manual_seed(3)
@@ -381,7 +397,8 @@ def test_the_bound_in_training_is_the_bound():
     assert abs(seen.mean() - want) < 0.02, (seen.mean(), want)
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing
+# --------------------------------------------------------------------------------------------------
 
 
 def check_drafts(drafts, start, length):
@@ -408,7 +425,9 @@ def test_drafts_keep_the_prompt_and_what_is_settled(prompt, n, page):
 
 
 def test_a_row_does_not_depend_on_its_neighbours_and_a_draft_is_its_receivers(monkeypatch):
-    """With the same noise in every row a text is the same beside any other, though the rows settle at different times."""
+    """With the same noise in every row a text is the same beside any other, though the rows settle
+    at different times.
+    """
 
     def normal(generator):
         return lambda x: torch.randn(x[:1].shape, dtype=x.dtype, generator=generator).expand_as(x)
@@ -451,7 +470,9 @@ def test_a_row_does_not_depend_on_its_neighbours_and_a_draft_is_its_receivers(mo
 
 
 def test_steps_follow_the_model():
-    """A default lies in its own range, however few noise levels there are; as an instance's settings say."""
+    """A default lies in its own range, however few noise levels there are; as an instance's
+    settings say.
+    """
     for levels, default in ((50, 50), (64, 64), (1000, 64)):
         model = tiny(levels=levels)
         model.vocabulary = Vocabulary("abcdefg")
@@ -475,7 +496,9 @@ def test_the_same_seed_writes_the_same_text_and_training_mode_stays():
 
 
 def test_a_perfect_model_writes_with_the_right_frequencies():
-    """Many steps of ancestral sampling with the true posterior draw from the language itself: chi-square over single characters."""
+    """Many steps of ancestral sampling with the true posterior draw from the language itself:
+    chi-square over single characters.
+    """
     model = scribe(window=64, page=64)
     *_, last = model.generate(
         torch.zeros(200, 1, dtype=torch.long), 64, steps=150, generator=seeded()
@@ -570,7 +593,9 @@ def test_temperature_filters_and_clamping_reach_the_text():
     "dials", [{"temperature": 0}, {"temperature": 0.05}, {"top_k": 1}, {"top_p": 0.01}]
 )
 def test_a_narrow_choice_is_not_taken_for_a_sure_one(dials):
-    """The first guess at a page of noise is the likeliest character everywhere: nothing of it may stay for that."""
+    """The first guess at a page of noise is the likeliest character everywhere: nothing of it may
+    stay for that.
+    """
     model = scribe(window=64, page=64)
     drafts = list(
         model.generate(
@@ -582,7 +607,9 @@ def test_a_narrow_choice_is_not_taken_for_a_sure_one(dials):
 
 
 def test_masked_positions_are_counted_even_at_the_largest_draw(monkeypatch):
-    """A float just below one, times an even number and cut off, is that number: one more than there are positions to begin at."""
+    """A float just below one, times an even number and cut off, is that number: one more than there
+    are positions to begin at.
+    """
     largest = 1 - 2**-24
     monkeypatch.setattr(
         torch, "rand", lambda *shape, **_: torch.full(shape, largest if len(shape) == 3 else 0.0)

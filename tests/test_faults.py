@@ -1,7 +1,8 @@
-"""The table of faults, each caused for real: kills, full disks, broken files, no network, interrupts.
+"""The table of faults, each caused for real: kills, full disks, broken files, no network,
+interrupts.
 
-What is promised to users stands in book/promises.md. Faults that concern one file only are tested beside that file;
-a fault that no model can do anything about is tried on one or two of them.
+What is promised to users stands in book/promises.md. Faults that concern one file only are tested
+beside that file; a fault that no model can do anything about is tried on one or two of them.
 """
 
 import ast
@@ -61,7 +62,9 @@ def words(*arguments):
 
 @pytest.fixture
 def irann(capsys, tmp_path, monkeypatch):
-    """The command line in this process -> exit code, stdout, stderr; never a traceback, and one sentence if it fails."""
+    """The command line in this process -> exit code, stdout, stderr; never a traceback, and one
+    sentence if it fails.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
@@ -76,7 +79,8 @@ def irann(capsys, tmp_path, monkeypatch):
     return call
 
 
-# ---- Files ------------------------------------------------------------------------------------------------------------
+# ---- Files
+# --------------------------------------------------------------------------------------------------
 
 
 def truncate(path):
@@ -155,7 +159,8 @@ def test_a_corpus_whose_name_is_not_text_is_trained_on_and_saved(excerpt, irann,
     assert saved.config["corpus"]["source"].endswith("caf\\udce9.txt")
 
 
-# ---- Numbers ----------------------------------------------------------------------------------------------------------
+# ---- Numbers
+# --------------------------------------------------------------------------------------------------
 
 
 @by_letters_and_by_pages
@@ -171,18 +176,23 @@ def test_numbers_that_run_away_exit_5_and_are_never_saved(name, lr, excerpt, ira
         assert all(w.isfinite().all() for w in checkpoint.load(folder).model.values())
 
 
-# ---- Stopping and going on ----------------------------------------------------------------------------------------------
+# ---- Stopping and going on
+# ----------------------------------------------------------------------------------------------
 
 
 def test_twenty_of_twenty_kills_survive(tmp_path):
-    """SIGKILL at random moments; each run goes on each time, and ends in the bits of one never killed."""
+    """SIGKILL at random moments; each run goes on each time, and ends in the bits of one never
+    killed.
+    """
     done = program("killed.py", tmp_path, 7, "gpt", "diffusion", timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("survived") == 20 and done.stdout.count("same bits") == 2
 
 
 def namespace(*flags: str) -> list[str] | None:
-    """-> how to run something in a namespace of its own (of mounts, of networks), None where that is not allowed."""
+    """-> how to run something in a namespace of its own (of mounts, of networks), None where that
+    is not allowed.
+    """
     for rights in ([], ["-r"]):
         command = ["unshare", *rights, *flags]
         if (
@@ -239,7 +249,10 @@ def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
 
 
 def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
-    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); from irann.__main__ import main; main()"
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); from "
+        "irann.__main__ import main; main()"
+    )
     command = [
         sys.executable,
         "-c",
@@ -263,7 +276,9 @@ def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
 
 @every_model
 def test_memory_is_flat(name, small):
-    """Over 2,000 small steps of one model, and 500 of each other, the process grows by less than two megabytes."""
+    """Over 2,000 small steps of one model, and 500 of each other, the process grows by less than
+    two megabytes.
+    """
     last = 2200 if name == "gpt" else 700
     sizes = {
         "gpt": {"layers": 1, "heads": 1},
@@ -313,7 +328,8 @@ def test_ctrl_c_while_sampling_keeps_what_was_written(name, tmp_path):
     assert (tmp_path / "out").read_text().startswith("ROMEO:")
 
 
-# ---- In a notebook --------------------------------------------------------------------------------------------------------
+# ---- In a notebook
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +360,8 @@ def kernel(tmp_path_factory):
 
     run.folder = folder
     reply, _ = run(
-        "import irann, torch; from irann import checkpoint, zoo, lm\ncorpus = irann.shakespeare.load()"
+        "import irann, torch; from irann import checkpoint, zoo, lm\ncorpus = "
+        "irann.shakespeare.load()"
     )
     assert reply["status"] == "ok"
     yield run
@@ -404,7 +421,8 @@ for frame in session.reply():
     reply, _ = kernel(code, interrupt_at="now")
     assert reply["status"] == "error" and reply["ename"] == "KeyboardInterrupt"
     reply, printed = kernel(
-        "session.set('length', 20); list(session.reply()); print(len(session.turns), session.turns[-1].ended)"
+        "session.set('length', 20); list(session.reply()); print(len(session.turns), "
+        "session.turns[-1].ended)"
     )
     assert reply["status"] == "ok" and printed.split()[1] == "length"
 
@@ -451,7 +469,8 @@ def test_a_notebook_with_a_failing_cell_is_not_stored_not_passed_and_not_built(t
     assert done.returncode and "code cell 1 failed (1 == 2)" in done.stdout + done.stderr
 
 
-# ---- The network, and what is never loosened ----------------------------------------------------------------------------------
+# ---- The network, and what is never loosened
+# ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -527,7 +546,9 @@ def sources() -> list[Path]:
 
 
 def test_jupyter_s_defaults_are_never_weakened():
-    """No flag and no config of ours opens the server, drops its token or its origin checks, or trusts a notebook unseen."""
+    """No flag and no config of ours opens the server, drops its token or its origin checks, or
+    trusts a notebook unseen.
+    """
     loose = "allow_origin|disable_check_xsrf|allow_remote_access|allow.root|0\\.0\\.0\\.0|(IdentityProvider|ServerApp|NotebookApp)\\."
     for path in sources():
         assert not re.search(loose, path.read_text()), path
@@ -566,7 +587,9 @@ def test_no_text_is_handed_to_ipython_s_html():
 
 
 def test_a_million_characters():
-    """A prompt of 1,000,000 characters: Mamba reads it all, the others its last window; the memory stays bounded."""
+    """A prompt of 1,000,000 characters: Mamba reads it all, the others its last window; the memory
+    stays bounded.
+    """
     done = program("million.py", timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     # kB: ids, their list and the text take some 50 MB; logits of every position would take 260

@@ -1,4 +1,6 @@
-"""The floors of the house: imports point down only; nothing in the package can run what a file says."""
+"""The floors of the house: imports point down only; nothing in the package can run what a file
+says.
+"""
 
 import ast
 import importlib
@@ -39,7 +41,9 @@ def floor(part: str) -> int:
 
 
 def imports(path: Path) -> set[tuple[str, ...]]:
-    """The modules of irann that a file imports, as parts below irann; wherever in the file the import stands."""
+    """The modules of irann that a file imports, as parts below irann; wherever in the file the
+    import stands.
+    """
     package = ("irann", *path.with_suffix("").parts)[:-1]
     found = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text())):
@@ -119,7 +123,10 @@ def test_without_widgets_all_is_there_and_the_chat_says_what_it_needs():
 
 
 def test_importing_irann_loads_no_widgets_and_no_plots():
-    code = "import irann, sys; print(sorted({'ipywidgets', 'matplotlib', 'IPython', 'typer', 'transformers', 'triton'} & set(sys.modules)))"
+    code = (
+        "import irann, sys; print(sorted({'ipywidgets', 'matplotlib', 'IPython', 'typer', "
+        "'transformers', 'triton'} & set(sys.modules)))"
+    )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )

@@ -1,4 +1,6 @@
-"""irann.layers and irann.models.gpt against transformers' GPT-2 and StableLM, on excited weights."""
+"""irann.layers and irann.models.gpt against transformers' GPT-2 and StableLM, on excited
+weights.
+"""
 
 import copy
 from dataclasses import replace
@@ -127,7 +129,9 @@ def gradients(model, page, target):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("copied", [GPT.from_transformers, without_biases])
 def test_gradients_equal_transformers(dtype, tolerance, copied):
-    """In float32 as near to the exact ones as theirs are: what rounding leaves differs by machine."""
+    """In float32 as near to the exact ones as theirs are: what rounding leaves differs by
+    machine.
+    """
     theirs = oracle(dtype, **SHAPES[0])
     ours, exact = copied(theirs), copy.deepcopy(theirs).double()
     page, target = ids(2, 33), ids(2, 33, seed=1)
@@ -216,7 +220,9 @@ def test_chunks_equal_one_read(options):
 
 
 def test_rotary_scores_see_distance_only():
-    """Su et al. 2021, eq. 16: the score of q at m and k at n depends on m - n; and turning keeps lengths."""
+    """Su et al. 2021, eq. 16: the score of q at m and k at n depends on m - n; and turning keeps
+    lengths.
+    """
     c, generator = 16, torch.Generator().manual_seed(0)
     q, k = (torch.randn(c, dtype=torch.float64, generator=generator) for _ in range(2))
     table = rotary_table(0, 50, c, like=q)

@@ -1,4 +1,6 @@
-"""irann.lm against transformers' warpers, against counting, and against a model small enough to compute by hand."""
+"""irann.lm against transformers' warpers, against counting, and against a model small enough to
+compute by hand.
+"""
 
 import copy
 import pickle

@@ -1,4 +1,6 @@
-"""The lock files agree with pyproject.toml, pin every dependency, and carry a hash for each file; the floors have no known holes."""
+"""The lock files agree with pyproject.toml, pin every dependency, and carry a hash for each file;
+the floors have no known holes.
+"""
 
 import importlib.metadata
 import re

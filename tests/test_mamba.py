@@ -1,4 +1,5 @@
-"""irann.models.mamba against transformers and mambapy on excited weights, and against itself in pieces.
+"""irann.models.mamba against transformers and mambapy on excited weights, and against itself in
+pieces.
 
 Every test runs twice, with the native scan in C and without it.
 """
@@ -31,7 +32,9 @@ def with_and_without_kernel(request, monkeypatch):
 
 @torch.no_grad()
 def excite(model, seed=0):
-    """Weights large enough that a wrong epsilon, a missing bias or a swapped B and C cannot hide."""
+    """Weights large enough that a wrong epsilon, a missing bias or a swapped B and C cannot
+    hide.
+    """
     torch.manual_seed(seed)
     for name, p in model.named_parameters():
         if "A_log" in name:
@@ -209,7 +212,9 @@ def test_the_future_is_not_seen():
 
 
 def test_the_state_has_one_size_and_a_long_text_bounded_memory():
-    """20,000 characters: were the whole text computed at once, one layer's states alone would be 20,000 x 48 x 5 numbers."""
+    """20,000 characters: were the whole text computed at once, one layer's states alone would be
+    20,000 x 48 x 5 numbers.
+    """
     model = excite(Mamba(SMALL))
     sizes, seen = set(), []
     block = model.layers[0]
@@ -340,7 +345,9 @@ def test_the_note_and_the_text_of_a_row_are_its_own():
 
 
 def test_a_state_goes_on_with_the_weights_that_the_model_has_now():
-    """Written, then trained by a step, loaded into, or given other parameters: nothing of the old weights is left."""
+    """Written, then trained by a step, loaded into, or given other parameters: nothing of the old
+    weights is left.
+    """
     for change in ("step", "load", "assign", "assign one layer", "assign one map"):
         model = excite(Mamba(SMALL).double())
         with torch.no_grad():

@@ -1,4 +1,5 @@
-"""The chapters: .md and .ipynb hold the same cells, every cell ran in order without an error, and running again prints the same.
+"""The chapters: .md and .ipynb hold the same cells, every cell ran in order without an error, and
+running again prints the same.
 
 A chapter is a complete pair in notebooks/. A .md without its .ipynb is a draft and is left out.
 """

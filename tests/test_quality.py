@@ -31,7 +31,9 @@ def test_copies_by_hand():
 
 
 def test_the_judge_is_a_distribution():
-    """Its probabilities after any context sum to one, and a seen text is likelier than its reverse."""
+    """Its probabilities after any context sum to one, and a seen text is likelier than its
+    reverse.
+    """
     alphabet = sorted(set(CORPUS.text))
     for context in ("the c", "zz", "", "sat on the "):
         total = sum(math.exp(-CORPUS.judge(context + c, len(context))) for c in alphabet)
@@ -40,7 +42,9 @@ def test_the_judge_is_a_distribution():
 
 
 def test_the_judge_by_hand():
-    """Corpus aab: p(a) by Witten and Bell from uniform 1/2: (2 + 2/2) / (3 + 2); then after a: (1 + 2 p) / (2 + 2)."""
+    """Corpus aab: p(a) by Witten and Bell from uniform 1/2: (2 + 2/2) / (3 + 2); then after a: (1 +
+    2 p) / (2 + 2).
+    """
     corpus = quality.Corpus("aab")
     p = (2 + 2 * 0.5) / (3 + 2)
     assert corpus.judge("a") == pytest.approx(-math.log(p))

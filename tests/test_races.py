@@ -48,7 +48,7 @@ def size(arm):
     return sum(p.numel() for p in zoo.build(arm.model, arm.config).parameters())
 
 
-# ------------------------------------------------------------------------------------------------------ what is raced
+# ------------------------------------------------------------------------------------ what is raced
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_nanogpts_arm_is_as_it_is_published():
     assert rates == pytest.approx([1e-3, 1e-4], rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------- run, and gone on with
+# ---------------------------------------------------------------------------- run, and gone on with
 
 
 def test_a_race_is_run_once_and_goes_on_where_it_stopped(short, tmp_path, monkeypatch, capsys):
@@ -254,7 +254,7 @@ def test_a_run_that_lost_its_last_line_is_measured_anew(short, tmp_path):
         races.run_arm(arm, short, 0, tmp_path, again)
 
 
-# ---------------------------------------------------------------------------------------------------- what is measured
+# --------------------------------------------------------------------------------- what is measured
 
 
 @pytest.fixture
@@ -302,7 +302,7 @@ def test_text_quality_keeps_the_means_of_what_is_written(short, monkeypatch):
     assert races.text_quality("a", short, 3, 60) == means
 
 
-# ---------------------------------------------------------------------------------------------------- what it comes to
+# --------------------------------------------------------------------------------- what it comes to
 
 
 @pytest.mark.parametrize("page", sorted(REPORTS.glob("*.md")), ids=lambda page: page.stem)

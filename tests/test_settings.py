@@ -1,4 +1,6 @@
-"""irann.settings: one description of a value, for sizes, recipes, writing, the command line and the chat."""
+"""irann.settings: one description of a value, for sizes, recipes, writing, the command line and the
+chat.
+"""
 
 from dataclasses import dataclass, replace
 

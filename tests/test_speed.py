@@ -42,7 +42,9 @@ def test_every_model_s_step_is_its_own(monkeypatch):
 
 
 class Slow:
-    """Reads the prompt for 5 seconds, shows a draft with one character settled, and has the rest after 2 more."""
+    """Reads the prompt for 5 seconds, shows a draft with one character settled, and has the rest
+    after 2 more.
+    """
 
     def __init__(self, clock):
         self.clock = clock

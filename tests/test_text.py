@@ -1,4 +1,6 @@
-"""irann.text and irann.shakespeare: the exact corpus, found in order, checked always, written whole or not at all."""
+"""irann.text and irann.shakespeare: the exact corpus, found in order, checked always, written whole
+or not at all.
+"""
 
 import hashlib
 import json
@@ -46,7 +48,9 @@ def whole(text):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A local server that answers with what the test puts into `server.body`, in place of the canonical address."""
+    """A local server that answers with what the test puts into `server.body`, in place of the
+    canonical address.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -285,7 +289,9 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(corpus, tmp_path):
 
 
 def test_reference_likelihoods(corpus):
-    """What the figures draw as reference lines: ln 65, the letters' frequencies, add-one pairs of letters."""
+    """What the figures draw as reference lines: ln 65, the letters' frequencies, add-one pairs of
+    letters.
+    """
     from irann.figures import REFERENCES
 
     train, val = corpus.train, corpus.val

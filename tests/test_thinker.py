@@ -1,4 +1,6 @@
-"""irann.models.thinker against a thinker written one character and one round at a time, transformers, counted calls."""
+"""irann.models.thinker against a thinker written one character and one round at a time,
+transformers, counted calls.
+"""
 
 import math
 from contextlib import contextmanager
@@ -59,7 +61,9 @@ def counting(model):
 
 
 class OneByOne:
-    """The definition, one position and one round at a time, with lists and pairs of complex numbers."""
+    """The definition, one position and one round at a time, with lists and pairs of complex
+    numbers.
+    """
 
     def __init__(self, model):
         self.model = model

@@ -38,7 +38,9 @@ def test_every_position_sees_all_others_and_nothing_under_a_mask():
 
 @torch.no_grad()
 def test_bound_is_the_mean_over_all_masks():
-    """Three characters after the first: 3 + 3 + 1 masks, each number of masked ones equally likely."""
+    """Three characters after the first: 3 + 3 + 1 masks, each number of masked ones equally
+    likely.
+    """
     model, text, bound = page_thinker(0.2), ids(1, 4), 0.0
     for k in (1, 2, 3):
         for where in combinations((1, 2, 3), k):

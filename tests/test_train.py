@@ -66,7 +66,7 @@ def states(monkeypatch):
     return made
 
 
-# ---------------------------------------------------------------------------------------------------- the loop
+# ----------------------------------------------------------------------------------------- the loop
 
 
 def test_ticks(small):
@@ -330,7 +330,7 @@ def test_two_trainings_in_two_threads_are_as_one_after_the_other(small):
     assert one == other == alone
 
 
-# -------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- evaluation
 
 
 class Stub(LanguageModel):
@@ -348,7 +348,9 @@ class Stub(LanguageModel):
 
 
 def test_evaluate_scores_every_character_once(corpus):
-    """Against a model whose nll is the character's own position: the sum tells which were scored, and how often."""
+    """Against a model whose nll is the character's own position: the sum tells which were scored,
+    and how often.
+    """
     for length in (5, 7, 14, 100, 101):
         seen = []
         text = Text(torch.tensor([1000, 2000]), torch.arange(length), corpus.vocabulary)
@@ -382,13 +384,15 @@ def test_evaluate_equals_a_plain_sum_and_disturbs_nothing(small):
 
 
 def test_the_standard_error_is_that_of_a_mean_over_windows(corpus):
-    """Windows whose nll is 1, 2, 3 and 4: a variance of 1.25, and three windows beside the one that fixes the mean."""
+    """Windows whose nll is 1, 2, 3 and 4: a variance of 1.25, and three windows beside the one that
+    fixes the mean.
+    """
     text = Text(torch.tensor([0]), torch.arange(20), corpus.vocabulary)
     score = evaluate(Stub(5, lambda ids: ids[:, 1:] // 5 + 1.0, exact=False), text, batch=3)
     assert score.standard_error == pytest.approx(math.sqrt(1.25 / 3)) and "bound" in str(score)
 
 
-# ----------------------------------------------------------------------------------------------------- signals
+# ------------------------------------------------------------------------------------------ signals
 
 
 def test_sigint_while_a_step_runs_ends_it_and_saves(small, tmp_path, monkeypatch):
@@ -533,7 +537,7 @@ def test_a_signal_during_the_last_validation_is_passed_on(small, tmp_path, monke
     assert last.validation is not None
 
 
-# ---------------------------------------------------------------------------------------------- a run's directory
+# -------------------------------------------------------------------------------- a run's directory
 
 
 def test_resuming_after_a_break_is_bitwise_with_dropout_and_average(small, tmp_path):
@@ -767,7 +771,7 @@ def test_a_checkpoint_tells_only_the_loss_it_was_measured_at(small, tmp_path):
     assert checkpoint.best(tmp_path)[0] == second
 
 
-# ------------------------------------------------------------------------------------- parameters, by their names
+# ----------------------------------------------------------------------- parameters, by their names
 
 
 def test_a_frozen_parameter_is_neither_stepped_nor_decayed(small):
@@ -866,11 +870,13 @@ def test_what_cannot_be_saved_is_refused_before_the_first_step(small, tmp_path):
     model.config = plain
 
 
-# ------------------------------------------------------------------------------------- recipes and optimizers
+# --------------------------------------------------------------------------- recipes and optimizers
 
 
 def test_changes_are_made_at_once():
-    """Halfway a page of 64 would not fit into a window of 32, and five heads would not divide a width of 192."""
+    """Halfway a page of 64 would not fit into a window of 32, and five heads would not divide a
+    width of 192.
+    """
     for changes in (
         {"window": 32, "page": 16},
         {"page": 16, "window": 32},
@@ -958,7 +964,9 @@ def test_muon_by_hand(shape):
 
 @pytest.mark.parametrize("name", list(zoo.MODELS))
 def test_which_parameter_goes_where(name):
-    """And what the recipe says arrives there: Muon takes linear maps but heads, decay spares what the model names."""
+    """And what the recipe says arrives there: Muon takes linear maps but heads, decay spares what
+    the model names.
+    """
     plan = {"lr": 0.1, "beta1": 0.7, "beta2": 0.8, "muon_lr": 0.2, "momentum": 0.6}
     model, _ = tiny(name)
     adam, muon = optimizers(model, Recipe(optimizer="muon", weight_decay=0.3, **plan))
@@ -989,11 +997,13 @@ def test_fused_queries_keys_and_values_are_three_matrices():
     assert stacks[model.h[0].attn.c_attn.weight] == 3 and stacks[model.h[0].mlp.c_fc.weight] == 1
 
 
-# ------------------------------------------------------------------------------------------- several processes
+# -------------------------------------------------------------------------------- several processes
 
 
 def test_what_one_of_two_processes_wants_both_do(tmp_path):
-    """torchrun with two processes: stopped by one, resumed, measured in shares; each draws its own dropout."""
+    """torchrun with two processes: stopped by one, resumed, measured in shares; each draws its own
+    dropout.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     command += [str(PROGRAMS / "one_of_two.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)

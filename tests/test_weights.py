@@ -60,7 +60,9 @@ def test_the_likelihood_is_the_card_s(name, text):
 
 @pytest.mark.parametrize("name", ["diffusion", "thinker-page"])
 def test_the_bound_is_near_the_card_s(name, text):
-    """A part of the text and few draws: far from the card's number would be a fault, beside it is chance."""
+    """A part of the text and few draws: far from the card's number would be a fault, beside it is
+    chance.
+    """
     model, told = zoo.load(name), card(name)
     part = text.val[: 12 * model.config.window + 1]
     row = model.nll(

@@ -1,8 +1,8 @@
-"""What the site needs beyond jupyter-book: maths without a network, docstrings as they are written here, alt texts, launch buttons,
-and a refusal to show a chapter in which a cell failed.
+"""What the site needs beyond jupyter-book: maths without a network, docstrings as they are written
+here, alt texts, launch buttons, and a refusal to show a chapter in which a cell failed.
 
-IRANN_REPOSITORY=https://github.com/OWNER/NAME at build time adds the buttons that open a chapter in Colab or Binder: only whoever
-publishes the site knows where its notebooks are.
+IRANN_REPOSITORY=https://github.com/OWNER/NAME at build time adds the buttons that open a chapter in
+Colab or Binder: only whoever publishes the site knows where its notebooks are.
 """
 
 import importlib.metadata
@@ -53,7 +53,9 @@ def configure(app, config):
 
 
 def refuse_failures(app, env, pages):
-    """The site shows stored outputs. A chapter with a cell that failed, or never ran, ends the build."""
+    """The site shows stored outputs. A chapter with a cell that failed, or never ran, ends the
+    build.
+    """
     for page in pages:
         path = Path(env.doc2path(page))
         if path.suffix == ".ipynb":
@@ -66,12 +68,15 @@ def refuse_failures(app, env, pages):
                 failed = [out["evalue"] for out in cell["outputs"] if out["output_type"] == "error"]
                 if failed or cell["execution_count"] is None:
                     raise ExtensionError(
-                        f"{path}: code cell {number} {f'failed ({failed[0]})' if failed else 'never ran'}; run it anew"
+                        f"{path}: code cell {number} "
+                        f"{f'failed ({failed[0]})' if failed else 'never ran'}; run it anew"
                     )
 
 
 def bring_mathjax(app, problem):
-    """Copy MathJax, its fonts and its licence out of the installed distribution; its Python code never runs."""
+    """Copy MathJax, its fonts and its licence out of the installed distribution; its Python code
+    never runs.
+    """
     if problem or app.builder.format != "html":
         return
     to = Path(app.outdir) / "_static" / "mathjax"
@@ -88,7 +93,9 @@ def bring_mathjax(app, problem):
 
 
 def docstring(app, what, name, thing, options, lines):
-    """Our docstrings are Markdown's plainest part: paragraphs, `code`, tables. Make them reStructuredText, in place."""
+    """Our docstrings are Markdown's plainest part: paragraphs, `code`, tables. Make them
+    reStructuredText, in place.
+    """
     page = []
     for paragraph in re.split(r"\n\s*\n", "\n".join(lines).strip("\n")):
         if (
@@ -116,7 +123,9 @@ def prose(paragraph):
 
 
 def describe_pictures(app, doctree, page):
-    """A picture without an alt text gets the paragraph that announces it: the text above a cell says what to look at."""
+    """A picture without an alt text gets the paragraph that announces it: the text above a cell
+    says what to look at.
+    """
     above = ""
     for node in doctree.findall():
         if isinstance(node, nodes.paragraph):
@@ -128,7 +137,9 @@ def describe_pictures(app, doctree, page):
 
 
 def index_pictures(app, doctree, page):
-    """Fill the page book/figures: every picture of every chapter, small, with what it shows and a link to where it stands."""
+    """Fill the page book/figures: every picture of every chapter, small, with what it shows and a
+    link to where it stands.
+    """
     if page != "book/figures":
         return
     here = next(doctree.findall(nodes.section))

@@ -1,7 +1,8 @@
-"""What text looks like from outside: words that exist, borrowed passages, repetition, and what a judge says that is no network.
+"""What text looks like from outside: words that exist, borrowed passages, repetition, and what a
+judge says that is no network.
 
-The measures read strings and know of no model; `samples` and `written` ask one for them. `Corpus` holds what is remembered of
-the training text. Parts of a whole are fractions from 0 to 1.
+The measures read strings and know of no model; `samples` and `written` ask one for them. `Corpus`
+holds what is remembered of the training text. Parts of a whole are fractions from 0 to 1.
 """
 
 import functools
@@ -25,7 +26,9 @@ TEMPERATURES = (0.8, 1.0)
 
 
 class Corpus:
-    """A training text, prepared for questions: its words, its runs of characters, and a judge that was counted, not trained."""
+    """A training text, prepared for questions: its words, its runs of characters, and a judge that
+    was counted, not trained.
+    """
 
     def __init__(self, text: str):
         self.text = text
@@ -41,7 +44,9 @@ class Corpus:
         self.totals = [{context: seen.total() for context, seen in t.items()} for t in self.counts]
 
     def judge(self, text: str, start: int = 0) -> float:
-        """-> nats per character of text[start:]: interpolated n-grams with Witten and Bell's weights (1991), down to uniform."""
+        """-> nats per character of text[start:]: interpolated n-grams with Witten and Bell's
+        weights (1991), down to uniform.
+        """
         nats = 0.0
         for i in range(start, len(text)):
             p = 1 / self.symbols
@@ -56,7 +61,9 @@ class Corpus:
         return nats / max(1, len(text) - start)
 
     def existing(self, text: str) -> float:
-        """-> the fraction of words of the training text; the first and the last word may be cut and do not count."""
+        """-> the fraction of words of the training text; the first and the last word may be cut and
+        do not count.
+        """
         return fraction([word.lower() in self.words for word in words(text)[1:-1]])
 
     def copied(self, text: str) -> float:
@@ -74,11 +81,13 @@ class Corpus:
 
 @functools.lru_cache(1)
 def counted(train: str) -> Corpus:
-    """-> the Corpus of a text, made once: to count all its runs takes ten seconds, and a report asks for it several times."""
+    """-> the Corpus of a text, made once: to count all its runs takes ten seconds, and a report
+    asks for it several times.
+    """
     return Corpus(train)
 
 
-# ------------------------------------------------------------------------------------------------- texts that are measured
+# -------------------------------------------------------------------------- texts that are measured
 
 
 def samples(
@@ -94,7 +103,9 @@ def samples(
 def written(
     model: Any, text: Text, count: int = SAMPLES, n: int = LENGTH
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """-> by temperature: what `count` texts of n characters look like (`report`), and the first of them. Keys are text, as in JSON."""
+    """-> by temperature: what `count` texts of n characters look like (`report`), and the first of
+    them. Keys are text, as in JSON.
+    """
     corpus = counted(text.vocabulary.decode(text.train))
     rows, first = {}, {}
     for temperature in TEMPERATURES:
@@ -105,19 +116,25 @@ def written(
 
 
 def real(text: Text, count: int = SAMPLES, n: int = LENGTH) -> dict:
-    """-> what pieces of the validation part look like: a model's measures, asked of the real thing."""
+    """-> what pieces of the validation part look like: a model's measures, asked of the real
+    thing.
+    """
     first = text.vocabulary.decode(text.val[: len(text.val) // 2])
     pieces = [first[i * len(first) // count :][:n] for i in range(count)]
     return report(pieces, counted(text.vocabulary.decode(text.train)), reference(text))
 
 
 def reference(text: Text) -> str:
-    """-> the text that others should resemble: the validation part's second half, so that pieces of the first are not in it."""
+    """-> the text that others should resemble: the validation part's second half, so that pieces of
+    the first are not in it.
+    """
     return text.vocabulary.decode(text.val[len(text.val) // 2 :])
 
 
 def report(samples: list[str], corpus: Corpus, reference: str) -> dict:
-    """-> every measure of these samples, means with intervals over the samples; `reference` is the text to resemble."""
+    """-> every measure of these samples, means with intervals over the samples; `reference` is the
+    text to resemble.
+    """
     per_text = {
         "words that exist": corpus.existing,
         "judge, nats per character": corpus.judge,
@@ -134,7 +151,7 @@ def report(samples: list[str], corpus: Corpus, reference: str) -> dict:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 
 
 def words(text: str) -> list[str]:
@@ -151,7 +168,9 @@ def fraction(true: list[bool]) -> float:
 
 
 def divergence(a: Counter, b: Counter) -> float:
-    """-> Jensen-Shannon divergence of two tables of counts, in nats: 0 for equal fractions, ln 2 for nothing in common."""
+    """-> Jensen-Shannon divergence of two tables of counts, in nats: 0 for equal fractions, ln 2
+    for nothing in common.
+    """
     n, m, nats = a.total(), b.total(), 0.0
     for key in a.keys() | b.keys():
         p, q = a[key] / n, b[key] / m
@@ -166,7 +185,9 @@ def repeated(text: str, n: int = 4) -> float:
 
 
 def in_form(text: str) -> float:
-    """-> the fraction of lines that a page of the plays could have: no longer than the longest verse, no blank at either end."""
+    """-> the fraction of lines that a page of the plays could have: no longer than the longest
+    verse, no blank at either end.
+    """
     lines = text.split("\n")[1:-1]
     return fraction([len(line) <= LONGEST_VERSE and line == line.strip() for line in lines])
 
@@ -174,7 +195,8 @@ def in_form(text: str) -> float:
 def interval(values: list[float], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
     """-> the mean, and where 95 % of the means of values drawn anew lie (percentile bootstrap).
 
-    From few values it is too narrow for a 95 % interval of the true mean: eight normal ones cover it 88 % of the time.
+    From few values it is too narrow for a 95 % interval of the true mean: eight normal ones cover
+    it 88 % of the time.
     """
     generator, k = random.Random(seed), len(values)
     means = sorted(sum(generator.choices(values, k=k)) / k for _ in range(draws))

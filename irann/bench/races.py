@@ -1,15 +1,16 @@
 """Races: models trained side by side on the same text, to see what a design is worth.
 
-| race         | the question                                                                                                   |
-|--------------|----------------------------------------------------------------------------------------------------------------|
-| models       | how well do all five learn and write, with as many parameters, from as many characters, in as many seconds?    |
-| models-long  | how do all five end at the size of those that ship, after twenty passes? For a GPU (`--device cuda`)           |
-| thinker      | what do rounds of two shared blocks buy, beside a plain GPT of as many parameters and one of as many layers?   |
-| thinker-long | the same from eleven passes over the text: hours of a CPU, or minutes of a GPU                                 |
-| nanogpt      | how much sooner does this book's GPT reach the loss at which nanoGPT's published recipe for a CPU ends?        |
+| race         | the question                                                                  |
+|--------------|-------------------------------------------------------------------------------|
+| models       | how do all five learn and write, from as many characters, in as many seconds? |
+| models-long  | how do all five end at the size that ships, after twenty passes? For a GPU    |
+| thinker      | what do rounds of shared blocks buy, beside GPTs as large and as deep?        |
+| thinker-long | the same from eleven passes over the text                                     |
+| nanogpt      | how much sooner does our GPT reach what nanoGPT's recipe for a CPU ends with? |
 
-Within a race and a seed, arms of one window and batch see the very same characters. Losses are over the whole validation
-part, every character once. An arm that was interrupted goes on where it stopped, and an arm that is done is not run again.
+Within a race and a seed, arms of one window and batch see the very same characters. Losses are over
+the whole validation part, every character once. An arm that was interrupted goes on where it
+stopped, and an arm that is done is not run again.
 """
 
 import functools
@@ -47,7 +48,9 @@ Rows = dict[str, dict]
 
 @dataclass(frozen=True)
 class Arm:
-    """One model of a race: its name in the zoo, its sizes, how it is trained, and what else to measure when it is."""
+    """One model of a race: its name in the zoo, its sizes, how it is trained, and what else to
+    measure when it is.
+    """
 
     model: str
     config: Any
@@ -62,7 +65,9 @@ class Arm:
 
 
 def models_arms(quick: bool) -> dict[str, Arm]:
-    """All five at 0.8 million parameters (within 4 %), 1.5 million characters each, by the same optimizer."""
+    """All five at 0.8 million parameters (within 4 %), 1.5 million characters each, by the same
+    optimizer.
+    """
     window, width, steps = (32, 32, 20) if quick else (128, 128, 1000)
     wide, narrow = round(width * 1.4 / 4) * 4, round(width * 0.94 / 4) * 4
     gpt = GPTConfig.fast(window=window, layers=4, heads=2, width=width)
@@ -83,9 +88,11 @@ def models_arms(quick: bool) -> dict[str, Arm]:
 
 
 def models_long_arms(quick: bool) -> dict[str, Arm]:
-    """All five at 1.7 million parameters (within 8 %), 20 million characters each, in batches of 32 windows.
+    """All five at 1.7 million parameters (within 8 %), 20 million characters each, in batches of 32
+    windows.
 
-    Step, averaging and dropout are those of each one's recipe `gpu`; the thinker, whose own batches are smaller, has more dropout.
+    Step, averaging and dropout are those of each one's recipe `gpu`; the thinker, whose own batches
+    are smaller, has more dropout.
     """
     which, steps, batch = ("tiny", 20, 8) if quick else ("gpu", 2500, 32)
     measure = functools.partial(text_quality, count=2, n=40) if quick else text_quality
@@ -107,7 +114,9 @@ def thinker_arms(quick: bool) -> dict[str, Arm]:
 
 
 def thinker_long_arms(quick: bool) -> dict[str, Arm]:
-    """At 1.7 million parameters, near those that ship, and eleven passes over the text, so that not size alone is the limit."""
+    """At 1.7 million parameters, near those that ship, and eleven passes over the text, so that not
+    size alone is the limit.
+    """
     sizes = {"window": 256, "width": 264, "heads": 3, "dropout": 0.1}
     steps, save_every, some, rounds = 5500, 250, 4, 6
     if quick:
@@ -119,7 +128,9 @@ def thinker_long_arms(quick: bool) -> dict[str, Arm]:
 
 
 def _two_blocks(sizes: dict, recipe: Recipe, rounds: int, deep: tuple[int, ...]) -> dict[str, Arm]:
-    """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the thinker passes in so many rounds."""
+    """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the
+    thinker passes in so many rounds.
+    """
     plain = GPTConfig.fast(**sizes, layers=2)
     thinker = ThinkerConfig(**sizes, rounds=rounds, **zoo.DEEP)
     arms = {
@@ -132,11 +143,12 @@ def _two_blocks(sizes: dict, recipe: Recipe, rounds: int, deep: tuple[int, ...])
 
 
 def nanogpt_arms(quick: bool) -> dict[str, Arm]:
-    """nanoGPT's recipe for a CPU, as its repository's readme and defaults give it, in our code; and ours, short and long.
+    """nanoGPT's recipe for a CPU, as its repository's readme and defaults give it, in our code; and
+    ours, short and long.
 
-    4 layers, 4 heads, width 128, block 64, batch 12, 2,000 steps of AdamW at 1e-3 (betas .9, .99, decay .1) down to 1e-4
-    on a cosine after 100 steps of warm-up, no dropout, no biases. Ours reads windows of 128, so all three are also measured
-    in windows of 64.
+    4 layers, 4 heads, width 128, block 64, batch 12, 2,000 steps of AdamW at 1e-3 (betas .9, .99,
+    decay .1) down to 1e-4 on a cosine after 100 steps of warm-up, no dropout, no biases. Ours reads
+    windows of 128, so all three are also measured in windows of 64.
     """
     scale = 100 if quick else 1
     theirs = GPTConfig(window=64, layers=4, heads=4, width=128, bias=False)
@@ -162,10 +174,12 @@ RACES = {
 def run(
     name: str, *, seeds: int = 3, quick: bool = False, out: Path, device: str | torch.device = "cpu"
 ) -> dict:
-    """Run a race -> what it ran on, and `rows`: by arm its parameters, characters, whether its nats are `exact`, and lists.
+    """Run a race -> what it ran on, and `rows`: by arm its parameters, characters, whether its nats
+    are `exact`, and lists.
 
-    One entry per seed in `nats`, `seconds` (of training, without validation), `curves` (points of characters, seconds,
-    nats) and `measured` (what else the race measures of a trained arm). Written to `out`/NAME.json after each arm.
+    One entry per seed in `nats`, `seconds` (of training, without validation), `curves` (points of
+    characters, seconds, nats) and `measured` (what else the race measures of a trained arm).
+    Written to `out`/NAME.json after each arm.
     """
     arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -201,7 +215,9 @@ def keep(report: dict, page: Path) -> None:
 
 
 def stored(page: Path, quick: bool) -> dict:
-    """-> the report in a file, or {} if there is none. Raises InputError for a damaged one, and for a quick one beside a full one."""
+    """-> the report in a file, or {} if there is none. Raises InputError for a damaged one, and for
+    a quick one beside a full one.
+    """
     if not page.exists():
         return {}
     try:
@@ -224,7 +240,8 @@ def _check_same(arm: Arm, row: dict, subject: str, folder: Path) -> None:
     if changed:
         runs = f"{str(folder).rpartition('-')[0]}-[0-9]*"
         raise InputError(
-            f"{subject} with other settings ({', '.join(changed)}): delete that row and {runs}, or choose another --out"
+            f"{subject} with other settings ({', '.join(changed)}): delete that row and "
+            f"{runs}, or choose another --out"
         )
 
 
@@ -244,7 +261,9 @@ def ran_on(report: dict) -> str:
 def run_arm(
     arm: Arm, text: Text, seed: int, folder: Path, row: dict, device: str | torch.device = "cpu"
 ) -> None:
-    """Train one arm, or the rest of it, and put what it reached into its row, as the entries of this seed."""
+    """Train one arm, or the rest of it, and put what it reached into its row, as the entries of
+    this seed.
+    """
     model = zoo.build(arm.model, arm.config, seed=seed).to(device)
     recipe = replace(arm.recipe, seed=seed)
     with Signals() as stop:
@@ -259,7 +278,8 @@ def run_arm(
     log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     if not log:
         raise InputError(
-            f"{folder} has lost its metrics.jsonl: delete that folder, and the same command trains this arm anew"
+            f"{folder} has lost its metrics.jsonl: delete that folder, and the same command "
+            "trains this arm anew"
         )
     if log[-1]["step"] < recipe.steps:  # a kill took the last line
         log.append({"step": recipe.steps, "validation": evaluate(model, text).nats_per_char})
@@ -280,9 +300,11 @@ def run_arm(
 
 
 def training_seconds(log: list[dict]) -> float:
-    """Lines of metrics.jsonl -> what the steps took: the mean of the middle half of those that did not validate, times all.
+    """Lines of metrics.jsonl -> what the steps took: the mean of the middle half of those that did
+    not validate, times all.
 
-    So a busy minute does not count, nor a line that was lost; and of steps that are of two kinds, as the page thinker's, both do.
+    So a busy minute does not count, nor a line that was lost; and of steps that are of two kinds,
+    as the page thinker's, both do.
     """
     pairs = zip([{"seconds": 0.0}, *log], log, strict=False)
     spent = sorted(b["seconds"] - a["seconds"] for a, b in pairs if "validation" not in b)
@@ -290,13 +312,15 @@ def training_seconds(log: list[dict]) -> float:
     return statistics.mean(spent[quarter : len(spent) - quarter]) * log[-1]["step"]
 
 
-# ------------------------------------------------------------------------------- what is measured of a trained arm
+# ---------------------------------------------------------------- what is measured of a trained arm
 
 
 def text_quality(
     model: Any, text: Text, count: int = quality.SAMPLES, n: int = quality.LENGTH
 ) -> dict:
-    """-> by temperature, the means of what quality.written says of `count` texts of n characters."""
+    """-> by temperature, the means of what quality.written says of `count` texts of n
+    characters.
+    """
     measured, _ = quality.written(model, text, count, n)
     for row in measured.values():
         row |= {name: value["mean"] for name, value in row.items() if isinstance(value, dict)}
@@ -304,12 +328,15 @@ def text_quality(
 
 
 def nll_in_64(model: Any, text: Text) -> dict:
-    """-> nats per character in windows of 64, so that no character has a longer past than another model's."""
+    """-> nats per character in windows of 64, so that no character has a longer past than another
+    model's.
+    """
     return {"windows of 64": evaluate(model, text, window=64).nats_per_char}
 
 
 def nll_by_rounds(model: Any, text: Text) -> dict:
-    """-> nats per character with `all` rounds, by `fixed` numbers of them, and by the learned rule: threshold -> nats, mean rounds.
+    """-> nats per character with `all` rounds, by `fixed` numbers of them, and by the learned rule:
+    threshold -> nats, mean rounds.
 
     Keys are text, as JSON has them.
     """
@@ -346,12 +373,13 @@ class Counted:
         return self.rounds / self.positions
 
 
-# ----------------------------------------------------------------------------------- what the rows of a race come to
+# ------------------------------------------------------------------ what the rows of a race come to
 
 
 def gap(rows: Rows) -> dict[str, tuple[list[float], list[float]]]:
-    """-> by rounds for which there is a GPT as deep, two lists by seed: the part of the gap between that GPT and the one of
-    equal parameters that the thinker closes with so many rounds, and its lead on the latter in nats per character.
+    """-> by rounds for which there is a GPT as deep, two lists by seed: the part of the gap between
+    that GPT and the one of equal parameters that the thinker closes with so many rounds, and its
+    lead on the latter in nats per character.
     """
     small, by_rounds = rows["gpt, equal parameters"]["nats"], {}
     for name, row in rows.items():
@@ -365,7 +393,9 @@ def gap(rows: Rows) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def mean_by_rounds(measured: list[dict]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """What `nll_by_rounds` gave, by seed -> means over seeds: nats by fixed rounds; nats and rounds by threshold of the learned rule."""
+    """What `nll_by_rounds` gave, by seed -> means over seeds: nats by fixed rounds; nats and rounds
+    by threshold of the learned rule.
+    """
     mean = statistics.mean
     fixed = {r: mean(seed["fixed"][r] for seed in measured) for r in measured[0]["fixed"]}
     learned = {}
@@ -375,7 +405,9 @@ def mean_by_rounds(measured: list[dict]) -> tuple[dict[str, float], dict[str, li
 
 
 def at_seconds(curve: list[list[float]], seconds: float) -> float:
-    """-> nats after so many seconds, on a line between the two measurements around them; NaN before the first and after the last."""
+    """-> nats after so many seconds, on a line between the two measurements around them; NaN before
+    the first and after the last.
+    """
     for (_, a, nats), (_, b, later) in zip(curve, curve[1:], strict=False):
         if a <= seconds <= b:
             return nats + (later - nats) * (seconds - a) / (b - a) if b > a else later

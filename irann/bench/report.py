@@ -15,7 +15,9 @@ TIMES = ("implementation", "ms, median (lowest, highest)", "times as long as the
 
 
 def draw(report: dict, what: str, out: Path) -> None:
-    """The report's figures, beside it: WHAT-NAME.png. Without matplotlib there are none, and that is said."""
+    """The report's figures, beside it: WHAT-NAME.png. Without matplotlib there are none, and that
+    is said.
+    """
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -106,7 +108,7 @@ def bound(row: dict) -> str:
     return "" if row["exact"] else "at most "
 
 
-# ------------------------------------------------------------------------------------------------ all that is measured
+# ----------------------------------------------------------------------------- all that is measured
 
 
 def _scan(report: dict) -> list[str]:
@@ -210,7 +212,9 @@ def _model(row: dict) -> list[str]:
 
 
 def _by_position(rows: dict[str, list]) -> list[str]:
-    """How much a longer past is worth: mean nats by the position in the window, from there to the next."""
+    """How much a longer past is worth: mean nats by the position in the window, from there to the
+    next.
+    """
     if not rows:
         return []
     positions = sorted({position for row in rows.values() for position, _ in row})
@@ -235,7 +239,7 @@ def _measure(value: dict | float) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
-# --------------------------------------------------------------------------------------------------------------- races
+# -------------------------------------------------------------------------------------------- races
 
 
 def _race(report: dict) -> list[str]:
@@ -257,7 +261,9 @@ def _race(report: dict) -> list[str]:
 
 
 def of_models(rows: Rows) -> list[str]:
-    """Where all stand when the fastest is done, seed by seed: those of one seed ran side by side, others perhaps on a busier machine."""
+    """Where all stand when the fastest is done, seed by seed: those of one seed ran side by side,
+    others perhaps on a busier machine.
+    """
     by_seed = zip(*(row["seconds"] for row in rows.values()), strict=False)
     done = [min(seconds) for seconds in by_seed]
     standings = []
@@ -268,7 +274,8 @@ def of_models(rows: Rows) -> list[str]:
         standings.append(f"{name} {bound(row) + over(nats) if known else 'not measured yet'}")
     after = " or ".join(f"{then:.0f}" for then in sorted(done))
     return [
-        f"When the fastest of them is done, after {after} s of training by seed, they stand at: {', '.join(standings)}.",
+        f"When the fastest of them is done, after {after} s of training by seed, they stand "
+        f"at: {', '.join(standings)}.",
         *texts_of_seeds(rows),
     ]
 
@@ -302,8 +309,10 @@ def of_thinker(rows: Rows) -> list[str]:
     page = []
     for rounds, (closed, lead) in races.gap(rows).items():
         page.append(
-            f"With {rounds} rounds the thinker closes {mean(closed):.0%} of the gap to a GPT as deep "
-            f"({min(closed):.0%} to {max(closed):.0%} by seed) and is {mean(lead):.4f} nats under the GPT of equal "
+            f"With {rounds} rounds the thinker closes {mean(closed):.0%} of the gap to a GPT "
+            "as deep "
+            f"({min(closed):.0%} to {max(closed):.0%} by seed) and is {mean(lead):.4f} nats "
+            "under the GPT of equal "
             f"parameters ({min(lead):.4f} to {max(lead):.4f})."
         )
     fixed, learned = races.mean_by_rounds(measured)
@@ -326,8 +335,10 @@ def of_nanogpt(rows: Rows) -> list[str]:
     by_short, by_long = ([a - b for a, b in zip(nats[0], ours, strict=False)] for ours in nats[1:])
     middle = statistics.median
     return [
-        f"All in windows of 64: ours, short, takes 1/{middle(sooner):.1f} of its time ({min(sooner):.1f} to {max(sooner):.1f}) "
-        f"and ends {middle(by_short):.3f} nats lower ({min(by_short):.3f} to {max(by_short):.3f}); ours, long, takes "
+        f"All in windows of 64: ours, short, takes 1/{middle(sooner):.1f} of its time "
+        f"({min(sooner):.1f} to {max(sooner):.1f}) "
+        f"and ends {middle(by_short):.3f} nats lower ({min(by_short):.3f} to "
+        f"{max(by_short):.3f}); ours, long, takes "
         f"{middle(longer):.2f} times its time and ends {middle(by_long):.3f} nats lower."
     ]
 

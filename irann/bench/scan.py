@@ -1,6 +1,8 @@
-"""The selective scan and Mamba beside other implementations: time, growth with length, memory, writing.
+"""The selective scan and Mamba beside other implementations: time, growth with length, memory,
+writing.
 
-`python -m irann.bench.scan SUBJECT b t e` prints how many bytes the peak memory of this process grows in one pass.
+`python -m irann.bench.scan SUBJECT b t e` prints how many bytes the peak memory of this process
+grows in one pass.
 """
 
 import functools
@@ -28,7 +30,9 @@ PEER = "mambapy, parallel scan"
 
 
 def inputs_of(b: int, t: int, e: int, n: int = STATE) -> list[Tensor]:
-    """-> u, delta (b t e), A (e n), B, C (b t n), D (e), as a Mamba block would have them, all asking for gradients."""
+    """-> u, delta (b t e), A (e n), B, C (b t n), D (e), as a Mamba block would have them, all
+    asking for gradients.
+    """
     generator = seeded()
     u, B, C = (torch.randn(b, t, size, generator=generator) for size in (e, n, n))
     delta = torch.rand(b, t, e, generator=generator) * 0.1 + 0.001
@@ -92,13 +96,17 @@ def growth(quick: bool) -> dict:
 
 
 def exponent(lengths: Sequence[float], taken: Sequence[float]) -> float:
-    """-> p of the best fit seconds = constant * length^p: the slope of log time over log length, least squares."""
+    """-> p of the best fit seconds = constant * length^p: the slope of log time over log length,
+    least squares.
+    """
     x, y = [math.log(v) for v in lengths], [math.log(v) for v in taken]
     return statistics.linear_regression(x, y).slope
 
 
 def memory(quick: bool) -> dict:
-    """Peak memory above the inputs of one forward and backward pass, in MB, each in a process of its own; by length too."""
+    """Peak memory above the inputs of one forward and backward pass, in MB, each in a process of
+    its own; by length too.
+    """
     b, t, e = (4, 256, 128) if quick else (8, 256, 256)
     peaks = {name: memory_of(name, b, t, e) for name in contestants()}
     lengths = (t, 2 * t, 4 * t)
@@ -108,7 +116,9 @@ def memory(quick: bool) -> dict:
 
 
 def memory_of_steps(quick: bool) -> dict:
-    """Peak memory above weights and gradients of one training step of each model, in MB, each in a process of its own."""
+    """Peak memory above weights and gradients of one training step of each model, in MB, each in a
+    process of its own.
+    """
     which, b = ("tiny", 4) if quick else ("gpu", 4)
     windows = {name: zoo.recipe(name, which)[0].window for name in zoo.MODELS}
     peaks = {name: memory_of(f"{name} {which}", b, t, 0) for name, t in windows.items()}
@@ -164,7 +174,9 @@ def grown_by(subject: str, b: int, t: int, e: int) -> int:
 
 
 def training_step(quick: bool) -> dict:
-    """Loss and gradients of a Mamba of 4 layers, width 128 (quick: 2 of 32), b 16, t 256: ours twice, and mambapy's."""
+    """Loss and gradients of a Mamba of 4 layers, width 128 (quick: 2 of 32), b 16, t 256: ours
+    twice, and mambapy's.
+    """
     layers, width, b, t, rounds = (2, 32, 2, 64, 2) if quick else (4, 128, 16, 256, 3)
     model = Mamba(MambaConfig(layers=layers, width=width, window=t))
     ids = random_ids(b, t + 1)
@@ -195,7 +207,8 @@ def training_step(quick: bool) -> dict:
 
 
 def writing(quick: bool) -> dict:
-    """Mamba of 4 layers, width 128, batch 1: characters per second after 100 and after 10,000 read, and transformers' beside it.
+    """Mamba of 4 layers, width 128, batch 1: characters per second after 100 and after 10,000 read,
+    and transformers' beside it.
 
     The time to the first character is left out, for both.
     """

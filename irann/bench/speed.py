@@ -1,8 +1,10 @@
-"""What the models cost: a training step, the first character, each further one, and how that grows with length.
+"""What the models cost: a training step, the first character, each further one, and how that grows
+with length.
 
-Times are taken on one thread, and given as median, lowest and highest. What is to be compared runs in turn in one process,
-after a round that does not count. Untrained weights serve as well as trained ones where only time is asked for, except for
-thinkers: how long they think depends on what they have learnt, and on the text.
+Times are taken on one thread, and given as median, lowest and highest. What is to be compared runs
+in turn in one process, after a round that does not count. Untrained weights serve as well as
+trained ones where only time is asked for, except for thinkers: how long they think depends on what
+they have learnt, and on the text.
 """
 
 import statistics
@@ -36,7 +38,9 @@ def seconds(run: Callable) -> float:
 
 
 def alternate(runners: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """-> what each gives, round by round, all of them in turn, after one round that does not count."""
+    """-> what each gives, round by round, all of them in turn, after one round that does not
+    count.
+    """
     values: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds + 1):
         for name, run in runners.items():
@@ -70,9 +74,11 @@ def finish(drafts) -> None:
 
 
 def training_steps(quick: bool) -> dict:
-    """Loss and gradients of every model at the size that ships (quick: tiny), the same number of characters each.
+    """Loss and gradients of every model at the size that ships (quick: tiny), the same number of
+    characters each.
 
-    What the page models draw makes some of their steps longer than others; every round draws its own.
+    What the page models draw makes some of their steps longer than others; every round draws its
+    own.
     """
     which, b, rounds = ("tiny", 4, 2) if quick else ("gpu", 4, 9)
     runners, window = {}, 0
@@ -88,7 +94,9 @@ def training_steps(quick: bool) -> dict:
 
 
 def gpt_beside_transformers(quick: bool) -> dict:
-    """The plain GPT-2 of 4 layers, width 192, 3 heads, window 256: a training step, and 200 characters with the cache."""
+    """The plain GPT-2 of 4 layers, width 192, 3 heads, window 256: a training step, and 200
+    characters with the cache.
+    """
     layers, width, t, b, n, rounds = (2, 48, 64, 2, 20, 2) if quick else (4, 192, 256, 8, 200, 3)
     ours = GPT(GPTConfig(window=t, layers=layers, width=width, heads=3))
     ids = random_ids(b, t + 1)
@@ -122,7 +130,9 @@ def gpt_beside_transformers(quick: bool) -> dict:
 
 
 def cache_gain(quick: bool) -> dict:
-    """GPT of the recipe `full`: 500 characters with the KV cache, and with the whole window computed for each."""
+    """GPT of the recipe `full`: 500 characters with the KV cache, and with the whole window
+    computed for each.
+    """
     n, rounds = (40, 1) if quick else (500, 3)
     model = GPT(zoo.recipe("gpt", "full")[0]).eval()
     window = model.config.window
@@ -143,7 +153,9 @@ def cache_gain(quick: bool) -> dict:
 
 
 def layer_against_window(quick: bool) -> dict:
-    """One layer of attention and one of Mamba, width 192, batch 1, forward and backward, by the length of the window."""
+    """One layer of attention and one of Mamba, width 192, batch 1, forward and backward, by the
+    length of the window.
+    """
     lengths, rounds = ((32, 64, 128), 2) if quick else ((128, 256, 512, 1024, 2048, 4096), 3)
     layers = {"attention": Attention(192, 3), "mamba": Mixer(MambaConfig(width=192))}
     rows: dict[str, list] = {name: [] for name in layers}
@@ -161,10 +173,11 @@ def _both_ways(layer: torch.nn.Module, x: Tensor) -> None:
 
 
 def writing_by_length(quick: bool) -> dict:
-    """Batch 1, sizes that ship: seconds to the first new character on the screen, and characters per second, by prompt and reply.
+    """Batch 1, sizes that ship: seconds to the first new character on the screen, and characters
+    per second, by prompt and reply.
 
-    The prompts are from the validation part. For a model that writes a page at once, the first draft of the page is what is
-    first on the screen.
+    The prompts are from the validation part. For a model that writes a page at once, the first
+    draft of the page is what is first on the screen.
     """
     which, prompts, replies, rounds = "gpu", (100, 1000, 10_000), (50, 250), 3
     if quick:
@@ -188,7 +201,9 @@ def writing_by_length(quick: bool) -> dict:
 
 
 def write_once(model: Any, prompt: Int[Tensor, "1 t"], n: int, seed: int) -> tuple[float, float]:
-    """-> seconds to the first draft that goes beyond the prompt, and characters per second over the whole reply."""
+    """-> seconds to the first draft that goes beyond the prompt, and characters per second over the
+    whole reply.
+    """
     began = time.perf_counter()
     first = 0.0
     for draft in model.generate(prompt, n, generator=seeded(seed)):
@@ -208,7 +223,9 @@ def write_on(model: Any, prompt: Int[Tensor, "1 t"], n: int) -> float:
 
 
 def speed_against_quality(quick: bool, corpus: Corpus, vocabulary: Vocabulary) -> dict:
-    """Words that exist, the judge and characters per second of all that ships; of models that write a page at once, by steps."""
+    """Words that exist, the judge and characters per second of all that ships; of models that write
+    a page at once, by steps.
+    """
     counts, samples, n = ((2, 4), 1, 32) if quick else ((4, 8, 16, 32, 64), 6, 192)
     rows: dict[str, list] = {}
     for name in zoo.shipped():

@@ -1,11 +1,14 @@
-"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all` adds the trained models,
-and a model's name takes that one alone; `models`, `models-long`, `thinker`, `thinker-long` and `nanogpt` train models side by
-side (races.py; so the thinker alone has no name here).
+"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all`
+adds the trained models, and a model's name takes that one alone; `models`, `models-long`,
+`thinker`, `thinker-long` and `nanogpt` train models side by side (races.py; so the thinker alone
+has no name here).
 
-Where implementations are compared, times are ratios: every round runs all contestants one after the other in the same process,
-on one thread, and a ratio is the median over rounds, given with its smallest and largest value. Memory is the growth of a fresh
-process's peak. Of the models: likelihood over the whole validation part, what their text looks like from outside (quality.py),
-what they cost (speed.py). What was measured is kept in `out` after each part, and a second start goes on from there.
+Where implementations are compared, times are ratios: every round runs all contestants one after the
+other in the same process, on one thread, and a ratio is the median over rounds, given with its
+smallest and largest value. Memory is the growth of a fresh process's peak. Of the models:
+likelihood over the whole validation part, what their text looks like from outside (quality.py),
+what they cost (speed.py). What was measured is kept in `out` after each part, and a second start
+goes on from there.
 """
 
 import sys
@@ -35,10 +38,12 @@ def main(
     seeds: int = 3,
     device: str | torch.device = "cpu",
 ) -> dict:
-    """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` and `device` are those of a race.
+    """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` and
+    `device` are those of a race.
 
-    Raises InputError for another `what`, for a report in `out` that this one would not go on from, and for a device other
-    than the CPU where no race is run; CheckpointError for a model's name where it has no weights.
+    Raises InputError for another `what`, for a report in `out` that this one would not go on from,
+    and for a device other than the CPU where no race is run; CheckpointError for a model's name
+    where it has no weights.
     """
     out = Path(out)
     known = dict.fromkeys(
@@ -52,7 +57,8 @@ def main(
         measured = measure(what, quick, out)
     else:
         raise InputError(
-            f"{what} is measured on the CPU: leave --device out, it is for races ({', '.join(races.RACES)})"
+            f"{what} is measured on the CPU: leave --device out, it is for races "
+            f"({', '.join(races.RACES)})"
         )
     page = report.markdown(measured)
     print(page)
@@ -98,7 +104,8 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     missing = set(parts) - set(before)
     if missing and measured["torch"] != torch.__version__:
         raise InputError(
-            f"{page} was measured with torch {measured['torch']}, this is {torch.__version__}: delete it, or choose another --out"
+            f"{page} was measured with torch {measured['torch']}, this is "
+            f"{torch.__version__}: delete it, or choose another --out"
         )
     if not missing:
         print(f"all of it is measured already; to measure again, delete {page}", file=sys.stderr)
@@ -123,7 +130,10 @@ def _name_retrained(measured: dict, page: Path) -> None:
         if "weights" in row and weights_of(name) not in (None, row["weights"]):
             retrained.append(name)
     if retrained:
-        words = f"was measured with other weights of {', '.join(retrained)}; to measure again, delete it"
+        words = (
+            f"was measured with other weights of {', '.join(retrained)}; to measure "
+            "again, delete it"
+        )
         print(page, words, file=sys.stderr)
 
 
@@ -134,9 +144,11 @@ def parallel_writing(quick: bool) -> dict:
 
 
 def trained_models(quick: bool, only: str | None = None) -> dict:
-    """-> by name, each model with weights or a run: parameters, likelihood, text quality, characters written per second.
+    """-> by name, each model with weights or a run: parameters, likelihood, text quality,
+    characters written per second.
 
-    And `validation text`, pieces of the real thing measured like a model's: what the measures say of Shakespeare.
+    And `validation text`, pieces of the real thing measured like a model's: what the measures say
+    of Shakespeare.
     """
     text = shakespeare.load()
     count, n = (2, 100) if quick else (quality.SAMPLES, quality.LENGTH)
@@ -180,7 +192,9 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
 
 
 def weights_of(name: str) -> str | None:
-    """-> which weights `load(name)` would give, in short, or None where there are none: by hash, or by the run's step and loss."""
+    """-> which weights `load(name)` would give, in short, or None where there are none: by hash, or
+    by the run's step and loss.
+    """
     try:
         card = zoo.load(name).card or {}
     except CheckpointError:
@@ -189,7 +203,9 @@ def weights_of(name: str) -> str | None:
 
 
 def by_position(model: Any, text: Any, pages: int = 60) -> list[list[float]]:
-    """-> pairs of a position in the window and the mean nats of the characters from there to the next, over some windows."""
+    """-> pairs of a position in the window and the mean nats of the characters from there to the
+    next, over some windows.
+    """
     window = model.config.window
     ids = text.val[: pages * window + 1].unfold(0, window + 1, window)
     generator = torch.Generator().manual_seed(0)

@@ -1,6 +1,8 @@
-"""Training on a machine that is not idle: as irann waits for its threads, passively, and on one thread.
+"""Training on a machine that is not idle: as irann waits for its threads, passively, and on one
+thread.
 
-python -m irann.bench.waiting STEPS trains the tiny GPT in a process of its own, and prints the seconds of its steps.
+python -m irann.bench.waiting STEPS trains the tiny GPT in a process of its own, and prints the
+seconds of its steps.
 """
 
 import os

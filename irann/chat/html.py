@@ -1,4 +1,6 @@
-"""A scene, a draft and an inspection as HTML. Whatever a reader or a model wrote is escaped here."""
+"""A scene, a draft and an inspection as HTML. Whatever a reader or a model wrote is escaped
+here.
+"""
 
 from html import escape
 
@@ -23,7 +25,8 @@ STYLE = f"""<style>
 .irann-chat .widget-html-content {{line-height: 1.5}}
 .jp-OutputArea:has(.irann-chat.jupyter-widgets) .irann-stored {{display: none}}
 </style>"""
-# The text is in the page already; where a page may not write to the clipboard, the words say where to find it.
+# The text is in the page already; where a page may not write to the clipboard, the words say where
+# to find it.
 COPY = """<button class="jupyter-widgets jupyter-button widget-button irann-copy" title="copy the scene" style="width: auto" onclick="
   const text = this.closest('.irann-chat').querySelector('.irann-text textarea').value;
   const say = words => { this.textContent = words; setTimeout(() => this.textContent = 'Copy', 2000) };
@@ -81,7 +84,9 @@ def draft_view(frame: Frame) -> str:
 
 
 def scene_html(session: Session, frame: Frame | None = None) -> str:
-    """-> the transcript, escaped; a `frame` is the reply that is being written. A very long scene shows its end."""
+    """-> the transcript, escaped; a `frame` is the reply that is being written. A very long scene
+    shows its end.
+    """
     parts = []
     room = SHOWN
     if frame is not None:
@@ -97,7 +102,9 @@ def scene_html(session: Session, frame: Frame | None = None) -> str:
 
 
 def transcript_html(scene: str) -> str:
-    """-> a scene for pages without widgets; they may drop the style, so line breaks are elements."""
+    """-> a scene for pages without widgets; they may drop the style, so line breaks are
+    elements.
+    """
     return STYLE + f"<div class='irann-chat'>{scene}</div>".replace("\n", "<br>")
 
 
@@ -124,8 +131,8 @@ def _bubble(speaker: str, inner: str, model: str) -> str:
 def inspection_html(inspection: Inspection, name: str, position: int = -1) -> str:
     """-> the text with a number per character as the colour behind it, escaped.
 
-    For a map, that is the row of the character at `position`. It attends to itself most: that would outshine the
-    rest, so the colours are measured by the characters before it.
+    For a map, that is the row of the character at `position`. It attends to itself most: that would
+    outshine the rest, so the colours are measured by the characters before it.
     """
     is_map = name in inspection.maps
     values = inspection.maps[name][position].tolist() if is_map else inspection.values[name]

@@ -1,13 +1,14 @@
-"""A conversation with a model, without a screen: a scene of a play in which the reader and the model take turns.
+"""A conversation with a model, without a screen: a scene of a play in which the reader and the
+model take turns.
 
-The reader is one character, the model answers as another and stops when its speech ends. A second mode,
-`plain`, lets the model go on with whatever was written. A session knows of a model only what
+The reader is one character, the model answers as another and stops when its speech ends. A second
+mode, `plain`, lets the model go on with whatever was written. A session knows of a model only what
 `lm.LanguageModel` promises, so the model can change in the middle of a scene.
 
     session = Session("gpt")
     session.say("Who is there?")
     for frame in session.reply():
-        ...                   # frame.text so far; its first frame.settled characters will not change
+        ...  # frame.text so far; its first frame.settled characters will not change
 
 Leaving the loop early is the stop button: what has settled by then stays in the scene.
 """
@@ -92,7 +93,8 @@ class Inspection:
 class Session:
     """The turns so far, the settings, and the model that answers.
 
-    `say` hears what loading a model has to tell; `settings` are given to `set`. Raises as `use` and `set` do.
+    `say` hears what loading a model has to tell; `settings` are given to `set`. Raises as `use` and
+    `set` do.
     """
 
     def __init__(
@@ -119,7 +121,8 @@ class Session:
                 say(note)
 
     def use(self, model: LanguageModel | str | Path) -> str:
-        """Change the model and keep the scene -> a note on settings that the new one cannot take, now dropped, or ''.
+        """Change the model and keep the scene -> a note on settings that the new one cannot take,
+        now dropped, or ''.
 
         Raises CheckpointError or InputError as `zoo.load` does; the old model then stays.
         """
@@ -145,7 +148,7 @@ class Session:
                 dropped.append(option)
         return f"{name} cannot take what was set for {', '.join(dropped)}" if dropped else ""
 
-    # ---------------------------------------------------------------------------------------------- settings
+    # ------------------------------------------------------------------------------------- settings
 
     @property
     def options(self) -> dict[str, Setting]:
@@ -161,7 +164,8 @@ class Session:
         return known[name]
 
     def set(self, name: str, value: Any) -> str:
-        """Set an option, `seed`, `mode`, `reader` or `speaker` -> a note on unknown characters, or ''.
+        """Set an option, `seed`, `mode`, `reader` or `speaker` -> a note on unknown characters, or
+        ''.
 
         A value may be text. Raises InputError that names what was set and its range.
         """
@@ -198,12 +202,14 @@ class Session:
         nats = f"{bound}{loss:.3f} nats per character of the validation part"
         return f"{self.name}: {size:,} parameters, {nats}"
 
-    # ------------------------------------------------------------------------------------------ the conversation
+    # ----------------------------------------------------------------------------- the conversation
 
     def clean(self, text: str) -> tuple[str, str]:
-        """-> the text in characters that the model knows, and a sentence about those it does not know, or ''.
+        """-> the text in characters that the model knows, and a sentence about those it does not
+        know, or ''.
 
-        A letter and an accent typed apart may be one character to the model, or the other way round.
+        A letter and an accent typed apart may be one character to the model, or the other way
+        round.
         """
         vocabulary = lm.vocabulary_of(self.model)
         text = vocabulary.spelt(text)
@@ -222,7 +228,9 @@ class Session:
         return text.translate(plainer), note
 
     def say(self, text: str) -> str:
-        """Add the reader's turn, if it is not empty -> a note on characters the model does not know, or ''."""
+        """Add the reader's turn, if it is not empty -> a note on characters the model does not
+        know, or ''.
+        """
         clean, note = self.clean(text)
         if self.mode == "play":
             clean = clean.strip("\n")
@@ -244,11 +252,13 @@ class Session:
         return f"{scene}{END if scene else ''}{self.speaker}:\n"
 
     def reply(self) -> Iterator[Frame]:
-        """Let the model answer -> frames. When they end or are left, what has settled is in `turns`.
+        """Let the model answer -> frames. When they end or are left, what has settled is in
+        `turns`.
 
-        In a play the reply ends with the speech, at an empty line that has settled; else at `length` characters.
-        Mode and speaker may be set anew while it writes: they count from the next reply on.
-        Raises InputError for settings that the model refuses; the scene is then as before.
+        In a play the reply ends with the speech, at an empty line that has settled; else at
+        `length` characters. Mode and speaker may be set anew while it writes: they count from the
+        next reply on. Raises InputError for settings that the model refuses; the scene is then as
+        before.
         """
         prompt = self.clean(self.prompt())[0]
         settings = {name: value for name, value in self.values.items() if name != "length"}
@@ -260,7 +270,9 @@ class Session:
         return self._follow(drafts, len(prompt), self.mode, self.speaker, self.name)
 
     def again(self) -> Iterator[Frame]:
-        """Write the last reply anew. Raises InputError if there is none; the old one stays if nothing new comes."""
+        """Write the last reply anew. Raises InputError if there is none; the old one stays if
+        nothing new comes.
+        """
         if not self.turns or not self.turns[-1].model:
             raise InputError("there is no reply yet that could be written anew")
         old = self.turns.pop()
@@ -313,23 +325,27 @@ class Session:
                 self.turns.append(Turn(speaker, text, model, ended, forgotten, kept))
 
     def forgot(self) -> str:
-        """-> a sentence on what of the scene was out of the model's reach when its last reply ended, or ''."""
+        """-> a sentence on what of the scene was out of the model's reach when its last reply
+        ended, or ''.
+        """
         lost = self.turns[-1].forgotten if self.turns else 0
         if not lost:
             return ""
         return (
-            f"by the end of its reply the model could not read the first {lost:,} characters of the scene: "
+            f"by the end of its reply the model could not read the first {lost:,} characters "
+            "of the scene: "
             f"its window of {self.model.config.window} also has to hold what it writes"
         )
 
-    # --------------------------------------------------------------------------------------------- introspection
+    # -------------------------------------------------------------------------------- introspection
 
     @torch.no_grad()
     def inspect(self) -> Inspection:
-        """-> what the model shows about the last window of the scene: `nll`, and what it has beside that.
+        """-> what the model shows about the last window of the scene: `nll`, and what it has beside
+        that.
 
-        The model's own settings count, as when it writes; a bound does not depend on how the model writes.
-        Raises InputError for a scene of less than two characters.
+        The model's own settings count, as when it writes; a bound does not depend on how the model
+        writes. Raises InputError for a scene of less than two characters.
         """
         text = self.clean(self.scene())[0][-self.model.config.window :]
         if len(text) < 2:
@@ -366,7 +382,9 @@ def _keep(frames: list[Frame], frame: Frame) -> None:
 
 
 def _speech_end(text: str) -> int | None:
-    """-> where the empty line after a speech begins, or None. Empty lines before its first word do not count."""
+    """-> where the empty line after a speech begins, or None. Empty lines before its first word do
+    not count.
+    """
     first = len(text) - len(text.lstrip())
     end = EMPTY_LINE.search(text, first)
     return end and end.start()
@@ -381,7 +399,9 @@ def _name(value: Any) -> str:
 
 
 def available() -> list[str]:
-    """-> the models that can be loaded: their weights came with the package, or there is a run of them."""
+    """-> the models that can be loaded: their weights came with the package, or there is a run of
+    them.
+    """
     return [name for name in zoo.MODELS if name in zoo.shipped() or _has_run(name)]
 
 

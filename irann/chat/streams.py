@@ -1,4 +1,6 @@
-"""What can go wrong with standard input and a terminal: closed streams, other encodings, wide characters."""
+"""What can go wrong with standard input and a terminal: closed streams, other encodings, wide
+characters.
+"""
 
 import os
 import sys
@@ -12,8 +14,8 @@ JOINERS = "\u200c\u200d"  # without them some scripts cannot be written
 
 
 def prepare() -> None:
-    """Once, as a program begins: no file may be opened as a standard stream that is closed, and output never breaks
-    off at a character that its encoding does not have."""
+    """Once, as a program begins: no file may be opened as a standard stream that is closed, and
+    output never breaks off at a character that its encoding does not have."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -24,17 +26,22 @@ def prepare() -> None:
 
 
 def check_encoding(characters: str) -> None:
-    """Say beforehand that some of these characters will be written as question marks, and the way out."""
+    """Say beforehand that some of these characters will be written as question marks, and the way
+    out.
+    """
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     lost = characters.encode(encoding, "replace").decode(encoding) != characters
     if lost:
         tell(
-            f"standard output is {encoding}, and what it cannot hold becomes a question mark: set PYTHONIOENCODING=utf-8"
+            f"standard output is {encoding}, and what it cannot hold becomes a question mark: "
+            "set PYTHONIOENCODING=utf-8"
         )
 
 
 def heard(read: Callable[[], str] | None = None) -> str:
-    """-> what standard input says: the rest of it, or what `read` reads. Raises InputError if it cannot be read."""
+    """-> what standard input says: the rest of it, or what `read` reads. Raises InputError if it
+    cannot be read.
+    """
     check_stdin()
     try:
         return (read or sys.stdin.read)().removeprefix("\ufeff")
@@ -61,7 +68,9 @@ def tell(message: str, bare: bool = False) -> None:
 
 
 def visible(text: str, tab: str = "\t") -> str:
-    """-> the text without what a terminal would obey: line breaks, spaces and joiners stay, CR LF is a line break."""
+    """-> the text without what a terminal would obey: line breaks, spaces and joiners stay, CR LF
+    is a line break.
+    """
     return "".join(_shown(character, tab) for character in text)
 
 
@@ -76,14 +85,18 @@ def _shown(character: str, tab: str) -> str:
 
 
 def cells(character: str) -> int:
-    """-> how many columns of a terminal a character takes: 2 if it is wide, 0 if it joins the one before."""
+    """-> how many columns of a terminal a character takes: 2 if it is wide, 0 if it joins the one
+    before.
+    """
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def advance(column: int, text: str, width: int) -> int:
-    """-> the column of the cursor after `text`. At `width` it still stands on the line that is full."""
+    """-> the column of the cursor after `text`. At `width` it still stands on the line that is
+    full.
+    """
     for character in text:
         taken = cells(character)
         if character == "\n":

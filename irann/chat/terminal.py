@@ -1,8 +1,9 @@
-"""The conversation in a terminal: `irann chat MODEL`, and in a pipe: `echo "Who is there?" | irann chat gpt`.
+"""The conversation in a terminal: `irann chat MODEL`, and in a pipe: `echo "Who is there?" | irann
+chat gpt`.
 
-Settled characters are written once and stay. What a model proposes for the rest of the line is shown in grey
-and written over. Without a terminal there are neither colours nor proposals: the replies go to standard output,
-everything else to standard error.
+Settled characters are written once and stay. What a model proposes for the rest of the line is
+shown in grey and written over. Without a terminal there are neither colours nor proposals: the
+replies go to standard output, everything else to standard error.
 """
 
 import os
@@ -38,7 +39,9 @@ RESERVED = 3  # columns at a line's end: the terminal may write ^C there
 
 
 def main(model: str, settings: dict[str, str], *, device: Any = "cpu") -> None:
-    """Talk until the input ends or says /quit. Raises InputError and CheckpointError for what cannot be loaded or set."""
+    """Talk until the input ends or says /quit. Raises InputError and CheckpointError for what
+    cannot be loaded or set.
+    """
     settings = {SHORT.get(name, name): value for name, value in settings.items()}
     known = {"length": LENGTH} | SAMPLING | SCENE
     for name in known.keys() & settings.keys():  # refused before anything is loaded
@@ -64,7 +67,7 @@ class Terminal:
     def run(self) -> None:
         if self.typed:
             try:
-                import readline  # noqa: F401  input() then edits the line and remembers the ones before
+                import readline  # noqa: F401  input() then edits lines and remembers them
             except ImportError:
                 pass  # Windows
             print(self.paint(self.session.describe(), "2"))
@@ -128,7 +131,9 @@ class Terminal:
             self.forgetting = True
 
     def command(self, line: str) -> bool:
-        """Do what follows a slash -> whether to go on. What cannot be done is said in a sentence."""
+        """Do what follows a slash -> whether to go on. What cannot be done is said in a
+        sentence.
+        """
         word, _, value = line.strip().partition(" ")
         word = word.lower()
         value = value.strip()
@@ -202,7 +207,9 @@ class Terminal:
 
 
 class Pen:
-    """Writes the frames of one reply: settled text once, and on a `live` screen what is proposed for its line."""
+    """Writes the frames of one reply: settled text once, and on a `live` screen what is proposed
+    for its line.
+    """
 
     def __init__(self, live: bool, colours: bool):
         self.live = live
@@ -221,7 +228,9 @@ class Pen:
         sys.stdout.flush()
 
     def draw(self, settled: str, proposed: str) -> None:
-        """Write over what was proposed before. It is erased first: after a full line, erasing would take a letter."""
+        """Write over what was proposed before. It is erased first: after a full line, erasing would
+        take a letter.
+        """
         width = shutil.get_terminal_size().columns
         if self.proposed:
             sys.stdout.write("\x1b[K")
@@ -234,7 +243,9 @@ class Pen:
         self.proposed = bool(tail)
 
     def tail(self, proposed: str, width: int) -> str:
-        """-> as much of the unsettled text as fits on the cursor's line; only there can it be written over."""
+        """-> as much of the unsettled text as fits on the cursor's line; only there can it be
+        written over.
+        """
         room = width - self.column - RESERVED
         if not self.colours or room <= 0:
             return ""
@@ -254,7 +265,9 @@ class Pen:
 
 @contextmanager
 def _interrupts(catch: bool) -> Iterator[list[int]]:
-    """-> a list that holds the signal once Ctrl-C came: the step ends, then the reply. A second one interrupts at once."""
+    """-> a list that holds the signal once Ctrl-C came: the step ends, then the reply. A second one
+    interrupts at once.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

@@ -1,8 +1,9 @@
 """The conversation in a notebook cell: `from irann import Chat; Chat()`.
 
-Ink is settled, grey may still change. Where the cell's event loop runs, a reply is a task that lets the loop
-breathe between two drafts, so Stop works while the model writes. Where none runs, and with `say(text, wait=True)`,
-the reply is written before Python goes on; a page without widgets shows the transcript.
+Ink is settled, grey may still change. Where the cell's event loop runs, a reply is a task that lets
+the loop breathe between two drafts, so Stop works while the model writes. Where none runs, and with
+`say(text, wait=True)`, the reply is written before Python goes on; a page without widgets shows the
+transcript.
 """
 
 import asyncio
@@ -43,9 +44,10 @@ PLAIN = "a chat for a notebook cell; here: chat.say(TEXT), then print(chat.sessi
 class Chat(w.VBox):
     """A transcript, a line to write on, the settings, and the model's inside on the text.
 
-    `Chat()` takes the first model there are weights for; `Chat("gpt", temperature=0.8)`, or `Chat(model)` with a
-    model of your own that has its vocabulary. `session` holds the conversation; it is None until a model could be
-    loaded, and the sentence that says why not stands under the transcript.
+    `Chat()` takes the first model there are weights for; `Chat("gpt", temperature=0.8)`, or
+    `Chat(model)` with a model of your own that has its vocabulary. `session` holds the
+    conversation; it is None until a model could be loaded, and the sentence that says why not
+    stands under the transcript.
     """
 
     def __init__(
@@ -131,17 +133,18 @@ class Chat(w.VBox):
         self.more = w.Accordion([self.knobs, inside, drafts, self.copy], titles=PANELS)
         self.more.observe(self._opened, "selected_index")
 
-    # ------------------------------------------------------------------------------------ what the reader does
+    # ------------------------------------------------------------------------- what the reader does
 
     @property
     def busy(self) -> bool:
         return self.task is not None and not self.task.done()
 
     def say(self, text: str | None = None, wait: bool = False) -> None:
-        """Send a text, or what stands on the line, and let the model answer; with `wait` before the cell goes on.
+        """Send a text, or what stands on the line, and let the model answer; with `wait` before the
+        cell goes on.
 
-        While a reply is written nothing is heard: a text is refused in a sentence, and the line keeps what stands
-        on it.
+        While a reply is written nothing is heard: a text is refused in a sentence, and the line
+        keeps what stands on it.
         """
         if self.busy and text is not None:
             self._tell(NOT_HEARD)
@@ -171,7 +174,9 @@ class Chat(w.VBox):
         self.stopping = True
 
     def inspect(self) -> None:
-        """Show the model's inside on the last window of the scene; an open panel is kept up to date."""
+        """Show the model's inside on the last window of the scene; an open panel is kept up to
+        date.
+        """
         if not self.busy and self.session is not None:
             self._inspect()
 
@@ -206,7 +211,7 @@ class Chat(w.VBox):
         knob.value = self._shown(name)
         knob.observe(self._turned, "value")
 
-    # ----------------------------------------------------------------------------------------------- a reply
+    # -------------------------------------------------------------------------------------- a reply
 
     def _talking(self) -> Session:
         assert self.session is not None
@@ -228,7 +233,9 @@ class Chat(w.VBox):
             await asyncio.sleep(0)  # here the loop hears Stop
 
     def _write(self, reply: Callable[[], Iterator[Frame]]) -> Iterator[None]:
-        """Follow a reply, redraw now and then, and yield after each draft. Ends with the turn in the session."""
+        """Follow a reply, redraw now and then, and yield after each draft. Ends with the turn in
+        the session.
+        """
         self._enable(False)
         self.began = time.monotonic()
         last = None
@@ -262,17 +269,21 @@ class Chat(w.VBox):
         self._draw()
 
     def _fail(self, error: Exception) -> None:
-        """Say what went wrong. A fault of the program, not of what was given, also leaves its traceback in the log."""
+        """Say what went wrong. A fault of the program, not of what was given, also leaves its
+        traceback in the log.
+        """
         if isinstance(error, InputError | CheckpointError):
             self._tell(str(error), error=True)
         else:
             traceback.print_exception(error)
             self._tell(f"{type(error).__name__}: {error}", error=True)
 
-    # ----------------------------------------------------------------------------------------------- the model
+    # ------------------------------------------------------------------------------------ the model
 
     def _use(self, model: LanguageModel | str) -> None:
-        """Load a model and keep the scene. The first that can be loaded gets the settings that were given."""
+        """Load a model and keep the scene. The first that can be loaded gets the settings that were
+        given.
+        """
         self.about.value = html.progress(f"loading {str(model)[:200]}")
         self.halt()
         self._tell("")
@@ -316,7 +327,7 @@ class Chat(w.VBox):
         value = self._talking().get(name)
         return "" if value is None else str(value) if name == "seed" else value
 
-    # ---------------------------------------------------------------------------------------------- the screen
+    # ----------------------------------------------------------------------------------- the screen
 
     def _enable(self, on: bool) -> None:
         for button in (self.submit, self.again, self.clear):
@@ -390,7 +401,9 @@ class Chat(w.VBox):
         return f"{self.session.describe()}; {PLAIN}"
 
     def _repr_mimebundle_(self, **options: Any) -> dict:
-        """The live widget, and the transcript for where there are none: a page that nbconvert made, or GitHub."""
+        """The live widget, and the transcript for where there are none: a page that nbconvert made,
+        or GitHub.
+        """
         scene = self.session.scene() if self.session else ""
         bundle = {"text/plain": scene or "an empty stage", "text/html": self._repr_html_()}
         if not _static():
@@ -399,7 +412,9 @@ class Chat(w.VBox):
         return bundle
 
     def _stored(self) -> dict:
-        """The scene as an output of its own: a notebook that is opened again has no widget, but that."""
+        """The scene as an output of its own: a notebook that is opened again has no widget, but
+        that.
+        """
         return {"text/html": html.stored_html(self.session.scene() if self.session else "")}
 
     def _repr_html_(self) -> str:

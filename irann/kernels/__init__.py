@@ -75,8 +75,8 @@ def _has_triton():
 
 
 for _constant in (fastest, why_not):
-    # torch.compile asks them once and takes the answer; torch.compiler.assume_constant_result would set
-    # this mark too, but it imports the whole compiler, which doubles the time of importing irann
+    # torch.compile asks once and takes the answer. torch.compiler.assume_constant_result would set
+    # this mark too, but it imports the whole compiler: importing irann would take twice as long.
     _constant._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
 
 

@@ -1,4 +1,5 @@
-"""The network of Diffusion-LM: it guesses every character of a window from noisy embeddings of all of them.
+"""The network of Diffusion-LM: it guesses every character of a window from noisy embeddings of all
+of them.
 
 What it consists of, why, and from which papers, stands at the top of `diffusion.py`.
 """
@@ -52,11 +53,14 @@ class DiffusionConfig(Checked):
 
 
 class Denoiser(LanguageModel):
-    """Embeddings on a sphere, and logits of every character given noisy ones, both sides, and the noise level."""
+    """Embeddings on a sphere, and logits of every character given noisy ones, both sides, and the
+    noise level.
+    """
 
     no_decay = ("word_embedding",)  # only its direction is used
 
-    # For each bin of levels: the running mean of the cross-entropy, the rows seen, and counts and sums of this step.
+    # For each bin of levels: the running mean of the cross-entropy, the rows seen, and counts and
+    # sums of this step.
     level_loss: Float[Tensor, " bins"]
     level_count: Float[Tensor, " bins"]
     observations: Float[Tensor, "2 bins"]
@@ -97,7 +101,9 @@ class Denoiser(LanguageModel):
 
     @property
     def embeddings(self) -> Float[Tensor, "v c"]:
-        """The characters' points, all at distance sqrt(c): a channel has variance one, like the noise."""
+        """The characters' points, all at distance sqrt(c): a channel has variance one, like the
+        noise.
+        """
         return F.normalize(self.word_embedding, dim=-1) * math.sqrt(self.config.channels)
 
     def log_likelihood(
@@ -105,7 +111,8 @@ class Denoiser(LanguageModel):
     ) -> Float[Tensor, "b t v"]:
         """log p(x_t | character) up to a constant: what a position says about itself, alone.
 
-        The embeddings have one length, so of the Gaussian's exponent only sqrt(alpha_bar) x . e / (1 - alpha_bar) is left.
+        The embeddings have one length, so of the Gaussian's exponent only sqrt(alpha_bar) x . e /
+        (1 - alpha_bar) is left.
         """
         alpha_bar = self.schedule.alpha_bar
         # Not in half precision: the factor, and errors with it, grow beyond all bounds.
@@ -123,8 +130,8 @@ class Denoiser(LanguageModel):
     ) -> Float[Tensor, "b t v"]:
         """Logits of every character given all the noisy ones.
 
-        `mask` is True where text is to be written; elsewhere `ids` are known and replace the noise. `previous_guess`
-        are probabilities; None means none yet, all zeros.
+        `mask` is True where text is to be written; elsewhere `ids` are known and replace the noise.
+        `previous_guess` are probabilities; None means none yet, all zeros.
         """
         c = self.config
         masked = mask[..., None]
@@ -169,6 +176,17 @@ class Denoiser(LanguageModel):
         seen = torch.stack([torch.ones_like(nll), nll]).to(self.observations.dtype)
         self.observations.index_add_(1, bins, seen)
 
+    def previous_guess(self, x, tau, ids, mask, self_conditioned):
+        """The first guess of the rows that are self-conditioned, zeros for the others; computed for
+        those rows alone.
+        """
+        if not self.config.self_condition:
+            return None
+        rows = self_conditioned.nonzero()[:, 0]
+        guess = x.new_zeros(*ids.shape, self.config.vocabulary)
+        first = self(x[rows], tau[rows], ids[rows], mask[rows]).softmax(-1)
+        return guess.index_copy(0, rows, first.to(guess.dtype))
+
     def observed(self) -> list[Tensor]:
         return [self.observations]
 
@@ -182,10 +200,11 @@ class Denoiser(LanguageModel):
         self.observations.zero_()
 
     def level_probabilities(self) -> Float[Tensor, "T"]:
-        """float64: how often each noise level is visited; level 1 never, for its step is the rounding.
+        """float64: how often each noise level is visited; level 1 never, for its step is the
+        rounding.
 
-        Nine tenths follow the rise of the remembered cross-entropy, smoothed and made monotone (Dieleman et al., section
-        4.2); one tenth is uniform, so that no level is forgotten.
+        Nine tenths follow the rise of the remembered cross-entropy, smoothed and made monotone
+        (Dieleman et al., section 4.2); one tenth is uniform, so that no level is forgotten.
         """
         p = torch.full((BINS,), 1 / BINS, dtype=torch.float64, device="cpu")
         if self.config.adaptive:
@@ -193,7 +212,8 @@ class Denoiser(LanguageModel):
             curve = curve.unfold(0, 5, 1).mean(-1).cummax(0).values
             rise = curve.diff(prepend=curve.new_zeros(1)).clamp(min=0)
             p = 0.9 * rise / rise.sum().clamp(min=1e-9) + 0.1 * p
-        # The distribution function at the edges of the bins, and linearly between them at every level.
+        # The distribution function at the edges of the bins, and linearly between them at every
+        # level.
         edges = F.pad(p.cumsum(0), (1, 0))
         at = torch.arange(self.config.levels + 1, dtype=torch.float64, device="cpu")
         at = at / (self.config.levels / BINS)
@@ -205,8 +225,8 @@ class Denoiser(LanguageModel):
     def draw_levels(
         self, count: int, generator: Generator | None = None
     ) -> tuple[Int[Tensor, "{count}"], Float[Tensor, "{count}"]]:
-        """Noise levels and their probabilities, on the CPU: one from each of `count` equal slices of probability, in
-        random order."""
+        """Noise levels and their probabilities, on the CPU: one from each of `count` equal slices
+        of probability, in random order."""
         p = self.level_probabilities()
         device = _device(generator)
         order = torch.randperm(count, generator=generator, device=device).cpu()
@@ -216,7 +236,9 @@ class Denoiser(LanguageModel):
         return index + 1, p[index].to(self.word_embedding.dtype)
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` decreasing noise levels from T down, equally likely apart: small strides where text takes shape."""
+        """`steps` decreasing noise levels from T down, equally likely apart: small strides where
+        text takes shape.
+        """
         u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
         levels = (torch.searchsorted(self.level_probabilities().cumsum(0), u) + 1).tolist()
         levels[-1] = self.config.levels
@@ -226,7 +248,9 @@ class Denoiser(LanguageModel):
 
 
 def neighbourhood(x: Float[Tensor, "b t channels"], reach: int) -> Float[Tensor, "b t neighbours"]:
-    """Every position beside its neighbours, (2 reach + 1) times the channels; zeros beyond the ends."""
+    """Every position beside its neighbours, (2 reach + 1) times the channels; zeros beyond the
+    ends.
+    """
     t = x.shape[1]
     x = F.pad(x, (0, 0, reach, reach))
     return torch.cat([x[:, i : i + t] for i in range(2 * reach + 1)], -1)
@@ -241,8 +265,9 @@ def sinusoids(level: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 32"]:
 def draw_mask(
     rows: int, length: int, *, device: Any = None, generator: Generator | None = None
 ) -> Bool[Tensor, "{rows} {length}"]:
-    """True where text is masked: in half of the rows after a random position, in a quarter between two, in a quarter all
-    but the first. The first is never masked: something must come before the text, if only a newline.
+    """True where text is masked: in half of the rows after a random position, in a quarter between
+    two, in a quarter all but the first. The first is never masked: something must come before the
+    text, if only a newline.
     """
     uniform = partial(torch.rand, generator=generator, device=device)
     ends = (1 + uniform(2, rows, 1) * (length - 1)).long()

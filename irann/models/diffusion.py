@@ -1,22 +1,25 @@
-"""Diffusion-LM: text out of noise. Every character is a point on a sphere; noise drowns the points; a network guesses them back.
+"""Diffusion-LM: text out of noise. Every character is a point on a sphere; noise drowns the points;
+a network guesses them back.
 
-Papers: Li et al. 2022, "Diffusion-LM" (arXiv 2205.14217) for diffusion on learned embeddings, rounding, clamping
-and control; Dieleman et al. 2022, "Continuous diffusion for categorical data" (arXiv 2211.15089) for embeddings of
-one length, cross-entropy as the loss and noise levels spent where it changes; Chen et al. 2022, "Analog Bits"
-(arXiv 2208.04202) for self-conditioning. The mathematics is `core.noise`, with levels tau = 1 .. T and clean data
-x_0; this file adds what makes it work for characters:
+Papers: Li et al. 2022, "Diffusion-LM" (arXiv 2205.14217) for diffusion on learned embeddings,
+rounding, clamping and control; Dieleman et al. 2022, "Continuous diffusion for categorical data"
+(arXiv 2211.15089) for embeddings of one length, cross-entropy as the loss and noise levels spent
+where it changes; Chen et al. 2022, "Analog Bits" (arXiv 2208.04202) for self-conditioning. The
+mathematics is `core.noise`, with levels tau = 1 .. T and clean data x_0; this file adds what makes
+it work for characters:
 
-| part                      | why                                                                                   |
-|---------------------------|---------------------------------------------------------------------------------------|
-| embeddings on a sphere    | noise cannot be outgrown (that no two share a point is the work of the loss)          |
-| the guess is a mean       | softmax over characters, times their embeddings: never a point that means nothing     |
-| Bayes at each position    | p(c | x) = p(x_t | c) p(c | x elsewhere): the first factor is known exactly, so given |
-| neighbours at the input   | spelling is local; attention need not learn it                                        |
-| self-conditioning         | the last guess is shown again, so that the next one builds on it                      |
-| clean positions           | a prompt is kept; text is continued, or filled in anywhere                            |
-| levels by learned quantiles | most noise levels teach nothing: too little noise or too much                       |
+| part                    | why                                                        |
+|-------------------------|------------------------------------------------------------|
+| embeddings on a sphere  | noise cannot be outgrown; the loss keeps points apart      |
+| the guess is a mean     | softmax times embeddings: never a point that means nothing |
+| Bayes at each position  | what a position says of itself is known exactly: so given  |
+| neighbours at the input | spelling is local; attention need not learn it             |
+| self-conditioning       | the last guess is shown again: the next builds on it       |
+| clean positions         | a prompt is kept; text is continued, or filled in          |
+| levels by quantiles     | most noise levels teach nothing: too little or too much    |
 
-No causal mask: every position sees both sides. The training loss is a surrogate; `nll` is a bound of the likelihood.
+No causal mask: every position sees both sides. The training loss is a surrogate; `nll` is a bound
+of the likelihood.
 """
 
 import math
@@ -49,7 +52,8 @@ from ..settings import InputError, Setting
 from .denoiser import Denoiser, DiffusionConfig, draw_mask
 
 SURE = 0.9999  # a character of this probability is taken as known
-COLDEST = 0.5  # the least temperature at which that is judged: colder, any guess looks sure, even the first
+# the least temperature at which that is judged: colder, any guess looks sure, even the first
+COLDEST = 0.5
 STEPS = Setting(64, "denoising steps for each page of text", low=1, high=1000)
 Guide = Callable[[Tensor, Tensor], Tensor]  # x_tau (b t c), tau (b) -> a log probability (b)
 
@@ -67,7 +71,9 @@ class Denoising:
 
 
 class Diffusion(Denoiser):
-    """Guess every character of a window from noisy embeddings, seeing both sides and the noise level."""
+    """Guess every character of a window from noisy embeddings, seeing both sides and the noise
+    level.
+    """
 
     exact = False
     settings = {
@@ -91,7 +97,8 @@ class Diffusion(Denoiser):
     def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Tensor]:
         """Mask, noise level and its probability, noise, and the rows that are self-conditioned.
 
-        `weight` turns a mean over all positions into one over the masked positions of the whole batch.
+        `weight` turns a mean over all positions into one over the masked positions of the whole
+        batch.
         """
         self.absorb()
         device = ids.device
@@ -113,16 +120,18 @@ class Diffusion(Denoiser):
         }
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
-        """Cross-entropy of the masked characters at adaptive noise levels, plus rounding, in nats per character.
+        """Cross-entropy of the masked characters at adaptive noise levels, plus rounding, in nats
+        per character.
 
-        A surrogate, not a likelihood. `bound_nats_per_char` among the parts is an unbiased one-draw estimate of the bound.
+        A surrogate, not a likelihood. `bound_nats_per_char` among the parts is an unbiased one-draw
+        estimate of the bound.
         """
         ids = self.check_ids(ids)
         draws = self.draw(ids) if draws is None else draws
         mask, tau, weight = draws["mask"], draws["tau"], draws["weight"]
         x0 = self.embeddings[ids]
         x = self.schedule.noise(x0, tau, draws["eps"])
-        previous = self._previous_guess(x, tau, ids, mask, draws["self_conditioned"])
+        previous = self.previous_guess(x, tau, ids, mask, draws["self_conditioned"])
         logits = self(x, tau, ids, mask, previous)
         nll = cross_entropy(logits, ids)
         rounding = self.rounding(x0, ids, draws["eps_rounding"]).mean()
@@ -142,25 +151,16 @@ class Diffusion(Denoiser):
         return loss, parts
 
     @torch.no_grad()
-    def _previous_guess(self, x, tau, ids, mask, self_conditioned):
-        """The first guess of the rows that are self-conditioned, zeros for the others; computed for those rows alone."""
-        if not self.config.self_condition:
-            return None
-        rows = self_conditioned.nonzero()[:, 0]
-        guess = x.new_zeros(*ids.shape, self.config.vocabulary)
-        first = self(x[rows], tau[rows], ids[rows], mask[rows]).softmax(-1)
-        return guess.index_copy(0, rows, first.to(guess.dtype))
-
     # --- the bound ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def bound(self, ids: Ids, *, generator: Generator | None = None, draws: int = 4) -> Bound:
         """The terms of an upper bound of -log p, in nats, for each character of `ids[:, 1:]`.
 
-        `prior`, `reconstruction` and `total` are (b t); `steps` is (1 b t), the estimate of the sum over noise levels.
-        Text is scored as it is written: page by page, each given the clean characters before it, so that the pages'
-        bounds add up to one of the whole (chain rule). The sum over noise levels is estimated without bias from `draws`
-        of them per page.
+        `prior`, `reconstruction` and `total` are (b t); `steps` is (1 b t), the estimate of the sum
+        over noise levels. Text is scored as it is written: page by page, each given the clean
+        characters before it, so that the pages' bounds add up to one of the whole (chain rule). The
+        sum over noise levels is estimated without bias from `draws` of them per page.
         """
         ids = self.check_ids(ids)
         nothing = self.word_embedding.new_zeros(len(ids), 0)
@@ -187,7 +187,9 @@ class Diffusion(Denoiser):
         return prior[:, start:], steps[None, :, start:], rounding[:, start:]
 
     def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
-        """An upper bound, on average over the noise, of the nats of each character of `ids[:, 1:]`."""
+        """An upper bound, on average over the noise, of the nats of each character of `ids[:,
+        1:]`.
+        """
         bound = self.bound(ids, generator=generator)
         return bound.prior + bound.steps[0] + bound.reconstruction
 
@@ -196,10 +198,12 @@ class Diffusion(Denoiser):
     def denoising(
         self, *, guide: Guide | None = None, strength: float = 1.0, **given: Any
     ) -> Denoising:
-        """The arguments of `generate` and `infill`, checked: temperature, top_k, top_p, those of `settings`, and a guide.
+        """The arguments of `generate` and `infill`, checked: temperature, top_k, top_p, those of
+        `settings`, and a guide.
 
-        `guide(x_tau, tau) -> (b)` is the log probability of something wished for, given noisy embeddings (b t c): its
-        gradient steers the page, `strength` times (see `noise.guided`). Raises InputError that names one out of range.
+        `guide(x_tau, tau) -> (b)` is the log probability of something wished for, given noisy
+        embeddings (b t c): its gradient steers the page, `strength` times (see `noise.guided`).
+        Raises InputError that names one out of range.
         """
         own = {name: given.pop(name, s.default) for name, s in self.settings.items()}
         own = {name: self.settings[name].check(name, value) for name, value in own.items()}
@@ -217,9 +221,11 @@ class Diffusion(Denoiser):
     def generate(
         self, prompt: Ids, n: int, *, generator: Generator | None = None, **how: Any
     ) -> Iterator[Draft]:
-        """The prompt, and a page of text that comes out of noise, then the next page; `how` is what `denoising` takes.
+        """The prompt, and a page of text that comes out of noise, then the next page; `how` is what
+        `denoising` takes.
 
-        In each row a character is settled once it and all before it are so sure that they are taken as known from then on.
+        In each row a character is settled once it and all before it are so sure that they are taken
+        as known from then on.
         """
         chosen = self.denoising(**how)
 
@@ -236,16 +242,19 @@ class Diffusion(Denoiser):
         generator: Generator | None = None,
         **how: Any,
     ) -> Iterator[Draft]:
-        """Drafts of the whole text: positions where `mask` is True are written, all others are kept.
+        """Drafts of the whole text: positions where `mask` is True are written, all others are
+        kept.
 
-        What stands after a gap is seen as well as what stands before. A text beyond the window is filled in page after
-        page, each with the text around it. Raises InputError for a mask that does not fit.
+        What stands after a gap is seen as well as what stands before. A text beyond the window is
+        filled in page after page, each with the text around it. Raises InputError for a mask that
+        does not fit.
         """
         chosen = self.denoising(**how)
         ids = self.check_ids(ids)
         if mask.dtype != torch.bool or mask.shape != ids.shape[1:]:
             raise InputError(
-                f"mask is bool of shape ({ids.shape[1]},), one for each position; got {mask.dtype} of shape {tuple(mask.shape)}"
+                f"mask is bool of shape ({ids.shape[1]},), one for each position; got "
+                f"{mask.dtype} of shape {tuple(mask.shape)}"
             )
         text, mask = ids.to(self.device).clone(), mask.to(self.device).clone()
         return self._infill(text, mask, chosen, generator)
@@ -271,10 +280,11 @@ class Diffusion(Denoiser):
     def fill(
         self, text: str, *, gap: str = "_", seed: int | None = None, **settings: Any
     ) -> Iterator[Draft]:
-        """Text with gaps in, drafts out: every `gap` sign is a position to write, as in "To be, or ___ to be".
+        """Text with gaps in, drafts out: every `gap` sign is a position to write, as in "To be, or
+        ___ to be".
 
-        Raises InputError for a text without gaps, a gap sign that is itself a character of the vocabulary, and as
-        `infill` does.
+        Raises InputError for a text without gaps, a gap sign that is itself a character of the
+        vocabulary, and as `infill` does.
         """
         vocabulary = vocabulary_of(self)
         if len(gap) != 1 or gap in vocabulary.characters:
@@ -292,7 +302,9 @@ class Diffusion(Denoiser):
 
     @torch.no_grad()
     def _denoise(self, ids, mask, how, generator):
-        """One window: from noise to text where `mask` is True, a draft of it after each noise level."""
+        """One window: from noise to text where `mask` is True, a draft of it after each noise
+        level.
+        """
         normal = noise.normal(generator)
         alpha_bar = [1.0, *self.schedule.alpha_bar.tolist()]
         position = torch.arange(ids.shape[1], device=ids.device)
@@ -324,7 +336,7 @@ class Diffusion(Denoiser):
                 yield Draft(ids, ids.shape[1], note)
 
     def _guided(self, x0, x, level, ids, mask, how):
-        """The guess x0, moved by the guide, to which known positions are shown where they would be without noise."""
+        """The guess x0, moved by the guide, which sees known positions without their noise."""
         known = self.schedule.noise(self.embeddings[ids], level, torch.zeros_like(x))
 
         def seen(x: Tensor, level: Tensor) -> Tensor:

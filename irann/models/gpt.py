@@ -1,18 +1,19 @@
 """nanoGPT: a decoder-only Transformer over characters, the baseline of this book.
 
-Papers: Vaswani et al. 2017 (arXiv 1706.03762) for attention, Radford et al. 2019 (GPT-2) for the block and its
-initialisation; the sizes and the spirit are those of Karpathy's nanoGPT, and so are the names of the parameters.
-With its defaults the model computes exactly what transformers' GPT-2 computes with the exact GELU.
-`GPTConfig.fast` switches on what trains better at this size; each ingredient is an option of its own:
+Papers: Vaswani et al. 2017 (arXiv 1706.03762) for attention, Radford et al. 2019 (GPT-2) for the
+block and its initialisation; the sizes and the spirit are those of Karpathy's nanoGPT, and so are
+the names of the parameters. With its defaults the model computes exactly what transformers' GPT-2
+computes with the exact GELU. `GPTConfig.fast` switches on what trains better at this size; each
+ingredient is an option of its own:
 
-| option                    | instead of           | why                                                      |
-|---------------------------|----------------------|----------------------------------------------------------|
-| positions="rotary"        | a learned table      | scores see distance: nothing is learned twice            |
-| qk_norm=True              | bare q and k         | scores stay bounded: the learning rate may be larger     |
-| activation="squared_relu" | GELU                 | sparser and sharper at equal cost                        |
-| norm="plain", bias=False  | gains and biases     | fewer parts, nothing lost                                |
-| tied=False                | lm_head = wte        | 65 characters cost nothing; reading and writing differ   |
-| init="fan_in"             | deviation 0.02       | signals keep their size; blocks start as the identity    |
+| option                    | instead of       | why                                        |
+|---------------------------|------------------|--------------------------------------------|
+| positions="rotary"        | a learned table  | scores see distance                        |
+| qk_norm=True              | bare q and k     | scores stay bounded: larger learning rates |
+| activation="squared_relu" | GELU             | sparser and sharper                        |
+| norm="plain", bias=False  | gains and biases | fewer parts                                |
+| tied=False                | lm_head = wte    | reading and writing differ                 |
+| init="fan_in"             | deviation 0.02   | blocks start as the identity               |
 """
 
 from dataclasses import dataclass, replace
@@ -105,9 +106,9 @@ class GPT(Reader):
     ) -> tuple[Float[Tensor, "b t v"], list[KeyValue]]:
         """Logits, and the KV cache of every block.
 
-        What a position has computed does not change when more is read, because no position looks ahead; so only
-        the new positions are computed, and they look back at the cached keys and values.
-        Raises InputError when state and ids outgrow the window.
+        What a position has computed does not change when more is read, because no position looks
+        ahead; so only the new positions are computed, and they look back at the cached keys and
+        values. Raises InputError when state and ids outgrow the window.
         """
         past = state or [None] * len(self.h)
         x, rotary = self.embed(ids, state[0][0].shape[2] if state else 0)
@@ -121,11 +122,14 @@ class GPT(Reader):
     def embed(
         self, ids: Ids, start: int = 0
     ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "t pairs"] | None]:
-        """The residual stream at positions from `start` on, and their rotary table if there is one."""
+        """The residual stream at positions from `start` on, and their rotary table if there is
+        one.
+        """
         end = start + ids.shape[1]
         if end > self.config.window:
             raise InputError(
-                f"the window holds {self.config.window} characters; got {ids.shape[1]} after {start}: read the last ones only"
+                f"the window holds {self.config.window} characters; got {ids.shape[1]} after "
+                f"{start}: read the last ones only"
             )
         x = self.wte(ids)
         if self.config.positions == "learned":
@@ -146,7 +150,9 @@ class GPT(Reader):
 
     @classmethod
     def from_transformers(cls, source: Any) -> "GPT":
-        """A `GPT2LMHeadModel`, or a name or folder that transformers resolves -> the same model in this book's form."""
+        """A `GPT2LMHeadModel`, or a name or folder that transformers resolves -> the same model in
+        this book's form.
+        """
         from .interop import gpt_from_transformers
 
         return gpt_from_transformers(source)

@@ -1,4 +1,6 @@
-"""Models of transformers in this book's form: since the parameters have the same names, little more than a copy."""
+"""Models of transformers in this book's form: since the parameters have the same names, little more
+than a copy.
+"""
 
 import os
 from typing import Any, TypeVar
@@ -21,7 +23,8 @@ RENAMED = {
 def gpt_from_transformers(source: Any) -> GPT:
     """A `GPT2LMHeadModel`, or a name or folder that transformers resolves -> the same model.
 
-    Raises InputError for another class of model, and for a variant that would compute something else.
+    Raises InputError for another class of model, and for a variant that would compute something
+    else.
     """
     from transformers import GPT2LMHeadModel
 
@@ -29,11 +32,13 @@ def gpt_from_transformers(source: Any) -> GPT:
     hf = theirs.config
     if not hf.scale_attn_weights or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention:
         raise InputError(
-            "only plain GPT-2 attention can be copied: scaled by 1/sqrt(c) in every layer, without cross-attention"
+            "only plain GPT-2 attention can be copied: scaled by 1/sqrt(c) in every layer, "
+            "without cross-attention"
         )
     if hf.embd_pdrop != hf.resid_pdrop:
         raise InputError(
-            f"one dropout serves the whole residual stream here; got embd_pdrop {hf.embd_pdrop} and resid_pdrop "
+            "one dropout serves the whole residual stream here; got embd_pdrop "
+            f"{hf.embd_pdrop} and resid_pdrop "
             f"{hf.resid_pdrop}: set both to the same number first"
         )
     config = GPTConfig(
@@ -88,7 +93,9 @@ def _activation(name: Any) -> str:
 
 
 def _resolved(source: Any, kind: type, model_type: str) -> Any:
-    """-> a model of exactly this kind: a relative has parts that a copy would lose without a word."""
+    """-> a model of exactly this kind: a relative has parts that a copy would lose without a
+    word.
+    """
     if isinstance(source, str | os.PathLike):
         return kind.from_pretrained(source)
     if not isinstance(source, kind) or source.config.model_type != model_type:
@@ -100,7 +107,9 @@ def _resolved(source: Any, kind: type, model_type: str) -> Any:
 def _copied(
     ours: Model, theirs: nn.Module, *, prefix: str, transposed: tuple[str, ...] = ()
 ) -> Model:
-    """Copy every parameter from the one of its name; GPT-2 keeps its linear maps transposed (`Conv1D`)."""
+    """Copy every parameter from the one of its name; GPT-2 keeps its linear maps transposed
+    (`Conv1D`).
+    """
     weights = theirs.state_dict()
     for name, parameter in ours.named_parameters():
         theirs_name = name if name.startswith("lm_head") else prefix + name

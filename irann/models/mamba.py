@@ -1,21 +1,22 @@
 """Mamba: a left-to-right model whose whole past fits into a state of fixed size.
 
-Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv 2312.00752),
-section 3.4 and figure 3; the scan itself is `irann.core.scan`. With its defaults the model computes exactly what
-transformers' `MambaForCausalLM` computes, and its parameters have the names of that checkpoint. Every block is
-the same; there is no attention, no MLP and no notion of position:
+Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv
+2312.00752), section 3.4 and figure 3; the scan itself is `irann.core.scan`. With its defaults the
+model computes exactly what transformers' `MambaForCausalLM` computes, and its parameters have the
+names of that checkpoint. Every block is the same; there is no attention, no MLP and no notion of
+position:
 
-    norm -> in_proj -> conv1d -> SiLU -> x_proj, dt_proj -> selective scan -> gate -> out_proj -> add
+    norm -> in_proj -> conv1d -> SiLU -> x_proj, dt_proj -> scan -> gate -> out_proj -> add
 
-| parameter | shape               | what it decides                                                     |
-|-----------|---------------------|---------------------------------------------------------------------|
-| in_proj   | d -> 2 e            | the signal u and its gate                                           |
-| conv1d    | e, d_conv positions | what the last few characters say together                           |
-| x_proj    | e -> dt_rank + 2 n  | from each character: its step size, B what to write, C what to read |
-| dt_proj   | dt_rank -> e        | delta, the step size of each channel; softplus keeps it positive    |
-| A_log     | e n                 | A = -exp(A_log): each channel forgets at n different rates          |
-| D         | e                   | what passes by the state                                            |
-| out_proj  | e -> d              | back into the residual stream                                       |
+| parameter | shape               | what it decides                               |
+|-----------|---------------------|-----------------------------------------------|
+| in_proj   | d -> 2 e            | the signal u and its gate                     |
+| conv1d    | e, d_conv positions | what the last characters say together         |
+| x_proj    | e -> dt_rank + 2 n  | step size, B what to write, C what to read    |
+| dt_proj   | dt_rank -> e        | delta, each channel's step size; softplus > 0 |
+| A_log     | e n                 | A = -exp(A_log): n rates of forgetting        |
+| D         | e                   | what passes by the state                      |
+| out_proj  | e -> d              | back into the residual stream                 |
 
 Ours beside the paper: `init="fan_in"` and `tied=False`, as in this book's other models; dropout.
 """
@@ -76,9 +77,11 @@ class LayerState(NamedTuple):
 
 
 class StepWeights(NamedTuple):
-    """A layer for one character after the other: parameters of its parts, and what is computed from two of them.
+    """A layer for one character after the other: parameters of its parts, and what is computed from
+    two of them.
 
-    The dicts are the modules' own: weights that are trained or loaded later are seen at the next character.
+    The dicts are the modules' own: weights that are trained or loaded later are seen at the next
+    character.
     """
 
     mixer: "Mixer"
@@ -104,7 +107,9 @@ class StepWeights(NamedTuple):
     def advance(
         self, x: Float[Tensor, "b d"], state: LayerState
     ) -> tuple[Float[Tensor, "b d"], LayerState]:
-        """`Block.forward` for a single character, in as few calls as it takes: they are most of its time."""
+        """`Block.forward` for a single character, in as few calls as it takes: they are most of its
+        time.
+        """
         x_normed = torch.rms_norm(x, x.shape[-1:], self.norm["weight"], self.eps)
         u, gate = F.linear(x_normed, **self.in_proj).chunk(2, -1)
         inputs = torch.cat([state.conv_state, u.unsqueeze(1)], 1)
@@ -122,7 +127,9 @@ class StepWeights(NamedTuple):
 
 
 class MambaState(NamedTuple):
-    """What `read` hands on: each layer's state and, once single characters are read, each layer's weights."""
+    """What `read` hands on: each layer's state and, once single characters are read, each layer's
+    weights.
+    """
 
     layers: list[LayerState]
     weights: list[StepWeights] | None = None
@@ -153,7 +160,9 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
-        """delta starts log-uniform in [low, high] (section 3.6): some channels count single characters, some whole lines."""
+        """delta starts log-uniform in [low, high] (section 3.6): some channels count single
+        characters, some whole lines.
+        """
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(low), math.log(high)).exp()
         self.dt_proj.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
@@ -276,7 +285,9 @@ class Mamba(Reader):
         return F.linear(self.norm_f(x), head.weight), state
 
     def _step(self, ids, state):
-        """The blocks for one character; after training or loading their weights are prepared anew."""
+        """The blocks for one character; after training or loading their weights are prepared
+        anew.
+        """
         weights = state.weights
         ours = weights and weights[0].mixer is self.layers[0].mixer
         if not ours or not all(w.fresh() for w in weights):
@@ -289,7 +300,9 @@ class Mamba(Reader):
         return x.unsqueeze(1), MambaState(layers, weights)
 
     def notes(self, state: MambaState | None) -> dict:
-        """Each row's mean step size at its last character: near 0 it was let pass, large it replaced older ones."""
+        """Each row's mean step size at its last character: near 0 it was let pass, large it
+        replaced older ones.
+        """
         if state is None:
             return {}
         delta = torch.stack([layer.delta for layer in state.layers])
@@ -308,9 +321,11 @@ class Mamba(Reader):
 
     @classmethod
     def from_transformers(cls, source: Any, *, window: int = 1024) -> "Mamba":
-        """A `MambaForCausalLM`, or a name or folder that transformers resolves -> the same model in this book's form.
+        """A `MambaForCausalLM`, or a name or folder that transformers resolves -> the same model in
+        this book's form.
 
-        Its config knows no window; `window` is the length in which ours is then evaluated and trained.
+        Its config knows no window; `window` is the length in which ours is then evaluated and
+        trained.
         """
         from .interop import mamba_from_transformers
 

@@ -5,9 +5,9 @@
     logits = lm_head(hidden)                     after any round
 
 Papers: Dehghani et al. 2018, "Universal Transformers" (arXiv 1807.03819), for depth by repetition;
-Geiping et al. 2025, "Scaling up Test-Time Compute with Latent Reasoning" (arXiv 2502.05171), for the
-prelude and the input injected at every round; Banino et al. 2021, "PonderNet" (arXiv 2107.05407),
-for the learned halting probability.
+Geiping et al. 2025, "Scaling up Test-Time Compute with Latent Reasoning" (arXiv 2502.05171), for
+the prelude and the input injected at every round; Banino et al. 2021, "PonderNet" (arXiv
+2107.05407), for the learned halting probability.
 
 What we do differently: the hidden state is normalised at every round, so that it comes to rest and
 more rounds do no harm; every round's prediction is trained, or every late one's; with `round_gains`
@@ -189,9 +189,10 @@ class RecurrentDepth(LanguageModel):
     def rounds_loss(self, nats: Float[Tensor, "b t r"], halt: Float[Tensor, "b t r"]) -> Loss:
         """The loss of the rounds' predictions and of the probabilities that choose among them.
 
-        The halting probabilities minimise the expected negative log-likelihood of the round at which
-        they stop, plus beta times KL(p || prior) (PonderNet, section 2.3). Unless `supervision` is
-        `halting` they take the former as given, so that no hidden state is bent to end sooner.
+        The halting probabilities minimise the expected negative log-likelihood of the round at
+        which they stop, plus beta times KL(p || prior) (PonderNet, section 2.3). Unless
+        `supervision` is `halting` they take the former as given, so that no hidden state is bent to
+        end sooner.
         """
         c = self.config
         p = halting_distribution(halt)
@@ -223,7 +224,9 @@ class RecurrentDepth(LanguageModel):
     def limits(
         self, ids: Ids, rule: dict[str, Any], generator: Generator | None
     ) -> Float[Tensor, "b t"]:
-        """The probability of having stopped at which a position does, by stop=halting or sampled."""
+        """The probability of having stopped at which a position does, by stop=halting or
+        sampled.
+        """
         like: dict[str, Any] = {"dtype": self.lm_head.weight.dtype, "device": ids.device}
         if rule["stop"] == "sampled":
             return torch.rand(ids.shape, generator=generator, **like)

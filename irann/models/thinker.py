@@ -1,7 +1,7 @@
 """Iterative thinking from left to right: every position thinks as long as it needs.
 
-A position that has stopped is frozen: its hidden state, its prediction, and the keys and values that
-later positions look back at. The papers stand in recurrent.py.
+A position that has stopped is frozen: its hidden state, its prediction, and the keys and values
+that later positions look back at. The papers stand in recurrent.py.
 """
 
 from collections.abc import Iterator
@@ -34,7 +34,8 @@ from .recurrent import (
 
 @dataclass
 class ThinkerCache:
-    """What `Thinker.read` keeps: the KV cache of the prelude by block, of the core by round and block.
+    """What `Thinker.read` keeps: the KV cache of the prelude by block, of the core by round and
+    block.
 
     And of the last call's positions: the `rounds` taken, and the probability of having `halted`.
     """
@@ -107,18 +108,18 @@ class Thinker(RecurrentDepth, Reader):
     ) -> tuple[Float[Tensor, "b t v"], ThinkerCache]:
         """Each position's prediction at the round where it stopped, by the rule named `stop`.
 
-        | stop       | a position stops after the round at which                                      |
-        |------------|--------------------------------------------------------------------------------|
-        | halting    | the probability of having stopped, 1 - prod(1 - halt), reaches `threshold`     |
-        | sampled    | it reaches a number drawn for the position: so at round r with probability p_r |
-        | state      | the hidden state has moved by at most `tolerance` (root mean square)           |
-        | prediction | the prediction has moved by at most `tolerance` (total variation)              |
-        | fixed      | `rounds` are done, as with every rule at last                                  |
+        | stop       | a position stops after the round at which                            |
+        |------------|----------------------------------------------------------------------|
+        | halting    | the probability of having stopped reaches `threshold`                |
+        | sampled    | it reaches a number drawn for it: at round r with p_r                |
+        | state      | the hidden state has moved by at most `tolerance` (root mean square) |
+        | prediction | the prediction has moved by at most `tolerance` (total variation)    |
+        | fixed      | `rounds` are done, as with every rule at last                        |
 
-        With `packed`, positions that have stopped are left out of the computation. Without, they are
-        computed and dropped, so that every bit of a position's logits is independent of when later
-        positions stop. Raises InputError for settings out of range, and when state and ids outgrow
-        the window.
+        With `packed`, positions that have stopped are left out of the computation. Without, they
+        are computed and dropped, so that every bit of a position's logits is independent of when
+        later positions stop. Raises InputError for settings out of range, and when state and ids
+        outgrow the window.
         """
         return self.read_by(self.rule(settings), ids, state, packed=packed, generator=generator)
 

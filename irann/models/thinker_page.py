@@ -1,8 +1,8 @@
 """Iterative thinking, a page at once: masked positions look both ways, the surest guesses stay.
 
-Papers: Austin et al. 2021 (arXiv 2107.03006) for absorbing diffusion, which replaces characters by a
-mask token; Hoogeboom et al. 2021 (arXiv 2110.02037), who show that its bound is that of guessing in
-random order; those of the network stand in recurrent.py.
+Papers: Austin et al. 2021 (arXiv 2107.03006) for absorbing diffusion, which replaces characters by
+a mask token; Hoogeboom et al. 2021 (arXiv 2110.02037), who show that its bound is that of guessing
+in random order; those of the network stand in recurrent.py.
 """
 
 from collections.abc import Iterator
@@ -188,7 +188,9 @@ class PageThinker(RecurrentDepth):
         generator: Generator | None,
         rule: dict[str, Any],
     ) -> tuple[Hidden, Float[Tensor, "b t v"], int]:
-        """Each row until all of its masked positions stop: hidden state, logits, and rounds taken."""
+        """Each row until all of its masked positions stop: hidden state, logits, and rounds
+        taken.
+        """
         limit = self.limits(ids, rule, generator)
         survival = torch.ones_like(limit)
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
@@ -211,5 +213,7 @@ class PageThinker(RecurrentDepth):
 
 
 def masked_weights(masked: Mask, total: int, like: Float[Tensor, "..."]) -> Float[Tensor, "b t"]:
-    """Of masked positions, such that the weighted sum of a row is `total` times the mean over them."""
+    """Of masked positions, such that the weighted sum of a row is `total` times the mean over
+    them.
+    """
     return masked.to(like) * total / masked.sum(1, keepdim=True)

@@ -1,6 +1,7 @@
 """Training: a recipe, one loop for every model, and a run directory that loses nothing.
 
-`loop` is the page to read; `recipe`, `evaluation`, `run`, `state` and `signals` are what it calls by name.
+`loop` is the page to read; `recipe`, `evaluation`, `run`, `state` and `signals` are what it calls
+by name.
 """
 
 from .bars import progress

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
 
 
 def bar(items: Iterable | None = None, **options: Any) -> Any:
-    """tqdm's bar over the items, or one that is set by hand; where there is no standard error, none is drawn."""
+    """tqdm's bar over the items, or one that is set by hand; where there is no standard error, none
+    is drawn.
+    """
     from tqdm.auto import tqdm
 
     if sys.stderr is None:

@@ -18,8 +18,8 @@ from .processes import rank_and_world, summed
 class Likelihood:
     """Nats per character over a whole text: exact, or an upper bound with a standard error.
 
-    The error is that of the mean over windows, by their variance. It counts how they differ as well as the noise of
-    the draws, and is larger than the latter alone.
+    The error is that of the mean over windows, by their variance. It counts how they differ as well
+    as the noise of the draws, and is larger than the latter alone.
     """
 
     nats_per_char: float
@@ -53,11 +53,12 @@ def evaluate(
 ) -> Likelihood:
     """The likelihood of every character of the validation (or training) part, each scored once.
 
-    The context rule, the same for all models: the part is cut into windows of the model's own length that do not
-    overlap; a character is predicted from those before it in its window and the one before the window (for the first
-    window of the validation part, the last character of the training part; a text without one before it skips its
-    first character). `nll`, a callable like the model's, scores in its place. With `share`, each process of a group
-    scores its share of the windows, and all get the whole. Raises InputError for a text in another vocabulary.
+    The context rule, the same for all models: the part is cut into windows of the model's own
+    length that do not overlap; a character is predicted from those before it in its window and the
+    one before the window (for the first window of the validation part, the last character of the
+    training part; a text without one before it skips its first character). `nll`, a callable like
+    the model's, scores in its place. With `share`, each process of a group scores its share of the
+    windows, and all get the whole. Raises InputError for a text in another vocabulary.
     """
     check_vocabulary(model, text)
     length = window or model.config.window
@@ -100,6 +101,7 @@ def _windows(text: Text, part: str, window: int, batch: int) -> list[Tensor]:
 def check_vocabulary(model: LanguageModel, text: Text) -> None:
     if model.vocabulary is not None and model.vocabulary != text.vocabulary:
         raise InputError(
-            "the text's characters are not those that the model was trained on: cut the text with the model's "
+            "the text's characters are not those that the model was trained on: cut the text "
+            "with the model's "
             "vocabulary, as Text.of(characters, vocabulary=model.vocabulary), or build a new model"
         )

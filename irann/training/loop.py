@@ -1,10 +1,11 @@
-"""The training loop, one for every model: a generator of ticks that can be watched, stopped, and resumed bitwise.
+"""The training loop, one for every model: a generator of ticks that can be watched, stopped, and
+resumed bitwise.
 
     for tick in train(model, text, recipe, run="runs/mine"):
         print(tick.step, tick.loss)
 
-A notebook plots the ticks, the command line prints them, a test stops after five. The loop knows of a model only what
-`lm.LanguageModel` promises.
+A notebook plots the ticks, the command line prints them, a test stops after five. The loop knows of
+a model only what `lm.LanguageModel` promises.
 """
 
 import dataclasses
@@ -35,7 +36,9 @@ from .state import NotFinite, State
 
 @dataclass(frozen=True)
 class Tick:
-    """One step of training. `loss` in nats per character; `seconds` on this run so far, earlier sittings included."""
+    """One step of training. `loss` in nats per character; `seconds` on this run so far, earlier
+    sittings included.
+    """
 
     step: int
     loss: float
@@ -63,16 +66,17 @@ def train(
 ) -> Generator[Tick, None, None]:
     """Train `model` in place, yielding a Tick per step.
 
-    With `run`, a directory, checkpoints and metrics.jsonl are kept there; `resume` goes on from its newest valid
-    checkpoint, bitwise as if never stopped; `overwrite` starts it anew. Without `run` nothing is written.
-    `stop` is asked after each step. Once it answers with a signal's number (as `Signals` does), a checkpoint is saved
-    and the ticks end, the last one with `interrupted`. A SIGINT, SIGTERM or SIGHUP that comes while a step runs does
-    the same where its handler is the default one; a second SIGINT quits at once. Between two steps the generator holds
-    no handler; whatever else ends the loop there, a checkpoint is saved too.
+    With `run`, a directory, checkpoints and metrics.jsonl are kept there; `resume` goes on from its
+    newest valid checkpoint, bitwise as if never stopped; `overwrite` starts it anew. Without `run`
+    nothing is written. `stop` is asked after each step. Once it answers with a signal's number (as
+    `Signals` does), a checkpoint is saved and the ticks end, the last one with `interrupted`. A
+    SIGINT, SIGTERM or SIGHUP that comes while a step runs does the same where its handler is the
+    default one; a second SIGINT quits at once. Between two steps the generator holds no handler;
+    whatever else ends the loop there, a checkpoint is saved too.
 
-    Raises NotFinite; InputError for what cannot be trained; CheckpointError when the run's checkpoints cannot be used
-    or belong to another model, vocabulary or corpus; RunError when the directory holds a run and neither `resume` nor
-    `overwrite` is given; InUse; DiskError.
+    Raises NotFinite; InputError for what cannot be trained; CheckpointError when the run's
+    checkpoints cannot be used or belong to another model, vocabulary or corpus; RunError when the
+    directory holds a run and neither `resume` nor `overwrite` is given; InUse; DiskError.
     """
     folder = None if run is None else Path(run)
     if not (resume and folder is not None and checkpoint.listed(folder)):
@@ -100,8 +104,8 @@ def _train(model, text, recipe, folder, resume, overwrite, stop) -> Generator[Ti
                 began = time.perf_counter()
                 rate = recipe.rate(step - 1)
                 with state.stepping():
-                    # Every process draws the whole batch, windows and noise, and then takes its rows of it: so the
-                    # objective of a step does not depend on how many pieces the batch is cut into.
+                    # Every process draws the whole batch, windows and noise, and takes its rows:
+                    # the objective of a step does not depend on how a batch is cut into pieces.
                     ids = windows(text.train, model.config.window, recipe.batch, state.order)
                     ids = ids.to(state.device)
                     model.train()
@@ -147,7 +151,8 @@ def _train(model, text, recipe, folder, resume, overwrite, stop) -> Generator[Ti
                     interrupted=interrupted,
                     notes=run.told(),
                 )
-                # first the line, then the checkpoint: resuming drops a line too many, and cannot write a missing one
+                # first the line, then the checkpoint: resuming drops a line too many, and cannot
+                # write a missing one
                 run.write(tick)
                 if validates or saves or interrupted:
                     tick = dataclasses.replace(tick, saved=run.save())
@@ -161,7 +166,9 @@ def _train(model, text, recipe, folder, resume, overwrite, stop) -> Generator[Ti
 def _gradients(
     loss_of: nn.Module, state: State, ids: Tensor, draws: dict[str, Any]
 ) -> tuple[float, dict[str, float]]:
-    """Backward through the whole batch -> its loss and its parts: the means over equal pieces and over processes."""
+    """Backward through the whole batch -> its loss and its parts: the means over equal pieces and
+    over processes.
+    """
     recipe = state.recipe
     loss = 0.0
     parts: dict[str, float] = {}
@@ -206,7 +213,9 @@ def _validates(recipe: Recipe, step: int) -> bool:
 
 
 def _validate(state: State) -> None:
-    """Nats per character over the whole validation part, with the averaged weights if the recipe keeps them."""
+    """Nats per character over the whole validation part, with the averaged weights if the recipe
+    keeps them.
+    """
     began = time.perf_counter()
     nats = evaluate(state.averaged(), state.text, share=state.world > 1).nats_per_char
     if not math.isfinite(nats):
@@ -224,7 +233,9 @@ def _agreed(caught: Signals, stop: Callable | None) -> int:
 
 
 class _Loss(nn.Module):
-    """The model's loss as a module's call, which is what DistributedDataParallel and torch.compile take hold of."""
+    """The model's loss as a module's call, which is what DistributedDataParallel and torch.compile
+    take hold of.
+    """
 
     def __init__(self, model: LanguageModel):
         super().__init__()
@@ -261,15 +272,18 @@ def _check(model: LanguageModel, text: Text, recipe: Recipe) -> None:
         )
     if not any(p.requires_grad for p in model.parameters()):
         raise InputError(
-            "every parameter of the model is frozen: there is nothing to train; unfreeze some with requires_grad_()"
+            "every parameter of the model is frozen: there is nothing to train; unfreeze "
+            "some with requires_grad_()"
         )
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise InputError(
-            "nothing can be trained under torch.inference_mode, nor weights that were made there: leave it, "
+            "nothing can be trained under torch.inference_mode, nor weights that were made "
+            "there: leave it, "
             "and build the model outside"
         )
     _, world = rank_and_world()
     if recipe.batch % (world * recipe.accumulate):
         raise InputError(
-            f"a batch of {recipe.batch} cannot be shared by {world} processes in {recipe.accumulate} pieces each"
+            f"a batch of {recipe.batch} cannot be shared by {world} processes in "
+            f"{recipe.accumulate} pieces each"
         )

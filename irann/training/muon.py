@@ -1,9 +1,9 @@
 """Muon: momentum whose every step is made orthogonal, for the matrices inside a network.
 
-Jordan et al. 2024, "Muon: an optimizer for hidden layers", with the step size of Liu et al. 2025 (arXiv 2502.16982,
-eq. 4), which gives an update the size that AdamW's would have. torch has a Muon too; it works in bfloat16, which CPUs
-without bfloat16 units do thirty times slower, and one matrix after the other. This one works in float32, on all
-matrices of one shape at once.
+Jordan et al. 2024, "Muon: an optimizer for hidden layers", with the step size of Liu et al. 2025
+(arXiv 2502.16982, eq. 4), which gives an update the size that AdamW's would have. torch has a Muon
+too; it works in bfloat16, which CPUs without bfloat16 units do thirty times slower, and one matrix
+after the other. This one works in float32, on all matrices of one shape at once.
 """
 
 import torch
@@ -11,9 +11,11 @@ from torch import Tensor
 
 
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
-    """(k m n) -> (k m n): nearly the closest matrices with all singular values one, by a quintic Newton-Schulz iteration.
+    """(k m n) -> (k m n): nearly the closest matrices with all singular values one, by a quintic
+    Newton-Schulz iteration.
 
-    The coefficients rise steeply at zero rather than converge: singular values end between 0.7 and 1.2 (Jordan et al.).
+    The coefficients rise steeply at zero rather than converge: singular values end between 0.7 and
+    1.2 (Jordan et al.).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = g.shape[1] > g.shape[2]
@@ -26,10 +28,11 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, each matrix's update orthogonalised; weight decay apart from the gradient.
+    """SGD with Nesterov momentum, each matrix's update orthogonalised; weight decay apart from the
+    gradient.
 
-    A parameter group may say `stacked`: how many matrices lie on top of each other in each of its parameters (a fused
-    q, k and v is three). Each is orthogonalised on its own.
+    A parameter group may say `stacked`: how many matrices lie on top of each other in each of its
+    parameters (a fused q, k and v is three). Each is orthogonalised on its own.
     """
 
     def __init__(self, params, lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0):

@@ -1,4 +1,6 @@
-"""One process, or several that train one model together (torchrun): who am I, and what do all of us say."""
+"""One process, or several that train one model together (torchrun): who am I, and what do all of us
+say.
+"""
 
 from typing import Any
 

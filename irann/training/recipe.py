@@ -13,7 +13,9 @@ from .muon import Muon
 
 @dataclass(frozen=True)
 class Recipe(Checked):
-    """How to train. `lr` is AdamW's; with optimizer="muon", Muon takes the hidden matrices at `muon_lr`, AdamW the others."""
+    """How to train. `lr` is AdamW's; with optimizer="muon", Muon takes the hidden matrices at
+    `muon_lr`, AdamW the others.
+    """
 
     steps: int = field(1000, "of the optimizer", low=1, high=2**62)
     batch: int = field(8, "windows of a step, over all processes", low=1, high=2**62)
@@ -50,7 +52,9 @@ class Recipe(Checked):
             )
 
     def rate(self, step: int) -> float:
-        """-> the learning rate of a step (from 0), as a part of the full one: a linear warm-up, then the decay."""
+        """-> the learning rate of a step (from 0), as a part of the full one: a linear warm-up,
+        then the decay.
+        """
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -63,9 +67,11 @@ class Recipe(Checked):
 
 
 def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices of linear layers other than heads, and AdamW for the others.
+    """AdamW for everything, or Muon for the matrices of linear layers other than heads, and AdamW
+    for the others.
 
-    Weight decay is for matrices; vectors and what `model.no_decay` names go without. Frozen parameters are left out.
+    Weight decay is for matrices; vectors and what `model.no_decay` names go without. Frozen
+    parameters are left out.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden: dict[int, list[nn.Parameter]] = {}

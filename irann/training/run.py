@@ -35,10 +35,12 @@ class InUse(Exception):
 
 
 class Run:
-    """`with Run(folder, state) as run:` holds the directory while training; `folder` None writes nothing.
+    """`with Run(folder, state) as run:` holds the directory while training; `folder` None writes
+    nothing.
 
-    Of several processes the first one writes. When the block ends in an error between two steps, as when the caller
-    leaves the loop, a checkpoint is saved. The lock is the operating system's, so it never outlives its process.
+    Of several processes the first one writes. When the block ends in an error between two steps, as
+    when the caller leaves the loop, a checkpoint is saved. The lock is the operating system's, so
+    it never outlives its process.
     """
 
     def __init__(self, folder: Path | None, state: State, *, resume=False, overwrite=False):
@@ -95,7 +97,9 @@ class Run:
             self.metrics.write(tick)
 
     def save(self) -> Path | None:
-        """Save a checkpoint of where the state is now -> its folder, in the process that writes it. Raises DiskError."""
+        """Save a checkpoint of where the state is now -> its folder, in the process that writes it.
+        Raises DiskError.
+        """
         if not self.kept:
             return None
         snapshot = self.state.snapshot()
@@ -108,12 +112,14 @@ class Run:
         return folder
 
     def amend(self) -> None:
-        """The newest checkpoint, and its line in the metrics, learn a validation that was made up for."""
+        """The newest checkpoint, and its line in the metrics, learn a validation that was made up
+        for.
+        """
         if self.writes:
             self.metrics.keep(self.state.step, self.state.validation)
         self.save()
 
-    # ------------------------------------------------------------------------------------ beginning and end
+    # ---------------------------------------------------------------------------- beginning and end
 
     def _claim(self) -> None:
         """Take the lock. Raises InUse that names who has it."""
@@ -140,7 +146,8 @@ class Run:
         has_metrics = metrics.exists() and metrics.stat().st_size > 0
         if not self.resume and (checkpoint.listed(self.folder) or has_metrics):
             raise RunError(
-                f"{self.folder} holds another run; resume it (--resume), start it anew (--overwrite) "
+                f"{self.folder} holds another run; resume it (--resume), start it anew "
+                "(--overwrite) "
                 "or choose another --run"
             )
         checkpoint.sweep(self.folder)
@@ -159,7 +166,9 @@ class Run:
             self.lock.release()
 
     def _rescue(self, error: BaseException) -> None:
-        """Save what an error between two steps would lose: GeneratorExit too, when the caller leaves the loop."""
+        """Save what an error between two steps would lose: GeneratorExit too, when the caller
+        leaves the loop.
+        """
         state = self.state
         for note in self.notes[:-1]:  # why checkpoints were skipped, which no tick has told
             warnings.warn(note, stacklevel=2)
@@ -170,10 +179,12 @@ class Run:
                 self.metrics.write(self.tick)
             self.save()
 
-    # ----------------------------------------------------------------------------------------------- going on
+    # ------------------------------------------------------------------------------------- going on
 
     def _go_on(self) -> tuple[str, ...]:
-        """Take over the newest valid checkpoint, if there is any -> what there is to say. Raises CheckpointError."""
+        """Take over the newest valid checkpoint, if there is any -> what there is to say. Raises
+        CheckpointError.
+        """
         found = checkpoint.listed(self.folder)
         if not found:
             return (f"there is no checkpoint in {self.folder} yet: beginning with step 1",)
@@ -209,7 +220,9 @@ class Run:
 
 
 def _check_fits(folder: Path, saved: Snapshot, state: State) -> None:
-    """Raises CheckpointError that names both values if a checkpoint belongs to another model, text or recipe."""
+    """Raises CheckpointError that names both values if a checkpoint belongs to another model, text
+    or recipe.
+    """
     vocabulary = state.text.vocabulary.characters
     theirs = _identity(saved.config, saved.vocabulary)
     ours = _identity(json.loads(json.dumps(state.describe())), vocabulary)
@@ -223,7 +236,9 @@ def _check_fits(folder: Path, saved: Snapshot, state: State) -> None:
 
 
 def _identity(config: dict[str, Any], vocabulary: str) -> dict[str, Any]:
-    """-> what a run is and stays, by name: of the text, its SHA-256 says more than where it came from."""
+    """-> what a run is and stays, by name: of the text, its SHA-256 says more than where it came
+    from.
+    """
     corpus = config["corpus"]
     return {
         "model": config["model"],
@@ -237,7 +252,9 @@ def _identity(config: dict[str, Any], vocabulary: str) -> dict[str, Any]:
 
 
 def _check_saveable(snapshot: Snapshot) -> int:
-    """-> how many bytes a checkpoint of it has. Raises InputError for what no checkpoint can hold, before any work."""
+    """-> how many bytes a checkpoint of it has. Raises InputError for what no checkpoint can hold,
+    before any work.
+    """
     try:
         return sum(map(len, checkpoint.packed(snapshot).values()))
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
@@ -246,7 +263,9 @@ def _check_saveable(snapshot: Snapshot) -> int:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object per step; on resuming, the lines after the checkpoint are dropped."""
+    """metrics.jsonl: one JSON object per step; on resuming, the lines after the checkpoint are
+    dropped.
+    """
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,4 +1,6 @@
-"""JupyterLab on this machine, Chromium without a window, and one notebook cell with a chat in it."""
+"""JupyterLab on this machine, Chromium without a window, and one notebook cell with a chat in
+it.
+"""
 
 import os
 import shutil
@@ -18,13 +20,17 @@ from irann.text import Text, Vocabulary
 from irann.training import train
 
 PATIENCE = 90  # seconds a busy machine may take for one thing
-MARKUP = "<>=\"()/'.:0123456789"  # the model must know the characters of a script, else the session leaves them out
+# the model must know the characters of a script, else the session leaves them out
+MARKUP = "<>=\"()/'.:0123456789"
 CELL = """import torch
 torch.set_num_threads(1)
 from irann import Chat, zoo
 zoo.shipped = list  # the runs beside this notebook, whatever comes with the package
 Chat("gpt", length=100_000, mode="plain")"""
-SWITCHES = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update"
+SWITCHES = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update"
+)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -135,7 +141,8 @@ def page(address, folder):
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.fail(
-            "there is no chromium on the PATH, and the chat is tested in a real browser: apt-get install chromium"
+            "there is no chromium on the PATH, and the chat is tested in a real browser: "
+            "apt-get install chromium"
         )
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=SWITCHES.split())

@@ -54,7 +54,9 @@ class Reader:
         )
 
     def done(self) -> str:
-        """-> the last reply, once it is written and the screen rests: buttons and text may come in either order."""
+        """-> the last reply, once it is written and the screen rests: buttons and text may come in
+        either order.
+        """
         seen = None
         while seen != (seen := self.page.locator(".irann-model").last.inner_text()):
             time.sleep(0.5)
@@ -63,7 +65,10 @@ class Reader:
 
     def written(self) -> str:
         """-> the last reply anew."""
-        watch = "window.wrote = 0; new MutationObserver(() => window.wrote++).observe(STOP, {attributes: true})"
+        watch = (
+            "window.wrote = 0; new MutationObserver(() => window.wrote++).observe(STOP, "
+            "{attributes: true})"
+        )
         self.page.evaluate(watch.replace("STOP", "document.querySelector('button.irann-stop')"))
         self.click("regenerate")
         self.page.wait_for_function(
@@ -231,7 +236,10 @@ def test_the_inside_keeps_up_and_shows_where_a_character_looks(reader, settings)
     reader.page.locator(".irann-chat select").last.select_option("attention")
     framed = reader.page.locator(".irann-text-view span[style*=outline]")
     framed.wait_for(timeout=WAIT)
-    place = "[...document.querySelectorAll('.irann-text-view span')].findIndex(letter => letter.style.outlineStyle)"
+    place = (
+        "[...document.querySelectorAll('.irann-text-view span')].findIndex(letter => "
+        "letter.style.outlineStyle)"
+    )
     last = reader.page.evaluate(place)
     reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
     reader.page.keyboard.press("ArrowLeft")

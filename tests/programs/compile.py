@@ -1,6 +1,8 @@
-"""A training step of every model, compiled: few graph breaks, and the numbers of the step that is not.
+"""A training step of every model, compiled: few graph breaks, and the numbers of the step that is
+not.
 
-GPT goes all the way to C++; of the others, whose C++ takes minutes to build, the traced graphs are run as they are.
+GPT goes all the way to C++; of the others, whose C++ takes minutes to build, the traced graphs are
+run as they are.
 """
 
 import copy

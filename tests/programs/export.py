@@ -1,4 +1,6 @@
-"""torch.export of models that read from left to right: it works, and leaves the models of this process as they were."""
+"""torch.export of models that read from left to right: it works, and leaves the models of this
+process as they were.
+"""
 
 import torch
 

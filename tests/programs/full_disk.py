@@ -1,4 +1,6 @@
-"""Trains on a file system of four megabytes that is full: at the beginning, and then in the middle of a checkpoint."""
+"""Trains on a file system of four megabytes that is full: at the beginning, and then in the middle
+of a checkpoint.
+"""
 
 import dataclasses
 import os

@@ -1,4 +1,6 @@
-"""Training is killed at random moments, twenty times, and goes on each time; then compared with one never killed."""
+"""Training is killed at random moments, twenty times, and goes on each time; then compared with one
+never killed.
+"""
 
 import os
 import random

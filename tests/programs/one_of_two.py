@@ -1,4 +1,6 @@
-"""Under torchrun: one of two processes wants to stop; both do, and go on later as if they never had."""
+"""Under torchrun: one of two processes wants to stop; both do, and go on later as if they never
+had.
+"""
 
 import sys
 from pathlib import Path

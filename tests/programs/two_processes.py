@@ -1,4 +1,6 @@
-"""Two processes train as one: the same losses, parts and weights for every model, without dropout."""
+"""Two processes train as one: the same losses, parts and weights for every model, without
+dropout.
+"""
 
 import os
 import sys

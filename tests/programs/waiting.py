@@ -1,4 +1,6 @@
-"""How much time torch's other threads burn while one works alone beside a busy process: seconds, printed."""
+"""How much time torch's other threads burn while one works alone beside a busy process: seconds,
+printed.
+"""
 
 import subprocess
 import sys
