@@ -11,6 +11,7 @@ sleeps. That works whichever of torch and irann was imported first; an environme
 come too late, and could not change its mind.
 """
 
+import atexit
 import os
 import sys
 import threading
@@ -44,27 +45,40 @@ def waits_politely() -> bool:
 def share_cores() -> None:
     """Start the watcher, once in a process. Nothing is computed differently."""
     if waits_politely() and not any(t.name == _watch.__name__ for t in threading.enumerate()):
-        threading.Thread(target=_watch, name=_watch.__name__, daemon=True).start()
+        over = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(over,), name=_watch.__name__, daemon=True)
+        watcher.start()
+        atexit.register(_end, over, watcher)
+
+
+def _end(over: threading.Event, watcher: threading.Thread) -> None:
+    """No thread of ours is in torch when Python ends: it could not come back from there."""
+    over.set()
+    watcher.join(timeout=5)
 
 
 class SecondPool:
     """A pool of OpenMP's threads that does nothing; while it is there, all others wait politely."""
 
     def __init__(self) -> None:
-        self.released = threading.Event()
-        threading.Thread(target=self._hold, name="second pool", daemon=True).start()
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._hold, name="second pool", daemon=True)
+        self.thread.start()
 
     def _hold(self) -> None:
         torch.zeros(MOST_CORES << 16).add_(1)  # enough for every thread: the pool now exists
-        self.released.wait()
+        self.over.wait()
+
+    def release(self) -> None:
+        self.over.set()
+        self.thread.join(timeout=5)
 
 
-def _watch() -> None:
+def _watch(over: threading.Event) -> None:
     pool = SecondPool() if os.getloadavg()[0] > 0.7 * cores() else None
     quiet = 0
     wall, busy = _clocks()
-    while True:
-        time.sleep(PERIOD)
+    while not over.wait(PERIOD):
         wall_now, busy_now = _clocks()
         others = (busy_now - busy) / (wall_now - wall)
         wall, busy = wall_now, busy_now
@@ -72,8 +86,10 @@ def _watch() -> None:
         if pool is None and not quiet:
             pool = SecondPool()
         elif pool is not None and quiet >= QUIET:
-            pool.released.set()
+            pool.release()
             pool = None
+    if pool is not None:
+        pool.release()
 
 
 def _clocks() -> tuple[float, float]:

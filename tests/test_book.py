@@ -67,9 +67,7 @@ def test_the_page_of_promises_names_tests_that_exist():
 
 
 class Page(HTMLParser):
-    """What a page fetches by itself (scripts, styles, fonts, pictures), where its links lead, its
-    anchors and alt texts.
-    """
+    """What a page fetches by itself (scripts, styles, fonts, pictures), where its links lead, its anchors and alt texts."""
 
     def __init__(self, path):
         super().__init__()
@@ -166,8 +164,7 @@ UNREACHABLE = """[...document.querySelectorAll("div.math")].filter(box => {
     const left = Math.min(...[...box.querySelectorAll("mjx-c")].map(sign => sign.getBoundingClientRect().left))
     const cut = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX != "auto"
     return cut || left < box.getBoundingClientRect().left - 1
-# equations that begin left of their box, where no scrolling leads, or are cut off at the right
-}).map(box => box.innerText)"""
+}).map(box => box.innerText)"""  # equations that begin left of their box, where no scrolling leads, or are cut off at the right
 
 
 def test_a_phone_sets_every_equation_and_nothing_sticks_out(site):

@@ -332,10 +332,10 @@ def test_a_saved_chat_that_is_opened_again_shows_its_transcript(reader, address,
     said = reader.done().splitlines()[-1]
     assert not reader.page.locator("pre.irann-stored").is_visible()
     saved, again, until = folder / "chat.ipynb", folder / "again.ipynb", time.monotonic() + 30
-    reader.page.keyboard.press("Control+s")
     while "Who saves me?" not in saved.read_text():
         assert time.monotonic() < until
-        time.sleep(0.3)
+        reader.page.keyboard.press("Control+s")
+        time.sleep(0.5)
     shutil.copy(saved, again)
     page = reader.page.context.browser.new_page()
     try:
