@@ -1,0 +1,117 @@
+"""The few strokes that every schematic is made of: a canvas, a box, an arrow, a matrix with its
+numbers and its shape. Coordinates are the drawing's own, y grows downwards like text.
+"""
+
+from typing import Any
+
+import torch
+
+from . import INK, PALE, SMALL
+
+
+def canvas(width: float, height: float, *, inches: float = 7.2) -> Any:
+    """-> axes without ticks whose coordinates run from 0 to `width` and, downwards, to `height`."""
+    import matplotlib.pyplot as plt
+
+    _, ax = plt.subplots(figsize=(inches, inches * height / width))
+    ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    ax.axis("off")
+    return ax
+
+
+def box(
+    ax: Any,
+    x: float,
+    y: float,
+    width: float,
+    height: float,
+    text: str = "",
+    *,
+    color: str = INK,
+    fill: str = "white",
+    size: float = SMALL,
+) -> None:
+    """Draw a rounded box around the centre (x, y)."""
+    from matplotlib.patches import FancyBboxPatch
+
+    corner = (x - width / 2, y - height / 2)
+    shape = f"round,pad=0,rounding_size={0.2 * min(width, height)}"
+    ax.add_patch(
+        FancyBboxPatch(corner, width, height, boxstyle=shape, ec=color, fc=fill, lw=1.3, zorder=2)
+    )
+    ax.text(x, y, text, ha="center", va="center", fontsize=size, color=INK, zorder=3)
+
+
+def arrow(
+    ax: Any,
+    start: tuple[float, float],
+    end: tuple[float, float],
+    text: str = "",
+    *,
+    color: str = INK,
+    bend: float = 0.0,
+    dashed: bool = False,
+) -> None:
+    """Draw an arrow; `bend` curves it, `text` stands at its middle."""
+    style = {
+        "arrowstyle": "-|>",
+        "color": color,
+        "lw": 1.2,
+        "ls": "--" if dashed else "-",
+        "shrinkA": 0,
+        "shrinkB": 0,
+        "connectionstyle": f"arc3,rad={bend}",
+    }
+    ax.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
+    if text:
+        middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
+        background = {"fc": "white", "ec": "none", "pad": 1}
+        ax.text(
+            *middle, text, ha="center", va="center", fontsize=SMALL, color=color, bbox=background
+        )
+
+
+def matrix(
+    ax: Any,
+    x: float,
+    y: float,
+    values: Any,
+    *,
+    cell: float = 1.0,
+    name: str = "",
+    digits: int = 1,
+    cmap: str = "Blues",
+    rows: str = "",
+    columns: str = "",
+) -> tuple[float, float]:
+    """Draw a matrix with its numbers; its upper left corner is (x, y). NaN is an empty cell. Above
+    it stands `name` with the shape. -> its width and height.
+    """
+    from matplotlib import colormaps
+    from matplotlib.patches import Rectangle
+
+    table = torch.as_tensor(values).double()
+    finite = table[table.isfinite()]
+    top = finite.abs().max().item() or 1.0
+    high, wide = table.shape
+    for i in range(high):
+        for j in range(wide):
+            value = table[i, j].item()
+            known = value == value and abs(value) != float("inf")
+            shade = 0.75 * abs(value) / top if known else 0.0
+            corner = (x + j * cell, y + i * cell)
+            face = colormaps[cmap](shade) if known else "white"
+            ax.add_patch(Rectangle(corner, cell, cell, fc=face, ec=PALE, lw=0.6, zorder=2))
+            text = f"{value:.{digits}f}" if known else ""
+            style = {"ha": "center", "va": "center", "fontsize": SMALL, "zorder": 3}
+            style["color"] = "white" if shade > 0.55 else INK
+            ax.text(corner[0] + cell / 2, corner[1] + cell / 2, text, **style)
+    style = {"ha": "center", "va": "center", "fontsize": SMALL, "family": "monospace"}
+    for i, character in enumerate(rows):
+        ax.text(x - 0.4 * cell, y + (i + 0.5) * cell, character, **style)
+    for j, character in enumerate(columns):
+        ax.text(x + (j + 0.5) * cell, y + (high + 0.4) * cell, character, **style)
+    if name:
+        label = f"{name}  {high} × {wide}"
+        ax.text(x + wide * cell / 2, y - 0.35 * cell, label, ha="center", fontsize=SMALL, color=INK)
+    return wide * cell, high * cell
