@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, Integer
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from . import machine
 from .sampling import SAMPLING, Sampling, check_sampling, filter_logits, sample
 from .settings import InputError, Setting
 from .text import Vocabulary
@@ -231,7 +232,7 @@ def _left_to_right(model, page, start, chosen, generator, read):
             state, held = None, 0
             read_to = end - max(1, context // 2)
             forgotten = min(read_to, start)
-        with evaluating(model):
+        with evaluating(model, len(page) * (end - read_to)):
             while end - read_to > PIECE:
                 _, state = read(page[:, read_to : read_to + PIECE], state)
                 held += PIECE
@@ -314,20 +315,21 @@ class _Turns:
 
 
 @contextmanager
-def exclusive(model: LanguageModel) -> Iterator[None]:
+def exclusive(model: LanguageModel, characters: int) -> Iterator[None]:
     """No other thread trains or asks the model inside the block: a training step, or one step of
-    writing.
+    writing, of so many characters.
     """
-    with model.turns.lock:
+    parameters = sum(p.numel() for p in model.parameters())
+    with model.turns.lock, machine.threads_for(parameters * characters):
         yield
 
 
 @contextmanager
-def evaluating(model: LanguageModel) -> Iterator[None]:
+def evaluating(model: LanguageModel, characters: int) -> Iterator[None]:
     """Without dropout inside the block, as before after it, and undisturbed: writing leaves
     training as it was.
     """
-    with model.turns.lock:
+    with exclusive(model, characters):
         training = model.training
         if training:
             model.eval()

@@ -8,7 +8,8 @@ cores beside one busy process, a small training has taken fifty times as long. G
 spins 300 times less while it manages more threads than there are cores. So a watcher looks twice a
 second at how much others compute, and as long as they do it keeps a second pool of threads, which
 sleeps. That works whichever of torch and irann was imported first; an environment variable would
-come too late, and could not change its mind.
+come too late, and could not change its mind. What is too small to be shared is computed by one
+thread, which waits for nobody.
 """
 
 import atexit
@@ -16,12 +17,16 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 MOST_CORES = 8  # beyond, waking the sleepers may cost more than spinning saves
 CHOSEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")  # a reader who sets one of these decides for himself
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # likewise
+SMALL = 3e7  # parameters times characters: below, two threads are no faster than one
 PERIOD = 0.5  # seconds between two looks
 BUSY = 0.25  # cores: others compute
 QUIET = 4  # looks without others until the pool is let go
@@ -46,7 +51,8 @@ def share_cores() -> None:
     """Start the watcher, once in a process. Nothing is computed differently."""
     if waits_politely() and not any(t.name == _watch.__name__ for t in threading.enumerate()):
         over = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(over,), name=_watch.__name__, daemon=True)
+        made = {"name": _watch.__name__, "args": (over, torch.get_num_threads()), "daemon": True}
+        watcher = threading.Thread(target=_watch, **made)
         watcher.start()
         atexit.register(_end, over, watcher)
 
@@ -57,15 +63,33 @@ def _end(over: threading.Event, watcher: threading.Thread) -> None:
     watcher.join(timeout=5)
 
 
+@contextmanager
+def threads_for(work: float) -> Iterator[None]:
+    """As many threads inside the block as `work`, parameters times characters, is worth: one or
+    all.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1 or work > SMALL or any(name in os.environ for name in (*CHOSEN, *THREADS)):
+        yield
+        return
+    try:
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class SecondPool:
     """A pool of OpenMP's threads that does nothing; while it is there, all others wait politely."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self._hold, name="second pool", daemon=True)
+        made = {"name": "second pool", "args": (threads,), "daemon": True}
+        self.thread = threading.Thread(target=self._hold, **made)
         self.thread.start()
 
-    def _hold(self) -> None:
+    def _hold(self, threads: int) -> None:
+        torch.set_num_threads(threads)  # this thread's: another one may be in `threads_for`
         torch.zeros(MOST_CORES << 16).add_(1)  # enough for every thread: the pool now exists
         self.over.wait()
 
@@ -74,8 +98,8 @@ class SecondPool:
         self.thread.join(timeout=5)
 
 
-def _watch(over: threading.Event) -> None:
-    pool = SecondPool() if os.getloadavg()[0] > 0.7 * cores() else None
+def _watch(over: threading.Event, threads: int) -> None:
+    pool = SecondPool(threads) if os.getloadavg()[0] > 0.7 * cores() else None
     quiet = 0
     wall, busy = _clocks()
     while not over.wait(PERIOD):
@@ -84,7 +108,7 @@ def _watch(over: threading.Event) -> None:
         wall, busy = wall_now, busy_now
         quiet = quiet + 1 if others < BUSY else 0
         if pool is None and not quiet:
-            pool = SecondPool()
+            pool = SecondPool(threads)
         elif pool is not None and quiet >= QUIET:
             pool.release()
             pool = None

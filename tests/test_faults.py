@@ -26,7 +26,7 @@ from irann.text import Text
 from irann.training import train
 
 ROOT = Path(__file__).parents[1]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 SHORT = ["--recipe", "tiny", "--set", "steps=6", "--set", "evaluate_every=2"]
 every_model = pytest.mark.parametrize("name", list(zoo.MODELS))
 by_letters_and_by_pages = pytest.mark.parametrize("name", ["gpt", "diffusion"])

@@ -44,3 +44,28 @@ def test_where_one_thread_computes_no_pool_is_started(monkeypatch):
     monkeypatch.setattr(machine.torch, "get_num_threads", lambda: machine.MOST_CORES + 1)
     machine.share_cores()
     assert not started
+
+
+def test_what_is_too_small_to_share_is_one_threads_work_and_the_count_is_put_back(monkeypatch):
+    for name in (*machine.CHOSEN, *machine.THREADS):
+        monkeypatch.delenv(name, raising=False)
+    before = machine.torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            machine.torch.set_num_threads(threads)
+            for work, expected in ((machine.SMALL, 1), (machine.SMALL + 1, threads)):
+                with pytest.raises(KeyError), machine.threads_for(work):
+                    assert machine.torch.get_num_threads() == expected
+                    raise KeyError
+                assert machine.torch.get_num_threads() == threads
+    finally:
+        machine.torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", [*machine.CHOSEN, *machine.THREADS])
+def test_a_thread_count_that_the_reader_set_is_kept(name, monkeypatch):
+    monkeypatch.setenv(name, "2")
+    counts = []
+    monkeypatch.setattr(machine.torch, "set_num_threads", counts.append)
+    with machine.threads_for(1):
+        assert not counts

@@ -36,7 +36,7 @@ from irann.training.muon import Muon, orthogonalise
 from irann.training.state import State
 
 ROOT = PROGRAMS.parents[1]
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 
 
 def tiny(name="gpt", **changes):

@@ -352,7 +352,7 @@ class Session:
             raise InputError("there is nothing to inspect yet: say something first")
         ids = lm.vocabulary_of(self.model).encode(text)[None].to(self.model.device)
         own = {name: value for name, value in self.values.items() if name in self.model.settings}
-        with lm.evaluating(self.model):
+        with lm.evaluating(self.model, ids.numel()):
             nll_settings = own if self.model.exact else {}
             generator = lm.seeded(self.model, 0)
             nats = self.model.nll(ids, generator=generator, **nll_settings)[0].float().tolist()

@@ -311,7 +311,7 @@ class Diffusion(Denoiser):
         x = normal(self.embeddings.new_empty(*ids.shape, self.config.channels))
         guess = None
         for tau, tau_next in pairwise([*how.levels, 0]):
-            with evaluating(self):
+            with evaluating(self, ids.numel()):
                 level = torch.full((len(x),), tau, device=x.device)
                 logits = self(x, level, ids, mask, guess)
                 filtered = filter_logits(logits, **how.sampling._asdict())

@@ -152,7 +152,7 @@ class PageThinker(RecurrentDepth):
         hidden = None
         rounds = 0
         for step in range(steps):
-            with evaluating(self):
+            with evaluating(self, ids.numel()):
                 page = ids.masked_fill(masked, self.mask_token)
                 hidden, logits, taken = self.think(page, masked, hidden, generator, rule)
             rounds += taken

@@ -70,7 +70,7 @@ def evaluate(
     for i in bar(mine, desc="validating", leave=False, delay=5, disable=None):
         ids = batches[i]
         generator.manual_seed(seed + i)  # so that a bound does not depend on who scores what
-        with evaluating(model):
+        with evaluating(model, ids.numel()):
             row = (nll or model.nll)(ids.to(model.device), generator=generator)
         row = row.cpu().double()  # not every device has doubles
         nats += row.sum().item()

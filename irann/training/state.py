@@ -69,7 +69,9 @@ class State:
         stream.
         """
         self.midstep = True
-        with exclusive(self.model), self.dropout, torch.enable_grad():
+        rows = self.recipe.batch // (self.world * self.recipe.accumulate)
+        characters = rows * self.model.config.window
+        with exclusive(self.model, characters), self.dropout, torch.enable_grad():
             self._begin()
             yield
         self.midstep = False
@@ -118,7 +120,7 @@ class State:
         run.
         """
         if self.average is not None:
-            with exclusive(self.model):
+            with exclusive(self.model, 1):
                 for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                     p.copy_(mean)
 
