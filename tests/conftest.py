@@ -3,12 +3,14 @@
 import os
 import re
 import resource
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import chromium
 import pytest
 import torch
 from jaxtyping import TypeCheckError, install_import_hook
@@ -50,6 +52,29 @@ def small_disk(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def pytest_sessionstart(session):
+    """Before anything runs: a browser, or a sentence that says what stays untested."""
+    if hasattr(session.config, "workerinput"):
+        return  # of several processes the first one has looked
+    wanted = session.config.getoption("file_or_dir") or ["tests"]
+    if any("browser" in name or Path(name).is_dir() for name in wanted) and not chromium.get():
+        print(chromium.MISSING, file=sys.stderr)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium without a window, driven by playwright."""
+    from playwright.sync_api import sync_playwright
+
+    program = chromium.found()
+    if program is None:
+        pytest.skip(chromium.MISSING)
+    with sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=program, args=chromium.SWITCHES)
+        yield opened
+        opened.close()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,7 +1,6 @@
 """The book builds from the stored notebooks without a warning, and its pages say what is true."""
 
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -167,36 +166,23 @@ UNREACHABLE = """[...document.querySelectorAll("div.math")].filter(box => {
 }).map(box => box.innerText)"""  # equations that begin left of their box, where no scrolling leads, or are cut off at the right
 
 
-def test_a_phone_sets_every_equation_and_nothing_sticks_out(site):
-    from playwright.sync_api import sync_playwright
-
-    quiet = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    quiet += ["--disable-component-update", "--disable-sync"]
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=quiet)
-        phone = browser.new_page(viewport={"width": 390, "height": 800})
-        for path in [
-            *sorted(site.glob("notebooks/*.html")),
-            site / "book/figures.html",
-            site / "book/api.html",
-        ]:
-            phone.goto(path.as_uri(), timeout=120_000)
-            if 'class="math' in path.read_text():
-                phone.wait_for_function("window.MathJax?.startup?.promise", timeout=120_000)
-                phone.evaluate("MathJax.startup.promise.then(() => true)")
-                assert (
-                    phone.locator("mjx-container").count() > 0
-                    and phone.locator("mjx-merror").count() == 0
-                ), path.name
-            assert phone.evaluate("document.documentElement.scrollWidth") <= 390, path.name
-            assert phone.evaluate(UNREACHABLE) == [], path.name
-        browser.close()
+def test_a_phone_sets_every_equation_and_nothing_sticks_out(site, browser):
+    phone = browser.new_page(viewport={"width": 390, "height": 800})
+    for path in [
+        *sorted(site.glob("notebooks/*.html")),
+        site / "book/figures.html",
+        site / "book/api.html",
+    ]:
+        phone.goto(path.as_uri(), timeout=120_000)
+        if 'class="math' in path.read_text():
+            phone.wait_for_function("window.MathJax?.startup?.promise", timeout=120_000)
+            phone.evaluate("MathJax.startup.promise.then(() => true)")
+            assert (
+                phone.locator("mjx-container").count() > 0
+                and phone.locator("mjx-merror").count() == 0
+            ), path.name
+        assert phone.evaluate("document.documentElement.scrollWidth") <= 390, path.name
+        assert phone.evaluate(UNREACHABLE) == [], path.name
 
 
 def test_the_reference_shows_docstrings_and_source(site):

@@ -3,7 +3,6 @@ it.
 """
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
 
 from irann import zoo
 from irann.text import Text, Vocabulary
@@ -27,10 +25,6 @@ torch.set_num_threads(1)
 from irann import Chat, zoo
 zoo.shipped = list  # the runs beside this notebook, whatever comes with the package
 Chat("gpt", length=100_000, mode="plain")"""
-SWITCHES = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update"
-)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -136,29 +130,20 @@ def _answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def page(address, folder):
+def page(browser, address, folder):
     """The notebook in a browser, its cell executed and the chat on the screen."""
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.fail(
-            "there is no chromium on the PATH, and the chat is tested in a real browser: "
-            "apt-get install chromium"
-        )
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=SWITCHES.split())
-        page = browser.new_page(viewport={"width": 1100, "height": 1000})
-        try:
-            page.goto(address, timeout=PATIENCE * 1000)
-            _wait_for_kernel(page)
-            page.locator(".jp-Notebook .cm-content").first.click()
-            page.keyboard.press("Escape")
-            page.keyboard.press("Control+Enter")
-            page.wait_for_selector(".irann-chat .irann-scene", timeout=PATIENCE * 1000)
-        except Exception as error:
-            photograph(page, folder, error)
-            raise
-        yield page
-        browser.close()
+    page = browser.new_page(viewport={"width": 1100, "height": 1000})
+    try:
+        page.goto(address, timeout=PATIENCE * 1000)
+        _wait_for_kernel(page)
+        page.locator(".jp-Notebook .cm-content").first.click()
+        page.keyboard.press("Escape")
+        page.keyboard.press("Control+Enter")
+        page.wait_for_selector(".irann-chat .irann-scene", timeout=PATIENCE * 1000)
+    except Exception as error:
+        photograph(page, folder, error)
+        raise
+    return page
 
 
 def _wait_for_kernel(page) -> None:
