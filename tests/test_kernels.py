@@ -182,6 +182,34 @@ def test_triton_agrees_in_value_and_gradient(b, t, e, n):
     close(everything(inputs, "triton"), everything(inputs, "sequential"))
 
 
+@pytest.mark.parametrize("b, t, e, n", [(1, 33, 35, 2), (2, 21, 3, 5), (1, 16, 2, 1)])
+@pytest.mark.parametrize("stretches", [2, 5])
+def test_triton_cuts_a_text_into_stretches_that_run_at_once(b, t, e, n, stretches, monkeypatch):
+    pytest.importorskip("triton")
+    from irann.kernels import triton
+
+    inputs = draw(b, t, e, n, decay=0.5)
+    expected = everything(inputs, "sequential")
+    monkeypatch.setattr(triton, "SPAN", 3)
+    monkeypatch.setattr(triton, "SHORTEST", 1)
+    monkeypatch.setattr(triton, "FILL", stretches * b * triton._parts(e))
+    assert 1 < triton._stretches(inputs[0])[1] <= stretches
+    close(everything(inputs, "triton"), expected)
+
+
+def test_many_texts_are_walked_as_they_are_and_one_long_text_fills_the_gpu():
+    pytest.importorskip("triton")
+    from irann.kernels import triton
+
+    def meta(*shape):
+        return triton._stretches(torch.empty(shape, device="meta"))
+
+    assert meta(64, 1024, 2048) == (64, 1)
+    spans, stretches = meta(1, 65536, 384)
+    assert 128 < stretches <= triton.FILL // 12 and (stretches - 1) * spans < 4096
+    assert meta(1, 100, 384) == (7, 1)  # too short to be cut
+
+
 def test_triton_s_gradients_are_those_of_finite_differences():
     def scan(*inputs):
         return selective_scan(*inputs[:6], state=inputs[6], method="triton")
