@@ -116,6 +116,17 @@ def test_neighbours_come_side_by_side():
     assert torch.equal(denoiser.neighbourhood(x, 0), x)
 
 
+def test_a_noise_level_is_shown_as_sines_and_cosines_from_slow_to_fast():
+    level = torch.tensor([0.0, 2.0], dtype=torch.float64)[:, None]
+    sine, cosine = denoiser.sinusoids(level).chunk(2, -1)
+    assert not sine[0].any() and (cosine[0] == 1).all()
+    torch.testing.assert_close(sine**2 + cosine**2, torch.ones_like(sine))
+    angles = 2 * 10 ** (-1.5 + 2 * torch.arange(16, dtype=torch.float64) / 15)
+    torch.testing.assert_close(
+        torch.stack([sine[1], cosine[1]]), torch.stack([angles.sin(), angles.cos()])
+    )
+
+
 def test_some_text_is_masked_in_every_row_and_the_first_position_never():
     torch.manual_seed(0)
     for length in (2, 3, 17):

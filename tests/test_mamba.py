@@ -375,3 +375,11 @@ def test_copies_learn_as_the_original_and_workers_can_have_one():
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(twin).no_decay == model.no_decay
         assert torch.equal(twin(ids(1, 5)), model(ids(1, 5)))
+
+
+def test_what_the_blocks_add_to_the_residual_stream_begins_small_as_published():
+    torch.manual_seed(0)
+    model = Mamba(MambaConfig(layers=9, width=32))
+    for block in model.blocks:
+        largest = block.mixer.out_proj.weight.abs().max() * math.sqrt(64)  # d_inner
+        assert 0.3 < largest < 1 / 3 + 1e-6  # torch's default, uniform up to 1, over sqrt(layers)
