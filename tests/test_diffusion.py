@@ -127,6 +127,16 @@ def test_a_noise_level_is_shown_as_sines_and_cosines_from_slow_to_fast():
     )
 
 
+def test_the_network_is_told_the_logarithm_of_the_signal_to_noise_ratio(monkeypatch):
+    model, told = tiny(), []
+    sinusoids = denoiser.sinusoids
+    monkeypatch.setattr(denoiser, "sinusoids", lambda level: told.append(level) or sinusoids(level))
+    mask = torch.ones(1, 9, dtype=torch.bool)
+    model(torch.zeros(1, 9, 4, dtype=torch.float64), torch.tensor([60]), text(1, 9), mask)
+    alpha_bar = model.schedule.alpha_bar[59]
+    assert told[0].unique().item() == pytest.approx(math.log(alpha_bar / (1 - alpha_bar)))
+
+
 def test_some_text_is_masked_in_every_row_and_the_first_position_never():
     torch.manual_seed(0)
     for length in (2, 3, 17):
