@@ -32,3 +32,9 @@ def test_a_reverse_step_lands_where_the_package_lands():
     after = noise.step(guess, x, a, b, noise=lambda x: eps).item()
     assert f"x_{{40}}$ = {after:+.2f}" in letters(ax)
     plt.close()
+
+
+def test_a_film_has_a_row_for_each_level():
+    ax = diffusion.film(["ab\n", "abc"], [[True, True, False], [True] * 3], [700, 20])
+    assert letters(ax) == "a b \u21b5 a b c 700 20"
+    plt.close()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import INK, PALE, SMALL, colour
+from . import INK, PALE, SMALL, colour, on_text
 from .sketch import arrow, box, canvas
 
 
@@ -69,4 +69,20 @@ def reverse_step(
     style = {"ha": "center", "fontsize": SMALL, "color": PALE}
     ax.text(13.5, 0.8, "the network's guess", **style)
     ax.text(13.5, 14.6, "fresh noise", **style)
+    return ax
+
+
+def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int]) -> Any:
+    """Draw one text at several noise levels, a row for each; `same` says for each character of a
+    row whether it is as in the end, which is drawn dark.
+    """
+    import matplotlib.pyplot as plt
+
+    width = len(rows[0])
+    ax = plt.subplots(figsize=(7.2, 0.2 * len(rows) + 0.5))[1]
+    text = "".join(rows).replace("\n", "\u21b5")
+    values = torch.stack([torch.as_tensor(row) for row in same]).flatten()
+    on_text(text, values, width=width, cmap="YlGn", low=-0.3, high=1.6, ax=ax)
+    for y, tau in enumerate(levels):
+        ax.text(-1.2, y, str(tau), ha="right", va="center", fontsize=SMALL, color=PALE)
     return ax
