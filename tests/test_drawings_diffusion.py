@@ -38,3 +38,17 @@ def test_a_film_has_a_row_for_each_level():
     ax = diffusion.film(["ab\n", "abc"], [[True, True, False], [True] * 3], [700, 20])
     assert letters(ax) == "a b \u21b5 a b c 700 20"
     plt.close()
+
+
+def test_a_slider_that_is_moved_draws_anew():
+    seen = []
+
+    def draw(ax, level, eta):
+        seen.append((level, eta))
+        ax.plot([0, level], [0, eta])
+
+    *sliders, picture = diffusion.slide(draw, level=(500, 1, 1000), eta=(1.0, 0, 1)).children
+    first = picture.value
+    sliders[0].value = 300
+    assert seen == [(500, 1.0), (300, 1.0)] and picture.value != first
+    assert not plt.get_fignums()

@@ -2,7 +2,8 @@
 numbers.
 """
 
-from collections.abc import Sequence
+import io
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -86,3 +87,30 @@ def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int]) -> Any
     for y, tau in enumerate(levels):
         ax.text(-1.2, y, str(tau), ha="right", va="center", fontsize=SMALL, color=PALE)
     return ax
+
+
+def slide(draw: Callable[..., Any], **ranges: tuple[float, float, float]) -> Any:
+    """-> a widget: a slider for each of `ranges` (its value, lowest and highest; whole numbers if
+    the value is one), and below them the axes on which `draw(ax, **values)` has drawn.
+    """
+    import matplotlib.pyplot as plt
+    from ipywidgets import FloatSlider, Image, IntSlider, VBox
+
+    sliders = {}
+    for name, (value, low, high) in ranges.items():
+        kind = IntSlider if isinstance(value, int) else FloatSlider
+        sliders[name] = kind(value, min=low, max=high, description=name)
+    picture = Image(format="png", width=720)
+
+    def redraw(_: Any = None) -> None:
+        figure, ax = plt.subplots(figsize=(7.2, 2.7))
+        draw(ax, **{name: slider.value for name, slider in sliders.items()})
+        file = io.BytesIO()
+        figure.savefig(file)
+        plt.close(figure)
+        picture.value = file.getvalue()
+
+    for slider in sliders.values():
+        slider.observe(redraw, "value")
+    redraw()
+    return VBox([*sliders.values(), picture])
