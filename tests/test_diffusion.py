@@ -231,6 +231,15 @@ def test_half_of_the_rows_are_shown_a_first_guess():
     assert len(shown) == 400 and 0.35 < sum(shown) / 400 < 0.65
 
 
+def test_the_first_answer_is_shown_without_its_gradient():
+    """Analog Bits (arXiv 2208.04202), algorithm 1: the guess that is shown again is a constant."""
+    model, ids = tiny(), text(3, 9)
+    level, everything = torch.full((3,), 60), torch.ones_like(ids, dtype=torch.bool)
+    x = model.schedule.noise(model.embeddings[ids], 60, torch.zeros(3, 9, 4).double())
+    guess = model.previous_guess(x, level, ids, everything, torch.tensor([True, False, True]))
+    assert guess[0].any() and not guess[1].any() and not guess.requires_grad
+
+
 @pytest.mark.parametrize("pieces", (1, 2, 8))
 def test_a_batch_in_pieces_is_the_batch_in_any_order(pieces):
     """Loss, parts, gradients, and what is remembered of the noise levels: the mean over the pieces

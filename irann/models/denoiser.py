@@ -176,6 +176,7 @@ class Denoiser(LanguageModel):
         seen = torch.stack([torch.ones_like(nll), nll]).to(self.observations.dtype)
         self.observations.index_add_(1, bins, seen)
 
+    @torch.no_grad()
     def previous_guess(self, x, tau, ids, mask, self_conditioned):
         """The first guess of the rows that are self-conditioned, zeros for the others; computed for
         those rows alone.

@@ -150,7 +150,6 @@ class Diffusion(Denoiser):
             }
         return loss, parts
 
-    @torch.no_grad()
     # --- the bound ------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -1,0 +1,54 @@
+"""irann.figures.diffusion: the numbers that the schematics of chapter 3 show are those of the
+equations."""
+
+import matplotlib.pyplot as plt
+import torch
+
+from irann.core import noise
+from irann.core.noise import Schedule
+from irann.figures import SMALL, diffusion
+
+
+def letters(ax):
+    found = [text for text in ax.texts if text.get_text()]
+    assert all(text.get_fontsize() >= SMALL for text in found)
+    return " ".join(text.get_text() for text in found)
+
+
+def test_the_forward_process_shows_every_level_with_its_number():
+    ax = diffusion.forward_process((0, 300, 1000), (1.0, 0.25, -0.5), (1.0, 0.8, 0.0))
+    seen = letters(ax)
+    for part in ("+1.00", "+0.25", "-0.50", "x_{300}", "= 0.80"):
+        assert part in seen
+    plt.close()
+
+
+def test_a_reverse_step_lands_where_the_package_lands():
+    schedule = Schedule("cosine", 100)
+    a, b = schedule.alpha_bar[60 - 1].item(), schedule.alpha_bar[40 - 1].item()
+    x, guess, eps = (torch.tensor([v], dtype=torch.float64) for v in (0.3, 0.7, -0.4))
+    s = ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
+    ax = diffusion.reverse_step(0.3, 0.7, 60, 40, (a, b), s, -0.4)
+    after = noise.step(guess, x, a, b, noise=lambda x: eps).item()
+    assert f"x_{{40}}$ = {after:+.2f}" in letters(ax)
+    plt.close()
+
+
+def test_a_film_has_a_row_for_each_level():
+    ax = diffusion.film(["ab\n", "abc"], [[True, True, False], [True] * 3], [700, 20])
+    assert letters(ax) == "a b \u21b5 a b c 700 20"
+    plt.close()
+
+
+def test_a_slider_that_is_moved_draws_anew():
+    seen = []
+
+    def draw(ax, level, eta):
+        seen.append((level, eta))
+        ax.plot([0, level], [0, eta])
+
+    *sliders, picture = diffusion.slide(draw, level=(500, 1, 1000), eta=(1.0, 0, 1)).children
+    first = picture.value
+    sliders[0].value = 300
+    assert seen == [(500, 1.0), (300, 1.0)] and picture.value != first
+    assert not plt.get_fignums()
