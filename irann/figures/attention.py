@@ -104,7 +104,7 @@ def widths(scores: dict[int, dict[str, Float[Tensor, "n s"]]]) -> Any:
             ax.plot(list(scores), y, "o-", color=hue, label=name)
     for ax, title in zip(panels, ("largest weight", "slope that is left")):
         ax.set(xscale="log", xlabel="channels c", title=title, ylim=(0, 1))
-    panels[1].legend(loc="center left")
+    panels[0].legend(loc="center right")
     return panels
 
 
