@@ -1,5 +1,7 @@
 """The book builds from the stored notebooks without a warning, and its pages say what is true."""
 
+import base64
+import io
 import re
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -226,10 +229,20 @@ def test_the_reference_shows_docstrings_and_source(site):
     assert "system-message" not in page and not re.search(r"<p>[^<]*``", page)
 
 
+DRAWN = """import matplotlib.pyplot as plt
+from irann import figures
+figures.use()
+plt.plot([1, 2])
+plt.show()"""
+
+
 def test_execute_stores_a_clean_notebook(tmp_path):
     page = tmp_path / "page.md"
     header = (ROOT / "notebooks/01_gpt.md").read_text().partition("# 1")[0]
-    page.write_text(header + "One sum.\n\n```{code-cell} ipython3\nprint(1 + 1)\n```\n")
+    cells = ("print(1 + 1)", DRAWN)
+    page.write_text(
+        header + "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in cells)
+    )
     done = subprocess.run(
         [sys.executable, ROOT / "book/execute.py", page],
         capture_output=True,
@@ -238,7 +251,12 @@ def test_execute_stores_a_clean_notebook(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     notebook = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
-    assert notebook.cells[-1].outputs[0].text == "2\n" and notebook.cells[-1].execution_count == 1
+    summed, drawn = notebook.cells[-2:]
+    assert summed.outputs[0].text == "2\n" and summed.execution_count == 1
+    shown = drawn.outputs[0].metadata["image/png"]
+    picture = Image.open(io.BytesIO(base64.b64decode(drawn.outputs[0].data["image/png"])))
+    assert shown["width"] >= 700 and picture.width // 2 == shown["width"]
+    assert round(picture.info["dpi"][0]) == 200  # the site divides by it
     stored = nbformat.read(ROOT / "notebooks/01_gpt.ipynb", as_version=4).metadata
     assert (
         notebook.metadata.keys() == stored.keys() and notebook.metadata.jupytext == stored.jupytext

@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.font_manager import FontProperties
 from torch import nn
 
 from irann import figures, zoo
@@ -22,6 +23,10 @@ def ax():
 
 def summaries(*values):
     return [{"low": v - 1, "median": v, "high": v + 1} for v in values]
+
+
+def font_size(size):
+    return FontProperties(size=size).get_size_in_points()
 
 
 def data(line):
@@ -166,7 +171,10 @@ def test_pictures_are_sharp_and_their_letters_are_legible_on_their_own_white(ax)
     heat = figures.heat([[1.0]], "a", "b")
     letters = [*ax.texts, *heat.get_xticklabels(), *heat.get_yticklabels()]
     assert min(text.get_fontsize() for text in letters) >= 9 and drawn
-    assert min(plt.rcParams["figure.dpi"], plt.rcParams["savefig.dpi"]) >= 144
+    assert plt.rcParams["figure.figsize"][0] * plt.rcParams["figure.dpi"] >= 700
+    assert plt.rcParams["savefig.dpi"] == 2 * plt.rcParams["figure.dpi"]
+    sizes = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize")
+    assert min(font_size(plt.rcParams[name]) for name in (*sizes, "xtick.labelsize")) >= 9
     assert plt.rcParams["savefig.facecolor"] == plt.rcParams["figure.facecolor"] == "white"
     for hue in (figures.PALE, figures.INK):  # at least 4.5 to 1, as WCAG asks
         parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(hue)]

@@ -7,6 +7,7 @@ their axes.
 
 import inspect
 import itertools
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -28,16 +29,21 @@ REFERENCES = {"uniform": 4.17439, "unigram": 3.34733, "bigram": 2.48189}
 
 
 def use() -> None:
-    """Set the house style for every figure that follows: sharp, and dark on white, whatever page is
-    around it.
+    """Set the house style for every figure that follows: dark on white, whatever page is around it,
+    and in a notebook twice as sharp as it is large: an inch is 100 pixels of the page, each of them
+    2 x 2 of the picture.
     """
     import matplotlib.pyplot as plt
     from cycler import cycler
 
+    if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("retina")
     style: dict[Any, Any] = {
         "figure.figsize": (7.2, 3.4),
-        "figure.dpi": 144,
-        "savefig.dpi": 144,
+        "figure.dpi": 100,
+        "savefig.dpi": 200,
         "figure.facecolor": "white",
         "savefig.facecolor": "white",
         "figure.constrained_layout.use": True,
