@@ -94,7 +94,8 @@ def prose(cell) -> str:
 @main_chapters
 def test_a_student_finishes_it(page):
     notebook = executed(page)
-    words = sum(len(prose(cell).split()) for cell in notebook.cells if cell.cell_type == "markdown")
+    text = " ".join(prose(cell) for cell in notebook.cells if cell.cell_type == "markdown")
+    words = len(re.findall(r"[^\W\d_][\w'’-]*", text))
     read = [len(lines(cell)) for cell in code(notebook) if not folded(cell)]
     assert words <= 3000 and len(notebook.cells) <= 45
     assert statistics.median(read) <= 8, sorted(read)

@@ -273,6 +273,7 @@ def _nats_of_models(models: dict, key: str, scaled: Callable, ax: Any) -> Any:
             style = {"color": colour(name), "ls": _dashes(row), "marker": "o", "ms": 4}
             ax.plot(*zip(*points), label=name, **style)
     ax.set_xscale("log")
+    _plain(ax.xaxis)
     ax.legend()
     return ax
 
@@ -286,6 +287,7 @@ def windows(measured: dict, *, ax: Any = None) -> Any:
     ax.set(xscale="log", yscale="log", xlabel="characters in the window", ylabel="ms", title=title)
     ax.set_xticks(measured["lengths"], measured["lengths"])
     ax.minorticks_off()
+    _plain(ax.yaxis)
     ax.legend()
     return ax
 
@@ -304,8 +306,10 @@ def lengths(measured: dict, *, ax: Any = None) -> Any:
         _band(ax, prompts, rates, color=colour(name), ls=dashes, label=name)
     labels = {"xlabel": "characters in the prompt", "ylabel": "characters per second"}
     ax.set(xscale="log", yscale="log", title=f"Replies of {longest}", **labels)
-    ax.set_ylim(top=2.5 * ax.get_ylim()[1])
-    ax.legend(ncols=3, loc="upper center")  # in the room just made: the curves may go anywhere
+    ax.set_ylim(top=4 * ax.get_ylim()[1])
+    ax.legend(ncols=2, loc="upper left")  # in the room just made: the curves may go anywhere
+    _plain(ax.xaxis, 1)
+    _plain(ax.yaxis)
     return ax
 
 
@@ -331,8 +335,18 @@ def parallel(measured: dict, *, ax: Any = None) -> Any:
                 ax.annotate(str(one["steps"]), point, color=colour(name), **style)
     labels = {"xlabel": "characters per second, batch 1", "ylabel": "words that exist"}
     ax.set(xscale="log", title="Numbers: steps for a page", **labels)
+    _plain(ax.xaxis)
     ax.legend()
     return ax
+
+
+def _plain(axis: Any, *at: float) -> None:
+    """Write a logarithmic axis as one says numbers: 1, 2, 5, 10, 20, 50 (or `at` and its tens)."""
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=at or (1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _dashes(row: dict) -> str:
