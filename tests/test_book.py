@@ -43,8 +43,7 @@ def site(tmp_path_factory):
 
 
 def test_every_page_is_built(site):
-    toc = yaml.safe_load((ROOT / "book/_toc.yml").read_text())
-    for page in [toc["root"], *(chapter["file"] for chapter in toc["chapters"])]:
+    for page in re.findall(r"(?:root|file): (\S+)", (ROOT / "book/_toc.yml").read_text()):
         assert "<h1>" in (site / f"{page}.html").read_text(), page
 
 
@@ -163,6 +162,38 @@ def test_every_figure_is_in_the_index(site, pages):
     )
 
 
+QUIET = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=QUIET)
+        yield browser
+        browser.close()
+
+
+def opened(page, path):
+    """Open a page of the site and wait until its formulas are set."""
+    page.goto(path.as_uri(), timeout=120_000)
+    if 'class="math' in path.read_text():
+        page.wait_for_function("window.MathJax?.startup?.promise", timeout=120_000)
+        page.evaluate("MathJax.startup.promise.then(() => true)")
+        page.wait_for_timeout(100)  # for house.js, which waits for the same
+        assert page.locator("mjx-container").count() > 0, path.name
+        assert page.locator("mjx-merror").count() == 0, path.name
+
+
 UNREACHABLE = """[...document.querySelectorAll("div.math")].filter(box => {
     const left = Math.min(...[...box.querySelectorAll("mjx-c")].map(sign => sign.getBoundingClientRect().left))
     const cut = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX != "auto"
@@ -170,36 +201,51 @@ UNREACHABLE = """[...document.querySelectorAll("div.math")].filter(box => {
 }).map(box => box.innerText)"""  # equations that begin left of their box, where no scrolling leads, or are cut off at the right
 
 
-def test_a_phone_sets_every_equation_and_nothing_sticks_out(site):
-    from playwright.sync_api import sync_playwright
+BEYOND = """(() => { const edge = document.querySelector(".bd-article").getBoundingClientRect().right + 1
+return [...document.querySelectorAll('mjx-container:not([display="true"]) mjx-math')].filter(formula =>
+    formula.getBoundingClientRect().right > edge && !formula.closest("table, .irann-long")
+).map(formula => formula.closest("p, li").innerText) })()"""  # formulas in a line that pass the edge of the page
 
-    quiet = [
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ]
-    quiet += ["--disable-component-update", "--disable-sync"]
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=shutil.which("chromium"), args=quiet)
-        phone = browser.new_page(viewport={"width": 390, "height": 800})
-        for path in [
-            *sorted(site.glob("notebooks/*.html")),
-            site / "book/figures.html",
-            site / "book/api.html",
-        ]:
-            phone.goto(path.as_uri(), timeout=120_000)
-            if 'class="math' in path.read_text():
-                phone.wait_for_function("window.MathJax?.startup?.promise", timeout=120_000)
-                phone.evaluate("MathJax.startup.promise.then(() => true)")
-                assert (
-                    phone.locator("mjx-container").count() > 0
-                    and phone.locator("mjx-merror").count() == 0
-                ), path.name
-            assert phone.evaluate("document.documentElement.scrollWidth") <= 390, path.name
-            assert phone.evaluate(UNREACHABLE) == [], path.name
-        browser.close()
+
+def test_a_phone_sets_every_equation_and_nothing_sticks_out(site, browser):
+    phone = browser.new_page(viewport={"width": 390, "height": 800})
+    for path in [
+        *sorted(site.glob("notebooks/*.html")),
+        site / "book/figures.html",
+        site / "book/api.html",
+    ]:
+        opened(phone, path)
+        assert phone.evaluate("document.documentElement.scrollWidth") <= 390, path.name
+        assert phone.evaluate(UNREACHABLE) == [], path.name
+        assert phone.evaluate(BEYOND) == [], path.name
+    phone.close()
+
+
+CUT = """[...document.querySelectorAll(".cell_input pre")].filter(code => code.scrollWidth > code.clientWidth + 1)
+.map(code => code.innerText)"""
+WIDTHS = """[...document.querySelectorAll(".cell_output img")].map(picture => [picture.clientWidth, picture.naturalWidth])"""
+
+
+def test_code_fits_the_page_and_pictures_are_wide_and_sharp(site, browser):
+    desk = browser.new_page(viewport={"width": 1280, "height": 900})
+    for path in sorted(site.glob("notebooks/*.html")):
+        desk.goto(path.as_uri(), timeout=120_000)
+        desk.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+        assert desk.evaluate(CUT) == [], path.name
+        sizes = desk.evaluate(WIDTHS)
+        assert max(shown for shown, _ in sizes) >= 700, (path.name, sizes)
+        assert all(drawn >= 1.9 * shown for shown, drawn in sizes), (path.name, sizes)
+    desk.close()
+
+
+def test_in_the_dark_a_figure_is_a_white_card(site, browser):
+    dark = browser.new_page(color_scheme="dark")
+    dark.goto((site / "notebooks/00_text.html").as_uri(), timeout=120_000)
+    assert dark.evaluate("document.documentElement.dataset.theme") == "dark"
+    card = dark.evaluate("""(() => { const style = getComputedStyle(document.querySelector(".cell_output img"))
+    return [style.backgroundColor, style.filter] })()""")
+    assert card == ["rgb(255, 255, 255)", "none"]
+    dark.close()
 
 
 def test_the_reference_shows_docstrings_and_source(site):
