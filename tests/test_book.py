@@ -63,6 +63,35 @@ def test_the_notation_page_has_every_letter_of_the_legend():
         assert f"`{letter}`" in page, letter
 
 
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi chi psi omega".split()
+ACCENTS = r"\\(?:bar|tilde|hat|mathrm|mathcal|text|ln|lvert|underbrace)\b"
+
+
+def letter_of(row):
+    """-> where the first letter of a row of the legend belongs: Latin ones first, then Greek ones."""
+    sign = re.sub(ACCENTS, "", row.replace(r"\ell", "l"))
+    greek, latin = re.match(r"\| [^\\A-Za-z]*(?:\\([A-Za-z]+)|([A-Za-z]))", sign).groups()
+    greek = (greek or "").removeprefix("var").lower()
+    if greek in GREEK:
+        return 1, GREEK.index(greek)
+    return 0, (latin or greek).lower()
+
+
+def test_every_table_of_the_legend_is_in_alphabetical_order():
+    chapters = (ROOT / "book/notation.md").read_text().split("\n## Chapter ")[1:]
+    for chapter in chapters:
+        rows = re.findall(r"(?m)^\| .*", chapter.partition("\n## ")[0])[1:]
+        letters = [letter_of(row) for row in rows if not row.startswith("|---")]
+        assert letters == sorted(letters), (chapter[:20], letters)
+
+
+def test_what_a_chapter_cites_is_in_the_references():
+    listed = (ROOT / "book/references.md").read_text()
+    for page in (ROOT / "notebooks").glob("*.md"):
+        for paper in re.findall(r"arxiv.org/abs/([\d.]+\d)", page.read_text()):
+            assert paper in listed, (page.name, paper)
+
+
 def test_the_page_of_promises_names_tests_that_exist():
     for name in re.findall(r"`(test_\w+\.py)`", (ROOT / "book/promises.md").read_text()):
         assert (ROOT / "tests" / name).is_file(), name
