@@ -63,7 +63,7 @@ def test_the_notation_page_has_every_letter_of_the_legend():
         assert f"`{letter}`" in page, letter
 
 
-GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi chi psi omega".split()
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nabla nu xi pi rho sigma tau phi chi psi omega".split()
 ACCENTS = r"\\(?:bar|tilde|hat|mathrm|mathcal|text|ln|lvert|underbrace)\b"
 
 

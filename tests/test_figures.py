@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from jupyter_client.manager import start_new_kernel
 from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties
 from torch import nn
@@ -192,3 +193,34 @@ def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
     assert shades[0] == 0 and shades[-1] == 1 and shades == sorted(shades)
     # legible on its own ground
     assert (ax.texts[0].get_color(), ax.texts[-1].get_color()) == ("white", figures.INK)
+
+
+SLOW = """from irann import figures
+figures.lab.PATIENCE = 0.5
+figures.use()"""
+
+
+@pytest.mark.parametrize("reader", [True, False], ids=["a reader", "nobody"])
+def test_a_reader_sees_how_long_a_cell_takes_and_a_test_sees_nothing(reader):
+    manager, client = start_new_kernel()
+    shown = []
+
+    def note(message):
+        if message["msg_type"] in ("display_data", "update_display_data"):
+            shown.append(message["content"]["data"])
+
+    try:
+        for cell in (SLOW, "import time; time.sleep(2)", "1"):
+            reply = client.execute_interactive(
+                cell, allow_stdin=reader, output_hook=note, timeout=60
+            )
+            assert reply["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    if reader:
+        assert "application/javascript" in shown[0]
+        *running, done = [each["text/html"] for each in shown[1:]]
+        assert running and all("running" in line for line in running) and "running" not in done
+    else:
+        assert shown == []

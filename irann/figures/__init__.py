@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import lab
+
 HUES = {"gpt": "#0072B2", "thinker": "#D55E00", "diffusion": "#009E73", "mamba": "#CC79A7"}
 INK, PALE, ACCENT = "#222222", "#767676", "#E69F00"
 SPARE = (ACCENT, "#56B4E9", "#000000")  # for what has no hue of its own
@@ -40,6 +42,7 @@ def use() -> None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("retina")
+        lab.attend()
     style: dict[Any, Any] = {
         "figure.figsize": (7.2, 3.4),
         "figure.dpi": 100,
