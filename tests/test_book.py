@@ -1,5 +1,7 @@
 """The book builds from the stored notebooks without a warning, and its pages say what is true."""
 
+import base64
+import io
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,8 +42,7 @@ def site(tmp_path_factory):
 
 
 def test_every_page_is_built(site):
-    toc = yaml.safe_load((ROOT / "book/_toc.yml").read_text())
-    for page in [toc["root"], *(chapter["file"] for chapter in toc["chapters"])]:
+    for page in re.findall(r"(?:root|file): (\S+)", (ROOT / "book/_toc.yml").read_text()):
         assert "<h1>" in (site / f"{page}.html").read_text(), page
 
 
@@ -58,6 +60,35 @@ def test_the_notation_page_has_every_letter_of_the_legend():
     assert {"b", "t", "s", "d", "h", "c", "e", "n", "r", "v", "tau"} <= set(letters)
     for letter in set(letters) - {"letter"}:
         assert f"`{letter}`" in page, letter
+
+
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nabla nu xi pi rho sigma tau phi chi psi omega".split()
+ACCENTS = r"\\(?:bar|tilde|hat|mathrm|mathcal|text|ln|lvert|underbrace)\b"
+
+
+def letter_of(row):
+    """-> where the first letter of a row of the legend belongs: Latin ones first, then Greek ones."""
+    sign = re.sub(ACCENTS, "", row.replace(r"\ell", "l"))
+    greek, latin = re.match(r"\| [^\\A-Za-z]*(?:\\([A-Za-z]+)|([A-Za-z]))", sign).groups()
+    greek = (greek or "").removeprefix("var").lower()
+    if greek in GREEK:
+        return 1, GREEK.index(greek)
+    return 0, (latin or greek).lower()
+
+
+def test_every_table_of_the_legend_is_in_alphabetical_order():
+    chapters = (ROOT / "book/notation.md").read_text().split("\n## Chapter ")[1:]
+    for chapter in chapters:
+        rows = re.findall(r"(?m)^\| .*", chapter.partition("\n## ")[0])[1:]
+        letters = [letter_of(row) for row in rows if not row.startswith("|---")]
+        assert letters == sorted(letters), (chapter[:20], letters)
+
+
+def test_what_a_chapter_cites_is_in_the_references():
+    listed = (ROOT / "book/references.md").read_text()
+    for page in (ROOT / "notebooks").glob("*.md"):
+        for paper in re.findall(r"arxiv.org/abs/([\d.]+\d)", page.read_text()):
+            assert paper in listed, (page.name, paper)
 
 
 def test_the_page_of_promises_names_tests_that_exist():
@@ -159,11 +190,28 @@ def test_every_figure_is_in_the_index(site, pages):
     )
 
 
+def opened(page, path):
+    """Open a page of the site and wait until its formulas are set."""
+    page.goto(path.as_uri(), timeout=120_000)
+    if 'class="math' in path.read_text():
+        page.wait_for_function("window.MathJax?.startup?.promise", timeout=120_000)
+        page.evaluate("MathJax.startup.promise.then(() => true)")
+        page.wait_for_timeout(100)  # for house.js, which waits for the same
+        assert page.locator("mjx-container").count() > 0, path.name
+        assert page.locator("mjx-merror").count() == 0, path.name
+
+
 UNREACHABLE = """[...document.querySelectorAll("div.math")].filter(box => {
     const left = Math.min(...[...box.querySelectorAll("mjx-c")].map(sign => sign.getBoundingClientRect().left))
     const cut = box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).overflowX != "auto"
     return cut || left < box.getBoundingClientRect().left - 1
 }).map(box => box.innerText)"""  # equations that begin left of their box, where no scrolling leads, or are cut off at the right
+
+
+BEYOND = """(() => { const edge = document.querySelector(".bd-article").getBoundingClientRect().right + 1
+return [...document.querySelectorAll('mjx-container:not([display="true"]) mjx-math')].filter(formula =>
+    formula.getBoundingClientRect().right > edge && !formula.closest("table, .irann-long")
+).map(formula => formula.closest("p, li").innerText) })()"""  # formulas in a line that pass the edge of the page
 
 
 def test_a_phone_sets_every_equation_and_nothing_sticks_out(site, browser):
@@ -173,16 +221,38 @@ def test_a_phone_sets_every_equation_and_nothing_sticks_out(site, browser):
         site / "book/figures.html",
         site / "book/api.html",
     ]:
-        phone.goto(path.as_uri(), timeout=120_000)
-        if 'class="math' in path.read_text():
-            phone.wait_for_function("window.MathJax?.startup?.promise", timeout=120_000)
-            phone.evaluate("MathJax.startup.promise.then(() => true)")
-            assert (
-                phone.locator("mjx-container").count() > 0
-                and phone.locator("mjx-merror").count() == 0
-            ), path.name
+        opened(phone, path)
         assert phone.evaluate("document.documentElement.scrollWidth") <= 390, path.name
         assert phone.evaluate(UNREACHABLE) == [], path.name
+        assert phone.evaluate(BEYOND) == [], path.name
+    phone.close()
+
+
+CUT = """[...document.querySelectorAll(".cell_input pre")].filter(code => code.scrollWidth > code.clientWidth + 1)
+.map(code => code.innerText)"""
+WIDTHS = """[...document.querySelectorAll(".cell_output img")].map(picture => [picture.clientWidth, picture.naturalWidth])"""
+
+
+def test_code_fits_the_page_and_pictures_are_wide_and_sharp(site, browser):
+    desk = browser.new_page(viewport={"width": 1280, "height": 900})
+    for path in sorted(site.glob("notebooks/*.html")):
+        desk.goto(path.as_uri(), timeout=120_000)
+        desk.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+        assert desk.evaluate(CUT) == [], path.name
+        sizes = desk.evaluate(WIDTHS)
+        assert max(shown for shown, _ in sizes) >= 700, (path.name, sizes)
+        assert all(drawn >= 1.9 * shown for shown, drawn in sizes), (path.name, sizes)
+    desk.close()
+
+
+def test_in_the_dark_a_figure_is_a_white_card(site, browser):
+    dark = browser.new_page(color_scheme="dark")
+    dark.goto((site / "notebooks/00_text.html").as_uri(), timeout=120_000)
+    assert dark.evaluate("document.documentElement.dataset.theme") == "dark"
+    card = dark.evaluate("""(() => { const style = getComputedStyle(document.querySelector(".cell_output img"))
+    return [style.backgroundColor, style.filter] })()""")
+    assert card == ["rgb(255, 255, 255)", "none"]
+    dark.close()
 
 
 def test_the_reference_shows_docstrings_and_source(site):
@@ -212,10 +282,20 @@ def test_the_reference_shows_docstrings_and_source(site):
     assert "system-message" not in page and not re.search(r"<p>[^<]*``", page)
 
 
+DRAWN = """import matplotlib.pyplot as plt
+from irann import figures
+figures.use()
+plt.plot([1, 2])
+plt.show()"""
+
+
 def test_execute_stores_a_clean_notebook(tmp_path):
     page = tmp_path / "page.md"
     header = (ROOT / "notebooks/01_gpt.md").read_text().partition("# 1")[0]
-    page.write_text(header + "One sum.\n\n```{code-cell} ipython3\nprint(1 + 1)\n```\n")
+    cells = ("print(1 + 1)", DRAWN)
+    page.write_text(
+        header + "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in cells)
+    )
     done = subprocess.run(
         [sys.executable, ROOT / "book/execute.py", page],
         capture_output=True,
@@ -224,7 +304,12 @@ def test_execute_stores_a_clean_notebook(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     notebook = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
-    assert notebook.cells[-1].outputs[0].text == "2\n" and notebook.cells[-1].execution_count == 1
+    summed, drawn = notebook.cells[-2:]
+    assert summed.outputs[0].text == "2\n" and summed.execution_count == 1
+    shown = drawn.outputs[0].metadata["image/png"]
+    picture = Image.open(io.BytesIO(base64.b64decode(drawn.outputs[0].data["image/png"])))
+    assert shown["width"] >= 700 and picture.width // 2 == shown["width"]
+    assert round(picture.info["dpi"][0]) == 200  # the site divides by it
     stored = nbformat.read(ROOT / "notebooks/01_gpt.ipynb", as_version=4).metadata
     assert (
         notebook.metadata.keys() == stored.keys() and notebook.metadata.jupytext == stored.jupytext

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from jupyter_client.manager import start_new_kernel
 from matplotlib.colors import to_rgb
+from matplotlib.font_manager import FontProperties
 from torch import nn
 
 from irann import figures, zoo
@@ -22,6 +24,10 @@ def ax():
 
 def summaries(*values):
     return [{"low": v - 1, "median": v, "high": v + 1} for v in values]
+
+
+def font_size(size):
+    return FontProperties(size=size).get_size_in_points()
 
 
 def data(line):
@@ -166,7 +172,10 @@ def test_pictures_are_sharp_and_their_letters_are_legible_on_their_own_white(ax)
     heat = figures.heat([[1.0]], "a", "b")
     letters = [*ax.texts, *heat.get_xticklabels(), *heat.get_yticklabels()]
     assert min(text.get_fontsize() for text in letters) >= 9 and drawn
-    assert min(plt.rcParams["figure.dpi"], plt.rcParams["savefig.dpi"]) >= 144
+    assert plt.rcParams["figure.figsize"][0] * plt.rcParams["figure.dpi"] >= 700
+    assert plt.rcParams["savefig.dpi"] == 2 * plt.rcParams["figure.dpi"]
+    sizes = ("font.size", "axes.titlesize", "axes.labelsize", "legend.fontsize")
+    assert min(font_size(plt.rcParams[name]) for name in (*sizes, "xtick.labelsize")) >= 9
     assert plt.rcParams["savefig.facecolor"] == plt.rcParams["figure.facecolor"] == "white"
     for hue in (figures.PALE, figures.INK):  # at least 4.5 to 1, as WCAG asks
         parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(hue)]
@@ -184,3 +193,34 @@ def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
     assert shades[0] == 0 and shades[-1] == 1 and shades == sorted(shades)
     # legible on its own ground
     assert (ax.texts[0].get_color(), ax.texts[-1].get_color()) == ("white", figures.INK)
+
+
+SLOW = """from irann import figures
+figures.lab.PATIENCE = 0.5
+figures.use()"""
+
+
+@pytest.mark.parametrize("reader", [True, False], ids=["a reader", "nobody"])
+def test_a_reader_sees_how_long_a_cell_takes_and_a_test_sees_nothing(reader):
+    manager, client = start_new_kernel()
+    shown = []
+
+    def note(message):
+        if message["msg_type"] in ("display_data", "update_display_data"):
+            shown.append(message["content"]["data"])
+
+    try:
+        for cell in (SLOW, "import time; time.sleep(2)", "1"):
+            reply = client.execute_interactive(
+                cell, allow_stdin=reader, output_hook=note, timeout=60
+            )
+            assert reply["content"]["status"] == "ok"
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    if reader:
+        assert "application/javascript" in shown[0]
+        *running, done = [each["text/html"] for each in shown[1:]]
+        assert running and all("running" in line for line in running) and "running" not in done
+    else:
+        assert shown == []

@@ -13,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from docutils import nodes
+from PIL import Image
 from sphinx.errors import ExtensionError
 
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2/", "input/tex/extensions/")
@@ -124,7 +125,8 @@ def prose(paragraph):
 
 def describe_pictures(app, doctree, page):
     """A picture without an alt text gets the paragraph that announces it: the text above a cell
-    says what to look at.
+    says what to look at. And a picture is as wide as it was drawn, an inch 100 pixels, however
+    sharp it is.
     """
     above = ""
     for node in doctree.findall():
@@ -134,6 +136,12 @@ def describe_pictures(app, doctree, page):
             node["alt"] = "Figure. " + (
                 above if len(above) < 300 else above[:300].rpartition(" ")[0] + " ..."
             ).replace("\n", " ")
+        if isinstance(node, nodes.image) and "width" not in node:
+            file = Path(app.srcdir, node["uri"])
+            if file.suffix == ".png" and file.is_file():
+                with Image.open(file) as picture:
+                    dpi = picture.info.get("dpi", (100,))[0]
+                    node["width"] = f"{round(picture.width * 100 / dpi)}px"
 
 
 def index_pictures(app, doctree, page):
