@@ -133,8 +133,7 @@ def options(
 @app.command("book", context_settings=EXTRA)
 def book_command(context: typer.Context) -> None:
     """Open the book in JupyterLab. What follows is for JupyterLab, such as --no-browser."""
-    if code := pages.main(*context.args):
-        raise typer.Exit(code)
+    pages.main(*context.args)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """`irann book`: the chapters in JupyterLab, beginning with the page that welcomes."""
 
 import importlib.util
+import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,13 +12,11 @@ BESIDE = Path(__file__).parents[1] / "notebooks"  # in the book's own folder
 INSTALLED = Path(sys.prefix) / "share" / "irann" / "notebooks"  # beside an installed package
 COPY = Path("irann-book")
 WELCOME = "welcome.ipynb"
-# A chapter is a pair, and a reader wants its notebook: the .md is neither shown nor written, and
-# nothing asks for a network.
+# A chapter is a pair, and a reader wants its notebook: the .md is neither shown nor written.
 OPTIONS = (
     "--ContentsManager.hide_globs=['*.md', '__pycache__', 'runs']",
     "--ServerApp.jpserver_extensions={'jupyterlab_jupytext': False}",
-    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-    "--LabApp.news_url=None",
+    f"--LabApp.default_url=/lab/tree/{WELCOME}",
 )
 
 
@@ -46,16 +44,11 @@ def command(*more: str) -> list[str]:
     """
     if importlib.util.find_spec("jupyterlab") is None:
         raise InputError("the book opens in JupyterLab: pip install 'irann[book]'")
-    return [sys.executable, "-m", "jupyter", "lab", str(folder() / WELCOME), *OPTIONS, *more]
+    return [sys.executable, "-m", "jupyter", "lab", str(folder()), *OPTIONS, *more]
 
 
-def main(*more: str) -> int:
-    """Open the book, and wait until JupyterLab is closed -> its exit code."""
+def main(*more: str) -> None:
+    """Open the book: JupyterLab takes the place of this process."""
     words = command(*more)
-    print(f"opening {words[4]} in JupyterLab; Ctrl-C here closes it", flush=True)
-    with subprocess.Popen(words) as lab:
-        while True:
-            try:
-                return lab.wait()
-            except KeyboardInterrupt:
-                continue  # JupyterLab hears it too, and asks whether to end
+    print(f"opening {Path(words[4]) / WELCOME} in JupyterLab; Ctrl-C here closes it", flush=True)
+    os.execv(words[0], words)
