@@ -122,16 +122,14 @@ class Text:
         """
         if not isinstance(text, str):
             raise InputError(f"a text is a string; got a {type(text).__name__}")
+        if len(text) < 300 and os.path.isfile(text):
+            raise InputError(f"{text!r} is the name of a file: irann.text.read_text reads it")
         vocabulary = vocabulary or Vocabulary(text)
         ids = vocabulary.encode(text)
         cut = int(split * len(ids))
         if cut < 2 or len(ids) - cut < 1:
-            hint = ""
-            if len(text) < 200 and os.path.exists(text):
-                hint = f"; irann.text.read_text({text!r}) reads the file of that name"
             raise InputError(
                 f"{source} has {len(text)} characters: too few to train on and to validate with"
-                + hint
             )
         if not sha256:
             digest = hashlib.sha256()

@@ -342,7 +342,7 @@ def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):
     session.set("mode", "play")
     finish(frames)
     turn = session.turns[-1]
-    assert (turn.speaker, turn.ended) == ("NURSE", "length") and "Madam!" in turn.text
+    assert (turn.speaker, turn.ended) == ("", "length") and "Madam!" in turn.text
 
 
 def test_switching_the_model_keeps_the_scene_and_drops_what_the_new_one_does_not_have(here):
