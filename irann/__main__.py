@@ -439,7 +439,9 @@ def _measured(network: lm.LanguageModel, name: str, given: Path | None) -> tuple
     """-> the text to measure a model on, the one it was trained on unless another is given, and a
     sentence that says which. Raises CorpusError if it is not what it was.
     """
-    corpus = (network.card or {}).get("corpus") or {"sha256": shakespeare.SHA256}
+    corpus = (network.card or {}).get("corpus")
+    if not isinstance(corpus, dict):  # what ships, and what was saved without a training
+        corpus = {"sha256": shakespeare.SHA256}
     of_shakespeare = corpus["sha256"] == shakespeare.SHA256
     source = SHAKESPEARE if of_shakespeare else corpus.get("source", "a string")
     if given is not None:

@@ -970,7 +970,7 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
     session, shown = widget.session, widget.inspected
     ids = session.model.vocabulary.encode(shown.text)[None]
     attention = session.model.inspect(ids)["attention"]
-    assert widget.layer.options == (("all", None), ("1", 0), ("2", 1)) == widget.head.options
+    assert widget.layer.options == (("all", -1), ("1", 0), ("2", 1)) == widget.head.options
     torch.testing.assert_close(shown.map("attention", 1, 0), attention[1, 0])
     torch.testing.assert_close(shown.map("attention", head=1), attention[:, 1].mean(0))
     torch.testing.assert_close(shown.map("attention"), shown.maps["attention"])

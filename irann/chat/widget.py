@@ -34,6 +34,8 @@ BUTTONS = {
     "Regenerate": "write the last reply anew",
     "Clear": "begin a new scene",
 }
+ALL = -1  # layers, heads
+EMPTY = "run this cell to talk with the model"  # on a page that was saved before anything was said
 NO_DRAFTS = "models that write a page at once leave their drafts here"
 NOT_HEARD = (
     "not heard, for a reply is being written: say it again when it has ended, or press Stop first"
@@ -415,7 +417,7 @@ class Chat(w.VBox):
         self.position.value = self.position.max
         for aim, axis in ((self.layer, 0), (self.head, 1)):
             sizes = {weights.shape[axis] for weights in self.inspected.heads.values()}
-            options = [("all", None), *((str(i + 1), i) for i in range(max(sizes, default=0)))]
+            options = [("all", ALL), *((str(i + 1), i) for i in range(max(sizes, default=0)))]
             if list(aim.options) != options:
                 aim.options = options
         kinds = (*self.inspected.values, *self.inspected.maps)
@@ -433,8 +435,8 @@ class Chat(w.VBox):
         for aim in (self.layer, self.head):
             aim.layout.display = "" if aimed and self.kind.value in shown.heads else "none"
         self.position.layout.display = "" if aimed or shown.likely else "none"
-        aims = (self.position.value, self.layer.value, self.head.value)
-        self.view.value = html.inspection_html(shown, self.kind.value, *aims)
+        chosen = [aim.value if aim.value != ALL else None for aim in (self.layer, self.head)]
+        self.view.value = html.inspection_html(shown, self.kind.value, self.position.value, *chosen)
 
     def __repr__(self) -> str:
         if self.session is None:
@@ -448,6 +450,8 @@ class Chat(w.VBox):
         scene = self.session.scene() if self.session else ""
         bundle = {"text/plain": scene or "an empty stage", "text/html": self._repr_html_()}
         if not _static():
+            if not scene:
+                bundle["text/html"] = html.small(EMPTY)
             bundle = (super()._repr_mimebundle_(**options) or {}) | bundle
             self.stored = _display(self._stored())
         return bundle
