@@ -171,11 +171,9 @@ def inspection_html(
     meaning = MEANINGS.get(name, "a number")
     legend = f"{name}: {bound}{meaning}, from {low:.2f} (plain) to {high:.2f} (orange)"
     if is_map and name in inspection.heads:
-        chosen = {"layer": layer, "head": head}
-        legend += "".join(
-            f", mean of all {what}s" if i is None else f", {what} {i + 1}"
-            for what, i in chosen.items()
-        )
+        layers = "all layers" if layer is None else f"layer {layer + 1}"
+        heads = "all heads" if head is None else f"head {head + 1}"
+        legend += f"; {layers}, {heads}"
     view = f"<div class='irann-text-view irann-pick'{PICK}>{''.join(parts)}</div>{small(legend)}"
     return view + _likely_html(inspection, position)
 

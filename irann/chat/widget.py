@@ -122,7 +122,9 @@ class Chat(w.VBox):
         self.position = w.IntSlider(
             description="character", min=0, max=0, layout=w.Layout(flex="1 1 300px")
         )
-        self.layer, self.head = (_narrow(description=name) for name in ("layer", "head"))
+        all_of_them = [("all", ALL)]
+        self.layer = _narrow(description="layer", options=all_of_them)
+        self.head = _narrow(description="head", options=all_of_them)
         self.picked = w.Text(layout=w.Layout(display="none"))
         self.picked.add_class("irann-picked")
         self.kind.add_class("irann-kind")
