@@ -7,8 +7,9 @@ irann.Chat()                                   # in a notebook cell
 
 text = irann.shakespeare.load()
 model = irann.build("gpt")
-for tick in irann.train(model, text, irann.Recipe(steps=500)):
-    ...
+for tick in irann.train(model, text, irann.Recipe(steps=500), run="runs/mine"):
+    ...                                        # irann.watch draws the curve while it grows
+irann.save(model, "mine")                      # irann.load("mine") makes it again
 """
 
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ from . import machine, shakespeare, text
 from .lm import Draft, generate
 from .settings import InputError
 from .text import Text, Vocabulary
-from .training import Recipe, Signals, evaluate, progress, train
-from .zoo import build, load, recipe
+from .training import Recipe, Signals, evaluate, progress, train, watch
+from .zoo import build, load, recipe, save
 
 if TYPE_CHECKING:
     from .chat.widget import Chat
@@ -38,9 +39,11 @@ __all__ = [
     "load",
     "progress",
     "recipe",
+    "save",
     "shakespeare",
     "text",
     "train",
+    "watch",
 ]
 
 

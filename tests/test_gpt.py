@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import excite, stablelm
+from conftest import excite, refuses, stablelm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from irann import zoo
@@ -113,6 +113,24 @@ def test_variants_of_gpt2(activation, tied, eps):
     with torch.no_grad():
         a, b = ours(ids(2, 8)), theirs(ids(2, 8)).logits
     torch.testing.assert_close(a, b, atol=1e-10 * max(1, b.abs().max().item()), rtol=0)
+
+
+@pytest.mark.parametrize("options", [*SHAPES, dict(SHAPES[1], tie_word_embeddings=False)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_the_way_back_to_transformers(options, bias, tmp_path):
+    ours = GPT.from_transformers(oracle(**options)) if bias else without_biases(oracle(**options))
+    page = ids(2, options["n_positions"])
+    theirs = ours.to_transformers()
+    torch.testing.assert_close(theirs(page).logits, ours(page), atol=1e-10, rtol=1e-10)
+    theirs.save_pretrained(tmp_path)
+    again = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    torch.testing.assert_close(again(page).logits, ours(page), atol=1e-10, rtol=1e-10)
+
+
+def test_what_gpt2_does_not_have_cannot_go_back():
+    with refuses("positions 'learned' only; this model has 'rotary'"):
+        GPT(GPTConfig.fast(window=8, layers=1, heads=1, width=16)).to_transformers()
 
 
 def gradients(model, page, target):

@@ -19,6 +19,7 @@ from mambapy.mamba import MambaBlock as MambapyBlock
 from mambapy.mamba import MambaConfig as MambapyConfig
 from torch.nn import functional as F
 
+from irann import zoo
 from irann.models.mamba import LayerState, Mamba, MambaConfig
 
 pytestmark = pytest.mark.usefixtures("with_and_without_kernel")
@@ -96,6 +97,24 @@ def test_logits_are_those_of_transformers(changes, t):
     ours = Mamba.from_transformers(oracle)
     with torch.no_grad():
         close(ours(ids(2, t)), oracle(ids(2, t)).logits, 5e-6)
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
+@torch.no_grad()
+def test_the_way_back_to_transformers(changes, tmp_path):
+    ours = Mamba.from_transformers(theirs(**changes))
+    back = ours.to_transformers()
+    close(ours(ids(2, 33)), back(ids(2, 33)).logits, 5e-6)
+    back.save_pretrained(tmp_path)
+    again = transformers.MambaForCausalLM.from_pretrained(tmp_path).eval()
+    close(again(ids(2, 33)).logits, back(ids(2, 33)).logits, 1e-6)
+
+
+@torch.no_grad()
+def test_the_mamba_that_ships_goes_to_transformers(corpus):
+    ours = zoo.load("mamba")
+    page = corpus.val[None, :100]
+    close(ours(page), ours.to_transformers()(page).logits, 1e-5)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)

@@ -5,7 +5,7 @@ here.
 from html import escape
 
 from ..figures import ACCENT, INK, PALE
-from .session import Frame, Inspection, Session, Turn
+from .session import WHY, Frame, Inspection, Session, Turn
 
 SHOWN = 20_000  # characters of a long scene on the screen
 STYLE = f"""<style>
@@ -21,6 +21,7 @@ STYLE = f"""<style>
 .irann-chat .irann-error {{color: var(--jp-error-color1, #c22); white-space: pre-wrap}}
 .irann-chat .irann-text-view {{line-height: 1.7; white-space: pre-wrap; overflow-wrap: anywhere}}
 .irann-chat .irann-text-view span {{border-radius: 2px}}
+.irann-chat .irann-pick span {{cursor: pointer}}
 .irann-chat progress {{width: 120px; height: 8px; accent-color: {ACCENT}; vertical-align: middle; margin-right: 6px}}
 .irann-chat .widget-html-content {{line-height: 1.5}}
 .jp-OutputArea:has(.irann-chat.jupyter-widgets) .irann-stored {{display: none}}
@@ -31,12 +32,19 @@ COPY = """<button class="jupyter-widgets jupyter-button widget-button irann-copy
   const text = this.closest('.irann-chat').querySelector('.irann-text textarea').value;
   const say = words => { this.textContent = words; setTimeout(() => this.textContent = 'Copy', 2000) };
   (navigator.clipboard?.writeText(text) ?? Promise.reject()).then(() => say('Copied'), () => say('Below, as text'))">Copy</button>"""
+# A click on a character goes to Python through a field that is not seen.
+PICK = (
+    """ onclick="const i = [...this.children].indexOf(event.target);"""
+    """ const field = this.closest('.irann-chat').querySelector('.irann-picked input');"""
+    """ if (i >= 0 && field) { field.value = i; for (const kind of ['input', 'change'])"""
+    """ field.dispatchEvent(new Event(kind, {bubbles: true})) }\""""
+)
 MEANINGS = {
     "nll": "negative log-likelihood: nats that each character cost",
     "rounds": "rounds of thinking about what comes after each character",
     "expected_rounds": "rounds expected by the learned halting probabilities",
     "delta": "mean step size: how much of its state the model rewrites at each character",
-    "attention": "attention weights of the framed character, the mean of all layers and heads",
+    "attention": "attention weights of the framed character",
 }
 NOTES = {  # what a model says beside a draft, in words
     "level": "noise level",
@@ -96,7 +104,7 @@ def scene_html(session: Session, frame: Frame | None = None) -> str:
         room -= len(turn.text)
         if room <= 0:
             break
-    inner = "".join(reversed(parts)) or small("The stage is empty.")
+    inner = "".join(reversed(parts)) or small(f"The stage is empty. {WHY[session.mode]}")
     # the outer box runs upwards, so that it stays at its end
     return f"<div class='irann-scene'><div>{inner}</div></div>"
 
@@ -122,20 +130,29 @@ def _turn_html(turn: Turn, room: int) -> str:
 
 def _bubble(speaker: str, inner: str, model: str) -> str:
     kind = "model" if model else "reader"
-    who = escape(f"{speaker} \u00b7 {model}" if model else speaker)
-    return (
-        f"<div class='irann-turn irann-{kind}'><span class='irann-name'>{who}</span>{inner}</div>"
-    )
+    who = " \u00b7 ".join(filter(None, [speaker, model])) or "you"
+    name = f"<div class='irann-name'>{escape(who)}</div>"
+    return f"<div class='irann-turn irann-{kind}'>{name}{inner}</div>"
 
 
-def inspection_html(inspection: Inspection, name: str, position: int = -1) -> str:
-    """-> the text with a number per character as the colour behind it, escaped.
+def inspection_html(
+    inspection: Inspection,
+    name: str,
+    position: int = -1,
+    layer: int | None = None,
+    head: int | None = None,
+) -> str:
+    """-> the text with a number per character as the colour behind it, escaped, and what may follow
+    the character at `position`.
 
-    For a map, that is the row of the character at `position`. It attends to itself most: that would
+    For a map, the numbers are the row of that character. It attends to itself most: that would
     outshine the rest, so the colours are measured by the characters before it.
     """
     is_map = name in inspection.maps
-    values = inspection.maps[name][position].tolist() if is_map else inspection.values[name]
+    if is_map:
+        values = inspection.map(name, layer, head)[position].tolist()
+    else:
+        values = inspection.values[name]
     position %= len(values)
     measured = values[:position] if is_map and position else values
     low = min(measured)
@@ -146,11 +163,29 @@ def inspection_html(inspection: Inspection, name: str, position: int = -1) -> st
         style = f"background:rgba(230,159,0,{strength:.2f})"
         if strength > 0.7:
             style += f";color:{INK}"
-        if is_map and i == position:
+        if i == position and (is_map or inspection.likely):
             style += ";outline:1px solid"
         shown = "\u21b5\n" if character == "\n" else escape(character)
         parts.append(f"<span title='{value:.3f}' style='{style}'>{shown}</span>")
     bound = "at most, " if name == "nll" and not inspection.exact else ""
     meaning = MEANINGS.get(name, "a number")
     legend = f"{name}: {bound}{meaning}, from {low:.2f} (plain) to {high:.2f} (orange)"
-    return f"<div class='irann-text-view'>{''.join(parts)}</div>{small(legend)}"
+    if is_map and name in inspection.heads:
+        layers = "all layers" if layer is None else f"layer {layer + 1}"
+        heads = "all heads" if head is None else f"head {head + 1}"
+        legend += f"; {layers}, {heads}"
+    view = f"<div class='irann-text-view irann-pick'{PICK}>{''.join(parts)}</div>{small(legend)}"
+    return view + _likely_html(inspection, position)
+
+
+def _likely_html(inspection: Inspection, position: int) -> str:
+    """-> the likeliest characters after the one at `position` with their probabilities, escaped."""
+    if not inspection.likely:
+        return ""
+    shown = [f"{_seen(c)} {p:.0%}" for c, p in inspection.likely[position]]
+    after = _seen(inspection.text[position])
+    return small(f"next character after the framed {after} (click another): {', '.join(shown)}")
+
+
+def _seen(character: str) -> str:
+    return {"\n": "\u21b5", " ": "\u2423"}.get(character, character)

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import lm, zoo
+from .. import lm, shakespeare, zoo
 from ..checkpoint import CheckpointError
 from ..lm import SAMPLING, Draft, LanguageModel
 from ..settings import InputError, Setting
@@ -44,7 +44,15 @@ SCENE = {
 NAMES = {"reader": Setting("ROMEO", "who you are"), "speaker": Setting("JULIET", "who answers")}
 PLAINER = str.maketrans("\u2018\u2019\u201c\u201d\u2013\t", "''\"\"- ") | {0x2014: "--"}
 KEPT = 400  # frames of a reply for the slider at most
+LIKELY = 8  # next characters that are shown
 END = "\n\n"  # an empty line ends a speech
+WHY = {
+    "play": (
+        "These models have read plays, and nothing else: they do not answer questions, they go on "
+        "with the scene."
+    ),
+    "plain": "The model goes on with what you write, in the manner of the text it was trained on.",
+}
 EMPTY_LINE = re.compile(r"\r?\n\r?\n")
 
 
@@ -65,6 +73,7 @@ class Frame:
 @dataclass(frozen=True)
 class Turn:
     """What one of the two said; `model` names the model that wrote it, and is empty for the reader.
+    In a text that goes on nobody plays a part, and `speaker` is empty.
 
     Of a reply, `ended` is speech, length or stopped; `frames` show how a page became sharp.
     """
@@ -81,13 +90,28 @@ class Turn:
 class Inspection:
     """What a model shows about a text: a number for each character (the first is `nll`), and maps.
 
-    A map has a row of weights for each character. If the model is not `exact`, its nll is a bound.
+    A map has a row of weights for each character: the mean of the layers and heads that stand in
+    `heads`. `likely` has the likeliest next characters after each, with their probabilities. If the
+    model is not `exact`, its nll is a bound.
     """
 
     text: str
     values: dict[str, list[float]]
     maps: dict[str, Float[Tensor, "t t"]]
     exact: bool = True
+    heads: dict[str, Float[Tensor, "l h t t"]] = field(default_factory=dict)
+    likely: list[list[tuple[str, float]]] = field(default_factory=list)
+
+    def map(
+        self, name: str, layer: int | None = None, head: int | None = None
+    ) -> Float[Tensor, "t t"]:
+        """-> the weights of one layer and head, or their mean over all where None is given."""
+        if name not in self.heads:
+            return self.maps[name]
+        weights = self.heads[name]
+        weights = weights if layer is None else weights[layer : layer + 1]
+        weights = weights if head is None else weights[:, head : head + 1]
+        return weights.mean((0, 1))
 
 
 class Session:
@@ -110,20 +134,23 @@ class Session:
         self.reader = "ROMEO"
         self.speaker = "JULIET"
         self.mode = "play"
+        self.mode_is_chosen = False
         self.seed: int | None = None
         self.asked = 0  # replies since the seed was set: each draws anew, a conversation repeats
         self.device = device
         self.notify = say
         self.values: dict[str, Any] = {}
-        self.use(model)
-        for note in self.set_all(settings):
+        self.mode_is_chosen = "mode" in settings
+        for note in filter(None, [self.use(model), *self.set_all(settings)]):
             if say:
                 say(note)
 
     def use(self, model: LanguageModel | str | Path) -> str:
         """Change the model and keep the scene -> a note on settings that the new one cannot take,
-        now dropped, or ''.
+        now dropped, and on the mode, or ''.
 
+        Of a model that has read plays one makes a scene; another goes on with a text, unless `mode`
+        was set.
         Raises CheckpointError or InputError as `zoo.load` does; the old model then stays.
         """
         if isinstance(model, str | Path):
@@ -146,7 +173,16 @@ class Session:
             except InputError:
                 del self.values[option]
                 dropped.append(option)
-        return f"{name} cannot take what was set for {', '.join(dropped)}" if dropped else ""
+        notes = [f"{name} cannot take what was set for {', '.join(dropped)}"] if dropped else []
+        if not self.mode_is_chosen and not self.turns:
+            characters = lm.vocabulary_of(new).characters
+            self.mode = "play" if characters == shakespeare.CHARACTERS else "plain"
+            if self.mode == "plain":
+                notes.append(
+                    f"{name} was trained on another text than the plays: it goes on with what you "
+                    "write (mode plain)"
+                )
+        return "; ".join(notes)
 
     # ------------------------------------------------------------------------------------- settings
 
@@ -175,6 +211,7 @@ class Session:
         value = self.option(name).read(name, value)
         if name in SCENE:
             setattr(self, name, value)
+            self.mode_is_chosen = self.mode_is_chosen or name == "mode"
         else:
             self.values[name] = value
         if name == "seed":
@@ -235,14 +272,18 @@ class Session:
         if self.mode == "play":
             clean = clean.strip("\n")
         if clean:
-            self.turns.append(Turn(self.reader, clean))
+            self.turns.append(Turn(self.reader if self.mode == "play" else "", clean))
         return note
 
     def scene(self) -> str:
         """-> everything said so far, as the model sees it."""
         if self.mode == "plain":
             return "".join(turn.text for turn in self.turns)
-        return END.join(turn.speaker + ":\n" + turn.text.strip("\n") for turn in self.turns)
+        return END.join(f"{self._name_of(turn)}:\n" + turn.text.strip("\n") for turn in self.turns)
+
+    def _name_of(self, turn: Turn) -> str:
+        """-> who says it in a scene, also if it was said in a text that went on."""
+        return turn.speaker or (self.speaker if turn.model else self.reader)
 
     def prompt(self) -> str:
         """-> the scene up to where the model takes over."""
@@ -267,7 +308,8 @@ class Session:
             seed = (self.seed + self.asked) % SEEDS
         drafts = lm.stream(self.model, prompt, self.get("length"), seed=seed, **settings)
         self.asked += 1
-        return self._follow(drafts, len(prompt), self.mode, self.speaker, self.name)
+        speaker = self.speaker if self.mode == "play" else ""
+        return self._follow(drafts, len(prompt), self.mode, speaker, self.name)
 
     def again(self) -> Iterator[Frame]:
         """Write the last reply anew. Raises InputError if there is none; the old one stays if
@@ -362,12 +404,31 @@ class Session:
                 shown = self.model.inspect(ids)
         values = {"nll": [0.0, *nats]}  # nothing comes before the first character
         maps = {}
+        heads = {}
         for name, tensor in shown.items():
             if tensor.ndim == 1:
                 values[name] = tensor.float().tolist()
             elif tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2]:
                 maps[name] = tensor.float().flatten(0, -3).mean(0).cpu()  # over layers and heads
-        return Inspection(text, values, maps, self.model.exact)
+                layered = tensor if tensor.ndim == 4 else tensor.flatten(0, -3).unsqueeze(0)
+                heads[name] = layered.float().cpu()
+        return Inspection(text, values, maps, self.model.exact, heads, self._likely(ids, own))
+
+    def _likely(self, ids: Tensor, own: dict[str, Any]) -> list[list[tuple[str, float]]]:
+        """-> the likeliest characters after each, with their probabilities; [] for a model that
+        does not read from left to right.
+        """
+        if not isinstance(self.model, lm.Reader):
+            return []
+        drawn = {"generator": lm.seeded(self.model, 0)} | own if own else {}
+        with lm.evaluating(self.model):
+            p = self.model.read(ids, **drawn)[0][0].float().softmax(-1)
+        best = p.topk(min(LIKELY, p.shape[-1]))
+        characters = lm.vocabulary_of(self.model).characters
+        return [
+            [(characters[i], value) for i, value in zip(row, values)]
+            for row, values in zip(best.indices.tolist(), best.values.tolist())
+        ]
 
 
 def _keep(frames: list[Frame], frame: Frame) -> None:

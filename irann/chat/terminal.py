@@ -19,7 +19,7 @@ from typing import Any
 from ..checkpoint import CheckpointError
 from ..lm import SAMPLING, vocabulary_of
 from ..settings import InputError
-from .session import LENGTH, SCENE, Frame, Session
+from .session import LENGTH, SCENE, WHY, Frame, Session
 from .streams import advance, cells, check_encoding, check_stdin, heard, tell, visible
 
 HELP = """Write a line and press Enter; the model answers. An empty line lets it speak
@@ -71,6 +71,7 @@ class Terminal:
             except ImportError:
                 pass  # Windows
             print(self.paint(self.session.describe(), "2"))
+            print(self.paint(WHY[self.session.mode], "2"))
             print(self.paint("/help lists what can be set, /quit leaves", "2"))
         while True:
             try:

@@ -21,7 +21,7 @@ from .. import zoo
 from ..checkpoint import CheckpointError
 from ..lm import SAMPLING, LanguageModel
 from ..settings import InputError, Setting
-from . import html
+from . import html, streams
 from .session import NAMES, SCENE, Frame, Inspection, Session, Turn, available
 
 EVERY = 0.08  # seconds between two redraws at least: the browser takes longer to draw than Python
@@ -34,6 +34,8 @@ BUTTONS = {
     "Regenerate": "write the last reply anew",
     "Clear": "begin a new scene",
 }
+ALL = -1  # layers, heads
+EMPTY = "run this cell to talk with the model"  # on a page that was saved before anything was said
 NO_DRAFTS = "models that write a page at once leave their drafts here"
 NOT_HEARD = (
     "not heard, for a reply is being written: say it again when it has ended, or press Stop first"
@@ -66,6 +68,7 @@ class Chat(w.VBox):
         self.heard: list[str] = []  # what loading had to say
         self.said = ""  # the sentence under the transcript
         self.stored: DisplayHandle | None = None  # the transcript beside the widget
+        self.first: Frame | None = None  # of the page that is being written
         self._build_controls()
         self._build_panels()
         buttons = [self.submit, self.stop, self.again, self.clear, w.HTML(html.COPY), self.timing]
@@ -82,9 +85,10 @@ class Chat(w.VBox):
         )
         self.add_class("irann-chat")
         first = model if model is not None else next(iter(available()), next(iter(zoo.MODELS)))
-        if not isinstance(first, str) or first not in zoo.MODELS:
-            label = first if isinstance(first, str) else type(first).__name__
-            self.names.options = [(label, first), *((name, name) for name in zoo.MODELS)]
+        names = [*zoo.MODELS, *map(str, zoo.runs())]
+        label = first if isinstance(first, str) else type(first).__name__
+        known = [] if isinstance(first, str) and first in names else [(label, first)]
+        self.names.options = [*known, *((name, name) for name in names)]
         self.names.value = first
         self._use(first)
         self.names.observe(self._chosen, "value")
@@ -97,7 +101,7 @@ class Chat(w.VBox):
         self.message = w.HTML()
         self.timing = w.HTML()
         self.line = w.Text(
-            placeholder="Say something and press Enter",
+            placeholder="Write something and press Enter",
             continuous_update=True,
             layout=w.Layout(width="98%"),
         )
@@ -118,6 +122,12 @@ class Chat(w.VBox):
         self.position = w.IntSlider(
             description="character", min=0, max=0, layout=w.Layout(flex="1 1 300px")
         )
+        all_of_them = [("all", ALL)]
+        self.layer = _narrow(description="layer", options=all_of_them)
+        self.head = _narrow(description="head", options=all_of_them)
+        self.picked = w.Text(layout=w.Layout(display="none"))
+        self.picked.add_class("irann-picked")
+        self.kind.add_class("irann-kind")
         self.view = w.HTML()
         self.film = w.Play(min=0, max=0, interval=100, show_repeat=False)
         self.slide = w.IntSlider(
@@ -125,10 +135,12 @@ class Chat(w.VBox):
         )
         w.jslink((self.film, "value"), (self.slide, "value"))
         self.drafts = w.HTML()
-        self.kind.observe(lambda _: self._draw_inspection(), "value")
-        self.position.observe(lambda _: self._draw_inspection(), "value")
+        for aim in (self.kind, self.layer, self.head, self.position):
+            aim.observe(lambda _: self._draw_inspection(), "value")
+        self.picked.observe(self._picked, "value")
         self.slide.observe(lambda _: self._draw_draft(), "value")
-        inside = w.VBox([w.HBox([self.kind, self.position], layout=WRAP), self.view])
+        aims = [self.kind, self.layer, self.head, self.position, self.picked]
+        inside = w.VBox([w.HBox(aims, layout=WRAP), self.view])
         drafts = w.VBox([w.HBox([self.film, self.slide], layout=WRAP), self.drafts])
         self.more = w.Accordion([self.knobs, inside, drafts, self.copy], titles=PANELS)
         self.more.observe(self._opened, "selected_index")
@@ -197,6 +209,12 @@ class Chat(w.VBox):
         else:  # the last letters of a fast typist may arrive after Enter does
             self.waiting = loop.call_later(0.1, self.say)
 
+    def _picked(self, change: dict) -> None:
+        """A character of the inspected text was clicked."""
+        if change["new"].isdecimal() and self.inspected is not None:
+            self.position.value = min(int(change["new"]), self.position.max)
+        self.picked.value = ""
+
     def _turned(self, change: dict) -> None:
         knob = change["owner"]
         name = knob.description
@@ -237,7 +255,9 @@ class Chat(w.VBox):
         the session.
         """
         self._enable(False)
+        self.timing.value = html.progress("the model begins")
         self.began = time.monotonic()
+        self.first = None
         last = None
         frames = reply()
         try:
@@ -277,6 +297,8 @@ class Chat(w.VBox):
         else:
             traceback.print_exception(error)
             self._tell(f"{type(error).__name__}: {error}", error=True)
+        if getattr(get_ipython(), "kernel", None) is None:  # nobody sees the widget
+            streams.tell(self.said)
 
     # ------------------------------------------------------------------------------------ the model
 
@@ -349,7 +371,7 @@ class Chat(w.VBox):
             notes = [f"{self.frame.settled:,} characters", html.note_of(self.frame)]
             words = ", ".join(filter(None, notes))
             length = self.session.get("length")
-            self.timing.value = html.progress(words, self.frame.settled, length)
+            self.timing.value = html.progress(words, self._done(self.frame), length)
             return
         if self.stored is not None:
             self.stored.update(self._stored(), raw=True)
@@ -360,6 +382,20 @@ class Chat(w.VBox):
         self.slide.max = last_frame
         self.slide.value = last_frame
         self._draw_draft()
+
+    def _done(self, frame: Frame) -> int:
+        """-> how many characters are as good as written: of a page that settles at its end, the
+        part by which its noise, or what is masked, has become less.
+        """
+        first = self.first
+        if first is None or first.settled != frame.settled:
+            self.first = first = frame
+        for name in ("level", "masked"):
+            most = first.note.get(name)
+            if most:
+                done = 1 - frame.note.get(name, 0) / most
+                return frame.settled + int(done * (len(frame.text) - frame.settled))
+        return frame.settled
 
     def _last_turn(self) -> Turn | None:
         return self.session.turns[-1] if self.session and self.session.turns else None
@@ -381,6 +417,11 @@ class Chat(w.VBox):
             return
         self.position.max = len(self.inspected.text) - 1
         self.position.value = self.position.max
+        for aim, axis in ((self.layer, 0), (self.head, 1)):
+            sizes = {weights.shape[axis] for weights in self.inspected.heads.values()}
+            options = [("all", ALL), *((str(i + 1), i) for i in range(max(sizes, default=0)))]
+            if list(aim.options) != options:
+                aim.options = options
         kinds = (*self.inspected.values, *self.inspected.maps)
         before = self.kind.value
         if self.kind.options != kinds:
@@ -392,8 +433,12 @@ class Chat(w.VBox):
         shown = self.inspected
         if shown is None or self.kind.value not in shown.values | shown.maps:
             return
-        self.position.layout.display = "" if self.kind.value in shown.maps else "none"
-        self.view.value = html.inspection_html(shown, self.kind.value, self.position.value)
+        aimed = self.kind.value in shown.maps
+        for aim in (self.layer, self.head):
+            aim.layout.display = "" if aimed and self.kind.value in shown.heads else "none"
+        self.position.layout.display = "" if aimed or shown.likely else "none"
+        chosen = [aim.value if aim.value != ALL else None for aim in (self.layer, self.head)]
+        self.view.value = html.inspection_html(shown, self.kind.value, self.position.value, *chosen)
 
     def __repr__(self) -> str:
         if self.session is None:
@@ -407,6 +452,8 @@ class Chat(w.VBox):
         scene = self.session.scene() if self.session else ""
         bundle = {"text/plain": scene or "an empty stage", "text/html": self._repr_html_()}
         if not _static():
+            if not scene:
+                bundle["text/html"] = html.small(EMPTY)
             bundle = (super()._repr_mimebundle_(**options) or {}) | bundle
             self.stored = _display(self._stored())
         return bundle

@@ -156,3 +156,11 @@ class GPT(Reader):
         from .interop import gpt_from_transformers
 
         return gpt_from_transformers(source)
+
+    def to_transformers(self) -> Any:
+        """-> the same model as a `GPT2LMHeadModel`, which save_pretrained writes to a folder.
+        Raises InputError for options that GPT-2 does not have.
+        """
+        from .interop import gpt_to_transformers
+
+        return gpt_to_transformers(self)

@@ -1,5 +1,5 @@
-"""Models of transformers in this book's form: since the parameters have the same names, little more
-than a copy.
+"""Models of transformers in this book's form, and back: since the parameters have the same names,
+little more than a copy.
 """
 
 import os
@@ -87,9 +87,80 @@ def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
     return _copied(ours, theirs, prefix="backbone.")
 
 
+def gpt_to_transformers(ours: GPT) -> Any:
+    """-> a `GPT2LMHeadModel` with the same logits; biases that ours does not have are zeros there.
+
+    Raises InputError for options that GPT-2 does not have.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    c = ours.config
+    for name, plain in {"positions": "learned", "qk_norm": False, "norm": "layer"}.items():
+        if getattr(c, name) != plain:
+            raise InputError(
+                f"GPT-2 of transformers has {name} {plain!r} only; this model has "
+                f"{getattr(c, name)!r}"
+            )
+    config = GPT2Config(
+        vocab_size=c.vocabulary,
+        n_positions=c.window,
+        n_layer=c.layers,
+        n_head=c.heads,
+        n_embd=c.width,
+        n_inner=c.inner,
+        resid_pdrop=c.dropout,
+        embd_pdrop=c.dropout,
+        attn_pdrop=c.attention_dropout,
+        layer_norm_epsilon=c.eps,
+        activation_function=_their_activation(c.activation),
+        tie_word_embeddings=c.tied,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    theirs = GPT2LMHeadModel(config).to(ours.wte.weight)
+    return _filled(theirs, ours, prefix="transformer.", transposed=("c_attn", "c_proj", "c_fc"))
+
+
+def mamba_to_transformers(ours: Mamba) -> Any:
+    """-> a `MambaForCausalLM` with the same logits. It knows neither a window nor dropout."""
+    from transformers import MambaConfig as TheirConfig
+    from transformers import MambaForCausalLM
+
+    c = ours.config
+    d_inner, dt_rank = next(iter(ours.blocks)).mixer.dt_proj.weight.shape
+    if d_inner % c.width:
+        raise InputError(
+            f"their inner width is a multiple of the width; this model has {d_inner} and {c.width}"
+        )
+    config = TheirConfig(
+        vocab_size=c.vocabulary,
+        hidden_size=c.width,
+        num_hidden_layers=c.layers,
+        expand=d_inner // c.width,
+        state_size=c.d_state,
+        conv_kernel=c.d_conv,
+        time_step_rank=dt_rank,
+        use_bias=c.bias,
+        use_conv_bias=c.conv_bias,
+        hidden_act=_their_activation(c.activation),
+        layer_norm_epsilon=c.eps,
+        tie_word_embeddings=c.tied,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    theirs = MambaForCausalLM(config).to(ours.embeddings.weight)
+    return _filled(theirs, ours, prefix="backbone.")
+
+
 def _activation(name: Any) -> str:
     """-> our name of an activation of transformers."""
     return RENAMED[name] if name in RENAMED else name
+
+
+def _their_activation(name: str) -> str:
+    """-> the name of transformers of an activation of ours."""
+    return next((theirs for theirs, ours in RENAMED.items() if ours == name), name)
 
 
 def _resolved(source: Any, kind: type, model_type: str) -> Any:
@@ -117,3 +188,21 @@ def _copied(
         turned = name.endswith(".weight") and name.split(".")[-2] in transposed
         parameter.copy_(weight.T if turned else weight)
     return ours.train(theirs.training)
+
+
+@torch.no_grad()
+def _filled(
+    theirs: nn.Module, ours: nn.Module, *, prefix: str, transposed: tuple[str, ...] = ()
+) -> nn.Module:
+    """The way back: every parameter of theirs from ours of its name, or zeros for a bias that is
+    not there.
+    """
+    weights = dict(ours.named_parameters())
+    for name, parameter in theirs.named_parameters():
+        weight = weights.get(name.removeprefix(prefix))
+        if weight is None:
+            parameter.zero_()
+            continue
+        turned = name.endswith(".weight") and name.split(".")[-2] in transposed
+        parameter.copy_(weight.T if turned else weight)
+    return theirs.train(ours.training)

@@ -330,3 +330,9 @@ class Mamba(Reader):
         from .interop import mamba_from_transformers
 
         return mamba_from_transformers(source, window=window)
+
+    def to_transformers(self) -> Any:
+        """-> the same model as a `MambaForCausalLM`, which save_pretrained writes to a folder."""
+        from .interop import mamba_to_transformers
+
+        return mamba_to_transformers(self)

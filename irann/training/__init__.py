@@ -4,7 +4,7 @@
 by name.
 """
 
-from .bars import progress
+from .bars import progress, watch
 from .evaluation import Likelihood, evaluate
 from .loop import Tick, train
 from .recipe import Recipe, optimizers
@@ -24,4 +24,5 @@ __all__ = [
     "optimizers",
     "progress",
     "train",
+    "watch",
 ]

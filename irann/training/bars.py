@@ -1,11 +1,18 @@
-"""Bars that show how far something is, in a notebook or a terminal."""
+"""How far something is: bars in a notebook or a terminal, and a curve that grows."""
 
+import io
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from .. import figures
+
 if TYPE_CHECKING:
     from .loop import Tick
+
+EVERY = 1.5  # seconds between two drawings of a curve at least
+PART = 0.1  # of the time at most is spent on drawing
 
 
 def bar(items: Iterable | None = None, **options: Any) -> Any:
@@ -32,3 +39,53 @@ def progress(ticks: "Iterable[Tick]", steps: int, **options: Any) -> "Iterator[T
             drawn.set_postfix_str(f"loss {tick.loss:.3f}{validation}, {speed}", refresh=False)
             drawn.update(tick.step - drawn.n)
             yield tick
+
+
+def watch(ticks: "Iterable[Tick]", steps: int, **looks: Any) -> "Iterator[Tick]":
+    """As `progress`, and in a notebook with the curve of the loss, drawn anew while it grows.
+
+    `looks` are for `figures.learning_curve`, such as name="mamba" or against="step".
+    """
+    handle = _place()
+    seen: list[Tick] = []
+    due = time.monotonic() + EVERY
+    try:
+        for tick in progress(ticks, steps):
+            seen.append(tick)
+            if handle is not None and time.monotonic() > due:
+                began = time.monotonic()
+                handle.update(_curve(seen, looks))
+                now = time.monotonic()
+                due = now + max(EVERY, (now - began) / PART)
+            yield tick
+    finally:
+        if handle is not None and seen:
+            handle.update(_curve(seen, looks))
+
+
+def _place() -> Any:
+    """-> an output that can be changed, where there is a notebook and matplotlib; else None."""
+    try:
+        import matplotlib  # noqa: F401
+        from IPython.core.getipython import get_ipython
+        from IPython.display import display
+    except ImportError:
+        return None
+    if getattr(get_ipython(), "kernel", None) is None:
+        return None
+    return display({"text/plain": "the curve follows"}, raw=True, display_id=True)
+
+
+def _curve(seen: "list[Tick]", looks: dict[str, Any]) -> Any:
+    """-> the learning curve so far, as a picture."""
+    import matplotlib.pyplot as plt
+    from IPython.display import Image
+
+    file = io.BytesIO()
+    with plt.rc_context():
+        figures.use()
+        figure, ax = plt.subplots()
+        figures.learning_curve(seen, ax=ax, **{"references": {}} | looks)
+        figure.savefig(file, format="png")
+        plt.close(figure)
+    return Image(data=file.getvalue(), format="png")

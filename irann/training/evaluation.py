@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,21 @@ def _windows(text: Text, part: str, window: int, batch: int) -> list[Tensor]:
     return batches
 
 
+def check_kinds(model: Any, text: Any) -> None:
+    """Raises InputError for what is no model, and for what is no text."""
+    if not isinstance(model, LanguageModel):
+        raise InputError(
+            f"a model comes first, as irann.build or irann.load gives it; got {model!r}"
+        )
+    if not isinstance(text, Text):
+        raise InputError(
+            "a text comes second, as irann.shakespeare.load(), irann.text.read_text(FILE) or "
+            f"irann.Text.of(CHARACTERS) gives it; got a {type(text).__name__}"
+        )
+
+
 def check_vocabulary(model: LanguageModel, text: Text) -> None:
+    check_kinds(model, text)
     if model.vocabulary is not None and model.vocabulary != text.vocabulary:
         raise InputError(
             "the text's characters are not those that the model was trained on: cut the text "

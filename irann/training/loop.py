@@ -12,6 +12,8 @@ import dataclasses
 import math
 import os
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -26,12 +28,14 @@ from .. import checkpoint
 from ..lm import LanguageModel
 from ..settings import InputError
 from ..text import Text, windows
-from .evaluation import check_vocabulary, evaluate
+from .evaluation import check_kinds, check_vocabulary, evaluate
 from .processes import gathered, rank_and_world, summed
 from .recipe import Recipe
 from .run import Run
 from .signals import Signals
 from .state import NotFinite, State
+
+TRAINS = "a training goes on while one goes through it, as in: for tick in irann.train(...): ..."
 
 
 @dataclass(frozen=True)
@@ -78,16 +82,34 @@ def train(
     checkpoints cannot be used or belong to another model, vocabulary or corpus; RunError when the
     directory holds a run and neither `resume` nor `overwrite` is given; InUse; DiskError.
     """
+    check_kinds(model, text)
+    if not isinstance(recipe, Recipe):
+        raise InputError(
+            "a recipe comes third: irann.Recipe(...), or the second of what irann.recipe gives; "
+            f"got a {type(recipe).__name__}"
+        )
     folder = None if run is None else Path(run)
     if not (resume and folder is not None and checkpoint.listed(folder)):
         check_vocabulary(model, text)  # otherwise the run's checkpoints say what fits
     _check(model, text, recipe)
     if resume and overwrite:
         raise InputError("resume and overwrite exclude each other")
-    return _train(model, text, recipe, folder, resume, overwrite, stop)
+    begun: list[bool] = []
+    ticks = _train(model, text, recipe, folder, resume, overwrite, stop, begun)
+    ticks.__qualname__ = TRAINS  # what a notebook shows of it
+    weakref.finalize(ticks, _check_begun, begun).atexit = False
+    return ticks
 
 
-def _train(model, text, recipe, folder, resume, overwrite, stop) -> Generator[Tick, None, None]:
+def _check_begun(begun: list[bool]) -> None:
+    if not begun:
+        warnings.warn(f"nothing was trained: {TRAINS}", stacklevel=2)
+
+
+def _train(
+    model, text, recipe, folder, resume, overwrite, stop, begun
+) -> Generator[Tick, None, None]:
+    begun.append(True)
     state = State(model, text, recipe)
     loss_of = _loss_of(model, recipe, state.world)
     characters = recipe.batch * model.config.window
@@ -259,7 +281,8 @@ def _check(model: LanguageModel, text: Text, recipe: Recipe) -> None:
     found, made_for = len(text.vocabulary), model.config.vocabulary
     if found != made_for:
         raise InputError(
-            f"the text has {found} different characters, the model was made for {made_for}"
+            f"the text has {found} different characters, the model was made for {made_for}: "
+            f"build it with vocabulary={found}"
         )
     if len(text.train) < model.config.window + 1:
         raise InputError(

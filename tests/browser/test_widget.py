@@ -233,7 +233,7 @@ def test_the_inside_keeps_up_and_shows_where_a_character_looks(reader, settings)
         arg=before,
         timeout=WAIT,
     )
-    reader.page.locator(".irann-chat select").last.select_option("attention")
+    reader.page.locator(".irann-chat .irann-kind select").select_option("attention")
     framed = reader.page.locator(".irann-text-view span[style*=outline]")
     framed.wait_for(timeout=WAIT)
     place = (
@@ -244,6 +244,9 @@ def test_the_inside_keeps_up_and_shows_where_a_character_looks(reader, settings)
     reader.page.locator(".irann-chat .noUi-handle:visible").last.focus()
     reader.page.keyboard.press("ArrowLeft")
     reader.page.wait_for_function(f"{place} == {last - 1}", timeout=WAIT)
+    reader.page.locator(".irann-text-view span").nth(5).click()
+    reader.page.wait_for_function(f"{place} == 5", timeout=WAIT)
+    reader.page.locator(".irann-small", has_text="next character after the framed").wait_for()
 
 
 def test_a_page_leaves_a_film_of_its_drafts(reader, settings):
@@ -344,6 +347,7 @@ def test_a_saved_chat_that_is_opened_again_shows_its_transcript(reader, address,
         page.goto(address.replace("chat.ipynb", "again.ipynb"), timeout=3 * WAIT)
         stored = page.locator("pre.irann-stored")
         stored.wait_for(timeout=3 * WAIT)
+        assert page.locator("text=Error displaying widget").count() == 0
         assert stored.inner_text().startswith("Who saves me?") and said in stored.inner_text()
     finally:
         page.close()

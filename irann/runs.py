@@ -1,0 +1,217 @@
+"""What the command line says around a training: the text before it, the models and runs there are,
+and a run's curve.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from . import zoo
+from .checkpoint import CheckpointError
+from .settings import InputError
+from .text import Text, looked_at
+from .training import Recipe
+
+LASTS = {
+    "tiny": "seconds",
+    "demo": "a minute or two of two idle cores",
+    "full": "an hour or more of two cores",
+    "gpu": "minutes of a GPU",
+}
+LITTLE = 20_000  # characters: less says hardly anything about a language
+MUCH = 1_000_000  # enough for the recipe full
+PASSES = 30  # a text that is read more often is learned by heart
+GAP = 0.4  # nats that a training loss may lie below the validation without a word
+
+
+def advice(text: Text, name: str, config, recipe: Recipe) -> Iterator[str]:
+    """What to expect of a recipe on a text: yields lines."""
+    characters = recipe.steps * recipe.batch * config.window
+    passes = characters / len(text.train)
+    lasts = f", {LASTS[name]}" if name in LASTS else ""
+    yield f"recipe {name} reads {characters:,} characters, the training part {passes:.1f} times" + (
+        lasts
+    )
+    size = len(text.train) + len(text.val)
+    if passes > PASSES:
+        steps = max(1, round(recipe.steps * PASSES / passes))
+        yield (
+            "that often it may learn the text by heart; the checkpoint with the lowest validation "
+            f"is kept; shorter: --set steps={steps}"
+        )
+    if size < LITTLE:
+        yield f"little text: from some {LITTLE:,} characters on a model learns words of its own"
+    elif size >= MUCH and name == "demo":
+        yield f"enough text for more: --recipe full, {LASTS['full']}"
+
+
+def look(text: Text, config, recipe: Recipe, name: str) -> Iterator[str]:
+    """Yields what to know of a text, and what to expect of a recipe on it."""
+    yield from looked_at(text)
+    yield from advice(text, name, config, recipe)
+
+
+def evaluations(text: Text, config, recipe: Recipe) -> int:
+    """-> after how many steps to validate on a text of one's own, so that the best checkpoint is
+    kept: about ten times, less often where that would take long.
+    """
+    cost = max(1, len(text.val))
+    affordable = 0.3 * recipe.steps * recipe.batch * config.window / cost
+    times = min(10, int(affordable))
+    return recipe.steps // times if times > 1 else 0
+
+
+def by_heart(training: float, validation: float) -> str:
+    """-> what it means that a training loss lies far below its validation, or ''."""
+    if validation - training < GAP:
+        return ""
+    return (
+        f"on what it trained with it is at {training:.2f}: it knows part of the text by heart "
+        "(overfitting), which does not help with new text; more text helps, or fewer steps, "
+        "or --set dropout=0.2"
+    )
+
+
+def nexts(run: Path) -> Iterator[str]:
+    """Yields the commands that go on with a run."""
+    for command, what in (
+        ("sample", "it writes"),
+        ("chat", "it answers"),
+        ("eval", "what a character of its text costs it"),
+        ("plot", "how it learned"),
+    ):
+        yield f"  irann {command} {run}".ljust(44) + f"  # {what}"
+
+
+def listing() -> Iterator[str]:
+    """Yields the models and what ships of each, then the runs under runs/."""
+    rows = [("model", "ships with", "nats per character", "talk with it")]
+    for name in zoo.MODELS:
+        row = (name, "no weights", "", "")
+        if name in zoo.shipped():
+            card = json.loads((zoo.WEIGHTS / f"{name}.json").read_bytes())
+            parameters = f"{card['parameters']:,} parameters"
+            row = (name, parameters, _nats(card), f"irann chat {name}")
+        rows.append(row)
+    yield from _table(rows)
+    yield ""
+    found = zoo.runs()
+    if not found:
+        yield f"no runs in {Path('runs').absolute()}; one begins with: irann train gpt"
+        return
+    names = {entry.model.__name__: name for name, entry in zoo.MODELS.items()}
+    rows = [("run", "model", "step", "nats per character", "text", "saved")]
+    for run, (when, config) in found.items():
+        steps = (config.get("recipe") or {}).get("steps", "?")
+        text = (config.get("corpus") or {}).get("source", "?")
+        text = "tiny-shakespeare" if _is_shakespeare(config) else Path(text).name
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
+        model = names.get(config.get("model"), "?")
+        progress = f"{config.get('step')} of {steps}"
+        rows.append((str(run), model, progress, _nats(config), text[:40], date))
+    yield from _table(rows)
+
+
+def _is_shakespeare(config: dict) -> bool:
+    from . import shakespeare
+
+    return (config.get("corpus") or {}).get("sha256") == shakespeare.SHA256
+
+
+def _nats(config: dict) -> str:
+    value = config.get("validation")
+    if not isinstance(value, int | float):
+        return "not yet measured"
+    return f"{'' if config.get('exact', True) else 'at most '}{value:.3f}"
+
+
+def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+
+
+# ------------------------------------------------------------------------------------- the curve
+
+
+def metrics(run: Path) -> list[dict]:
+    """-> the steps of a run. Raises CheckpointError if it has told of none, InputError for a folder
+    that is none.
+    """
+    if not run.is_dir():
+        raise InputError(f"there is no run {run}; irann list shows those there are")
+    rows = []
+    path = run / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows.append(row | {"step": int(row["step"]), "loss": float(row["loss"])})
+        except (ValueError, KeyError, TypeError):
+            continue  # cut off by a kill
+    if not rows:
+        raise CheckpointError(f"{run} has no metrics.jsonl with steps in it: is it a run?")
+    return rows
+
+
+def plot(run: Path, width: int = 72, height: int = 16) -> Iterator[str]:
+    """Yields a run's curve in characters: the mean loss of each column's steps as a line, and what
+    was validated as `o`.
+    """
+    rows = metrics(run)
+    last = rows[-1]["step"]
+    columns: list[list[float]] = [[] for _ in range(min(width, len(rows)))]
+    at = {
+        i: min(len(columns) - 1, row["step"] * len(columns) // (last + 1))
+        for i, row in enumerate(rows)
+    }
+    for i, row in enumerate(rows):
+        columns[at[i]].append(row["loss"])
+    means = [sum(losses) / len(losses) if losses else None for losses in columns]
+    validated = [(at[i], row["validation"]) for i, row in enumerate(rows) if "validation" in row]
+    values = [mean for mean in means if mean is not None] + [value for _, value in validated]
+    low = min(values)
+    high = max(values)
+    step = (high - low) / (height - 1) or 1.0
+    page = [[" "] * len(columns) for _ in range(height)]
+    marks = [(x, value, "*") for x, value in enumerate(means) if value is not None]
+    for x, value, mark in marks + [(x, value, "o") for x, value in validated]:
+        page[round((high - value) / step)][x] = mark
+    for i, line in enumerate(page):
+        label = f"{high - i * step:6.2f}" if i % 5 == 0 or i == height - 1 else " " * 6
+        yield f"{label} |{''.join(line).rstrip()}"
+    yield " " * 7 + "+" + "-" * len(columns)
+    yield " " * 8 + "1" + f"{last:,} steps".rjust(len(columns) - 1)
+    told = f"* nats per character while training, last {rows[-1]['loss']:.3f}"
+    if validated:
+        told += f"; o validation, lowest {min(value for _, value in validated):.3f}"
+    yield told
+
+
+def picture(run: Path, path: Path) -> None:
+    """Write a run's curve as a picture of matplotlib. Raises InputError where there is none."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--out needs matplotlib: pip install 'irann[book]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    from . import figures
+
+    rows = metrics(run)
+    figures.use()
+    figure, ax = plt.subplots()
+    ax.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.8, label="training")
+    validated = [(row["step"], row["validation"]) for row in rows if "validation" in row]
+    if validated:
+        ax.plot(*zip(*validated), "o-", label="validation")
+    ax.set(xlabel="step", ylabel=figures.NATS, title=str(run))
+    ax.legend()
+    try:
+        figure.savefig(path)
+    except ValueError as error:  # an ending that is no picture's
+        raise InputError(f"{path} cannot be drawn: {error}") from None
+    finally:
+        plt.close(figure)

@@ -1,0 +1,134 @@
+"""What README and the first page tell a newcomer to type: every command and snippet of theirs runs,
+with small recipes in the place of large ones.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import irann
+from irann import zoo
+from irann.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "book/intro.md")
+PLAY = "Who is there?\nNay, answer me: stand, and unfold yourself.\n" * 60
+
+
+def blocks(kind: str) -> list[str]:
+    """-> the fenced blocks of a language ('' for none named), of both pages."""
+    pages = "".join((ROOT / page).read_text() for page in PAGES)
+    fenced = re.findall(r"^```(\S*)\n(.*?)^```$", pages, re.M | re.S)
+    return [block for language, block in fenced if language == kind]
+
+
+def commands() -> list[str]:
+    lines = [line for kind in ("", "bash") for block in blocks(kind) for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.partition("#")[0].split("&&")]
+    return sorted({part for part in parts if re.match(r"(irann|pip|python) ", part)})
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """A folder with a play and a trained run; demo means two steps of the tiny recipe."""
+    tiny = {name: zoo.recipe(name, "tiny", steps=2) for name in zoo.MODELS}
+    for name, entry in zoo.MODELS.items():
+        monkeypatch.setitem(entry.recipes, "demo", tiny[name])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "play.txt").write_text(PLAY)
+    for run, corpus in (("gpt-demo", PLAY), ("gpt-demo-play", PLAY)):
+        text = irann.Text.of(corpus)
+        config, recipe = zoo.recipe("gpt", "demo", vocabulary=len(text.vocabulary))
+        list(irann.train(zoo.build("gpt", config), text, recipe, run=tmp_path / "runs" / run))
+    return tmp_path
+
+
+def test_the_pages_have_the_commands_that_a_newcomer_needs():
+    told = " ".join(commands())
+    for words in (
+        "irann book",
+        "irann chat gpt",
+        "irann train gpt --corpus play.txt",
+        "irann list",
+    ):
+        assert words in told
+    assert len(commands()) > 12
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("irann ")])
+def test_every_command_runs(line, quick, monkeypatch, capsys):
+    opened = []
+    monkeypatch.setattr(os, "execv", lambda *words: opened.append(words))
+    monkeypatch.setattr("irann.bench.suite.main", lambda *_, **given: opened.append(given))
+    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    words = shlex.split(line)[1:]
+    if words[0] == "--install-completion":  # it would change the shell of whoever tests
+        assert "--install-completion" in help_of(capsys)
+        return
+    if words[0] == "train":  # another run of that name is there already
+        words.append("--overwrite")
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    out, err = capsys.readouterr()
+    if "--log" in words and importlib.util.find_spec("tensorboard") is None:
+        assert ended.value.code == 2 and "pip install 'irann[log]'" in err
+        return
+    assert not ended.value.code, (line, err)
+    if words[0] in ("book", "bench"):
+        assert len(opened) == 1
+    elif words[0] != "chat":
+        assert out
+
+
+def help_of(capsys) -> str:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    return capsys.readouterr().out
+
+
+def test_what_pip_is_told_to_install_is_there():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    pages = "".join((ROOT / page).read_text() for page in PAGES)
+    told = set(re.findall(r'pip install -e "\.\[(\w+)\]"', pages))
+    assert told == {"book", "log", "test"} and told < set(extras)
+
+
+def test_every_python_snippet_runs(quick):
+    """As a file of its own, as a newcomer would run it."""
+    snippets = blocks("python")
+    assert snippets
+    small = "from irann import zoo\nfor name in zoo.MODELS: zoo.MODELS[name].recipes['demo'] = "
+    small += "zoo.recipe(name, 'tiny', steps=2)\n"
+    for snippet in snippets:
+        done = subprocess.run(
+            [sys.executable, "-c", small + snippet],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout
+    assert irann.load("mine").vocabulary == irann.Text.of(PLAY).vocabulary
+    assert (quick / "mine-transformers" / "config.json").is_file()
+
+
+def test_pictures_and_links_of_the_readme_lead_somewhere():
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+            if "://" not in link:
+                assert ((ROOT / page).parent / link).is_file(), (page, link)
+
+
+def test_binder_and_a_container_begin_as_the_readme_does():
+    install = 'pip install -e ".[book]"'
+    for name in (".binder/postBuild", ".devcontainer/devcontainer.json"):
+        assert install in (ROOT / name).read_text().replace('\\"', '"'), name
