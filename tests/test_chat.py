@@ -35,7 +35,7 @@ from irann.lm import Draft, LanguageModel
 from irann.text import Text, Vocabulary
 from irann.training import train
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENV = dict(os.environ)
 
 
 @pytest.fixture(scope="module")

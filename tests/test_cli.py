@@ -24,7 +24,7 @@ from irann.chat.session import Session
 from irann.chat.widget import Chat
 from irann.training import evaluate, train
 
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+ENV = dict(os.environ)
 TINY = ["--recipe", "tiny", "--set", "steps=6"]
 
 
