@@ -39,3 +39,12 @@ def test_stopping_is_the_closed_form():
     assert heights[:3] == pytest.approx([0.5, 0.25, 0.25])
     weights = [0.5 * math.exp(-15), 0.25 * math.exp(-14), 0.25 * math.exp(-14)]
     assert heights[3:] == pytest.approx([w / sum(weights) for w in weights])
+
+
+def test_the_sliders_redraw_the_picture():
+    widget = thinking.drag([1.5, 1.4, 1.4], beta=0.1)
+    sliders, picture = widget.children
+    before = bytes(picture.value)
+    assert before.startswith(b"\x89PNG") and not plt.get_fignums()
+    sliders.children[0].value = 0.2
+    assert bytes(picture.value) != before

@@ -3,6 +3,7 @@ it.
 """
 
 from collections.abc import Sequence
+from io import BytesIO
 from typing import Any
 
 import torch
@@ -66,3 +67,26 @@ def stopping(nats: Sequence[float], beta: float, prior: float, *, ax: Any = None
     ax.set(xlabel="round, and its loss in nats", ylabel="probability to stop", ylim=(0, 1))
     ax.legend(loc="upper left")
     return ax
+
+
+def drag(nats: Sequence[float], *, beta: float = 0.02, prior: float = 0.3) -> Any:
+    """-> `stopping` with a slider for beta and one for the prior, as a widget."""
+    import matplotlib.pyplot as plt
+    from ipywidgets import FloatSlider, HBox, Image, VBox
+
+    betas = FloatSlider(beta, min=0.002, max=0.3, step=0.002, readout_format=".3f")
+    priors = FloatSlider(prior, min=0.02, max=0.9, step=0.02)
+    betas.description, priors.description = "beta", "prior"
+    picture = Image(width=720)
+
+    def redraw(_: Any = None) -> None:
+        png = BytesIO()
+        figure = stopping(nats, betas.value, priors.value).figure
+        figure.savefig(png, format="png")
+        plt.close(figure)
+        picture.value = png.getvalue()
+
+    for slider in (betas, priors):
+        slider.observe(redraw, "value")
+    redraw()
+    return VBox([HBox([betas, priors]), picture])
