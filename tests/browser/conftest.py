@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import TimeoutError, sync_playwright
 
 from irann import zoo
 from irann.text import Text, Vocabulary
@@ -150,15 +151,26 @@ def page(address, folder):
         try:
             page.goto(address, timeout=PATIENCE * 1000)
             _wait_for_kernel(page)
-            page.locator(".jp-Notebook .cm-content").first.click()
-            page.keyboard.press("Escape")
-            page.keyboard.press("Control+Enter")
+            _execute(page)
             page.wait_for_selector(".irann-chat .irann-scene", timeout=PATIENCE * 1000)
         except Exception as error:
             photograph(page, folder, error)
             raise
         yield page
         browser.close()
+
+
+def _execute(page) -> None:
+    """Run the cell: on a busy machine the first keys may come before the kernel hears them."""
+    for _ in range(4):
+        page.locator(".jp-Notebook .cm-content").first.click()
+        page.keyboard.press("Escape")
+        page.keyboard.press("Control+Enter")
+        with suppress(TimeoutError):
+            page.wait_for_function(
+                "document.querySelector('.jp-InputPrompt').textContent != '[ ]:'", timeout=15_000
+            )
+            return
 
 
 def _wait_for_kernel(page) -> None:
