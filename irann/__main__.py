@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -238,7 +238,7 @@ def _go_on(run: Path, say: Callable[..., None]) -> None:
 
 def _follow(
     ticks: Iterator[Tick], steps: int, shown: bool, logger: Callable[[Tick], None] | None
-) -> tuple[Tick | None, Iterable[float]]:
+) -> tuple[Tick | None, deque[float]]:
     """Go through a training, on the screen if `shown` -> its last tick, and the last losses.
     Whatever fails here, a checkpoint is saved.
     """

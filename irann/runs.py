@@ -107,7 +107,7 @@ def listing() -> Iterator[str]:
         text = (config.get("corpus") or {}).get("source", "?")
         text = "tiny-shakespeare" if _is_shakespeare(config) else Path(text).name
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
-        model = names.get(config.get("model"), "?")
+        model = names.get(str(config.get("model")), "?")
         progress = f"{config.get('step')} of {steps}"
         rows.append((str(run), model, progress, _nats(config), text[:40], date))
     yield from _table(rows)

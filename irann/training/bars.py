@@ -85,7 +85,8 @@ def _curve(seen: "list[Tick]", looks: dict[str, Any]) -> Any:
     with plt.rc_context():
         figures.use()
         figure, ax = plt.subplots()
-        figures.learning_curve(seen, ax=ax, **{"references": {}} | looks)
+        given: dict[str, Any] = {"references": {}} | looks
+        figures.learning_curve(seen, ax=ax, **given)
         figure.savefig(file, format="png")
         plt.close(figure)
     return Image(data=file.getvalue(), format="png")

@@ -96,7 +96,7 @@ def train(
         raise InputError("resume and overwrite exclude each other")
     begun: list[bool] = []
     ticks = _train(model, text, recipe, folder, resume, overwrite, stop, begun)
-    ticks.__qualname__ = TRAINS  # what a notebook shows of it
+    ticks.__qualname__ = TRAINS  # pyright: ignore  (what a notebook shows of it)
     weakref.finalize(ticks, _check_begun, begun).atexit = False
     return ticks
 

@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
 import pytest
+from playwright.sync_api import TimeoutError
 
 from irann import zoo
 from irann.text import Text, Vocabulary
@@ -136,14 +138,25 @@ def page(browser, address, folder):
     try:
         page.goto(address, timeout=PATIENCE * 1000)
         _wait_for_kernel(page)
-        page.locator(".jp-Notebook .cm-content").first.click()
-        page.keyboard.press("Escape")
-        page.keyboard.press("Control+Enter")
+        _execute(page)
         page.wait_for_selector(".irann-chat .irann-scene", timeout=PATIENCE * 1000)
     except Exception as error:
         photograph(page, folder, error)
         raise
     return page
+
+
+def _execute(page) -> None:
+    """Run the cell: on a busy machine the first keys may come before the kernel hears them."""
+    for _ in range(4):
+        page.locator(".jp-Notebook .cm-content").first.click()
+        page.keyboard.press("Escape")
+        page.keyboard.press("Control+Enter")
+        with suppress(TimeoutError):
+            page.wait_for_function(
+                "document.querySelector('.jp-InputPrompt').textContent != '[ ]:'", timeout=15_000
+            )
+            return
 
 
 def _wait_for_kernel(page) -> None:
