@@ -22,7 +22,7 @@ FLOORS = [
     ("models",),
     ("training", "checkpoint", "zoo"),
     ("chat",),
-    ("bench", "doctor", "__main__"),
+    ("bench", "doctor", "export", "__main__"),
 ]
 NEIGHBOURS = {
     ("models", "thinker"): {"recurrent"},  # the network that both thinkers share
