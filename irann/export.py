@@ -1,4 +1,4 @@
-"""A trained model as a file that a page can run without Python: `irann export MODEL --out page.html`.
+"""A trained model as a page that runs without Python: `irann export MODEL --out page.html`.
 
 The forward passes are irann/live/engine.c, compiled to WebAssembly; the pieces around them are
 irann/live/live.js. A page opened from a disk may neither fetch files nor load modules, so that all
@@ -10,9 +10,8 @@ import base64
 import hashlib
 import html
 import json
-import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from .models.recurrent import RecurrentDepth
 from .models.thinker import Thinker
 from .models.thinker_page import PageThinker
 from .settings import InputError
+from .text import Text
 
 LIVE = Path(__file__).parent / "live"
 MAGIC = 0x316E7269  # "irn1"
@@ -154,3 +154,131 @@ def _check_options(config: Any, known: dict[str, Any]) -> None:
                 f"a page runs models with {name}={value} only; this one has "
                 f"{name}={getattr(config, name)}"
             )
+
+
+# ----------------------------------------------------------------- what live.js reads, and a page
+
+PIECES = {
+    "cost": "What each character costs",
+    "attention": "Attention on your line, and the next character",
+    "rounds": "Rounds of thinking for each character",
+    "denoise": "Text out of noise, and gaps filled",
+    "forget": "What the state still remembers",
+    "write": "All models write at once",
+    "chat": "Talk with a model",
+}
+# Which models a piece can be about
+ABOUT = {
+    "cost": ("gpt", "thinker", "mamba"),
+    "attention": ("gpt",),
+    "rounds": ("thinker",),
+    "denoise": ("diffusion",),
+    "forget": ("mamba",),
+    "write": ("gpt", "thinker", "thinker-page", "diffusion", "mamba"),
+    "chat": ("gpt", "thinker", "mamba"),
+}
+STILL = (
+    "Here a model runs in the page, in a browser that has JavaScript and WebAssembly; "
+    "without them there is only a picture of it."
+)
+
+
+def engine_script() -> str:
+    """-> the JavaScript that hands engine.wasm to live.js."""
+    return f'irannLive.engine = "{_base64((LIVE / "engine.wasm").read_bytes())}";\n'
+
+
+def model_script(model: LanguageModel, name: str) -> str:
+    """-> the JavaScript that hands a model to live.js: characters, weights and their SHA-256."""
+    data = weights_file(model)
+    about = {"characters": vocabulary_of(model).characters}
+    about["sha256"] = hashlib.sha256(data).hexdigest()
+    if isinstance(model, Diffusion):
+        about["page"] = model.config.page
+    about["data"] = _base64(data)
+    return f"irannLive.models[{_json(name)}] = {_json(about)};\n"
+
+
+def counts_script(text: Text) -> str:
+    """-> the JavaScript that hands the counts of pairs of characters in the training part."""
+    v = len(text.vocabulary)
+    pairs = torch.bincount(text.train[:-1] * v + text.train[1:], minlength=v * v).view(v, v)
+    counts = {"characters": text.vocabulary.characters, "pairs": pairs.tolist()}
+    return f"irannLive.counts = {_json(counts)};\n"
+
+
+def box(piece: str, models: Sequence[str] = (), *, counts: bool = True) -> str:
+    """-> the HTML of a live piece before its script begins: a picture, and what it takes.
+
+    `counts`: whether counts.js stands beside it.
+    """
+    title = PIECES[piece]
+    data = {"piece": piece, "models": " ".join(models or ABOUT[piece]), "title": title}
+    if counts:
+        data["counts"] = "yes"
+    marks = " ".join(f'data-{name}="{value}"' for name, value in data.items())
+    picture = f'role="img" aria-label="A picture of the live piece: {title.lower()}."'
+    still = f'<div class="irann-still irann-still-{piece}" {picture}></div>'
+    return f'<div class="irann-live" {marks}>{still}<p>{STILL}</p></div>'
+
+
+def page(model: LanguageModel) -> str:
+    """-> one HTML file in which the model is live: what is to be seen of it, and what it writes."""
+    name = KINDS[type(model)] if type(model) in KINDS else ""
+    model_js = model_script(model, name)
+    about = [piece for piece in PIECES if name in ABOUT[piece]]
+    about.sort(key=lambda piece: piece != "write")
+    title = f"A {name} that runs in this page"
+    parts = [
+        f"<h2>{'It writes' if p == 'write' else PIECES[p]}</h2>{box(p, [name], counts=False)}"
+        for p in about
+    ]
+    scripts = ["window.irannLive = { models: {}, engine: null, counts: null };"]
+    scripts += [engine_script(), model_js, (LIVE / "live.js").read_text(encoding="utf-8")]
+    size = sum(p.numel() for p in model.parameters())
+    card = f"{size:,} parameters, {len(vocabulary_of(model))} characters"
+    nats = (model.card or {}).get("validation")
+    if nats is not None:
+        bound = "" if model.exact else "at most "
+        card += f", {bound}{nats:.3f} nats per character of text that it was not trained on"
+    return PAGE.format(
+        title=html.escape(title),
+        card=html.escape(card),
+        style=(LIVE / "live.css").read_text(encoding="utf-8"),
+        parts="\n".join(parts),
+        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
+    )
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 46em; margin: 1em auto; padding: 0 1em; }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #14181e; color: #ced6dd; }} }}
+{style}
+</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+<p>{card}. Everything is in this file: it asks nothing of any network.</p>
+{parts}
+</main>
+{scripts}
+</body>
+</html>
+"""
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _json(value: Any) -> str:
+    """-> JSON that ends no script: no sign of HTML stands in it."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
