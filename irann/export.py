@@ -140,7 +140,7 @@ LAYOUTS: dict[type, Callable[[Any], Layout]] = {
 }
 
 
-def _block(block: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _block(block: Any) -> Iterator[tuple[str, Tensor]]:
     yield "attn.c_attn", block.attn.c_attn.weight
     yield "attn.c_proj", block.attn.c_proj.weight
     yield "mlp.c_fc", block.mlp.c_fc.weight

@@ -244,6 +244,7 @@ class Model {
     this.characters = [...characters];
     this.ids = new Map(this.characters.map((sign, i) => [sign, i]));
     const address = URL.createObjectURL(new Blob([`"use strict";(${worker})()`], { type: "text/javascript" }));
+    if (this.thread) this.thread.terminate();  // of an attempt that failed
     this.thread = new Worker(address);
     this.thread.onmessage = ({ data }) => {
       const { resolve, reject, heard } = this.listeners.get(data.id);
@@ -311,10 +312,18 @@ class Piece {
     pieces[kind].build(this);
     this.say(pieces[kind].idle || "Touch it: the weights are loaded then.");
     this.keep();
-    const state = new URLSearchParams(location.hash.startsWith(`#${box.id}?`) ? location.hash.slice(box.id.length + 2) : "");
-    for (const [name, value] of state) if (this.controls[name]) this.controls[name].set(value);
     for (const event of ["pointerdown", "focusin"]) box.addEventListener(event, () => this.touch());
-    if ([...state].length) { box.scrollIntoView(); this.touch(); this.keep(); }
+    window.addEventListener("hashchange", () => this.restore());
+    this.restore();
+  }
+  restore() {  // the state that the address keeps
+    if (!location.hash.startsWith(`#${this.box.id}?`)) return;
+    for (const [name, value] of new URLSearchParams(location.hash.slice(this.box.id.length + 2)))
+      if (this.controls[name]) this.controls[name].set(value);
+    this.box.scrollIntoView();
+    this.started = true;
+    this.changed();
+    if (pieces[this.kind].run) this.attempt(() => pieces[this.kind].run(this));
   }
   say(text) { this.status.textContent = text; }
   touch() { if (!this.started) { this.started = true; if (pieces[this.kind].update) this.changed(); } }
@@ -438,7 +447,8 @@ const pieces = {
         }
         const model = await piece.model(name), { ids, signs } = piece.encode(model, piece.get("text"), 200);
         await model.ask(piece, "score", { ids, before: model.newline }, part => show(signs, part.cost));
-        piece.say(`A dark letter was a surprise; log 65 = 4.17 nats is a blind guess.${piece.left}`);
+        const v = model.config.vocabulary;
+        piece.say(`A dark letter was a surprise; a blind guess costs log ${v} = ${Math.log(v).toFixed(2)} nats.${piece.left}`);
       }));
     },
   },
@@ -448,7 +458,7 @@ const pieces = {
       piece.text("text", "your line", LINE, 1);
       piece.slider("layer", "layer", 1, 4, 1, 3);
       piece.slider("head", "head", 1, 3, 1, 1);
-      piece.position = piece.slider("position", "looking from character", 1, LINE.length, 1, LINE.length);
+      piece.position = piece.slider("position", "looking from character", 1, 100, 1, 100);
       piece.slider("temperature", "temperature of the next character", 0.1, 2, 0.05, 1, x => x.toFixed(2));
     },
     async update(piece) {
@@ -520,7 +530,7 @@ const pieces = {
     },
     async fill(piece, whole) {
       const model = await piece.model(), kept = [], mask = [];
-      this.heard = piece.encode(model, piece.get("text").replaceAll("_", ""), 200);
+      piece.encode(model, piece.get("text").replaceAll("_", ""), 200);
       for (const sign of piece.get("text").replaceAll("\r", "")) {
         if (sign != "_" && !model.ids.has(sign)) continue;
         kept.push(sign == "_" ? model.newline : model.ids.get(sign));
@@ -570,12 +580,12 @@ const pieces = {
       piece.button("stop", () => { pieces.write.stop(piece); piece.say("Stopped."); });
     },
     names: piece => piece.models.length > 1 ? piece.get("models").split(" ").filter(Boolean) : piece.models,
-    stop(piece) { for (const name of piece.models) Model.named(name).cancel(piece); },
+    stop(piece) { piece.turn++; for (const name of piece.models) Model.named(name).cancel(piece); },
     async run(piece) {
       const names = this.names(piece), panels = names.map(name => h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }, ""), h("pre", {})));
       this.stop(piece);
       piece.out.replaceChildren(...panels);
-      const failed = [];
+      const failed = [], turn = piece.turn = (piece.turn || 0) + 1;
       await Promise.all(names.map(async (name, at) => {
         const [, rate, text] = panels[at].children;
         try {
@@ -588,7 +598,7 @@ const pieces = {
           });
         } catch (error) { failed.push(error.message); text.textContent = `This cannot run here: ${error.message}.`; }
       }));
-      piece.say(failed.length ? `This cannot run here: ${failed.join("; ")}.` : `Written.${piece.left || ""}`);
+      if (piece.turn == turn) piece.say(failed.length ? `This cannot run here: ${failed.join("; ")}.` : `Written.${piece.left || ""}`);
     },
   },
 
