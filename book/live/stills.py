@@ -23,8 +23,7 @@ READY = {
     "write": ("write", ".irann-status:has-text('Written')"),
     "chat": ("say it", ".irann-status:has-text('has answered')"),
 }
-RULE = """.irann-still-{piece} {{ background-image: url("still-{piece}.png"); aspect-ratio: {ratio}; }}
-"""
+RULE = ".irann-still-{0} {{ background-image: url(still-{0}.png); aspect-ratio: {1}; }}\n"
 FIRST = """/* Written by stills.py: what is seen of the live pieces where no script runs. */
 .irann-still { background-size: contain; background-repeat: no-repeat; max-width: 720px; }
 """
@@ -47,7 +46,7 @@ def main(site: str) -> None:
             page.evaluate("document.activeElement.blur()")
             picture = Image.open(io.BytesIO(box.screenshot())).convert("RGB")
             picture.quantize(16).save(HERE / f"still-{piece}.png", optimize=True)
-            css += RULE.format(piece=piece, ratio=f"{picture.width} / {picture.height}")
+            css += RULE.format(piece, f"{picture.width} / {picture.height}")
         browser.close()
     (HERE / "stills.css").write_text(css)
 

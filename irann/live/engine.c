@@ -647,7 +647,7 @@ EXPORT int denoise(double alpha_bar, double after, double eta, float temperature
 // part is due in each of the steps that are `left` -> how many are still masked. `shown` has all guesses.
 EXPORT int refine(int left, float temperature) {
   int t = positions, d = m.width, v = m.vocabulary, limit = round_limit ? round_limit : m.rounds, masked = 0;
-  float survival[t];
+  float *survival = answer;
   for (int i = 0; i < t; i++) {
     memcpy(injected + i * d, wte + (mask[i] ? v : ids[i]) * d, d * sizeof(float));
     survival[i] = 1, masked += mask[i];

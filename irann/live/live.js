@@ -71,7 +71,7 @@ function worker() {
       return;
     }
     engine.set_rule(threshold, 0);
-    steps = steps || Math.ceil(mask.reduce((sum, one) => sum + one, 0) / 2);
+    steps = steps || Math.ceil(mask.reduce((sum, one) => sum + one, 0) / 4);
     for (let masked = 1, left = steps; masked && left; left--) {
       exponential(u, t * c.vocabulary);
       masked = engine.refine(left, temperature);
