@@ -18,6 +18,7 @@ CHAPTERS = {  # the piece that stands before a chapter's exercises
     "notebooks/01_gpt": "attention",
     "notebooks/02_thinker": "rounds",
     "notebooks/03_diffusion": "denoise",
+    "notebooks/03c_page": "gaps",
     "notebooks/04_mamba": "forget",
     "notebooks/05_compare": "write",
     "notebooks/06_chat": "chat",

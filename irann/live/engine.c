@@ -277,14 +277,12 @@ EXPORT int open_model(int bytes) {
   return mask ? 0 : 3;
 }
 
-EXPORT int32_t *get_config(void) { return (int32_t *)&m; }
 EXPORT int32_t *get_ids(void) { return ids; }
 EXPORT int32_t *get_shown(void) { return shown; }
 EXPORT unsigned char *get_mask(void) { return mask; }
 EXPORT float *get_logits(void) { return logits; }
 EXPORT float *get_noise(void) { return noise; }
 EXPORT float *get_noisy(void) { return noisy; }
-EXPORT float *get_sure(void) { return sure; }
 EXPORT float *get_embeddings(void) { return embeddings; }
 EXPORT float *get_attention(void) { return scores; }  // (layers heads window+1), of the last position
 EXPORT int get_rounds(void) { return rounds_taken; }

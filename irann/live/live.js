@@ -418,6 +418,28 @@ function bars(model, logits, temperature, most = 8) {
   }));
 }
 
+// Fill the gaps of a text, or write all of it, step by step.
+async function fill(piece, whole) {
+  const model = await piece.model(piece.controls.model ? piece.get("model") : undefined), kept = [model.newline], mask = [0];
+  piece.encode(model, piece.get("text").replaceAll("_", ""), 128);
+  for (const sign of piece.get("text").replaceAll("\r", "")) {
+    if (kept.length > 128 || sign != "_" && !model.ids.has(sign)) continue;
+    kept.push(sign == "_" ? model.newline : model.ids.get(sign));
+    mask.push(sign == "_" || whole ? 1 : 0);
+  }
+  if (!mask.includes(1)) return piece.say("There is no gap: write _ for each character that is missing.");
+  const given = { ids: kept, mask, seed: piece.number("seed"), steps: piece.number("steps"), temperature: 0.8 };
+  if (piece.controls.eta) given.eta = piece.number("eta");
+  let step = 0;
+  await model.ask(piece, "fill", given, part => {
+    const signs = part.ids.slice(1).map(id => model.characters[id]);
+    const shade = i => mask[i + 1] ? i + 1 < part.settled ? 0.25 : 0.6 : 0;
+    piece.out.replaceChildren(row(`step ${++step}`, letters(signs, shade, i => mask[i + 1] ? "written" : "given"), signs.join("")));
+    piece.say(`Step ${step}; what is shaded is written, and what is dark may still change.${piece.left}`);
+  });
+  piece.say(`Written in ${step} steps.${piece.left}`);
+}
+
 // ------------------------------------------------------------------------------------------ pieces
 const LINE = "To be, or not to be, that is the question";
 const READERS = ["gpt", "thinker", "mamba"];
@@ -514,8 +536,8 @@ const pieces = {
       piece.slider("steps", "steps", 1, 64, 1, 16);
       piece.slider("eta", "fresh noise per step, eta", 0, 1, 0.05, 1, x => x.toFixed(2));
       piece.slider("seed", "seed", 0, 99, 1, 1);
-      piece.button("fill the gaps", () => pieces.denoise.fill(piece, false));
-      piece.button("all from noise", () => pieces.denoise.fill(piece, true));
+      piece.button("fill the gaps", () => fill(piece, false));
+      piece.button("all from noise", () => fill(piece, true));
     },
     async update(piece) {
       const model = await piece.model(), { ids, signs } = piece.encode(model, piece.get("text").replaceAll("_", ""), 64);
@@ -528,24 +550,19 @@ const pieces = {
         piece.say(`Noise level ${part.tau} of ${model.config.levels}, without the gaps.${piece.left}`);
       });
     },
-    async fill(piece, whole) {
-      const model = await piece.model(), kept = [], mask = [];
-      piece.encode(model, piece.get("text").replaceAll("_", ""), 200);
-      for (const sign of piece.get("text").replaceAll("\r", "")) {
-        if (sign != "_" && !model.ids.has(sign)) continue;
-        kept.push(sign == "_" ? model.newline : model.ids.get(sign));
-        mask.push(sign == "_" || whole ? 1 : 0);
-      }
-      const ids = [model.newline, ...kept.slice(0, 128)], gaps = [0, ...mask.slice(0, 128)];
-      if (!gaps.includes(1)) return piece.say("There is no gap: write _ for each character that is missing.");
-      let step = 0;
-      const given = { ids, mask: gaps, seed: piece.number("seed"), steps: piece.number("steps"), eta: piece.number("eta"), temperature: 0.8 };
-      await model.ask(piece, "fill", given, part => {
-        const signs = part.ids.slice(1).map(id => model.characters[id]);
-        piece.out.replaceChildren(row(`step ${++step}`, letters(signs, i => gaps[i + 1] ? i + 1 < part.settled ? 0.25 : 0.6 : 0, i => gaps[i + 1] ? "written" : "given"), signs.join("")));
-        piece.say(`Step ${step} of ${given.steps}; what is shaded is written.${piece.left}`);
-      });
+  },
+
+  gaps: {
+    idle: "Press fill: the weights are loaded then.",
+    build(piece) {
+      piece.text("text", "your text; _ for each character that is to be found", "What ___ through yonder ______ breaks?", 1);
+      piece.choice("model", "who fills", piece.models);
+      piece.slider("steps", "steps", 1, 64, 1, 16);
+      piece.slider("seed", "seed", 0, 99, 1, 1);
+      piece.button("fill the gaps", () => fill(piece, false));
+      piece.button("write all anew", () => fill(piece, true));
     },
+    run: piece => fill(piece, false),
   },
 
   forget: {

@@ -154,9 +154,17 @@ def test_noise_is_dragged_and_a_gap_is_filled(page):
     page.slide("denoise", "noise", 1)
     page.says("denoise", "Noise level 1000 of")
     page.at("denoise", "button:has-text('fill')").click()
-    page.says("denoise", "Step 16 of 16")
+    page.says("denoise", "Written in 16 steps")
     filled = page.at("denoise", ".irann-words").inner_text()
     assert re.fullmatch(r"KING RI[^_]{5} II:\s*My lord", filled, re.S), filled
+    for name in ("thinker-page", "diffusion"):
+        page.at("gaps", "select").select_option(name)
+        page.at("gaps", "button:has-text('fill')").click()
+        page.says("gaps", "Written in")
+        filled = page.at("gaps", ".irann-words").inner_text()
+        assert re.fullmatch(r"What [^_]{3} through yonder [^_]{6} breaks\?", filled, re.S), filled
+        page.at("gaps", "textarea").fill("What ___ through yonder ______ breaks?")
+        page.page.evaluate("document.querySelector('#live-gaps .irann-status').textContent = ''")
 
 
 def test_the_state_of_mamba_and_the_chat(page):
