@@ -6,8 +6,10 @@ The built file is committed, because `irann export` needs it where no compiler i
 the source anew and holds the two equal, byte for byte.
 """
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 LIVE = Path(__file__).parents[2] / "irann" / "live"
@@ -20,7 +22,9 @@ OPTIONS = (
 
 def build(out: Path) -> None:
     command = [sys.executable, "-m", "ziglang", "cc", *OPTIONS, "-o", out, LIVE / "engine.c"]
-    subprocess.run([str(word) for word in command], check=True)
+    cache = os.path.join(tempfile.gettempdir(), "irann-zig")  # the first time takes the longest
+    places = {"ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
+    subprocess.run([str(word) for word in command], check=True, env=os.environ | places)
     out.chmod(0o644)
 
 

@@ -46,7 +46,7 @@ def main(site: str) -> None:
             page.wait_for_selector(f"#live-{piece} {ready}", timeout=WAIT)
             page.evaluate("document.activeElement.blur()")
             picture = Image.open(io.BytesIO(box.screenshot())).convert("RGB")
-            picture.quantize(16).save(HERE / f"still-{piece}.png", optimize=True)
+            picture.quantize(32).save(HERE / f"still-{piece}.png", optimize=True)
             css += RULE.format(piece, f"{picture.width} / {picture.height}")
         browser.close()
     (HERE / "stills.css").write_text(css)

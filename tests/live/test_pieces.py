@@ -12,6 +12,8 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from irann import export, zoo
+from irann.__main__ import main
+from irann.text import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 SWITCHES = (
@@ -255,3 +257,36 @@ def test_an_exported_page_lives_alone(browser, tmp_path):
     others = [url for url in reader.requests if not url.startswith(("blob:", path.as_uri()))]
     assert others == []
     reader.close()
+
+
+def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
+    """They may be signs of HTML; what is typed and they do not have is left out."""
+    vocabulary = Vocabulary("\n</script>&\"'abc")
+    config, _ = zoo.recipe("gpt", "tiny", vocabulary=len(vocabulary))
+    model = zoo.build("gpt", config, seed=0)
+    model.vocabulary = vocabulary
+    path = tmp_path / "page.html"
+    path.write_text(export.page(model))
+    reader = Reader(browser, path)
+    reader.at("write", "textarea").fill("</script>abcX\n")
+    reader.slide("write", "length", 256)  # beyond the window
+    reader.at("write", "button:has-text('write')").click()
+    assert "Left out, for gpt does not know them: X" in reader.says("write", "Written.")
+    written = reader.written("gpt")
+    assert written.startswith("</script>abc\n") and len(written) == 13 + 256
+    assert set(written) <= set(vocabulary.characters)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [(["nothing"], 2, "neither a model"), (["gpt", "--out", "missing/page.html"], 1, "missing")],
+)
+def test_what_cannot_be_exported_is_one_sentence(
+    arguments, code, words, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *arguments])
+    said = capsys.readouterr().err
+    assert ended.value.code == code and words in said and said.count("\n") == 1
