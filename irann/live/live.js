@@ -391,7 +391,7 @@ class Piece {
 
 // Letters in a line, each shaded by a number from 0 to 1, with words for who points at it.
 function letters(signs, shade, words, options = {}) {
-  const line = h("span", { class: "irann-letters " + (options.class || ""), "aria-hidden": "true" });
+  const line = h("span", { class: "irann-letters", role: "img", "aria-label": signs.join("") });
   signs.forEach((sign, i) => {
     const letter = h("span", { title: words(i) }, seen(sign));
     letter.style.setProperty("--shade", Math.min(1, Math.max(0, shade(i))).toFixed(3));
@@ -599,7 +599,7 @@ const pieces = {
     names: piece => piece.models.length > 1 ? piece.get("models").split(" ").filter(Boolean) : piece.models,
     stop(piece) { piece.turn++; for (const name of piece.models) Model.named(name).cancel(piece); },
     async run(piece) {
-      const names = this.names(piece), panels = names.map(name => h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }, ""), h("pre", {})));
+      const names = this.names(piece), panels = names.map(name => h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }, ""), h("pre", { tabindex: 0 })));
       this.stop(piece);
       piece.out.replaceChildren(...panels);
       const failed = [], turn = piece.turn = (piece.turn || 0) + 1;

@@ -107,6 +107,8 @@ def test_weights_are_loaded_when_a_piece_is_touched_by_keyboard_alone(page):
     page.wait("rounds", ".irann-words:has-text('1.00 rounds')")
     page.page.keyboard.press("End")
     page.wait("rounds", ".irann-words:has-text('6.00 rounds')")
+    read_aloud = page.at("rounds", "[role='img']").first.get_attribute("aria-label")
+    assert read_aloud == "To be, or not to be, that is the question"
 
 
 def test_greedy_text_is_pytorchs_to_the_letter(page):
