@@ -109,6 +109,22 @@ static __attribute__((noinline)) void linear(float *y, const float *x, const flo
   }
 }
 
+// y (n out) = a (n in) times w (in out), rows of w whose number in `a` is zero left out: squared ReLU leaves few others.
+static void sparse(float *y, const float *a, const float *w, int n, int in, int out) {
+  for (; n > 0; n--, a += in, y += out) {
+    memset(y, 0, out * sizeof(float));
+    for (int k = 0; k < in;) {
+      const float *rows[4] = {w, w, w, w};
+      float by[4] = {0, 0, 0, 0};
+      for (int found = 0; found < 4 && k < in; k++) if (a[k] != 0) by[found] = a[k], rows[found++] = w + (size_t)k * out;
+      int o = 0;
+      for (; o + LANES <= out; o += LANES)
+        put(y + o, get(y + o) + by[0] * get(rows[0] + o) + by[1] * get(rows[1] + o) + by[2] * get(rows[2] + o) + by[3] * get(rows[3] + o));
+      for (; o < out; o++) for (int r = 0; r < 4; r++) y[o] += by[r] * rows[r][o];
+    }
+  }
+}
+
 static void add(float *x, const float *y, int n) { for (int i = 0; i < n; i++) x[i] += y[i]; }
 
 // Mean zero and variance one, times the gain if there is one: LayerNorm without parameters.
@@ -158,7 +174,7 @@ typedef struct {
 } Config;
 enum { MAGIC = 0x316e7269, MOST_LAYERS = 64 };  // "irn1"
 
-typedef struct { const float *attn, *proj, *fc, *out; } Block;  // c_attn, c_proj; mlp.c_fc, mlp.c_proj
+typedef struct { const float *attn, *proj, *fc, *out; } Block;  // c_attn, c_proj; mlp.c_fc, mlp.c_proj (transposed)
 typedef struct {
   const float *norm, *in, *conv, *conv_bias, *x, *dt, *dt_bias, *A, *D, *out;
   float *inputs, *h;  // what the convolution still needs, (conv e), the newest last; the state (e n)
@@ -196,7 +212,10 @@ static float *read(size_t n) {
 
 static void read_block(Block *b) {
   size_t d = m.width, e = m.inner;
-  b->attn = read(3 * d * d), b->proj = read(d * d), b->fc = read(e * d), b->out = read(d * e);
+  b->attn = read(3 * d * d), b->proj = read(d * d), b->fc = read(e * d);
+  float *out = next + d * e <= end ? numbers(d * e) : 0;
+  for (size_t i = 0; out && i < d * e; i++) out[i % e * d + i / e] = half(next[i]);  // transposed, for `sparse`
+  next += d * e, b->out = out;
 }
 
 static void read_mixer(Mixer *b) {
@@ -343,7 +362,7 @@ static void block(const Block *b, float *stream, int n, int first, float *k, flo
   for (int i = 0; i < n; i++) layer_norm(z + i * d, stream + i * d, gain ? gain + d : 0, d);
   linear(y, z, b->fc, n, d, e);
   for (int i = 0; i < n * e; i++) y[i] = y[i] > 0 ? y[i] * y[i] : 0;  // squared ReLU
-  linear(z, y, b->out, n, e, d);
+  sparse(z, y, b->out, n, e, d);
   add(stream, z, n * d);
 }
 
