@@ -1,5 +1,5 @@
-"""The command line: irann book | chat | train | sample | eval | list | plot | data | bench |
-doctor.
+"""The command line: irann book | chat | train | sample | eval | list | plot | export | data | bench
+| doctor.
 
 Exit codes: 0 done, 1 disk or memory too small, 2 bad input, 3 bad checkpoint, 4 data not what it
 should be, 5 loss not finite, 6 run directory in use, 130 and 143 after SIGINT and SIGTERM with a
@@ -110,6 +110,7 @@ What = typer.Argument(
 )
 Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
 Report = _option("where the report goes; bench-report, or bench-report/quick", metavar="DIR")
+Page = _option("where the page goes; default MODEL.html", metavar="FILE")
 RaceDevice = _option("cpu, cuda, mps or auto: what a race is trained on; all else is on the CPU")
 
 
@@ -354,6 +355,18 @@ def plot(run: Annotated[Path, Trainings], out: Annotated[Path | None, Picture] =
         return
     runs.picture(run, out)
     print(f"wrote {out}")
+
+
+@app.command()
+def export(model: Trained, out: Annotated[Path | None, Page] = None) -> None:
+    """Write one HTML file in which a trained model is live: no Python, no network."""
+    from .export import page
+
+    network = zoo.load(model, say=streams.tell)
+    written = page(network)
+    out = out or Path(f"{Path(model).name}.html")
+    out.write_text(written, encoding="utf-8")
+    print(f"wrote {out}, {len(written) / 1e6:.1f} MB; open it in a browser")
 
 
 @app.command()

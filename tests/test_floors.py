@@ -22,7 +22,7 @@ FLOORS = [
     ("models",),
     ("training", "checkpoint", "zoo"),
     ("chat",),
-    ("bench", "book", "doctor", "runs", "__main__"),
+    ("bench", "book", "doctor", "export", "runs", "__main__"),
 ]
 NEIGHBOURS = {
     ("models", "thinker"): {"recurrent"},  # the network that both thinkers share

@@ -1,0 +1,286 @@
+"""A trained model as a page that runs without Python: `irann export MODEL --out page.html`.
+
+The forward passes are irann/live/engine.c, compiled to WebAssembly; the pieces around them are
+irann/live/live.js. A page opened from a disk may neither fetch files nor load modules, so that all
+travels in classic scripts: the engine, and each model's weights in half precision, as base64 beside
+their SHA-256.
+"""
+
+import base64
+import hashlib
+import html
+import json
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lm import LanguageModel, vocabulary_of
+from .models.diffusion import Diffusion
+from .models.gpt import GPT
+from .models.mamba import Mamba
+from .models.recurrent import RecurrentDepth
+from .models.thinker import Thinker
+from .models.thinker_page import PageThinker
+from .settings import InputError
+from .text import Text
+
+LIVE = Path(__file__).parent / "live"
+MAGIC = 0x316E7269  # "irn1"
+# The whole numbers at the head of a file, in the order of engine.c's Config, after the magic one
+CONFIG = (
+    *("kind", "vocabulary", "window", "layers", "heads", "width", "inner", "prelude", "core"),
+    *("rounds", "gained", "state", "conv", "rank", "channels", "neighbours", "levels", "bayes"),
+    "conditioned",
+)
+KINDS = {GPT: "gpt", Thinker: "thinker", Mamba: "mamba"}
+KINDS |= {Diffusion: "diffusion", PageThinker: "thinker-page"}
+# What the engine computes; a model with other options is refused
+GPT_OPTIONS = {
+    "bias": False,
+    "eps": 1e-5,
+    "positions": "rotary",
+    "qk_norm": True,
+    "activation": "squared_relu",
+    "norm": "plain",
+}
+MAMBA_OPTIONS = {"bias": False, "conv_bias": True, "activation": "silu", "eps": 1e-5}
+
+
+def weights_file(model: LanguageModel) -> bytes:
+    """-> what engine.c opens: whole numbers, for diffusion two tables of float64, then all
+    parameters in half precision. Raises InputError for a model that the engine does not know.
+    """
+    kind = KINDS.get(type(model))
+    if kind is None:
+        raise InputError(f"a page can run {', '.join(KINDS.values())}; got {type(model).__name__}")
+    numbers, tensors = LAYOUTS[type(model)](model)
+    numbers |= {"kind": list(KINDS).index(type(model)), "vocabulary": model.config.vocabulary}
+    numbers |= {"window": model.config.window, "width": model.config.width}
+    parts = [struct.pack("<20i", MAGIC, *(int(numbers.get(name, 0)) for name in CONFIG))]
+    if isinstance(model, Diffusion):
+        p = model.level_probabilities()
+        parts += [table.numpy().tobytes() for table in (model.schedule.alpha_bar, p.cumsum(0))]
+    for name, tensor in tensors:
+        halved = tensor.detach().cpu().half()
+        if not halved.isfinite().all():
+            raise InputError(f"{name} has numbers that half precision cannot hold")
+        parts.append(halved.contiguous().numpy().tobytes())
+    return b"".join(parts)
+
+
+Layout = tuple[dict[str, Any], list[tuple[str, Tensor]]]
+
+
+def _gpt(model: GPT) -> Layout:
+    c = model.config
+    _check_options(c, GPT_OPTIONS)
+    inner = c.inner or 4 * c.width
+    head = model.wte if model.lm_head is None else model.lm_head
+    blocks = [pair for block in model.h for pair in _block(block)]
+    numbers = {"layers": c.layers, "heads": c.heads, "inner": inner}
+    return numbers, [("wte", model.wte.weight), *blocks, ("lm_head", head.weight)]
+
+
+def _recurrent(model: RecurrentDepth) -> Layout:
+    c = model.config
+    numbers = {"layers": c.prelude + c.core, "heads": c.heads, "inner": 4 * c.width}
+    numbers |= {"prelude": c.prelude, "core": c.core, "rounds": c.rounds, "gained": c.round_gains}
+    tensors = [("wte", model.wte.weight)]
+    tensors += [pair for block in (*model.prelude, *model.core) for pair in _block(block)]
+    if model.gains is not None and model.halt_bias is not None:
+        tensors += [("gains", model.gains), ("halt_bias", model.halt_bias)]
+    tensors += [("halt_head", model.halt_head.weight), ("halt_head.bias", model.halt_head.bias)]
+    return numbers, [*tensors, ("lm_head", model.lm_head.weight)]
+
+
+def _mamba(model: Mamba) -> Layout:
+    c = model.config
+    _check_options(c, MAMBA_OPTIONS)
+    first = next(model.blocks).mixer
+    numbers = {"layers": c.layers, "inner": first.d_inner, "state": c.d_state}
+    numbers |= {"conv": c.d_conv, "rank": first.dt_rank}
+    if c.d_state % 4:
+        raise InputError(f"a page runs a state of a multiple of 4; got d_state={c.d_state}")
+    tensors = [("embeddings", model.embeddings.weight)]
+    for block in model.blocks:
+        m = block.mixer
+        tensors += [("norm", block.norm.weight), ("in_proj", m.in_proj.weight)]
+        tensors += [("conv1d", m.conv1d.weight), ("conv1d.bias", m.conv1d.bias)]
+        tensors += [("x_proj", m.x_proj.weight), ("dt_proj", m.dt_proj.weight)]
+        tensors += [("dt_proj.bias", m.dt_proj.bias), ("A_log", m.A_log), ("D", m.D)]
+        tensors += [("out_proj", m.out_proj.weight)]
+    head = model.embeddings if model.lm_head is None else model.lm_head
+    return numbers, [*tensors, ("norm_f", model.norm_f.weight), ("lm_head", head.weight)]
+
+
+def _diffusion(model: Diffusion) -> Layout:
+    c = model.config
+    numbers = {"layers": c.layers, "heads": c.heads, "inner": 4 * c.width}
+    numbers |= {"channels": c.channels, "neighbours": c.neighbours, "levels": c.levels}
+    numbers |= {"bayes": c.bayes, "conditioned": c.self_condition}
+    first, _, second = model.time_embed
+    tensors = [("word_embedding", model.word_embedding), ("input_proj", model.input_proj.weight)]
+    tensors += [("time_embed.0", first.weight), ("time_embed.0.bias", first.bias)]
+    tensors += [("time_embed.2", second.weight), ("time_embed.2.bias", second.bias)]
+    tensors += [("clean_embed", model.clean_embed)]
+    tensors += [pair for block in model.h for pair in _block(block)]
+    return numbers, [*tensors, ("lm_head", model.lm_head.weight), ("bias", model.lm_head.bias)]
+
+
+LAYOUTS: dict[type, Callable[[Any], Layout]] = {
+    GPT: _gpt,
+    Thinker: _recurrent,
+    PageThinker: _recurrent,
+    Mamba: _mamba,
+    Diffusion: _diffusion,
+}
+
+
+def _block(block: Any) -> Iterator[tuple[str, Tensor]]:
+    yield "attn.c_attn", block.attn.c_attn.weight
+    yield "attn.c_proj", block.attn.c_proj.weight
+    yield "mlp.c_fc", block.mlp.c_fc.weight
+    yield "mlp.c_proj", block.mlp.c_proj.weight
+
+
+def _check_options(config: Any, known: dict[str, Any]) -> None:
+    for name, value in known.items():
+        if getattr(config, name) != value:
+            raise InputError(
+                f"a page runs models with {name}={value} only; this one has "
+                f"{name}={getattr(config, name)}"
+            )
+
+
+# ----------------------------------------------------------------- what live.js reads, and a page
+
+PIECES = {
+    "cost": "What each character costs",
+    "attention": "Attention on your line, and the next character",
+    "rounds": "Rounds of thinking for each character",
+    "denoise": "Text out of noise",
+    "gaps": "Gaps, filled from both sides",
+    "forget": "What the state still remembers",
+    "write": "All models write at once",
+    "chat": "Talk with a model",
+}
+# Which models a piece can be about
+ABOUT = {
+    "cost": ("gpt", "thinker", "mamba"),
+    "attention": ("gpt",),
+    "rounds": ("thinker",),
+    "denoise": ("diffusion",),
+    "gaps": ("thinker-page", "diffusion"),
+    "forget": ("mamba",),
+    "write": ("gpt", "thinker", "thinker-page", "diffusion", "mamba"),
+    "chat": ("gpt", "thinker", "mamba"),
+}
+STILL = (
+    "Here a model runs in the page, in a browser that has JavaScript and WebAssembly; "
+    "without them there is only a picture of it."
+)
+
+
+def engine_script() -> str:
+    """-> the JavaScript that hands engine.wasm to live.js."""
+    return f'irannLive.engine = "{_base64((LIVE / "engine.wasm").read_bytes())}";\n'
+
+
+def model_script(model: LanguageModel, name: str) -> str:
+    """-> the JavaScript that hands a model to live.js: characters, weights and their SHA-256."""
+    data = weights_file(model)
+    about = {"characters": vocabulary_of(model).characters}
+    about["sha256"] = hashlib.sha256(data).hexdigest()
+    if isinstance(model, Diffusion):
+        about["page"] = model.config.page
+    about["data"] = _base64(data)
+    return f"irannLive.models[{_json(name)}] = {_json(about)};\n"
+
+
+def counts_script(text: Text) -> str:
+    """-> the JavaScript that hands the counts of pairs of characters in the training part."""
+    v = len(text.vocabulary)
+    pairs = torch.bincount(text.train[:-1] * v + text.train[1:], minlength=v * v).view(v, v)
+    counts = {"characters": text.vocabulary.characters, "pairs": pairs.tolist()}
+    return f"irannLive.counts = {_json(counts)};\n"
+
+
+def box(piece: str, models: Sequence[str] = (), *, counts: bool = True) -> str:
+    """-> the HTML of a live piece before its script begins: a picture, and what it takes.
+
+    `counts`: whether counts.js stands beside it.
+    """
+    title = PIECES[piece]
+    data = {"piece": piece, "models": " ".join(models or ABOUT[piece]), "title": title}
+    if counts:
+        data["counts"] = "yes"
+    marks = " ".join(f'data-{name}="{value}"' for name, value in data.items())
+    picture = f'role="img" aria-label="A picture of the live piece: {title.lower()}."'
+    still = f'<div class="irann-still irann-still-{piece}" {picture}></div>'
+    return f'<div class="irann-live" {marks}>{still}<p>{STILL}</p></div>'
+
+
+def page(model: LanguageModel) -> str:
+    """-> one HTML file in which the model is live: what is to be seen of it, and what it writes."""
+    name = KINDS[type(model)] if type(model) in KINDS else ""
+    model_js = model_script(model, name)
+    about = [piece for piece in PIECES if name in ABOUT[piece]]
+    about.sort(key=lambda piece: piece != "write")
+    title = f"A {name} that runs in this page"
+    parts = [
+        f"<h2>{'It writes' if p == 'write' else PIECES[p]}</h2>{box(p, [name], counts=False)}"
+        for p in about
+    ]
+    scripts = ["window.irannLive = { models: {}, engine: null, counts: null };"]
+    scripts += [engine_script(), model_js, (LIVE / "live.js").read_text(encoding="utf-8")]
+    size = sum(p.numel() for p in model.parameters())
+    card = f"{size:,} parameters, {len(vocabulary_of(model))} characters"
+    nats = (model.card or {}).get("validation")
+    if nats is not None:
+        bound = "" if model.exact else "at most "
+        card += f", {bound}{nats:.3f} nats per character of text that it was not trained on"
+    return PAGE.format(
+        title=html.escape(title),
+        card=html.escape(card),
+        style=(LIVE / "live.css").read_text(encoding="utf-8"),
+        parts="\n".join(parts),
+        scripts="\n".join(f"<script>{script}</script>" for script in scripts),
+    )
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 46em; margin: 1em auto; padding: 0 1em; }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #14181e; color: #ced6dd; }} }}
+{style}
+</style>
+</head>
+<body>
+<main>
+<h1>{title}</h1>
+<p>{card}. Everything is in this file: it asks nothing of any network.</p>
+{parts}
+</main>
+{scripts}
+</body>
+</html>
+"""
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _json(value: Any) -> str:
+    """-> JSON that ends no script: no sign of HTML stands in it."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,296 @@
+"""The engine of the live pages against PyTorch, as WebAssembly and built natively."""
+
+import hashlib
+import importlib.util
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import excite
+
+from irann import zoo
+from irann.export import LIVE, weights_file
+from irann.settings import InputError
+
+from .engine import Engine, Native, Wasm, module
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "ROMEO:\nWhat light"
+HOSTS = [Wasm, pytest.param(Native, marks=pytest.mark.skipif(not shutil.which("cc"), reason="cc"))]
+
+
+@pytest.fixture(params=HOSTS)
+def host(request, tmp_path):
+    return request.param(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(name, seed=0, std=0.4, **changes):
+    """A small model with excited weights, as half precision holds them."""
+    config, _ = zoo.recipe(name, "tiny", vocabulary=13, **changes)
+    model = excite(zoo.build(name, config, seed=seed), std, seed).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    return model
+
+
+def some_ids(n, seed=0, vocabulary=13):
+    return torch.randint(vocabulary, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+# ----------------------------------------------------------------------------------------- the file
+
+
+def test_the_engine_is_what_its_source_compiles_to(tmp_path):
+    spec = importlib.util.spec_from_file_location("build", ROOT / "book/live/build.py")
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    build.build(tmp_path / "engine.wasm")
+    same = (tmp_path / "engine.wasm").read_bytes() == (LIVE / "engine.wasm").read_bytes()
+    assert same, "engine.c has changed: python book/live/build.py"
+
+
+def test_the_engine_is_small_and_asks_its_host_for_nothing():
+    assert (LIVE / "engine.wasm").stat().st_size <= 64 * 1024
+    assert module()[1].imports == []
+
+
+@pytest.mark.parametrize("name", zoo.shipped())
+def test_a_file_of_weights_is_at_most_four_megabytes(name):
+    assert len(weights_file(zoo.load(name))) <= 4e6
+
+
+def test_hashes(host):
+    for n in (0, 1, 55, 56, 63, 64, 65, 119, 120, 1000):
+        data = bytes(i * 7 % 256 for i in range(n))
+        at = host.call("room", n)
+        host.write(at, data)
+        assert host.read(host.call("sha256", n), 32) == hashlib.sha256(data).digest(), n
+
+
+def test_what_is_no_model_is_refused(host):
+    data = weights_file(tiny("gpt"))
+    assert Engine(host, data=b"").refused == Engine(host, data=data[:40]).refused == 1
+    assert Engine(host, data=b"x" + data[1:]).refused == 1
+    assert Engine(host, data=data[:-2]).refused == Engine(host, data=data + b"ab").refused == 2
+    assert Engine(host, data=data).refused == 0
+
+
+def test_options_that_the_engine_lacks_are_named():
+    with pytest.raises(InputError, match="positions=rotary"):
+        weights_file(tiny("gpt", positions="learned"))
+    with pytest.raises(InputError, match="activation=silu"):
+        weights_file(tiny("mamba", activation="relu"))
+    with pytest.raises(InputError, match="half precision"):
+        model = tiny("gpt")
+        model.wte.weight.data[0, 0] = 1e6
+        weights_file(model)
+
+
+# -------------------------------------------------------------------------------- from left to right
+
+
+@pytest.mark.parametrize("name", ["gpt", "thinker", "mamba"])
+def test_500_characters_are_pytorchs_to_the_letter(name, tmp_path):
+    model = zoo.load(name)
+    ids = model.vocabulary.encode(PROMPT)
+    *_, draft = model.generate(ids[None], 500, temperature=0)
+    written = Engine(Wasm(tmp_path), model).write(ids.tolist(), 500)
+    assert model.vocabulary.decode(written) == model.vocabulary.decode(draft.ids[0, len(ids) :])
+
+
+READERS = {
+    "gpt": {},
+    "gpt, one head, odd width": {"width": 22, "heads": 1, "inner": 33},
+    "thinker": {},
+    "thinker, gains and a prelude": {"round_gains": True, "prelude": 1, "core": 2, "rounds": 5},
+    "mamba": {},
+    "mamba, other sizes": {"d_state": 8, "d_conv": 3, "dt_rank": 3, "d_inner": 38},
+}
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_logits_of_excited_weights(host, case):
+    """Every position of a text, beyond the window too, where its last half is read anew."""
+    model = tiny(case.partition(",")[0], **READERS[case])
+    engine = Engine(host, model)
+    ids = some_ids(model.config.window + 9)
+    start = 5
+    logits, state, held = None, None, 0
+    engine.start(ids[:start])
+    largest = 0.0
+    with torch.no_grad():
+        for end in range(start, len(ids)):
+            new = ids[:start] if end == start else ids[end - 1 : end]
+            if model.max_context and held + len(new) > model.max_context:
+                new, state, held = ids[end - model.max_context // 2 : end], None, 0
+            logits, state = model.read(torch.tensor([new]), state)
+            held += len(new)
+            largest = max(largest, float(logits.abs().max()))
+            np.testing.assert_allclose(engine.logits(), logits[0, -1], atol=1e-3, rtol=1e-4)
+            engine.call("push", ids[end])
+    assert largest > 2  # excited
+
+
+@pytest.mark.parametrize("threshold, rounds", [(0.0, 0), (0.3, 0), (0.7, 0), (1.0, 2)])
+def test_rounds_of_the_thinker(host, threshold, rounds):
+    model = tiny("thinker", std=0.3, rounds=5)
+    engine = Engine(host, model)
+    engine.call("set_rule", threshold, rounds)
+    ids = some_ids(30)
+    with torch.no_grad():
+        _, state = model.read(torch.tensor([ids]), threshold=threshold, rounds=rounds)
+    for i in range(len(ids)):
+        engine.start(ids[:1]) if i == 0 else engine.call("push", ids[i])
+        assert engine.call("get_rounds") == state.rounds[0, i]
+        assert abs(engine.call("get_halted") - state.halted[0, i]) < 1e-4
+
+
+def test_a_prompt_that_the_window_cannot_hold_loses_its_beginning(host):
+    model = tiny("gpt")
+    ids = some_ids(model.config.window + 20)
+    *_, draft = model.generate(torch.tensor([ids]), 30, temperature=0)
+    assert Engine(host, model).write(ids, 30) == draft.ids[0, len(ids) :].tolist()
+
+
+def test_the_same_noise_draws_the_same_text(tmp_path):
+    """torch.multinomial divides by exponential numbers and takes the largest."""
+    model = zoo.load("gpt")
+    ids = model.vocabulary.encode(PROMPT)
+    generator, other = (torch.Generator().manual_seed(3) for _ in range(2))
+    *_, draft = model.generate(ids[None], 60, temperature=0.8, generator=generator)
+    engine = Engine(Wasm(tmp_path), model)
+    drawn = engine.write(
+        ids.tolist(), 60, 0.8, lambda: torch.empty(65).exponential_(1, generator=other)
+    )
+    assert drawn == draft.ids[0, len(ids) :].tolist()
+
+
+def test_attention_is_what_inspect_shows(host):
+    model = tiny("gpt")
+    engine, ids, t = Engine(host, model), some_ids(12), model.config.window + 1
+    shown = model.inspect(torch.tensor([ids]))["attention"]
+    engine.start(ids)
+    layers, heads = shown.shape[:2]
+    rows = engine.floats("get_attention", layers, heads, t)[:, :, : len(ids)]
+    np.testing.assert_allclose(rows, shown[:, :, -1], atol=1e-5)
+
+
+def test_what_mamba_remembers(host):
+    model = tiny("mamba", std=0.2)
+    engine, ids = Engine(host, model), some_ids(9)
+    engine.start(ids)
+    kept = engine.floats("remembered", model.config.layers, len(ids), arguments=(len(ids),))
+    x = model.embeddings(torch.tensor([ids]))
+    with torch.no_grad():
+        for layer, block in enumerate(model.blocks):
+            delta = block.mixer.select(block.mixer.convolve(block.norm(x))[0])[0][0]
+            later = delta.flip(0).cumsum(0).flip(0) - delta  # the sum over later positions
+            A = -torch.exp(block.mixer.A_log)
+            fraction = torch.exp(later[..., None] * A).mean((1, 2))
+            np.testing.assert_allclose(kept[layer], fraction, atol=1e-5)
+            x, _ = block(x)
+    steps = model.inspect(torch.tensor([ids]))["delta"]
+    for i in range(len(ids)):
+        assert math.isclose(engine.call("step_size", i), steps[i], rel_tol=1e-4)
+
+
+# -------------------------------------------------------------------------------------- whole pages
+
+
+@pytest.mark.parametrize("options", [{}, {"bayes": False}, {"self_condition": False}], ids=str)
+def test_the_denoiser_of_excited_weights(host, options):
+    model = tiny("diffusion", std=0.3, **options)
+    t, v, channels = 21, 13, model.config.channels
+    engine, ids = Engine(host, model), some_ids(t)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(t, generator=generator) < 0.7
+    x = torch.randn(t, channels, generator=generator)
+    engine.put("get_ids", ids, np.int32)
+    engine.put("get_mask", mask, np.uint8)
+    engine.call("page", t)
+    engine.put("get_noisy", x)
+    alpha_bar = model.schedule.alpha_bar
+    guess = None
+    for tau in (150, 60):  # the second time with the guess of the first
+        engine.call("see_through", float(alpha_bar[tau - 1]))
+        with torch.no_grad():
+            logits = model(x[None], torch.tensor([tau]), torch.tensor([ids]), mask[None], guess)
+        np.testing.assert_allclose(
+            engine.floats("get_logits", t, v), logits[0], atol=1e-3, rtol=1e-4
+        )
+        engine.call("keep_guess", 1.0)
+        guess = logits.softmax(-1)
+    points = engine.floats("get_embeddings", v, channels)
+    np.testing.assert_allclose(points, model.embeddings.detach(), atol=1e-5)
+
+
+@pytest.mark.parametrize("eta, temperature", [(1.0, 1.0), (0.0, 0.0), (0.5, 0.7)])
+def test_the_same_noise_settles_the_same_page(tmp_path, eta, temperature):
+    """A prompt, a gap, and text after it; drafts and what has settled, step by step."""
+    model = zoo.load("diffusion")
+    text = "KING HENRY:\nWhat says the noble lord of this matter, my friend?\n"
+    ids, mask = model.vocabulary.encode(text), torch.zeros(len(text), dtype=torch.bool)
+    mask[16:44] = True
+    numbers, settings = torch.Generator().manual_seed(5), {"eta": eta, "temperature": temperature}
+    drafts = list(model.infill(ids[None], mask, steps=12, generator=numbers, **settings))[1:]
+    engine, t, channels = Engine(Wasm(tmp_path), model), len(ids), model.config.channels
+    noise = torch.Generator().manual_seed(5)
+    engine.put("get_ids", ids, np.int32)
+    engine.put("get_mask", mask, np.uint8)
+    engine.call("page", t)
+    engine.put("get_noisy", torch.randn(1, t, channels, generator=noise))
+    alpha_bar = [1.0, *model.schedule.alpha_bar.tolist()]
+    levels = [*model.timesteps(12), 0]
+    for draft, tau, after in zip(drafts, levels, levels[1:]):
+        if eta and after:
+            engine.put("get_noise", torch.randn(1, t, channels, generator=noise))
+        settled = engine.call("denoise", alpha_bar[tau], alpha_bar[after], eta, temperature)
+        assert settled == draft.settled
+        assert engine.integers("get_shown", t) == draft.ids[0].tolist()
+
+
+@pytest.mark.parametrize("case", ["thinker-page", "tiny", "tiny with gains"])
+def test_the_same_noise_refines_the_same_page(tmp_path, case):
+    if case == "thinker-page":
+        model, t, start = zoo.load(case), 50, 10
+    else:
+        model, t, start = tiny("thinker-page", std=0.3, round_gains="gains" in case), 20, 4
+    v = model.config.vocabulary
+    ids = torch.tensor(some_ids(t, vocabulary=v))
+    mask = torch.arange(t) >= start
+    generator, noise = (torch.Generator().manual_seed(2) for _ in range(2))
+    prompt = ids[None, :start]
+    settings = {"temperature": 0.8, "threshold": 0.6}
+    drafts = list(model.generate(prompt, t - start, generator=generator, steps=7, **settings))[1:]
+    engine = Engine(Wasm(tmp_path), model)
+    engine.call("set_rule", 0.6, 0)
+    engine.put("get_ids", ids, np.int32)
+    engine.put("get_mask", mask, np.uint8)
+    engine.call("page", t)
+    rounds = 0
+    for step, draft in enumerate(drafts):
+        engine.put("get_noise", torch.empty(t, v).exponential_(1, generator=noise))
+        masked = engine.call("refine", 7 - step, 0.8)
+        rounds += engine.call("get_rounds")
+        assert (masked, rounds) == (draft.note["masked"], draft.note["rounds"])
+        assert engine.integers("get_shown", t) == draft.ids[0].tolist()
+
+
+def test_every_function_of_the_engine_is_tested_here_or_used_by_the_page():
+    source = (LIVE / "engine.c").read_text()
+    used = Path(__file__).read_text() + (LIVE / "live.js").read_text()
+    for name in re.findall(r"^EXPORT [\w *]*?(\w+)\(", source, re.M):
+        assert name in used, name

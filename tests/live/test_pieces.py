@@ -1,0 +1,294 @@
+"""The live pieces in a real browser: on a page of the built site, and in an exported one."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlencode
+
+import pytest
+import torch
+from playwright.sync_api import sync_playwright
+
+from irann import export, zoo
+from irann.__main__ import main
+from irann.text import Vocabulary
+
+ROOT = Path(__file__).parents[2]
+SWITCHES = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+WAIT = 60_000  # milliseconds
+EVIL = '<img src=x onerror="window.broken=1">'
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The page of all pieces, built as the book builds it."""
+    out = tmp_path_factory.mktemp("live")
+    (out / "toc.yml").write_text("format: jb-book\nroot: book/live\n")
+    options = ["--path-output", out, "--config", "book/_config.yml", "--toc", out / "toc.yml"]
+    built = subprocess.run(
+        [Path(sys.executable).with_name("jupyter-book"), "build", ".", *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
+    return out / "_build" / "html"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("there is no chromium on the PATH: apt-get install chromium")
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=chromium, args=SWITCHES.split())
+        yield browser
+        browser.close()
+
+
+class Reader:
+    """Opens a page, uses its pieces, and keeps what was requested and what went wrong."""
+
+    def __init__(self, browser, path: Path, state: str = "", **how):
+        self.page = browser.new_page(**how)
+        self.requests, self.errors = [], []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(path.as_uri() + state, timeout=WAIT)
+
+    def at(self, piece: str, what: str):
+        return self.page.locator(f"#live-{piece} {what}")
+
+    def wait(self, piece: str, what: str) -> None:
+        self.page.wait_for_selector(f"#live-{piece} {what}", timeout=WAIT)
+
+    def says(self, piece: str, words: str) -> str:
+        self.wait(piece, f".irann-status:has-text('{words}')")
+        return self.at(piece, ".irann-status").inner_text()
+
+    def slide(self, piece: str, name: str, value: float) -> None:
+        move = "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }"
+        self.at(piece, f".irann-{name} input").evaluate(move, value)
+
+    def written(self, name: str) -> str:
+        return self.at("write", f"[aria-label='{name}'] pre").inner_text()
+
+    def close(self) -> None:
+        assert not self.errors
+        assert all(re.match("file:|blob:|data:", url) for url in self.requests), self.requests
+        self.page.close()
+
+
+@pytest.fixture(scope="module")
+def page(site, browser):
+    """One visit for all tests that only look: its models are loaded once."""
+    reader = Reader(browser, site / "book/live.html", viewport={"width": 1000, "height": 900})
+    yield reader
+    reader.close()
+
+
+def weights(reader) -> list[str]:
+    return [name for name in zoo.shipped() if any(f"/{name}.js" in url for url in reader.requests)]
+
+
+def test_weights_are_loaded_when_a_piece_is_touched_by_keyboard_alone(page):
+    assert weights(page) == [] and not any("engine.js" in url for url in page.requests)
+    page.at("rounds", "textarea").focus()
+    page.page.keyboard.press("Tab")  # to the slider
+    page.wait("rounds", ".irann-letters small")
+    assert weights(page) == ["thinker"]
+    page.page.keyboard.press("Home")  # a threshold of 0: one round each
+    page.wait("rounds", ".irann-words:has-text('1.00 rounds')")
+    page.page.keyboard.press("End")
+    page.wait("rounds", ".irann-words:has-text('6.00 rounds')")
+    read_aloud = page.at("rounds", "[role='img']").first.get_attribute("aria-label")
+    assert read_aloud == "To be, or not to be, that is the question"
+
+
+def test_greedy_text_is_pytorchs_to_the_letter(page):
+    page.slide("write", "temperature", 0)
+    page.slide("write", "length", 64)
+    page.at("write", "button:has-text('write')").click()
+    page.says("write", "Written.")
+    for name in ("gpt", "thinker", "mamba"):
+        model = zoo.load(name)
+        ids = model.vocabulary.encode("ROMEO:\n")
+        *_, draft = model.generate(ids[None], 64, temperature=0)
+        assert page.written(name) == model.vocabulary.decode(draft.ids[0]), name
+        assert "characters/s" in page.at("write", f"[aria-label='{name}'] .irann-rate").inner_text()
+    for name in ("diffusion", "thinker-page"):
+        assert len(page.written(name)) == 7 + 64
+
+
+def test_nats_of_a_text_are_the_models_own(page):
+    text = "ROMEO:\nThe sun is dark."
+    page.at("cost", "textarea").fill(text)
+    page.says("cost", "blind guess")
+    model = zoo.load("gpt")
+    ids = model.vocabulary.encode("\n" + text)[None]
+    with torch.no_grad():
+        nats = model.nll(ids).mean().item()
+    page.wait("cost", f".irann-words:has-text('{nats:.3f} nats')")
+    page.wait("cost", ".irann-row:has-text('counts') .irann-words:has-text('nats')")
+
+
+def test_attention_the_next_character_and_its_temperature(page):
+    page.at("attention", "textarea").fill("KING RICHARD II")
+    page.wait("attention", ".irann-bars li:has-text(':')")
+    page.slide("attention", "temperature", 0.1)
+    assert "100.0 %" in page.at("attention", ".irann-bars li").first.inner_text()
+    page.slide("attention", "position", 3)
+    assert page.at("attention", ".irann-mark").inner_text() == "N"
+    first = page.at("attention", ".irann-words").inner_text()
+    page.slide("attention", "head", 2)
+    assert page.at("attention", ".irann-words").inner_text() != first
+
+
+def test_noise_is_dragged_and_a_gap_is_filled(page):
+    page.at("denoise", "textarea").fill("KING RI_____ II:\nMy lord")
+    page.slide("denoise", "noise", 0)
+    page.says("denoise", "Noise level 1 of")
+    assert "19 of 19 right" in page.at("denoise", ".irann-out").inner_text()
+    page.slide("denoise", "noise", 1)
+    page.says("denoise", "Noise level 1000 of")
+    page.at("denoise", "button:has-text('fill')").click()
+    page.says("denoise", "Written in 16 steps")
+    filled = page.at("denoise", ".irann-words").inner_text()
+    assert re.fullmatch(r"KING RI[^_]{5} II:\s*My lord", filled, re.S), filled
+    for name in ("thinker-page", "diffusion"):
+        page.at("gaps", "select").select_option(name)
+        page.at("gaps", "button:has-text('fill')").click()
+        page.says("gaps", "Written in")
+        filled = page.at("gaps", ".irann-words").inner_text()
+        assert re.fullmatch(r"What [^_]{3} through yonder [^_]{6} breaks\?", filled, re.S), filled
+        page.at("gaps", "textarea").fill("What ___ through yonder ______ breaks?")
+        page.page.evaluate("document.querySelector('#live-gaps .irann-status').textContent = ''")
+
+
+def test_the_state_of_mamba_and_the_chat(page):
+    page.at("forget", "textarea").focus()
+    page.wait("forget", ".irann-row:has-text('layer 7') .irann-letters span")
+    page.at("chat", "textarea").fill("What news?")
+    page.page.keyboard.press("Enter")
+    page.says("chat", "has answered")
+    said, answer = page.at("chat", ".irann-out p").all_inner_texts()
+    assert said == "What news?" and len(answer) > 5
+
+
+def test_what_is_typed_is_never_markup_and_unknown_characters_are_named(page):
+    page.at("cost", "textarea").fill(EVIL + "\u00e9")
+    words = page.says("cost", "Left out")
+    assert "\u00e9" in words and "<" in words
+    page.at("chat", "textarea").fill(EVIL)
+    page.page.keyboard.press("Enter")
+    page.says("chat", "Left out")
+    assert EVIL in page.at("chat", ".irann-out").inner_text()
+    assert page.page.evaluate("window.broken") is None
+    assert page.page.locator(".irann-live img").count() == 0
+
+
+def test_a_link_keeps_the_state_on_a_phone_in_the_dark(site, browser):
+    state = urlencode({"text": "Exeunt all", "threshold": 0.05})
+    phone = {"viewport": {"width": 390, "height": 800}, "color_scheme": "dark"}
+    reader = Reader(browser, site / "book/live.html", f"#live-rounds?{state}", **phone)
+    reader.says("rounds", "Under each character")
+    assert reader.at("rounds", "textarea").input_value() == "Exeunt all"
+    assert "threshold=0.05" in reader.at("rounds", ".irann-link").get_attribute("href")
+    reader.at("rounds", "textarea").fill("W" * 120)
+    reader.says("rounds", "Under each character")
+    assert reader.page.evaluate("document.documentElement.scrollWidth") <= 390
+    reader.close()
+
+
+def test_damaged_weights_are_refused_in_a_sentence(site, browser, tmp_path):
+    shutil.copytree(site, tmp_path / "site")
+    path = tmp_path / "site" / "_static" / "live" / "mamba.js"
+    script = path.read_text()
+    path.write_text(
+        script[:2_000_000] + ("A" if script[2_000_000] != "A" else "B") + script[2_000_001:]
+    )
+    reader = Reader(browser, tmp_path / "site/book/live.html")
+    reader.at("forget", "textarea").focus()
+    assert "mamba: its weights are damaged" in reader.says("forget", "This cannot run here")
+    path.unlink()
+    reader.page.reload()
+    reader.at("forget", "textarea").focus()
+    reader.says("forget", "mamba.js could not be read")
+    reader.close()
+
+
+def test_without_scripts_the_page_says_what_would_be_there(site, browser):
+    reader = Reader(browser, site / "book/live.html", java_script_enabled=False)
+    boxes = reader.page.locator(".irann-live")
+    assert boxes.count() == len(export.PIECES)
+    assert "a browser that has JavaScript and WebAssembly" in boxes.first.inner_text()
+    for still in reader.page.locator(".irann-still").all():
+        assert len(still.get_attribute("aria-label")) > 30
+        assert "still-" in still.evaluate("e => getComputedStyle(e).backgroundImage")
+        assert still.bounding_box()["height"] > 100
+    reader.close()
+
+
+def test_the_site_without_weights_has_grown_by_less_than_300_kb(site):
+    files = [path for path in (site / "_static/live").iterdir() if path.stem not in zoo.shipped()]
+    assert 100_000 < sum(path.stat().st_size for path in files) < 280_000
+
+
+def test_an_exported_page_lives_alone(browser, tmp_path):
+    name, path = "mamba", tmp_path / "page.html"
+    command = [sys.executable, "-m", "irann", "export", name, "--out", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0 and "wrote" in done.stdout, done.stderr
+    reader = Reader(browser, path)
+    reader.slide("write", "length", 64)
+    reader.at("write", "button:has-text('write')").click()
+    reader.says("write", "Written.")
+    assert len(reader.written(name)) == 7 + 64
+    for piece in reader.page.evaluate(
+        "[...document.querySelectorAll('.irann-live')].map(b => b.id)"
+    ):
+        reader.page.locator(f"#{piece} textarea").focus()
+        reader.page.wait_for_timeout(200)
+        assert "cannot" not in reader.page.locator(f"#{piece} .irann-status").inner_text()
+    others = [url for url in reader.requests if not url.startswith(("blob:", path.as_uri()))]
+    assert others == []
+    reader.close()
+
+
+def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
+    """They may be signs of HTML; what is typed and they do not have is left out."""
+    vocabulary = Vocabulary("\n</script>&\"'abc")
+    config, _ = zoo.recipe("gpt", "tiny", vocabulary=len(vocabulary))
+    model = zoo.build("gpt", config, seed=0)
+    model.vocabulary = vocabulary
+    path = tmp_path / "page.html"
+    path.write_text(export.page(model))
+    reader = Reader(browser, path)
+    reader.at("write", "textarea").fill("</script>abcX\n")
+    reader.slide("write", "length", 256)  # beyond the window
+    reader.at("write", "button:has-text('write')").click()
+    assert "Left out, for gpt does not know them: X" in reader.says("write", "Written.")
+    written = reader.written("gpt")
+    assert written.startswith("</script>abc\n") and len(written) == 13 + 256
+    assert set(written) <= set(vocabulary.characters)
+    reader.close()
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [(["nothing"], 2, "neither a model"), (["gpt", "--out", "missing/page.html"], 1, "missing")],
+)
+def test_what_cannot_be_exported_is_one_sentence(
+    arguments, code, words, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", *arguments])
+    said = capsys.readouterr().err
+    assert ended.value.code == code and words in said and said.count("\n") == 1
