@@ -421,7 +421,7 @@ class Session:
         if not isinstance(self.model, lm.Reader):
             return []
         drawn = {"generator": lm.seeded(self.model, 0)} | own if own else {}
-        with lm.evaluating(self.model):
+        with lm.evaluating(self.model, ids.numel()):
             p = self.model.read(ids, **drawn)[0][0].float().softmax(-1)
         best = p.topk(min(LIKELY, p.shape[-1]))
         characters = lm.vocabulary_of(self.model).characters

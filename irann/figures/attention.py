@@ -160,7 +160,7 @@ def maps(weights: Float[Tensor, "layers h t s"], line: str) -> Any:
     import matplotlib.pyplot as plt
 
     layers, h = weights.shape[:2]
-    figure = plt.figure(figsize=(7.2, 3.9 + 1.35 * layers), layout="constrained")
+    figure: Any = plt.figure(figsize=(7.2, 3.9 + 1.35 * layers), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.35 * layers, 3.9))
     grid = above.subplots(layers, h, squeeze=False)
     for i, ax in enumerate(grid.flat):

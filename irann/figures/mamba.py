@@ -94,7 +94,7 @@ def block(*, d: int, e: int, n: int, k: int, rank: int) -> Any:
     ]
     for x, y, width, name in parts:
         mine = name.startswith("scan")
-        style = {"color": HUE, "fill": FILL} if mine else {}
+        style: dict[str, Any] = {"color": HUE, "fill": FILL} if mine else {}
         box(ax, x, y, width, 5 if width > 4 else 3.2, name, **style)
     across = [
         (1, 5.5, ""),
