@@ -141,7 +141,8 @@ function worker() {
       for (let i = 0; i < t; i++) {
         if (i) engine.push(ids[i]);
         const weights = floats(engine.get_attention(), rows * (c.window + 1));
-        for (let row = 0; row < rows; row++) for (let s = 0; s <= i; s++) maps[(i * rows + row) * t + s] = weights[row * (c.window + 1) + s];
+        for (let row = 0; row < rows; row++)
+          for (let s = 0; s <= i; s++) maps[(i * rows + row) * t + s] = weights[row * (c.window + 1) + s];
       }
       yield { maps, logits: [...floats(engine.get_logits(), c.vocabulary)] };
     },
@@ -165,7 +166,8 @@ function worker() {
       const a = Math.sqrt(signal(tau)), b = Math.sqrt(1 - signal(tau));
       for (let i = 0; i < t * ch; i++) noisy[i] = a * points[ids[i / ch | 0] * ch + i % ch] + b * noisy[i];
       const best = (n, f) => { let top = 0; for (let j = 1; j < n; j++) if (f(j) > f(top)) top = j; return top; };
-      const near = ids.map((_, i) => best(v, j => { let dot = 0; for (let k = 0; k < ch; k++) dot += noisy[i * ch + k] * points[j * ch + k]; return dot; }));
+      const along = (i, j) => { let dot = 0; for (let k = 0; k < ch; k++) dot += noisy[i * ch + k] * points[j * ch + k]; return dot; };
+      const near = ids.map((_, i) => best(v, j => along(i, j)));
       engine.see_through(signal(tau));  // twice: the second time it sees its own first guess
       engine.keep_guess(1);
       engine.see_through(signal(tau));
@@ -181,14 +183,15 @@ function worker() {
     engine = new WebAssembly.Instance(new WebAssembly.Module(bytes(code))).exports;
     const file = bytes(data), at = engine.room(file.length);
     new Uint8Array(engine.memory.buffer, at, file.length).set(file);
-    const digest = [...new Uint8Array(engine.memory.buffer, engine.sha256(file.length), 32)].map(b => b.toString(16).padStart(2, "0")).join("");
-    if (digest != sha256) throw Error("its weights are damaged: they do not fit their SHA-256");
+    const digest = [...new Uint8Array(engine.memory.buffer, engine.sha256(file.length), 32)];
+    if (digest.map(b => b.toString(16).padStart(2, "0")).join("") != sha256) throw Error("its weights are damaged: they do not fit their SHA-256");
     const refused = engine.open_model(file.length);
-    if (refused) throw Error(["", "its weights are no model of this engine", "its weights have a wrong length", "there is too little memory"][refused]);
+    const reasons = ["", "its weights are no model of this engine", "its weights have a wrong length", "there is too little memory"];
+    if (refused) throw Error(reasons[refused]);
     c = Object.fromEntries(NAMES.map((name, i) => [name, new Int32Array(file.buffer, 0, 20)[i]]));
     c.kind = KINDS[c.kind];
     c.page = page || c.window + 1 >> 1;
-    if (c.levels) [alphaBar, cumulative] = [0, 1].map(i => new Float64Array(file.buffer.slice(80 + 8 * i * c.levels, 88 + 8 * (i + 1) * c.levels - 8)));
+    if (c.levels) [alphaBar, cumulative] = [0, 1].map(i => new Float64Array(file.buffer, 80 + 8 * i * c.levels, c.levels));
     return c;
   }
 
@@ -402,6 +405,8 @@ function letters(signs, shade, words, options = {}) {
   });
   return line;
 }
+// Letters shaded by what they cost, as far as that is known.
+const priced = (signs, cost) => letters(signs.slice(0, cost.length), i => cost[i] / 6, i => `${spoken(signs[i])}: ${cost[i].toFixed(2)} nats`);
 const row = (name, line, words) => h("div", { class: "irann-row" }, h("b", {}, name), line, h("span", { class: "irann-words" }, words));
 const mean = values => values.length ? values.reduce((a, b) => a + b, 0) / values.length : 0;
 const any = () => Math.random() * 1e6 | 0;
@@ -412,7 +417,8 @@ function bars(model, logits, temperature, most = 8) {
   const p = logits.map(x => Math.exp((x - top) / cold)), sum = p.reduce((a, b) => a + b, 0);
   const order = p.map((_, i) => i).sort((a, b) => p[b] - p[a]).slice(0, most);
   return h("ol", { class: "irann-bars", "aria-label": "the likeliest next characters" }, ...order.map(i => {
-    const bar = h("li", {}, h("b", { "aria-label": spoken(model.characters[i]) }, model.characters[i] == " " ? "\u2423" : seen(model.characters[i])), h("i", {}), `${(p[i] / sum * 100).toFixed(1)} %`);
+    const sign = model.characters[i], shown = sign == " " ? "\u2423" : seen(sign);
+    const bar = h("li", {}, h("b", { "aria-label": spoken(sign) }, shown), h("i", {}), `${(p[i] / sum * 100).toFixed(1)} %`);
     bar.style.setProperty("--shade", (p[i] / sum).toFixed(4));
     return bar;
   }));
@@ -448,7 +454,8 @@ const pieces = {
     build(piece) {
       piece.text("text", "your text", LINE);
       const names = piece.models.filter(name => READERS.includes(name));
-      piece.checks("models", "what each character costs under", [...(piece.box.dataset.counts ? ["counts"] : []), ...names], ["counts", names[0]]);
+      if (piece.box.dataset.counts) names.unshift("counts");
+      piece.checks("models", "what each character costs under", names, names.slice(0, 2));
     },
     async update(piece) {
       const names = piece.get("models").split(" ").filter(Boolean), rows = names.map(name => row(name, "", "..."));
@@ -456,11 +463,12 @@ const pieces = {
       await Promise.all(names.map(async (name, at) => {
         const show = (signs, cost) => {
           const words = `${mean(cost).toFixed(3)} nats per character, ${(mean(cost) / Math.LN2).toFixed(2)} bits`;
-          rows[at].replaceChildren(...row(name, letters(signs.slice(0, cost.length), i => cost[i] / 6, i => `${spoken(signs[i])}: ${cost[i].toFixed(2)} nats`), words).childNodes);
+          rows[at].replaceChildren(...row(name, priced(signs, cost), words).childNodes);
         };
         if (name == "counts") {
           if (!irannLive.counts) await load("counts");
-          const { characters, pairs } = irannLive.counts, known = [...piece.get("text")].filter(sign => characters.includes(sign)).slice(0, 200);
+          const { characters, pairs } = irannLive.counts;
+          const known = [...piece.get("text")].filter(sign => characters.includes(sign)).slice(0, 200);
           const total = pairs.map(line => line.reduce((a, b) => a + b, 0));
           return show(known, known.map((sign, i) => {
             const before = characters.indexOf(i ? known[i - 1] : "\n"), count = pairs[before][characters.indexOf(sign)];
@@ -496,10 +504,12 @@ const pieces = {
         const top = [...weights.keys()].sort((a, b) => weights[b] - weights[a]).slice(0, 3);
         const pick = i => { piece.controls.position.set(i + 1); piece.changed(); };
         const line = letters(signs, i => weights[i], i => `${spoken(signs[i])}: weight ${weights[i].toFixed(3)}`, { mark: at, pick });
+        const words = top.map(i => `${spoken(signs[i])} (${i + 1}) ${(weights[i] * 100).toFixed(0)} %`).join(", ");
         piece.out.replaceChildren(
-          row(`from \u201c${spoken(signs[at])}\u201d`, line, "most at " + top.map(i => `${spoken(signs[i])} (${i + 1}) ${(weights[i] * 100).toFixed(0)} %`).join(", ")),
+          row(`from \u201c${spoken(signs[at])}\u201d`, line, "most at " + words),
           bars(model, piece.seen.logits, piece.number("temperature")));
-        piece.say(`Layer ${piece.get("layer")}, head ${piece.get("head")}: the darker, the more is looked at. Below: what may come after the line.${piece.left}`);
+        piece.say(`Layer ${piece.get("layer")}, head ${piece.get("head")}: the darker, the more is looked at. ` +
+          `Below: what may come after the line.${piece.left}`);
       };
       if (piece.seenOf == key) return show();
       await model.ask(piece, "attention", { ids }, part => {
@@ -521,9 +531,11 @@ const pieces = {
       const model = await piece.model(), { ids, signs } = piece.encode(model, piece.get("text"), 120), most = model.config.rounds;
       await model.ask(piece, "score", { ids, before: model.newline, threshold: piece.number("threshold") }, part => {
         const done = signs.slice(0, part.cost.length), rounds = part.rounds;
+        const shade = i => (rounds[i] - 1) / Math.max(1, most - 1), below = i => rounds[i];
+        const line = letters(done, shade, i => `${spoken(signs[i])}: ${rounds[i]} rounds`, { below });
         piece.out.replaceChildren(
-          row("rounds", letters(done, i => (rounds[i] - 1) / Math.max(1, most - 1), i => `${spoken(signs[i])}: ${rounds[i]} rounds`, { below: i => rounds[i] }), `${mean(rounds).toFixed(2)} rounds to guess a character`),
-          row("nats", letters(done, i => part.cost[i] / 6, i => `${spoken(signs[i])}: ${part.cost[i].toFixed(2)} nats`), `${mean(part.cost).toFixed(3)} nats per character`));
+          row("rounds", line, `${mean(rounds).toFixed(2)} rounds to guess a character`),
+          row("nats", priced(signs, part.cost), `${mean(part.cost).toFixed(3)} nats per character`));
         if (part.done) piece.say(`Under each character: the rounds, at most ${most}, taken to guess it.${piece.left}`);
       });
     },
@@ -544,9 +556,12 @@ const pieces = {
       if (!ids.length) return piece.say("Write a few characters." + piece.left);
       await model.ask(piece, "level", { ids, part: piece.number("noise"), seed: piece.number("seed") }, part => {
         const right = part.guess.filter((id, i) => id == ids[i]).length;
+        const [near, guess] = [part.near, part.guess].map(found => found.map(id => model.characters[id]));
+        const wrong = i => part.near[i] == ids[i] ? 0 : 0.6, price = i => `${part.cost[i].toFixed(2)} nats for ${spoken(signs[i])}`;
         piece.out.replaceChildren(
-          row("nearest", letters(part.near.map(id => model.characters[id]), i => part.near[i] == ids[i] ? 0 : 0.6, i => `was ${spoken(signs[i])}`), "what the noisy points are nearest to"),
-          row("its guess", letters(part.guess.map(id => model.characters[id]), i => part.cost[i] / 6, i => `${part.cost[i].toFixed(2)} nats for ${spoken(signs[i])}`), `${right} of ${ids.length} right, ${mean(part.cost).toFixed(2)} nats per character`));
+          row("nearest", letters(near, wrong, i => `was ${spoken(signs[i])}`), "what the noisy points are nearest to"),
+          row("its guess", letters(guess, i => part.cost[i] / 6, price),
+            `${right} of ${ids.length} right, ${mean(part.cost).toFixed(2)} nats per character`));
         piece.say(`Noise level ${part.tau} of ${model.config.levels}, without the gaps.${piece.left}`);
       });
     },
@@ -572,13 +587,14 @@ const pieces = {
       if (!t) return piece.say("Write a few characters." + piece.left);
       await model.ask(piece, "forget", { ids }, part => {
         const { kept, step } = part, widest = Math.max(...step), { layers } = model.config;
-        const strongest = step.indexOf(widest);
+        const strongest = step.indexOf(widest), words = `largest at ${spoken(signs[strongest])} (${strongest + 1}): it rewrites most`;
         piece.out.replaceChildren(
-          row("step size", letters(signs, i => step[i] / widest, i => `${spoken(signs[i])}: ${step[i].toFixed(3)}`), `largest at ${spoken(signs[strongest])} (${strongest + 1}): it rewrites most`),
+          row("step size", letters(signs, i => step[i] / widest, i => `${spoken(signs[i])}: ${step[i].toFixed(3)}`), words),
           ...Array.from({ length: layers }, (_, layer) => {
             const own = kept.slice(layer * t, layer * t + t), half = own.filter(x => x < 0.5).length;
-            const words = half ? `half is gone after ${t - half} characters` : `even of the first character ${(own[0] * 100).toFixed(0)} % is left`;
-            return row(`layer ${layer + 1}`, letters(signs, i => own[i], i => `${spoken(signs[i])}: ${(own[i] * 100).toFixed(0)} % is left`), words);
+            const left = i => `${(own[i] * 100).toFixed(0)} % is left`;
+            const words = half ? `half is gone after ${t - half} characters` : `even of the first character ${left(0)}`;
+            return row(`layer ${layer + 1}`, letters(signs, i => own[i], i => `${spoken(signs[i])}: ${left(i)}`), words);
           }));
         piece.say(`How much of what each character wrote is left in the state at the end: the darker, the more.${piece.left}`);
       });
@@ -599,7 +615,8 @@ const pieces = {
     names: piece => piece.models.length > 1 ? piece.get("models").split(" ").filter(Boolean) : piece.models,
     stop(piece) { piece.turn++; for (const name of piece.models) Model.named(name).cancel(piece); },
     async run(piece) {
-      const names = this.names(piece), panels = names.map(name => h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }, ""), h("pre", { tabindex: 0 })));
+      const names = this.names(piece), panels = names.map(name =>
+        h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }), h("pre", { tabindex: 0 })));
       this.stop(piece);
       piece.out.replaceChildren(...panels);
       const failed = [], turn = piece.turn = (piece.turn || 0) + 1;
@@ -607,10 +624,12 @@ const pieces = {
         const [, rate, text] = panels[at].children;
         try {
           const model = await piece.model(name), { ids } = piece.encode(model, piece.get("text"), 1000);
-          const given = { ids: ids.length ? ids : [model.newline], n: piece.number("length"), temperature: piece.number("temperature"), seed: piece.number("seed") };
+          const given = { ids: ids.length ? ids : [model.newline], n: piece.number("length"), seed: piece.number("seed") };
+          given.temperature = piece.number("temperature");
           await model.ask(piece, "write", given, part => {
-            const whole = model.decode(part.ids);
-            text.replaceChildren(h("span", { class: "irann-given" }, whole.slice(0, given.ids.length)), whole.slice(given.ids.length, part.settled), h("span", { class: "irann-unsettled" }, whole.slice(Math.max(part.settled, given.ids.length))));
+            const from = given.ids.length, settled = Math.max(part.settled, from), said = (a, b) => model.decode(part.ids.slice(a, b));
+            text.replaceChildren(
+              h("span", { class: "irann-given" }, said(0, from)), said(from, settled), h("span", { class: "irann-unsettled" }, said(settled)));
             rate.textContent = `${part.rate.toFixed(0)} characters/s`;
           });
         } catch (error) { failed.push(error.message); text.textContent = `This cannot run here: ${error.message}.`; }
@@ -626,7 +645,11 @@ const pieces = {
       piece.slider("temperature", "temperature", 0, 1.5, 0.05, 0.7, x => x.toFixed(2));
       piece.history = "";
       const line = piece.text("text", "you say", "What news, my lord?", 1);
-      line.addEventListener("keydown", event => { if (event.key == "Enter" && !event.shiftKey) { event.preventDefault(); piece.attempt(() => pieces.chat.answer(piece)); } });
+      line.addEventListener("keydown", event => {
+        if (event.key != "Enter" || event.shiftKey) return;
+        event.preventDefault();
+        piece.attempt(() => pieces.chat.answer(piece));
+      });
       piece.button("say it", () => pieces.chat.answer(piece));
       piece.button("begin anew", () => { piece.history = ""; piece.out.replaceChildren(); piece.say(this.idle); });
       piece.out.setAttribute("role", "log");
@@ -642,7 +665,10 @@ const pieces = {
       const { ids } = model.encode(piece.history.slice(-400)), until = model.encode("\n\n").ids;
       let answer = "";
       const given = { ids, n: 400, temperature: piece.number("temperature"), seed: any(), until };
-      await model.ask(piece, "write", given, part => { answer = model.decode(part.ids.slice(ids.length)); speech.textContent = answer.trim(); });
+      await model.ask(piece, "write", given, part => {
+        answer = model.decode(part.ids.slice(ids.length));
+        speech.textContent = answer.trim();
+      });
       piece.history += answer;
       piece.say(`${model.name} has answered.${piece.left}`);
     },
