@@ -83,9 +83,8 @@ def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any,
     return changed[0], changed[1]
 
 
-# the thinker's form that chapter 2 arrives at: all blocks in the core, and a prior by which a
-# further round should gain
-# 0.07 nats (prior_weight times ln 2) to be as likely as the one before it
+# the thinker's form that appendix 2b arrives at: all blocks in the core, and a prior by which a
+# further round should gain 0.07 nats (prior_weight times ln 2) to be as likely as the one before it
 DEEP: dict[str, Any] = dict(
     prelude=0, core=2, round_gains=True, supervision="late", prior=0.5, prior_weight=0.1
 )
