@@ -117,7 +117,7 @@ def gpt_to_transformers(ours: GPT) -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    theirs: nn.Module = GPT2LMHeadModel(config)
+    theirs: Any = GPT2LMHeadModel(config)
     theirs.to(ours.wte.weight)
     return _filled(theirs, ours, prefix="transformer.", transposed=("c_attn", "c_proj", "c_fc"))
 
@@ -150,7 +150,7 @@ def mamba_to_transformers(ours: Mamba) -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    theirs: nn.Module = MambaForCausalLM(config)
+    theirs: Any = MambaForCausalLM(config)
     theirs.to(ours.embeddings.weight)
     return _filled(theirs, ours, prefix="backbone.")
 
