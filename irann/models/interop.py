@@ -117,8 +117,8 @@ def gpt_to_transformers(ours: GPT) -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    theirs = GPT2LMHeadModel(config)
-    nn.Module.to(theirs, ours.wte.weight)
+    theirs: Any = GPT2LMHeadModel(config)
+    theirs.to(ours.wte.weight)
     return _filled(theirs, ours, prefix="transformer.", transposed=("c_attn", "c_proj", "c_fc"))
 
 
@@ -150,8 +150,8 @@ def mamba_to_transformers(ours: Mamba) -> Any:
         bos_token_id=0,
         eos_token_id=0,
     )
-    theirs = MambaForCausalLM(config)
-    nn.Module.to(theirs, ours.embeddings.weight)
+    theirs: Any = MambaForCausalLM(config)
+    theirs.to(ours.embeddings.weight)
     return _filled(theirs, ours, prefix="backbone.")
 
 
