@@ -219,3 +219,10 @@ def test_bad_calls_of_the_fixed_point_are_named():
             fixed_point(lambda x: x, x, tolerance=0.1, max_rounds=rounds)
     with refuses("keep the shape"):
         fixed_point(lambda x: x[:, :1], x, tolerance=0.1, max_rounds=3)
+
+
+def test_a_state_may_be_one_number_a_row():
+    found = fixed_point(
+        lambda x: x / 2 + 1, torch.zeros(3, dtype=torch.float64), tolerance=1e-9, max_rounds=99
+    )
+    torch.testing.assert_close(found.x, torch.full((3,), 2.0, dtype=torch.float64))

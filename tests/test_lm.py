@@ -24,7 +24,7 @@ from transformers import (
 
 from irann import lm, zoo
 from irann.lm import Draft, Reader, filter_logits
-from irann.sampling import sample
+from irann.sampling import SAMPLING, Sampling, check_sampling, sample
 from irann.text import Vocabulary
 
 
@@ -326,3 +326,10 @@ def test_sizes_that_cannot_be_are_named(config):
 def test_ids_that_are_no_tensor_are_named(name):
     with refuses("ids are a tensor of whole numbers"):
         zoo.build(name, zoo.recipe(name, "tiny")[0]).nll([[1, 2, 3]])
+
+
+def test_the_defaults_that_are_offered_filter_nothing():
+    offered = {name: setting.default for name, setting in SAMPLING.items()}
+    assert check_sampling(**offered) == check_sampling() == Sampling()
+    logits = torch.randn(3, 7)
+    assert torch.equal(filter_logits(logits, **offered).softmax(-1), logits.softmax(-1))

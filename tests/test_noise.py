@@ -450,3 +450,19 @@ def test_a_markov_language_is_spoken_with_the_right_frequencies(letters, name):
     counts = torch.cdist(last, points).argmin(1).bincount(minlength=len(points))
     statistic = ((counts - n * p) ** 2 / (n * p)).sum().item()
     assert chi2.sf(statistic, len(points) - 1) > 1e-3, statistic
+
+
+@pytest.mark.parametrize("tau", [2, 7, 20])
+def test_a_step_that_is_unsure_of_x0_costs_the_kl_between_the_two_gaussians(tau):
+    schedule = Schedule("cosine", 20)
+    x0, guess, x_tau, variance = torch.rand(
+        4, 50, dtype=F64, generator=torch.Generator().manual_seed(0)
+    )
+    mean_q, variance_q = schedule.posterior(x0, x_tau, tau)
+    mean_p, _ = schedule.posterior(guess, x_tau, tau)
+    coefficient = schedule.posterior_x0[tau - 1]  # of x0 in the mean
+    q = torch.distributions.Normal(mean_q, variance_q.sqrt())
+    p = torch.distributions.Normal(mean_p, (variance_q + coefficient**2 * variance).sqrt())
+    expected = torch.distributions.kl_divergence(q, p)
+    found = noise.step_kl(schedule, x0, guess, tau, variance=variance)
+    torch.testing.assert_close(found, expected)
