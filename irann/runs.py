@@ -3,6 +3,7 @@ and a run's curve.
 """
 
 import json
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def nexts(run: Path) -> Iterator[str]:
         ("eval", "what a character of its text costs it"),
         ("plot", "how it learned"),
     ):
-        yield f"  irann {command} {run}".ljust(44) + f"  # {what}"
+        yield f"  irann {command} {shlex.quote(str(run))}".ljust(44) + f"  # {what}"
 
 
 def listing() -> Iterator[str]:
