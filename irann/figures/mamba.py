@@ -106,8 +106,8 @@ def block(*, d: int, e: int, n: int, k: int, rank: int) -> Any:
     across += [(59, 61.9, f"{e}"), (65.1, 67, ""), (75, 76.7, "")]
     for begin, end, size in across:
         arrow(ax, (begin, signal), (end, signal))
-        _label(ax, (begin + end) / 2, signal - 1.5, size)
-    _label(ax, 48.5, signal - 1.5, f"$u$: {e}")
+        _label(ax, (begin + end) / 2, signal - 3.4, size)
+    _label(ax, 48.5, signal - 3.4, f"$u$: {e}")
     corners = [([20, 20, 40], [signal - 2.5, gate, gate]), ([46, 63.5, 63.5], [gate, gate, 10.4])]
     corners += [([3, 3, 78, 78], [signal, stream, stream, 13.6])]
     for xs, ys in corners:
