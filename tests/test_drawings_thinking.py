@@ -33,6 +33,20 @@ def test_the_thinker_unrolled_shows_its_coins_its_losses_and_where_it_stops():
     assert min(text.get_fontsize() for text in ax.texts if text.get_text()) >= figures.SMALL
 
 
+def test_a_staircase_has_a_curve_for_each_number_of_hops_and_names_who_looks_where():
+    right = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    weights, names = torch.eye(3), ["a=1", "b=a", "c=b"]
+    left, beside = thinking.hops(right, weights, names, trained=4)
+    *curves, trained = left.lines
+    assert [curve.get_label() for curve in curves] == ["1", "2", "3"]
+    for far, curve in enumerate(curves, 1):
+        assert curve.get_xdata().tolist() == list(range(1, 7))
+        assert curve.get_ydata() == pytest.approx(right[far].numpy())
+    assert list(trained.get_xdata()) == [4, 4]
+    assert [tick.get_text() for tick in beside.get_yticklabels()] == names
+    assert beside.images[0].get_array().tolist() == weights.tolist()
+
+
 def test_stopping_is_the_closed_form():
     ax = thinking.stopping([1.5, 1.4, 1.4], 0.1, 0.5)
     heights = [bar.get_height() for bar in ax.patches]

@@ -1,5 +1,5 @@
-"""Chapter 2's drawings: the thinker unrolled over its rounds, and where losses and a prior stop
-it.
+"""Chapter 2's drawings: the thinker unrolled over its rounds, what it answers after each and where
+it looks, and where losses and a prior stop it.
 """
 
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from io import BytesIO
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..core.halting import expected_rounds, halting_distribution, log_geometric
 from . import ACCENT, HUES, INK, PALE, SMALL, _axes
@@ -47,6 +48,32 @@ def unrolled(halt: Sequence[float], nats: Sequence[float], *, character: str = "
     ax.text(6.1, 5.6, f"the same weights\n{rounds} times", color=red, **style)
     ax.text(2.3, 2.7, "dashed: no gradient\ngoes back", color=PALE, **style)
     return ax
+
+
+def hops(right: Tensor, weights: Tensor, names: Sequence[str], *, trained: int) -> Any:
+    """Draw right answers (hops rounds) against rounds, a curve for each number of hops but the
+    first and the last; beside it the attention weights of one program's statements.
+
+    `trained` is the last round of the training. -> both axes
+    """
+    import matplotlib.pyplot as plt
+
+    _, (left, beside) = plt.subplots(1, 2, figsize=(7.2, 3.1), width_ratios=[1.6, 1])
+    shades = plt.get_cmap("viridis")(torch.linspace(0.9, 0, len(right)).numpy())
+    for far in range(1, len(right) - 1):
+        style = {"color": shades[far], "label": f"{far}"}
+        left.plot(range(1, right.shape[1] + 1), right[far], ".-", **style)
+    left.axvline(trained, color=INK, ls=":", lw=1)
+    left.set(xlabel="round", ylabel="right answers", ylim=(0.3, 1.03), title="h hops take h rounds")
+    left.legend(title="hops", ncols=2, loc="lower right")
+    image = beside.imshow(weights, cmap="magma_r", vmin=0, vmax=1)
+    style = {"family": "monospace", "fontsize": SMALL}
+    beside.set_xticks(range(len(names)), names, rotation=90, **style)
+    beside.set_yticks(range(len(names)), names, **style)
+    beside.set_title("who looks where")
+    beside.grid(False)
+    beside.figure.colorbar(image, ax=beside, label="attention weight", fraction=0.046)
+    return left, beside
 
 
 def stopping(nats: Sequence[float], beta: float, prior: float, *, ax: Any = None) -> Any:
