@@ -53,7 +53,7 @@ def smaller(picture: str) -> str:
     """
     image = Image.open(io.BytesIO(base64.b64decode(picture)))
     dpi = {"dpi": image.info["dpi"]} if "dpi" in image.info else {}
-    plain = {"method": Image.Quantize.MEDIANCUT, "dither": Image.Dither.NONE}
+    plain = {"method": Image.Quantize.FASTOCTREE, "dither": Image.Dither.NONE}
     colours = image.convert("RGB").quantize(128, **plain)
     file = io.BytesIO()
     colours.save(file, "png", optimize=True, **dpi)
