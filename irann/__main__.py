@@ -598,12 +598,16 @@ def _code_of(error: Exception) -> int | None:
         return 2
     if _no_memory(error):
         return 1
+    if isinstance(error, OSError) and error.errno is None:  # not the system's word: ours
+        return None
     return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
 
 
 def _no_memory(error: Exception) -> bool:
     words = str(error)
-    allocation = isinstance(error, RuntimeError) and "allocate" in words and "memory" in words
+    refused = "allocate" in words and "memory" in words
+    too_large = "Storage size calculation overflowed" in words or "Overflow when unpacking" in words
+    allocation = isinstance(error, RuntimeError | TypeError) and (refused or too_large)
     return allocation or isinstance(error, MemoryError)
 
 

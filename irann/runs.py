@@ -81,6 +81,7 @@ def nexts(run: Path) -> Iterator[str]:
         ("chat", "it answers"),
         ("eval", "what a character of its text costs it"),
         ("plot", "how it learned"),
+        ("export", "a page to give away, in which it is live"),
     ):
         yield f"  irann {command} {shlex.quote(str(run))}".ljust(44) + f"  # {what}"
 
