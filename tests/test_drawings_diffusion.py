@@ -25,19 +25,42 @@ def test_the_forward_process_shows_every_level_with_its_number():
 
 def test_a_reverse_step_lands_where_the_package_lands():
     schedule = Schedule("cosine", 100)
-    a, b = schedule.alpha_bar[60 - 1].item(), schedule.alpha_bar[40 - 1].item()
+    alpha_bar = torch.cat([torch.ones(1).double(), schedule.alpha_bar])
+    a, b = alpha_bar[60].item(), alpha_bar[40].item()
     x, guess, eps = (torch.tensor([v], dtype=torch.float64) for v in (0.3, 0.7, -0.4))
-    s = ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
-    ax = diffusion.reverse_step(0.3, 0.7, 60, 40, (a, b), s, -0.4)
+    ax = diffusion.reverse_step(0.3, 0.7, 60, 40, alpha_bar, 1.0, -0.4)
     after = noise.step(guess, x, a, b, noise=lambda x: eps).item()
     assert f"x_{{40}}$ = {after:+.2f}" in letters(ax)
     plt.close()
 
 
 def test_a_film_has_a_row_for_each_level():
-    ax = diffusion.film(["ab\n", "abc"], [[True, True, False], [True] * 3], [700, 20])
+    ax = diffusion.film(["ab\n", "abc"], [[True, True, False], [True] * 3], [700, 20], "a film")
+    assert ax.get_title() == "a film"
     assert letters(ax) == "a b \u21b5 a b c 700 20"
     plt.close()
+
+
+def test_schedules_draw_the_signal_and_its_snr():
+    schedule = Schedule("sqrt", 10)
+    alpha_bar = torch.cat([torch.ones(1).double(), schedule.alpha_bar])
+    signal, snr, read = diffusion.schedules({"sqrt": (alpha_bar, [1.0, 0.5])}, [1, 6])
+    assert torch.allclose(torch.tensor(signal.lines[0].get_ydata()), schedule.alpha_bar)
+    assert torch.allclose(torch.tensor(snr.lines[0].get_ydata()), schedule.snr.log())
+    assert list(read.lines[0].get_ydata()) == [1.0, 0.5]
+    plt.close()
+
+
+def test_humps_and_cosines_show_what_they_are_given():
+    _, (left, right) = plt.subplots(1, 2)
+    grid = torch.linspace(-1, 1, 5)
+    diffusion.humps(left, grid, grid**2, grid.abs(), 0.25)
+    assert list(left.lines[0].get_ydata()) == grid.abs().tolist()
+    assert list(left.lines[1].get_xdata()) == [0.25, 0.25]
+    diffusion.cosines(right, torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]), "ab\n")
+    assert right.images[0].get_array().tolist() == [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["a", "b", "\u21b5"]
+    plt.close("all")
 
 
 def test_a_slider_that_is_moved_draws_anew():

@@ -1,14 +1,14 @@
-"""Schematics of chapter 3: the forward process, and one step of the reverse process, both with real
-numbers.
+"""Drawings of chapter 3: the forward process and one step of the reverse process, with real
+numbers; schedules, the two humps of a step, texts at several noise levels, cosines between points.
 """
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from . import INK, PALE, SMALL, colour, on_text
+from . import ACCENT, INK, PALE, SMALL, colour, on_text, visible
 from .sketch import arrow, box, canvas
 
 
@@ -42,13 +42,14 @@ def reverse_step(
     tau: int,
     tau_next: int,
     alpha_bar: Sequence[float],
-    s: float,
+    eta: float,
     eps: float,
 ) -> Any:
     """Draw equation (6) on one number: the guess, the noise that follows from it, and the three
-    terms of the next x. `alpha_bar` is that of both levels.
+    terms of the next x. Entry tau of `alpha_bar` is that of level tau.
     """
-    a, b = torch.tensor(alpha_bar, dtype=torch.float64).tolist()
+    a, b = float(alpha_bar[tau]), float(alpha_bar[tau_next])
+    s = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
     noise = (x - a**0.5 * guess) / (1 - a) ** 0.5
     keep = (1 - b - s**2) ** 0.5
     after = b**0.5 * guess + keep * noise + s * eps
@@ -73,7 +74,54 @@ def reverse_step(
     return ax
 
 
-def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int]) -> Any:
+def schedules(curves: Mapping[str, tuple[torch.Tensor, Sequence[float]]], taus: Any) -> Any:
+    """Draw schedules side by side: alpha_bar (entry 0 is level 0), the log of the SNR, and the
+    fraction of characters that are still read at the levels `taus`. `curves` holds for each name
+    its alpha_bar and its fractions.
+    """
+    import matplotlib.pyplot as plt
+
+    looks = {"linear": (PALE, "--"), "cosine": (colour("diffusion"), "-"), "sqrt": (ACCENT, "-")}
+    axes = plt.subplots(1, 3, figsize=(7.2, 2.6), sharex=True)[1]
+    for name, (alpha_bar, read) in curves.items():
+        look = dict(zip(("color", "ls"), looks[name]))
+        signal = alpha_bar[1:]
+        levels = range(1, len(signal) + 1)
+        axes[0].plot(levels, signal, label=name, **look)
+        axes[1].plot(levels, torch.log(signal / (1 - signal)), **look)
+        axes[2].plot(taus, read, **look)
+    axes[0].set(title="signal left, $\\bar\\alpha_\\tau$", ylim=(0, 1.02))
+    axes[1].set(title="$\\ln$ SNR", ylim=(-12, 12))
+    axes[2].set(title="fraction still read", ylim=(0, 1.02))
+    axes[0].legend()
+    for ax in axes:
+        ax.set_xlabel("noise level $\\tau$")
+    return axes
+
+
+def humps(ax: Any, grid: torch.Tensor, truth: torch.Tensor, model: torch.Tensor, x: float) -> Any:
+    """Draw on `ax` the true density of a step from `x` and the model's, over `grid`."""
+    ax.fill_between(grid, truth, color=colour("diffusion"), alpha=0.3, label="true")
+    ax.plot(grid, model, color=INK, lw=1.2, label="the model's")
+    ax.axvline(x, color=ACCENT, ls=":", lw=1.2, label="$x_\\tau$")
+    ax.set(xlabel="$x$ after the step", ylabel="density")
+    return ax
+
+
+def cosines(ax: Any, points: torch.Tensor, characters: str) -> Any:
+    """Draw on `ax` the cosines between the points `(c d)` of `characters`, with a colour bar."""
+    unit = torch.nn.functional.normalize(points, dim=-1)
+    image = ax.imshow(unit @ unit.T, cmap="RdBu_r", vmin=-1, vmax=1)
+    signs = visible(characters)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_ticks(range(len(signs)), signs, fontsize=SMALL, family="monospace")
+    ax.set(title="cosine between two points", xlabel="character")
+    ax.grid(False)
+    ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.02, label="cosine")
+    return ax
+
+
+def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int], title: str = "") -> Any:
     """Draw one text at several noise levels, a row for each; `same` says for each character of a
     row whether it is as in the end, which is drawn dark.
     """
@@ -86,6 +134,7 @@ def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int]) -> Any
     on_text(text, values, width=width, cmap="YlGn", low=-0.3, high=1.6, ax=ax)
     for y, tau in enumerate(levels):
         ax.text(-1.2, y, str(tau), ha="right", va="center", fontsize=SMALL, color=PALE)
+    ax.set_title(title)
     return ax
 
 
