@@ -6,6 +6,7 @@ beside that file; a fault that no model can do anything about is tried on one or
 """
 
 import ast
+import errno
 import os
 import re
 import resource
@@ -248,7 +249,8 @@ def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
     )
 
 
-def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
+@pytest.mark.parametrize("width", [10**6, 2**60, 10**400], ids=["large", "huge", "absurd"])
+def test_more_memory_than_there_is_is_one_sentence(width, excerpt, tmp_path):
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); from "
         "irann.__main__ import main; main()"
@@ -262,7 +264,7 @@ def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
         "--recipe",
         "tiny",
         "--set",
-        "width=1000000",
+        f"width={width}",
         "--corpus",
         str(excerpt),
     ]
@@ -272,6 +274,13 @@ def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
         and done.stderr.startswith("irann: the memory of this machine is too small")
         and done.stderr.count("\n") == 1
     )
+
+
+def test_only_the_system_s_own_errors_are_told_as_faults_of_the_disk():
+    from irann.__main__ import _code_of
+
+    assert _code_of(OSError(errno.ENOSPC, "No space left on device")) == 1
+    assert _code_of(OSError("a library that cannot be loaded")) is None  # keeps its traceback
 
 
 @every_model
