@@ -6,6 +6,7 @@ stream of whole drafts rather than of single characters, so that models that wri
 models that denoise a whole page can stand behind the same screen.
 """
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -315,9 +316,9 @@ class _Turns:
 
 
 @contextmanager
-def exclusive(model: LanguageModel, characters: int) -> Iterator[None]:
+def exclusive(model: LanguageModel, characters: float = math.inf) -> Iterator[None]:
     """No other thread trains or asks the model inside the block: a training step, or one step of
-    writing, of so many characters.
+    writing. Few characters are one thread's work.
     """
     parameters = sum(p.numel() for p in model.parameters())
     with model.turns.lock, machine.threads_for(parameters * characters):
@@ -325,7 +326,7 @@ def exclusive(model: LanguageModel, characters: int) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: LanguageModel, characters: int) -> Iterator[None]:
+def evaluating(model: LanguageModel, characters: float = math.inf) -> Iterator[None]:
     """Without dropout inside the block, as before after it, and undisturbed: writing leaves
     training as it was.
     """

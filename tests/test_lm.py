@@ -225,10 +225,10 @@ def test_one_thread_at_a_time_uses_a_model():
 
     def write():
         order.append("waits")
-        with lm.evaluating(model, 1):
+        with lm.evaluating(model):
             order.append("writes")
 
-    with lm.exclusive(model, 1):
+    with lm.exclusive(model):
         thread = threading.Thread(target=write)
         thread.start()
         time.sleep(0.2)

@@ -209,7 +209,7 @@ def by_position(model: Any, text: Any, pages: int = 60) -> list[list[float]]:
     window = model.config.window
     ids = text.val[: pages * window + 1].unfold(0, window + 1, window)
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), evaluating(model, 20 * window):
+    with torch.no_grad(), evaluating(model):
         nats = torch.cat([model.nll(part, generator=generator) for part in ids.split(20)]).mean(0)
     stretches = zip(EDGES, EDGES[1:], strict=False)
     return [[a, nats[a:b].mean().item()] for a, b in stretches if a < len(nats)]

@@ -120,7 +120,7 @@ class State:
         run.
         """
         if self.average is not None:
-            with exclusive(self.model, 1):
+            with exclusive(self.model):
                 for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                     p.copy_(mean)
 
