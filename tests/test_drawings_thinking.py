@@ -57,8 +57,8 @@ def test_stopping_is_the_closed_form():
 
 def test_the_sliders_redraw_the_picture():
     widget = thinking.drag([1.5, 1.4, 1.4], beta=0.1)
-    sliders, picture = widget.children
+    *sliders, picture = widget.children
     before = bytes(picture.value)
     assert before.startswith(b"\x89PNG") and not plt.get_fignums()
-    sliders.children[0].value = 0.2
+    sliders[0].value = 0.2
     assert bytes(picture.value) != before

@@ -2,7 +2,6 @@
 and how attention weights and losses look.
 """
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from . import ACCENT, HUES, NATS, PALE, SMALL, heat
 from .sketch import arrow, box, canvas, matrix
+from .sliders import drag
 
 
 def head(
@@ -120,25 +120,11 @@ def bars(scores: dict[str, Float[Tensor, "1 s"]]) -> Any:
 
 
 def slide(draw: Callable[[Any], Any], options: Sequence[Any], *, value: Any, name: str) -> Any:
-    """-> a widget: a slider, and below it what `draw`, given its value, draws. The picture is an
-    image, which needs no more of a notebook than to show it.
-    """
-    import matplotlib.pyplot as plt
-    from ipywidgets import Image, SelectionSlider, VBox
+    """-> a widget: a slider, and below it what `draw`, given its value, draws."""
+    from ipywidgets import SelectionSlider
 
     slider = SelectionSlider(options=options, value=value, description=name)
-    picture = Image(format="png")
-
-    def redraw(_: Any = None) -> None:
-        panels = draw(slider.value)
-        file = io.BytesIO()
-        panels[0].figure.savefig(file)
-        plt.close(panels[0].figure)
-        picture.value = file.getvalue()
-
-    redraw()
-    slider.observe(redraw, "value")
-    return VBox([slider, picture])
+    return drag(lambda value: draw(value), value=slider)
 
 
 def curve(ax: Any, losses: Sequence[float], characters: int, *, color: str, label: str) -> Any:

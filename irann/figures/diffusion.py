@@ -2,7 +2,6 @@
 numbers; schedules, the two humps of a step, texts at several noise levels, cosines between points.
 """
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from . import ACCENT, INK, PALE, SMALL, colour, on_text, visible
 from .sketch import arrow, box, canvas
+from .sliders import drag
 
 
 def forward_process(
@@ -143,23 +143,15 @@ def slide(draw: Callable[..., Any], **ranges: tuple[float, float, float]) -> Any
     the value is one), and below them the axes on which `draw(ax, **values)` has drawn.
     """
     import matplotlib.pyplot as plt
-    from ipywidgets import FloatSlider, Image, IntSlider, VBox
+    from ipywidgets import FloatSlider, IntSlider
 
-    sliders = {}
-    for name, (value, low, high) in ranges.items():
-        kind = IntSlider if isinstance(value, int) else FloatSlider
-        sliders[name] = kind(value, min=low, max=high, description=name)
-    picture = Image(format="png", width=720)
-
-    def redraw(_: Any = None) -> None:
+    def drawn(**values: float) -> Any:
         figure, ax = plt.subplots(figsize=(7.2, 2.7))
-        draw(ax, **{name: slider.value for name, slider in sliders.items()})
-        file = io.BytesIO()
-        figure.savefig(file)
-        plt.close(figure)
-        picture.value = file.getvalue()
+        draw(ax, **values)
+        return figure
 
-    for slider in sliders.values():
-        slider.observe(redraw, "value")
-    redraw()
-    return VBox([*sliders.values(), picture])
+    sliders = {
+        name: (IntSlider if isinstance(value, int) else FloatSlider)(value, min=low, max=high)
+        for name, (value, low, high) in ranges.items()
+    }
+    return drag(drawn, **sliders)

@@ -3,14 +3,13 @@ it looks, and where losses and a prior stop it.
 """
 
 from collections.abc import Sequence
-from io import BytesIO
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.halting import expected_rounds, halting_distribution, log_geometric
-from . import ACCENT, HUES, INK, PALE, SMALL, _axes
+from . import ACCENT, HUES, INK, PALE, SMALL, _axes, sliders
 from .sketch import arrow, box, canvas
 
 
@@ -98,22 +97,10 @@ def stopping(nats: Sequence[float], beta: float, prior: float, *, ax: Any = None
 
 def drag(nats: Sequence[float], *, beta: float = 0.02, prior: float = 0.3) -> Any:
     """-> `stopping` with a slider for beta and one for the prior, as a widget."""
-    import matplotlib.pyplot as plt
-    from ipywidgets import FloatSlider, HBox, Image, VBox
+    from ipywidgets import FloatSlider
 
-    betas = FloatSlider(beta, min=0.002, max=0.3, step=0.002, readout_format=".3f")
-    priors = FloatSlider(prior, min=0.02, max=0.9, step=0.02)
-    betas.description, priors.description = "beta", "prior"
-    picture = Image(width=720)
-
-    def redraw(_: Any = None) -> None:
-        png = BytesIO()
-        figure = stopping(nats, betas.value, priors.value).figure
-        figure.savefig(png, format="png")
-        plt.close(figure)
-        picture.value = png.getvalue()
-
-    for slider in (betas, priors):
-        slider.observe(redraw, "value")
-    redraw()
-    return VBox([HBox([betas, priors]), picture])
+    return sliders.drag(
+        lambda beta, prior: stopping(nats, beta, prior),
+        beta=FloatSlider(beta, min=0.002, max=0.3, step=0.002, readout_format=".3f"),
+        prior=FloatSlider(prior, min=0.02, max=0.9, step=0.02),
+    )
