@@ -61,7 +61,9 @@ def use() -> None:
         "grid.color": "#e6e6e6",
         "axes.prop_cycle": cycler(color=[*HUES.values(), *SPARE]),
         "image.cmap": "viridis",
-        "legend.frameon": False,
+        "legend.frameon": True,
+        "legend.framealpha": 0.9,
+        "legend.edgecolor": "none",
         "legend.fontsize": SMALL,
     }
     plt.rcParams.update(style)

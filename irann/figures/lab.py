@@ -26,7 +26,7 @@ setTimeout(() => {
 def attend() -> None:
     """Watch the cells of this notebook, if somebody reads it."""
     import IPython
-    from IPython.display import Javascript, display
+    from IPython.display import display
 
     shell: Any = IPython.get_ipython()
     if shell is None or not getattr(getattr(shell, "kernel", None), "_allow_stdin", False):
@@ -35,7 +35,7 @@ def attend() -> None:
         shell._irann_watch = Watch()
         shell.events.register("pre_run_cell", shell._irann_watch.begin)
         shell.events.register("post_run_cell", shell._irann_watch.end)
-    display(Javascript(BACK))
+    display({"application/javascript": BACK}, raw=True)
 
 
 class Watch:
@@ -56,14 +56,19 @@ class Watch:
             self.thread.join(1)
 
     def _say(self, over: threading.Event) -> None:
-        from IPython.display import HTML, display
+        from IPython.display import display
 
         began, line = time.monotonic(), None
         while not over.wait(1.0 if line else PATIENCE):
-            text = HTML(f"<small>running, {time.monotonic() - began:.0f} s</small>")
+            text = _small(f"running, {time.monotonic() - began:.0f} s")
             if line is None:
-                line = display(text, display_id=True)
+                line = display(text, raw=True, display_id=True)
             else:
-                line.update(text)
+                line.update(text, raw=True)
         if line is not None:
-            line.update(HTML(f"<small>{time.monotonic() - began:.0f} s</small>"))
+            line.update(_small(f"{time.monotonic() - began:.0f} s"), raw=True)
+
+
+def _small(words: str) -> dict[str, str]:
+    """-> a line of output, for a page and for a terminal."""
+    return {"text/html": f"<small>{words}</small>", "text/plain": words}

@@ -88,7 +88,7 @@ def stopping(nats: Sequence[float], beta: float, prior: float, *, ax: Any = None
     ax.bar(r - 0.2, log_g.exp(), width=0.38, color=PALE, label=f"prior, $\\lambda_g$ = {prior:.2f}")
     label = f"best $p$, $\\beta$ = {beta:.2f}: {expected_rounds(best):.2f} rounds"
     ax.bar(r + 0.2, best, width=0.38, color=HUES["thinker"], label=label)
-    ticks = [f"{i}\n{loss:.3f}" for i, loss in enumerate(losses.tolist(), 1)]
+    ticks = [f"{i}\n{loss:.4f}" for i, loss in enumerate(losses.tolist(), 1)]
     ax.set_xticks(r, ticks)
     ax.set(xlabel="round, and its loss in nats", ylabel="probability to stop", ylim=(0, 1))
     ax.legend(loc="upper left")
