@@ -209,7 +209,7 @@ UNREACHABLE = """[...document.querySelectorAll("div.math")].filter(box => {
 
 
 BEYOND = """(() => { const edge = document.querySelector(".bd-article").getBoundingClientRect().right + 1
-return [...document.querySelectorAll('mjx-container:not([display="true"]) mjx-math')].filter(formula =>
+return [...document.querySelectorAll('.bd-article mjx-container:not([display="true"]) mjx-math')].filter(formula =>
     formula.getBoundingClientRect().right > edge && !formula.closest("table, .irann-long")
 ).map(formula => formula.closest("p, li").innerText) })()"""  # formulas in a line that pass the edge of the page
 
