@@ -1081,3 +1081,12 @@ def test_a_notebook_that_is_executed_without_a_reader_stores_the_transcript(here
     assert [set(out.data) for out in outputs] == [{"text/plain", "text/html"}]
     assert outputs[0].data["text/plain"] == session.scene()
     assert "irann-reader" in outputs[0].data["text/html"]
+
+
+def test_a_bubble_names_a_run_and_not_where_it_lies():
+    from irann.chat.html import _bubble
+
+    assert "<div class='irann-name'>ROMEO \u00b7 gpt</div>" in _bubble(
+        "ROMEO", "", "/a/home/runs/gpt"
+    )
+    assert "<div class='irann-name'>runs/gpt</div>" in _bubble("", "", "runs/gpt")

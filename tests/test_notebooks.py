@@ -13,6 +13,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -67,6 +68,7 @@ def test_the_stored_notebook_is_small_and_clean(page):
     assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
     assert not [cell.metadata for cell in notebook.cells if "execution" in cell.metadata]
     assert str(Path.home()).encode() + b"/" not in raw and str(FOLDER.parent).encode() not in raw
+    assert f"{tempfile.gettempdir()}/".encode() not in raw
 
 
 # ------------------------------------------------------------------------- the measure of a chapter

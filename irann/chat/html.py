@@ -3,6 +3,7 @@ here.
 """
 
 from html import escape
+from pathlib import Path
 
 from ..figures import ACCENT, INK, PALE
 from .session import WHY, Frame, Inspection, Session, Turn
@@ -130,6 +131,8 @@ def _turn_html(turn: Turn, room: int) -> str:
 
 def _bubble(speaker: str, inner: str, model: str) -> str:
     kind = "model" if model else "reader"
+    if Path(model).is_absolute():
+        model = Path(model).name  # where a run lies on this machine is nobody else's affair
     who = " \u00b7 ".join(filter(None, [speaker, model])) or "you"
     name = f"<div class='irann-name'>{escape(who)}</div>"
     return f"<div class='irann-turn irann-{kind}'>{name}{inner}</div>"
