@@ -69,3 +69,22 @@ def test_a_thread_count_that_the_reader_set_is_kept(name, monkeypatch):
     monkeypatch.setattr(machine.torch, "set_num_threads", counts.append)
     with machine.threads_for(1):
         assert not counts
+
+
+def test_a_small_training_and_a_text_are_one_threads_work(small, monkeypatch):
+    for name in (*machine.CHOSEN, *machine.THREADS):
+        monkeypatch.delenv(name, raising=False)
+    before, seen = machine.torch.get_num_threads(), []
+    machine.torch.set_num_threads(2)
+    try:
+        config, recipe = irann.recipe("gpt", "tiny", steps=2, evaluate_every=0)
+        model = irann.build("gpt", config, seed=1)
+        next(model.children()).register_forward_pre_hook(
+            lambda *_: seen.append(machine.torch.get_num_threads())
+        )
+        next(irann.train(model, small, recipe))
+        irann.generate(model, "a", 3)
+        assert len(seen) >= 4 and set(seen) == {1}
+        assert machine.torch.get_num_threads() == 2
+    finally:
+        machine.torch.set_num_threads(before)
