@@ -69,7 +69,8 @@ def threads_for(work: float) -> Iterator[None]:
     all.
     """
     threads = torch.get_num_threads()
-    if threads == 1 or work > SMALL or any(name in os.environ for name in (*CHOSEN, *THREADS)):
+    alone = threads == 1 or threads > MOST_CORES  # a large machine is left as it is
+    if alone or work > SMALL or any(name in os.environ for name in (*CHOSEN, *THREADS)):
         yield
         return
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import irann
-from irann import zoo
+from irann import runs, zoo
 from irann.__main__ import main
 
 ROOT = Path(__file__).parents[1]
@@ -132,3 +132,9 @@ def test_binder_and_a_container_begin_as_the_readme_does():
     install = 'pip install -e ".[book]"'
     for name in (".binder/postBuild", ".devcontainer/devcontainer.json"):
         assert install in (ROOT / name).read_text().replace('\\"', '"'), name
+
+
+def test_training_ends_with_commands_that_there_are():
+    told = [line.split()[1] for line in runs.nexts(Path("runs/mine"))]
+    assert told == ["sample", "chat", "eval", "plot", "export"]
+    assert all("runs/mine" in line for line in runs.nexts(Path("runs/mine")))

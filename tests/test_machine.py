@@ -51,9 +51,10 @@ def test_what_is_too_small_to_share_is_one_threads_work_and_the_count_is_put_bac
         monkeypatch.delenv(name, raising=False)
     before = machine.torch.get_num_threads()
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, machine.MOST_CORES + 1):
             machine.torch.set_num_threads(threads)
-            for work, expected in ((machine.SMALL, 1), (machine.SMALL + 1, threads)):
+            small = 1 if threads <= machine.MOST_CORES else threads
+            for work, expected in ((machine.SMALL, small), (machine.SMALL + 1, threads)):
                 with pytest.raises(KeyError), machine.threads_for(work):
                     assert machine.torch.get_num_threads() == expected
                     raise KeyError
