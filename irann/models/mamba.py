@@ -181,11 +181,16 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b t e"], Float[Tensor, "b before e"]]:
         """u after its convolution, the gate, and the new conv_state."""
         u, gate = self.in_proj(x).chunk(2, -1)
-        before = self.conv1d.kernel_size[0] - 1
+        t = u.shape[1]
+        weight, bias = self.conv1d.weight.to(u.dtype), self.conv1d.bias
+        before = weight.shape[-1] - 1
         earlier = u.new_zeros(len(u), before, self.d_inner) if conv_state is None else conv_state
-        u = torch.cat([earlier, u], 1)
-        conv_state = u[:, u.shape[1] - before :].clone()  # a view would keep the whole text alive
-        return self.activation(self.conv1d(u.mT).mT), gate, conv_state
+        inputs = torch.cat([earlier, u], 1)
+        conv_state = inputs[:, t:].clone()  # a view would keep the whole text alive
+        u = inputs.new_zeros(self.d_inner) if bias is None else bias.to(inputs.dtype)
+        for k, w in enumerate(weight.squeeze(1).unbind(-1)):  # conv1d, without turning the text
+            u = torch.addcmul(u, inputs[:, k : k + t], w)
+        return self.activation(u), gate, conv_state
 
     def select(
         self, u: Float[Tensor, "b t e"]
