@@ -18,6 +18,27 @@ RENAMED = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "squared_relu",
 }  # activations
+GPT2_NAMES = {  # of the settings, ours and theirs
+    "vocabulary": "vocab_size",
+    "window": "n_positions",
+    "layers": "n_layer",
+    "heads": "n_head",
+    "width": "n_embd",
+    "inner": "n_inner",
+    "dropout": "resid_pdrop",
+    "attention_dropout": "attn_pdrop",
+    "eps": "layer_norm_epsilon",
+}
+MAMBA_NAMES = {
+    "vocabulary": "vocab_size",
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "bias": "use_bias",
+    "conv_bias": "use_conv_bias",
+    "eps": "layer_norm_epsilon",
+}
 
 
 def gpt_from_transformers(source: Any) -> GPT:
@@ -42,15 +63,7 @@ def gpt_from_transformers(source: Any) -> GPT:
             f"{hf.resid_pdrop}: set both to the same number first"
         )
     config = GPTConfig(
-        vocabulary=hf.vocab_size,
-        window=hf.n_positions,
-        layers=hf.n_layer,
-        heads=hf.n_head,
-        width=hf.n_embd,
-        inner=hf.n_inner,
-        dropout=hf.resid_pdrop,
-        attention_dropout=hf.attn_pdrop,
-        eps=hf.layer_norm_epsilon,
+        **{ours: getattr(hf, name) for ours, name in GPT2_NAMES.items()},
         activation=_activation(hf.activation_function),
         tied=theirs.lm_head.weight is theirs.transformer.wte.weight,
     )
@@ -69,18 +82,11 @@ def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
     theirs = _resolved(source, MambaForCausalLM, "mamba")
     hf = theirs.config
     config = MambaConfig(
-        vocabulary=hf.vocab_size,
+        **{ours: getattr(hf, name) for ours, name in MAMBA_NAMES.items()},
         window=window,
-        layers=hf.num_hidden_layers,
-        width=hf.hidden_size,
         d_inner=hf.intermediate_size,
-        d_state=hf.state_size,
-        d_conv=hf.conv_kernel,
         dt_rank=int(hf.time_step_rank),
-        bias=hf.use_bias,
-        conv_bias=hf.use_conv_bias,
         activation=_activation(hf.hidden_act),
-        eps=hf.layer_norm_epsilon,
         tied=theirs.lm_head.weight is theirs.backbone.embeddings.weight,
     )
     ours = Mamba(config).to(theirs.lm_head.weight)
@@ -102,16 +108,8 @@ def gpt_to_transformers(ours: GPT) -> Any:
                 f"{getattr(c, name)!r}"
             )
     config = GPT2Config(
-        vocab_size=c.vocabulary,
-        n_positions=c.window,
-        n_layer=c.layers,
-        n_head=c.heads,
-        n_embd=c.width,
-        n_inner=c.inner,
-        resid_pdrop=c.dropout,
+        **{name: getattr(c, ours) for ours, name in GPT2_NAMES.items()},
         embd_pdrop=c.dropout,
-        attn_pdrop=c.attention_dropout,
-        layer_norm_epsilon=c.eps,
         activation_function=_their_activation(c.activation),
         tie_word_embeddings=c.tied,
         bos_token_id=0,
@@ -134,17 +132,10 @@ def mamba_to_transformers(ours: Mamba) -> Any:
             f"their inner width is a multiple of the width; this model has {d_inner} and {c.width}"
         )
     config = TheirConfig(
-        vocab_size=c.vocabulary,
-        hidden_size=c.width,
-        num_hidden_layers=c.layers,
+        **{name: getattr(c, ours) for ours, name in MAMBA_NAMES.items()},
         expand=d_inner // c.width,
-        state_size=c.d_state,
-        conv_kernel=c.d_conv,
         time_step_rank=dt_rank,
-        use_bias=c.bias,
-        use_conv_bias=c.conv_bias,
         hidden_act=_their_activation(c.activation),
-        layer_norm_epsilon=c.eps,
         tie_word_embeddings=c.tied,
         pad_token_id=0,
         bos_token_id=0,
