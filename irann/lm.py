@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -75,6 +76,10 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
+
+    @cached_property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
 
     def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Any]:
         """What `loss` draws at random for a whole batch, dropout aside: tensors whose first axis is
@@ -320,8 +325,7 @@ def exclusive(model: LanguageModel, characters: float = math.inf) -> Iterator[No
     """No other thread trains or asks the model inside the block: a training step, or one step of
     writing. Few characters are one thread's work.
     """
-    parameters = sum(p.numel() for p in model.parameters())
-    with model.turns.lock, machine.threads_for(parameters * characters):
+    with model.turns.lock, machine.threads_for(model.num_parameters * characters):
         yield
 
 

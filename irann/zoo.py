@@ -253,7 +253,7 @@ def ship(
     sample = vocabulary.decode(draft.ids[0, 1:])
     card = about | {
         "model": type(model).__name__,
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": model.num_parameters,
         "validation": measured.nats_per_char,
         "standard_error": measured.standard_error,
         "exact": measured.exact,

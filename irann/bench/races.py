@@ -289,7 +289,7 @@ def run_arm(
         if "validation" in line:
             spent = round(seconds * line["step"] / recipe.steps, 1)
             curve.append([line["step"] * per_step, spent, line["validation"]])
-    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row["parameters"] = model.num_parameters
     row["characters"] = recipe.steps * per_step
     row["exact"] = model.exact
     results = {"nats": log[-1]["validation"], "seconds": round(seconds, 1), "curves": curve}

@@ -170,7 +170,7 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
 
 def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n: int) -> dict:
     card = model.card or {}
-    row = {"parameters": sum(p.numel() for p in model.parameters()), "exact": model.exact}
+    row = {"parameters": model.num_parameters, "exact": model.exact}
     row |= {key: card[key] for key in ("characters", "curve") if key in card}
     row["weights"] = weights_of(name)
     if quick:

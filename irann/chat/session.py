@@ -231,7 +231,7 @@ class Session:
 
     def describe(self) -> str:
         """-> the model, its size, and its validation loss where the checkpoint holds it."""
-        size = sum(p.numel() for p in self.model.parameters())
+        size = self.model.num_parameters
         loss = (self.model.card or {}).get("validation")
         if not isinstance(loss, int | float) or not math.isfinite(loss):
             return f"{self.name}: {size:,} parameters"
