@@ -111,7 +111,7 @@ def memory(quick: bool) -> dict:
     peaks = {name: memory_of(name, b, t, e) for name in contestants()}
     lengths = (t, 2 * t, 4 * t)
     first = next(iter(peaks))
-    grown = [memory_of(first, b, length, e) for length in lengths]
+    grown = [peaks[first], *(memory_of(first, b, length, e) for length in lengths[1:])]
     return {"b": b, "t": t, "e": e, "MB": peaks, "lengths": lengths, "grown": grown}
 
 

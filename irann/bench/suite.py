@@ -151,7 +151,7 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
     of Shakespeare.
     """
     text = shakespeare.load()
-    count, n = (2, 100) if quick else (quality.SAMPLES, quality.LENGTH)
+    count, n = (2, 40) if quick else (quality.SAMPLES, quality.LENGTH)
     real = quality.real(text, count, n)
     rows: dict[str, dict] = {
         "validation text": {"quality": dict.fromkeys(map(str, quality.TEMPERATURES), real)}
@@ -182,11 +182,12 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
         row["standard_error"] = likelihood.standard_error
     row["by_position"] = by_position(model, text, pages=2 if quick else 60)
     row["quality"], row["samples"] = quality.written(model, text, count, n)
+    long, seeds = (40, 1) if quick else (200, 3)
     for key, batch in (("chars_per_second", 1), ("chars_per_second_of_a_batch", count)):
         rates = []
-        for seed in range(1 if quick else 3):
-            write = partial(quality.samples, model, text.vocabulary, batch, 200, 1.0, seed)
-            rates.append(batch * 200 / speed.seconds(write))
+        for seed in range(seeds):
+            write = partial(quality.samples, model, text.vocabulary, batch, long, 1.0, seed)
+            rates.append(batch * long / speed.seconds(write))
         row[key] = speed.summary(rates)
     return row
 
