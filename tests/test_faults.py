@@ -286,11 +286,10 @@ def test_only_the_system_s_own_errors_are_told_as_faults_of_the_disk():
 
 @every_model
 def test_memory_is_flat(name, small):
-    """Small steps add less than 1 kB each to the process over a quarter of 1,000 of them, or 4 kB
-    over one of 300: what leaks would add to every quarter, what else lives in this process now
-    and then to one.
+    """1,000 small steps add less than 1 kB each to the process, 300 of each other model less than
+    2 kB. The quarter that adds most does not count: what leaks adds to every one.
     """
-    last, limit = (1200, 1000) if name == "gpt" else (500, 4000)
+    last, limit = (1200, 1000) if name == "gpt" else (500, 2000)
     quarter = (last - 200) // 4
     looks = range(200, last + 1, quarter)
     sizes = {
@@ -299,7 +298,7 @@ def test_memory_is_flat(name, small):
         "diffusion": {"layers": 1, "heads": 1, "page": 8, "levels": 100},
     }
     sizes = sizes.get(name, {"heads": 1, "rounds": 2}) | {"window": 8, "width": 8}
-    config, recipe = zoo.recipe(name, "tiny", steps=last, batch=1, evaluate_every=0, **sizes)
+    config, recipe = zoo.recipe(name, "tiny", steps=last + 1, batch=1, evaluate_every=0, **sizes)
     pages = []
     for tick in train(
         zoo.build(name, config), Text(small.train, small.val[:50], small.vocabulary), recipe
@@ -307,8 +306,8 @@ def test_memory_is_flat(name, small):
         if tick.step in looks:
             pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
     assert len(pages) == 5
-    grown = min(later - earlier for earlier, later in itertools.pairwise(pages))
-    assert grown * resource.getpagesize() < limit * quarter
+    grown = sorted(later - earlier for earlier, later in itertools.pairwise(pages))
+    assert sum(grown[:-1]) * resource.getpagesize() < limit * 3 * quarter
 
 
 @by_letters_and_by_pages
