@@ -1,11 +1,13 @@
 """What the models cost is counted right, on a clock that goes only when it is told to."""
 
+import json
 from types import SimpleNamespace
 
 import torch
+from conftest import refuses
 
 from irann import zoo
-from irann.bench import speed, suite, waiting
+from irann.bench import regressions, speed, suite, waiting
 from irann.lm import Draft
 from irann.text import Vocabulary
 
@@ -107,3 +109,32 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
     assert measured["another training"] == {"as it is": [7], "passive": [8], "one thread": [9]}
     page = (tmp_path / "waiting.md").read_text()
     assert "| quiet | 1.0 (1.0, 1.0) | 2.0 (2.0, 2.0) | 3.0 (3.0, 3.0) |" in page
+
+
+def test_what_became_slower_than_in_the_stored_report_is_named(tmp_path, monkeypatch):
+    def rows(**times):
+        return {"rows": {name: {"times": {"median": time}} for name, time in times.items()}}
+
+    parts = {
+        "cache": lambda quick: rows(**{"with": 1.0, "without": 2.0}),
+        "gpt": lambda quick: {"rounds": 3, "step": rows(irann=1.0, transformers=4.0)},
+    }
+    stored = {"cache": rows(**{"with": 1.0, "without": 4.0}), "gpt": parts["gpt"](True)}
+    (tmp_path / "all.json").write_text(json.dumps(stored))
+    monkeypatch.setattr(regressions, "STORED", tmp_path / "all.json")
+    monkeypatch.setattr(regressions, "PARTS", parts)
+    suite.main("regressions", quick=True, out=tmp_path)
+    page = (tmp_path / "regressions.md").read_text()
+    assert "| cache: with, over without | 0.250 | 0.500 | 2.00 **slower** |" in page
+    assert "| gpt, step: irann, over transformers | 0.250 | 0.250 | 1.00 |" in page
+    monkeypatch.setattr(regressions, "STORED", tmp_path / "none.json")
+    with refuses("clone of the repository"):
+        suite.main("regressions", quick=True, out=tmp_path / "other")
+
+
+def test_the_stored_report_has_what_is_watched():
+    stored = json.loads(regressions.STORED.read_text())
+    watched = [
+        key for name in regressions.PARTS for key, _ in regressions.ratios(name, stored[name])
+    ]
+    assert len(watched) == 12 and sum("transformers" in key for key in watched) == 2

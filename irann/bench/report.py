@@ -10,6 +10,7 @@ from typing import Any
 
 from . import quality, races, speed
 from .races import Rows
+from .regressions import WIDE
 
 TIMES = ("implementation", "ms, median (lowest, highest)", "times as long as the first")
 
@@ -49,6 +50,8 @@ def markdown(report: dict) -> str:
         return "\n".join(_race(report))
     if "waiting" in report:
         return "\n".join(_waiting(report["waiting"]))
+    if "regressions" in report:
+        return "\n".join(_regressions(report["regressions"]["rows"]))
     if "scan" not in report:
         return "\n".join(_models(report["models"])[1:])
     page = _scan(report)
@@ -69,6 +72,16 @@ def _waiting(measured: dict) -> list[str]:
         for beside, seconds in measured["seconds"].items()
     )
     return section(f"{title} (median, lowest, highest)", ["beside", *ways], rows)[1:]
+
+
+def _regressions(measured: dict) -> list[str]:
+    rows = []
+    for name, row in measured.items():
+        change = row["now"] / row["then"]
+        verdict = " **slower**" if change > WIDE else ""
+        rows.append([name, f"{row['then']:.3f}", f"{row['now']:.3f}", f"{change:.2f}{verdict}"])
+    header = ["time over its peer's", "stored report", "now", f"change; slower: over {WIDE}"]
+    return section("What has become slower since the stored report", header, rows)[1:]
 
 
 def table(header: Sequence, rows: Iterable[Sequence]) -> list[str]:

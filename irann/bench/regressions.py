@@ -1,0 +1,52 @@
+"""What has become slower? Times in ratio to a peer that stays as it is, from one run, beside the
+same ratios of the stored report.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..settings import InputError
+from . import scan, speed
+
+STORED = Path(__file__).parents[2] / "book" / "report" / "all.json"
+PARTS: dict[str, Callable[[bool], dict]] = {
+    "scan": scan.times,
+    "step": scan.training_step,
+    "gpt": speed.gpt_beside_transformers,
+    "cache": speed.cache_gain,
+    "steps": speed.training_steps,
+}
+PEERS = (scan.PEER, "mambapy", "transformers", "without", "gpt")
+WIDE = 1.3  # ratios of two runs on one machine differ by less
+
+
+def regressions(quick: bool) -> dict:
+    """-> by what is timed: its time over its peer's, then and now.
+
+    Raises InputError where there is no stored report.
+    """
+    try:
+        stored = json.loads(STORED.read_text())
+    except FileNotFoundError as error:
+        raise InputError(
+            f"there is no {STORED} to compare with: run this in a clone of the repository"
+        ) from error
+    rows = {}
+    for name, part in PARTS.items():
+        then, now = dict(ratios(name, stored[name])), dict(ratios(name, part(quick)))
+        rows |= {key: {"then": then[key], "now": now[key]} for key in now if key in then}
+    return {"rows": rows}
+
+
+def ratios(name: str, part: dict) -> Iterator[tuple[str, float]]:
+    """-> for each row of a part, and of the parts in it, its median time over its peer's."""
+    rows = part.get("rows", {})
+    peer = next((peer for peer in PEERS if peer in rows), None)
+    for row in rows if peer else ():
+        if row != peer:
+            ratio = rows[row]["times"]["median"] / rows[peer]["times"]["median"]
+            yield f"{name}: {row}, over {peer}", ratio
+    for inner, more in part.items():
+        if inner != "rows" and isinstance(more, dict):
+            yield from ratios(f"{name}, {inner}", more)
