@@ -18,7 +18,7 @@ PARTS: dict[str, Callable[[bool], dict]] = {
     "steps": speed.training_steps,
 }
 PEERS = (scan.PEER, "mambapy", "transformers", "without", "gpt")
-WIDE = 1.3  # ratios of two runs on one machine differ by less
+WIDE = 1.5  # two runs on a busy machine differ by less, and so does what the page models draw
 
 
 def regressions(quick: bool) -> dict:
