@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import torch
 
 from irann import zoo
-from irann.bench import speed, suite, waiting
+from irann.bench import engine, speed, suite, waiting
 from irann.lm import Draft
 from irann.text import Vocabulary
 

@@ -49,6 +49,8 @@ def markdown(report: dict) -> str:
         return "\n".join(_race(report))
     if "waiting" in report:
         return "\n".join(_waiting(report["waiting"]))
+    if "engine" in report:
+        return "\n".join(_engine(report["engine"]))
     if "scan" not in report:
         return "\n".join(_models(report["models"])[1:])
     page = _scan(report)
@@ -69,6 +71,21 @@ def _waiting(measured: dict) -> list[str]:
         for beside, seconds in measured["seconds"].items()
     )
     return section(f"{title} (median, lowest, highest)", ["beside", *ways], rows)[1:]
+
+
+def _engine(measured: dict) -> list[str]:
+    title = (
+        f"Greedy text, {measured['n']} characters, batch 1, one thread "
+        f"({measured['rounds']} rounds: median, lowest, highest)"
+    )
+    lines = [
+        [name, way, *ranges(one, chars_per_second=0, times=1)]
+        for name, row in measured["rows"].items()
+        for way, one in row.items()
+    ]
+    header = ("model", "by", "characters/s", "times as fast as the first")
+    page = section(title, header, lines)[1:]
+    return page + [line for why in measured["missing"] for line in ("", why)]
 
 
 def table(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
