@@ -89,8 +89,10 @@ def test_what_is_no_model_is_refused(host):
 
 
 def test_options_that_the_engine_lacks_are_named():
-    with pytest.raises(InputError, match="positions=rotary"):
-        weights_file(tiny("gpt", positions="learned"))
+    with pytest.raises(InputError, match="positions=rotary, activation=squared_relu only; .*=gelu"):
+        weights_file(tiny("gpt", positions="learned", activation="gelu"))
+    with pytest.raises(InputError, match="at most 64 layers; got 65"):
+        weights_file(tiny("mamba", layers=65))
     with pytest.raises(InputError, match="activation=silu"):
         weights_file(tiny("mamba", activation="relu"))
     with pytest.raises(InputError, match="half precision"):
