@@ -30,6 +30,7 @@ from .text import Text
 
 LIVE = Path(__file__).parent / "live"
 MAGIC = 0x316E7269  # "irn1"
+MOST_LAYERS = 64  # engine.c's
 # The whole numbers at the head of a file, in the order of engine.c's Config, after the magic one
 CONFIG = (
     *("kind", "vocabulary", "window", "layers", "heads", "width", "inner", "prelude", "core"),
@@ -60,6 +61,8 @@ def weights_file(model: LanguageModel) -> bytes:
     numbers, tensors = LAYOUTS[type(model)](model)
     numbers |= {"kind": list(KINDS).index(type(model)), "vocabulary": model.config.vocabulary}
     numbers |= {"window": model.config.window, "width": model.config.width}
+    if numbers["layers"] > MOST_LAYERS:
+        raise InputError(f"a page runs at most {MOST_LAYERS} layers; got {numbers['layers']}")
     parts = [struct.pack("<20i", MAGIC, *(int(numbers.get(name, 0)) for name in CONFIG))]
     if isinstance(model, Diffusion):
         p = model.level_probabilities()
@@ -148,12 +151,11 @@ def _block(block: Any) -> Iterator[tuple[str, Tensor]]:
 
 
 def _check_options(config: Any, known: dict[str, Any]) -> None:
-    for name, value in known.items():
-        if getattr(config, name) != value:
-            raise InputError(
-                f"a page runs models with {name}={value} only; this one has "
-                f"{name}={getattr(config, name)}"
-            )
+    other = [name for name, value in known.items() if getattr(config, name) != value]
+    if other:
+        runs = ", ".join(f"{name}={known[name]}" for name in other)
+        has = ", ".join(f"{name}={getattr(config, name)}" for name in other)
+        raise InputError(f"a page runs models with {runs} only; this one was trained with {has}")
 
 
 # ----------------------------------------------------------------- what live.js reads, and a page

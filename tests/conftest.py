@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import chromium
 import pytest
 import torch
+from filelock import FileLock
 from jaxtyping import TypeCheckError, install_import_hook
 
 if not torch.cuda.is_available():
@@ -75,6 +77,24 @@ def browser():
         opened = play.chromium.launch(executable_path=program, args=chromium.SWITCHES)
         yield opened
         opened.close()
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    """The built book, once for all processes of a run; no warning is let pass."""
+    root, out = Path(__file__).parents[1], tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        out = out.parent
+    jupyter_book = Path(sys.executable).with_name("jupyter-book")
+    files = ["--path-output", out, "--config", "book/_config.yml", "--toc", "book/_toc.yml"]
+    built = out / "_build" / "built"
+    with FileLock(out / "book.lock"):
+        if not built.exists():
+            command = [jupyter_book, "build", ".", *files, "-W"]
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+            built.touch()
+    return built.with_name("html")
 
 
 def pytest_collection_modifyitems(items):

@@ -18,29 +18,6 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    out = tmp_path_factory.mktemp("book")
-    options = [
-        "--path-output",
-        str(out),
-        "--config",
-        "book/_config.yml",
-        "--toc",
-        "book/_toc.yml",
-        "-W",
-    ]
-    built = subprocess.run(
-        [Path(sys.executable).with_name("jupyter-book"), "build", ".", *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert built.returncode == 0, (built.stdout + built.stderr)[-3000:]
-    return out / "_build" / "html"
-
-
 def test_every_page_is_built(site):
     for page in re.findall(r"(?:root|file): (\S+)", (ROOT / "book/_toc.yml").read_text()):
         assert "<h1>" in (site / f"{page}.html").read_text(), page

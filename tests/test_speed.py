@@ -7,7 +7,7 @@ import torch
 from conftest import refuses
 
 from irann import zoo
-from irann.bench import regressions, speed, suite, waiting
+from irann.bench import engine, regressions, speed, suite, waiting
 from irann.lm import Draft
 from irann.text import Vocabulary
 
@@ -138,3 +138,28 @@ def test_the_stored_report_has_what_is_watched():
         key for name in regressions.PARTS for key, _ in regressions.ratios(name, stored[name])
     ]
     assert len(watched) == 12 and sum("transformers" in key for key in watched) == 2
+
+
+def test_the_engine_is_timed_beside_pytorch_and_what_cannot_run_it_is_named(
+    tmp_path, monkeypatch, clock
+):
+    engine.library.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setattr(zoo, "shipped", lambda: ["gpt"])
+    monkeypatch.setattr(engine, "greedy", lambda model, ids, n: lambda: clock(n / 10))
+    monkeypatch.setattr(engine, "greedy_engine", lambda opened, ids, n: lambda: clock(n / 40))
+    suite.main("engine", quick=True, out=tmp_path)
+    engine.library.cache_clear()
+    page = (tmp_path / "engine.md").read_text()
+    assert "| gpt | PyTorch | 10 (10, 10) | 1.0 (1.0, 1.0) |" in page
+    assert "| gpt | WebAssembly | 40 (40, 40) | 4.0 (4.0, 4.0) |" in page
+    assert "| native |" not in page and "no C compiler built the engine" in page
+
+
+def test_the_engine_and_pytorch_write_the_same_pages_when_they_are_timed():
+    model = zoo.load("thinker-page")
+    ids = model.vocabulary.encode("ROMEO:\n")
+    runs = engine.Engine(engine.Wasm(), model)
+    *_, draft = model.generate(ids[None], 16, temperature=0.0, steps=4)
+    engine.greedy_engine(runs, ids, 16)()
+    assert runs.integers("get_shown", len(ids) + 16) == draft.ids[0].tolist()

@@ -52,6 +52,8 @@ def markdown(report: dict) -> str:
         return "\n".join(_waiting(report["waiting"]))
     if "regressions" in report:
         return "\n".join(_regressions(report["regressions"]["rows"]))
+    if "engine" in report:
+        return "\n".join(_engine(report["engine"]))
     if "scan" not in report:
         return "\n".join(_models(report["models"])[1:])
     page = _scan(report)
@@ -82,6 +84,21 @@ def _regressions(measured: dict) -> list[str]:
         rows.append([name, f"{row['then']:.3f}", f"{row['now']:.3f}", f"{change:.2f}{verdict}"])
     header = ["time over its peer's", "stored report", "now", f"change; slower: over {WIDE}"]
     return section("What has become slower since the stored report", header, rows)[1:]
+
+
+def _engine(measured: dict) -> list[str]:
+    title = (
+        f"Greedy text, {measured['n']} characters, batch 1, one thread "
+        f"({measured['rounds']} rounds: median, lowest, highest)"
+    )
+    lines = [
+        [name, way, *ranges(one, chars_per_second=0, times=1)]
+        for name, row in measured["rows"].items()
+        for way, one in row.items()
+    ]
+    header = ("model", "by", "characters/s", "times as fast as the first")
+    page = section(title, header, lines)[1:]
+    return page + [line for why in measured["missing"] for line in ("", why)]
 
 
 def table(header: Sequence, rows: Iterable[Sequence]) -> list[str]:

@@ -1,8 +1,8 @@
 """The benchmark: `scan` times the selective scan and Mamba against other implementations; `all`
-adds the trained models, and a model's name takes that one alone; `waiting` trains beside other
-work; `regressions` names what became slower than it was in the stored report; `models`,
-`models-long`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py; so the
-thinker alone has no name here).
+adds the trained models, and a model's name takes that one alone; `engine` times the C that runs in
+a page against PyTorch; `waiting` trains beside other work; `regressions` names what became slower
+than it was in the stored report; `models`, `models-long`, `thinker`, `thinker-long` and `nanogpt`
+train models side by side (races.py; so the thinker alone has no name here).
 
 Where implementations are compared, times are ratios: every round runs all contestants one after the
 other in the same process, on one thread, and a ratio is the median over rounds, given with its
@@ -26,8 +26,13 @@ from ..lm import evaluating
 from ..settings import InputError
 from ..text import Text
 from ..training import evaluate
-from . import quality, races, regressions, report, scan, speed, waiting
+from . import engine, quality, races, regressions, report, scan, speed, waiting
 
+ALONE: dict[str, Callable[[bool], dict]] = {
+    "engine": engine.beside_pytorch,
+    "waiting": waiting.waiting,
+    "regressions": regressions.regressions,
+}
 EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the stretches of a window that are told apart
 
 
@@ -47,9 +52,7 @@ def main(
     where it has no weights.
     """
     out = Path(out)
-    known = dict.fromkeys(
-        ("all", "scan", "waiting", "regressions", *races.RACES, *zoo.MODELS)
-    )  # `thinker` is a race
+    known = dict.fromkeys(("all", "scan", *ALONE, *races.RACES, *zoo.MODELS))  # `thinker` is a race
     if what not in known:
         raise InputError(f"bench takes one of {', '.join(known)}; got {what!r}")
     if what in races.RACES:
@@ -72,10 +75,8 @@ def parts_of(what: str) -> dict[str, Callable[[bool], dict]]:
     """-> what is measured, by its name in the report: functions of `quick`."""
     if what in zoo.MODELS:
         return {"models": partial(trained_models, only=what)}
-    if what == "waiting":
-        return {"waiting": waiting.waiting}
-    if what == "regressions":
-        return {"regressions": regressions.regressions}
+    if what in ALONE:
+        return {what: ALONE[what]}
     parts: dict[str, Callable[[bool], dict]] = {
         "scan": scan.times,
         "growth": scan.growth,

@@ -356,6 +356,16 @@ class Piece {
     if (cut) this.left += ` Only the first ${most} characters are read.`;
     return { ids: ids.slice(0, most), signs: signs.slice(0, most) };
   }
+  some(model, text, most) {  // the same, or nothing where there is nothing to read; the piece then says so
+    const read = this.encode(model, text, most);
+    if (read.ids.length) return read;
+    model.cancel(this);
+    this.nothing("Write a few characters." + this.left);
+  }
+  nothing(words) {
+    this.out.replaceChildren();
+    this.say(words);
+  }
   add(name, label, input, get, set) {
     this.controls[name] = { get, set };
     this.tools.append(h("label", { class: "irann-" + name }, h("span", {}, label), input));
@@ -433,7 +443,7 @@ async function fill(piece, whole) {
     kept.push(sign == "_" ? model.newline : model.ids.get(sign));
     mask.push(sign == "_" || whole ? 1 : 0);
   }
-  if (!mask.includes(1)) return piece.say("There is no gap: write _ for each character that is missing.");
+  if (!mask.includes(1)) return piece.nothing("There is no gap: write _ for each character that is missing.");
   const given = { ids: kept, mask, seed: piece.number("seed"), steps: piece.number("steps"), temperature: 0.8 };
   if (piece.controls.eta) given.eta = piece.number("eta");
   let step = 0;
@@ -462,7 +472,7 @@ const pieces = {
       piece.out.replaceChildren(...rows);
       await Promise.all(names.map(async (name, at) => {
         const show = (signs, cost) => {
-          const words = `${mean(cost).toFixed(3)} nats per character, ${(mean(cost) / Math.LN2).toFixed(2)} bits`;
+          const words = !cost.length ? "nothing to read" : `${mean(cost).toFixed(3)} nats per character, ${(mean(cost) / Math.LN2).toFixed(2)} bits`;
           rows[at].replaceChildren(...row(name, priced(signs, cost), words).childNodes);
         };
         if (name == "counts") {
@@ -492,9 +502,9 @@ const pieces = {
       piece.slider("temperature", "temperature of the next character", 0.1, 2, 0.05, 1, x => x.toFixed(2));
     },
     async update(piece) {
-      const model = await piece.model(), { ids, signs } = piece.encode(model, piece.get("text"), 100);
-      if (!ids.length) return piece.say("Write a few characters." + piece.left);
-      const { layers, heads } = model.config, key = ids.join();
+      const model = await piece.model(), read = piece.some(model, piece.get("text"), 100);
+      if (!read) return;
+      const { ids, signs } = read, { layers, heads } = model.config, key = ids.join();
       piece.tools.querySelector(".irann-layer input").max = layers;
       piece.tools.querySelector(".irann-head input").max = heads;
       const show = () => {
@@ -528,7 +538,9 @@ const pieces = {
       piece.slider("threshold", "stop once it is so likely to have stopped", 0, 1, 0.01, 0.5, x => x.toFixed(2));
     },
     async update(piece) {
-      const model = await piece.model(), { ids, signs } = piece.encode(model, piece.get("text"), 120), most = model.config.rounds;
+      const model = await piece.model(), read = piece.some(model, piece.get("text"), 120), most = model.config.rounds;
+      if (!read) return;
+      const { ids, signs } = read;
       await model.ask(piece, "score", { ids, before: model.newline, threshold: piece.number("threshold") }, part => {
         const done = signs.slice(0, part.cost.length), rounds = part.rounds;
         const shade = i => (rounds[i] - 1) / Math.max(1, most - 1), below = i => rounds[i];
@@ -552,8 +564,9 @@ const pieces = {
       piece.button("all from noise", () => fill(piece, true));
     },
     async update(piece) {
-      const model = await piece.model(), { ids, signs } = piece.encode(model, piece.get("text").replaceAll("_", ""), 64);
-      if (!ids.length) return piece.say("Write a few characters." + piece.left);
+      const model = await piece.model(), read = piece.some(model, piece.get("text").replaceAll("_", ""), 64);
+      if (!read) return;
+      const { ids, signs } = read;
       await model.ask(piece, "level", { ids, part: piece.number("noise"), seed: piece.number("seed") }, part => {
         const right = part.guess.filter((id, i) => id == ids[i]).length;
         const [near, guess] = [part.near, part.guess].map(found => found.map(id => model.characters[id]));
@@ -583,8 +596,9 @@ const pieces = {
   forget: {
     build(piece) { piece.text("text", "your text", "ROMEO:\nBut soft, what light through yonder window"); },
     async update(piece) {
-      const model = await piece.model(), { ids, signs } = piece.encode(model, piece.get("text"), 120), t = ids.length;
-      if (!t) return piece.say("Write a few characters." + piece.left);
+      const model = await piece.model(), read = piece.some(model, piece.get("text"), 120);
+      if (!read) return;
+      const { ids, signs } = read, t = ids.length;
       await model.ask(piece, "forget", { ids }, part => {
         const { kept, step } = part, widest = Math.max(...step), { layers } = model.config;
         const strongest = step.indexOf(widest), words = `largest at ${spoken(signs[strongest])} (${strongest + 1}): it rewrites most`;
@@ -624,6 +638,7 @@ const pieces = {
         const [, rate, text] = panels[at].children;
         try {
           const model = await piece.model(name), { ids } = piece.encode(model, piece.get("text"), 1000);
+          if (piece.turn == turn) piece.say("Writing ...");
           const given = { ids: ids.length ? ids : [model.newline], n: piece.number("length"), seed: piece.number("seed") };
           given.temperature = piece.number("temperature");
           await model.ask(piece, "write", given, part => {

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,9 @@ import torch
 from conftest import excite
 
 from irann import zoo
+from irann.bench.engine import Engine, Native, Wasm, module
 from irann.export import LIVE, weights_file
 from irann.settings import InputError
-
-from .engine import Engine, Native, Wasm, module
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "ROMEO:\nWhat light"
@@ -24,8 +24,8 @@ HOSTS = [Wasm, pytest.param(Native, marks=pytest.mark.skipif(not shutil.which("c
 
 
 @pytest.fixture(params=HOSTS)
-def host(request, tmp_path):
-    return request.param(tmp_path)
+def host(request):
+    return request.param()
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +89,10 @@ def test_what_is_no_model_is_refused(host):
 
 
 def test_options_that_the_engine_lacks_are_named():
-    with pytest.raises(InputError, match="positions=rotary"):
-        weights_file(tiny("gpt", positions="learned"))
+    with pytest.raises(InputError, match="positions=rotary, activation=squared_relu only; .*=gelu"):
+        weights_file(tiny("gpt", positions="learned", activation="gelu"))
+    with pytest.raises(InputError, match="at most 64 layers; got 65"):
+        weights_file(tiny("mamba", layers=65))
     with pytest.raises(InputError, match="activation=silu"):
         weights_file(tiny("mamba", activation="relu"))
     with pytest.raises(InputError, match="half precision"):
@@ -103,11 +105,11 @@ def test_options_that_the_engine_lacks_are_named():
 
 
 @pytest.mark.parametrize("name", ["gpt", "thinker", "mamba"])
-def test_500_characters_are_pytorchs_to_the_letter(name, tmp_path):
+def test_500_characters_are_pytorchs_to_the_letter(name):
     model = zoo.load(name)
     ids = model.vocabulary.encode(PROMPT)
     *_, draft = model.generate(ids[None], 500, temperature=0)
-    written = Engine(Wasm(tmp_path), model).write(ids.tolist(), 500)
+    written = Engine(Wasm(), model).write(ids.tolist(), 500)
     assert model.vocabulary.decode(written) == model.vocabulary.decode(draft.ids[0, len(ids) :])
 
 
@@ -165,13 +167,13 @@ def test_a_prompt_that_the_window_cannot_hold_loses_its_beginning(host):
     assert Engine(host, model).write(ids, 30) == draft.ids[0, len(ids) :].tolist()
 
 
-def test_the_same_noise_draws_the_same_text(tmp_path):
+def test_the_same_noise_draws_the_same_text():
     """torch.multinomial divides by exponential numbers and takes the largest."""
     model = zoo.load("gpt")
     ids = model.vocabulary.encode(PROMPT)
     generator, other = (torch.Generator().manual_seed(3) for _ in range(2))
     *_, draft = model.generate(ids[None], 60, temperature=0.8, generator=generator)
-    engine = Engine(Wasm(tmp_path), model)
+    engine = Engine(Wasm(), model)
     drawn = engine.write(
         ids.tolist(), 60, 0.8, lambda: torch.empty(65).exponential_(1, generator=other)
     )
@@ -218,9 +220,7 @@ def test_the_denoiser_of_excited_weights(host, options):
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(t, generator=generator) < 0.7
     x = torch.randn(t, channels, generator=generator)
-    engine.put("get_ids", ids, np.int32)
-    engine.put("get_mask", mask, np.uint8)
-    engine.call("page", t)
+    engine.begin(ids, mask)
     engine.put("get_noisy", x)
     alpha_bar = model.schedule.alpha_bar
     guess = None
@@ -238,7 +238,7 @@ def test_the_denoiser_of_excited_weights(host, options):
 
 
 @pytest.mark.parametrize("eta, temperature", [(1.0, 1.0), (0.0, 0.0), (0.5, 0.7)])
-def test_the_same_noise_settles_the_same_page(tmp_path, eta, temperature):
+def test_the_same_noise_settles_the_same_page(eta, temperature):
     """A prompt, a gap, and text after it; drafts and what has settled, step by step."""
     model = zoo.load("diffusion")
     text = "KING HENRY:\nWhat says the noble lord of this matter, my friend?\n"
@@ -246,24 +246,14 @@ def test_the_same_noise_settles_the_same_page(tmp_path, eta, temperature):
     mask[16:44] = True
     numbers, settings = torch.Generator().manual_seed(5), {"eta": eta, "temperature": temperature}
     drafts = list(model.infill(ids[None], mask, steps=12, generator=numbers, **settings))[1:]
-    engine, t, channels = Engine(Wasm(tmp_path), model), len(ids), model.config.channels
     noise = torch.Generator().manual_seed(5)
-    engine.put("get_ids", ids, np.int32)
-    engine.put("get_mask", mask, np.uint8)
-    engine.call("page", t)
-    engine.put("get_noisy", torch.randn(1, t, channels, generator=noise))
-    alpha_bar = [1.0, *model.schedule.alpha_bar.tolist()]
-    levels = [*model.timesteps(12), 0]
-    for draft, tau, after in zip(drafts, levels, levels[1:]):
-        if eta and after:
-            engine.put("get_noise", torch.randn(1, t, channels, generator=noise))
-        settled = engine.call("denoise", alpha_bar[tau], alpha_bar[after], eta, temperature)
-        assert settled == draft.settled
-        assert engine.integers("get_shown", t) == draft.ids[0].tolist()
+    normal = partial(torch.randn, 1, len(ids), model.config.channels, generator=noise)
+    pages = list(Engine(Wasm(), model).denoise(ids, mask, 12, eta, temperature, normal))
+    assert pages == [(draft.settled, draft.ids[0].tolist()) for draft in drafts]
 
 
 @pytest.mark.parametrize("case", ["thinker-page", "tiny", "tiny with gains"])
-def test_the_same_noise_refines_the_same_page(tmp_path, case):
+def test_the_same_noise_refines_the_same_page(case):
     if case == "thinker-page":
         model, t, start = zoo.load(case), 50, 10
     else:
@@ -275,18 +265,16 @@ def test_the_same_noise_refines_the_same_page(tmp_path, case):
     prompt = ids[None, :start]
     settings = {"temperature": 0.8, "threshold": 0.6}
     drafts = list(model.generate(prompt, t - start, generator=generator, steps=7, **settings))[1:]
-    engine = Engine(Wasm(tmp_path), model)
+    engine = Engine(Wasm(), model)
     engine.call("set_rule", 0.6, 0)
-    engine.put("get_ids", ids, np.int32)
-    engine.put("get_mask", mask, np.uint8)
-    engine.call("page", t)
     rounds = 0
-    for step, draft in enumerate(drafts):
-        engine.put("get_noise", torch.empty(t, v).exponential_(1, generator=noise))
-        masked = engine.call("refine", 7 - step, 0.8)
+    pages = engine.refine(
+        ids, mask, 7, 0.8, lambda: torch.empty(t, v).exponential_(1, generator=noise)
+    )
+    for (masked, page), draft in zip(pages, drafts, strict=True):
         rounds += engine.call("get_rounds")
         assert (masked, rounds) == (draft.note["masked"], draft.note["rounds"])
-        assert engine.integers("get_shown", t) == draft.ids[0].tolist()
+        assert page == draft.ids[0].tolist()
 
 
 def test_every_function_of_the_engine_is_tested_here_or_used_by_the_page():
