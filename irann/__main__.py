@@ -28,7 +28,7 @@ from .chat import streams
 from .checkpoint import CheckpointError, DiskError, why
 from .sampling import SAMPLING
 from .settings import InputError, Setting
-from .text import BOM, CRLF, CorpusError, Text, printable, read_text, slug
+from .text import CorpusError, Text, printable, read_text, slug
 from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -464,7 +464,7 @@ def _measured(network: lm.LanguageModel, name: str, given: Path | None) -> tuple
     elif of_shakespeare:
         text = shakespeare.load()
     else:
-        path = Path(source.removesuffix(CRLF).removesuffix(BOM))
+        path = runs.file_of(source)
         way_out = f"give the text to measure on: --corpus FILE, or --corpus {SHAKESPEARE}"
         if not path.is_file():
             raise CorpusError(f"{name} was trained on {source}, which is not here; {way_out}")

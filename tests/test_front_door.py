@@ -65,7 +65,7 @@ def test_the_pages_have_the_commands_that_a_newcomer_needs():
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("irann ")])
 def test_every_command_runs(line, quick, monkeypatch, capsys):
     opened = []
-    monkeypatch.setattr(os, "execv", lambda *words: opened.append(words))
+    monkeypatch.setattr(os, "execve", lambda *words: opened.append(words))
     monkeypatch.setattr("irann.bench.suite.main", lambda *_, **given: opened.append(given))
     monkeypatch.setattr("sys.stdin", open(os.devnull))
     words = shlex.split(line)[1:]
