@@ -640,6 +640,14 @@ def test_the_way_to_go_on_can_be_pasted(monkeypatch):
     assert _again() == "irann train gpt --run 'my run' --resume"
 
 
+def test_of_two_processes_one_tells_and_both_end_well(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "irann", "train", "gpt", *TINY, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("of the validation part") == done.stdout.count("irann sample") == 1
+
+
 def test_two_trainers_one_directory_exits_6(tmp_path):
     first = start(tmp_path)
     await_saves(tmp_path, first)
