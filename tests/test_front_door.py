@@ -134,6 +134,15 @@ def test_binder_and_a_container_begin_as_the_readme_does():
         assert install in (ROOT / name).read_text().replace('\\"', '"'), name
 
 
+def test_search_scores_all_that_sphinx_scores():
+    """What is not named in our scorer would count as nothing at all."""
+    sphinx = Path(importlib.util.find_spec("sphinx").origin).parent
+    theirs = (sphinx / "themes/basic/static/searchtools.js").read_text().partition("Scorer = {")[2]
+    names = re.findall(r"(?m)^    (\w+): ", theirs.partition("\n  };")[0])
+    ours = (ROOT / "book/static/search.js").read_text()
+    assert len(names) > 6 and all(f"  {name}: " in ours for name in names)
+
+
 def test_training_ends_with_commands_that_there_are():
     told = [line.split()[1] for line in runs.nexts(Path("runs/mine"))]
     assert told == ["sample", "chat", "eval", "plot", "export"]
