@@ -128,6 +128,12 @@ def test_pictures_and_links_of_the_readme_lead_somewhere():
                 assert ((ROOT / page).parent / link).is_file(), (page, link)
 
 
+def test_each_page_cites_this_version():
+    pages = ((ROOT / page).read_text() for page in ("README.md", "book/licence.md"))
+    cited = [re.findall(r"version\s*= \{(.*?)\}", page) for page in pages]
+    assert cited == [[irann.__version__]] * 2
+
+
 def test_binder_and_a_container_begin_as_the_readme_does():
     install = 'pip install -e ".[book]"'
     for name in (".binder/postBuild", ".devcontainer/devcontainer.json"):
