@@ -28,7 +28,7 @@ from .chat import streams
 from .checkpoint import CheckpointError, DiskError, why
 from .sampling import SAMPLING
 from .settings import InputError, Setting
-from .text import BOM, CRLF, CorpusError, Text, printable, read_text, slug
+from .text import CorpusError, Text, printable, read_text, slug
 from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
 
 EXIT_CODES: dict[type[Exception], int] = {
@@ -87,9 +87,8 @@ Trained = Annotated[
     ),
 ]
 SHAKESPEARE = "tiny-shakespeare"
-OtherText = _option("another UTF-8 text instead of tiny-shakespeare", metavar="FILE")
+Corpus = _option("another UTF-8 text instead of tiny-shakespeare", metavar="FILE")
 MeasuredText = _option("the text to measure on; default: the one it was trained on", metavar="FILE")
-Corpus = Annotated[Path | None, OtherText]
 Device = Annotated[str, _option("cpu, cuda, mps, or auto: a GPU where there is one")]
 Recipe = _option("demo: about a minute; full: up to 90 minutes of two CPU cores")
 Changes = _option("change the recipe or the size, e.g. lr=1e-3", "--set", metavar="NAME=VALUE")
@@ -171,7 +170,7 @@ def train_command(
     run: Annotated[Path | None, Run] = None,
     resume: Annotated[bool, Resume] = False,
     overwrite: Annotated[bool, Overwrite] = False,
-    corpus: Corpus = None,
+    corpus: Annotated[Path | None, Corpus] = None,
     device: Device = "auto",
     log: Annotated[str | None, Log] = None,
 ) -> None:
@@ -193,7 +192,7 @@ def train_command(
         network = network.to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
         size = sum(p.numel() for p in network.parameters())
         characters = plan.batch * network.config.window
-        say = _nothing if rank else print
+        say: Callable[[str], Any] = str if rank else print  # one of several tells
         for line in runs.look(text, config, plan, recipe) if own else ():
             say(streams.visible(line))
         say(
@@ -223,9 +222,9 @@ def train_command(
                 _go_on(run, say)
 
 
-def _go_on(run: Path, say: Callable[..., None]) -> None:
+def _go_on(run: Path, say: Callable[[str], Any]) -> None:
     """Say what can be done with a run, and which of its checkpoints and which name speaks."""
-    say("go on with:", *runs.nexts(run), sep="\n")
+    say("\n".join(["go on with:", *runs.nexts(run)]))
     saved = checkpoint.listed(run)
     best = checkpoint.by_validation(saved)
     if best and best[0] != saved[0]:
@@ -397,10 +396,6 @@ def doctor() -> None:
         print(line)
 
 
-def _nothing(*_: Any) -> None:
-    """What the other processes of a training say."""
-
-
 def _first(model: str) -> None:
     if model.startswith("-"):
         raise InputError(
@@ -464,7 +459,7 @@ def _measured(network: lm.LanguageModel, name: str, given: Path | None) -> tuple
     elif of_shakespeare:
         text = shakespeare.load()
     else:
-        path = Path(source.removesuffix(CRLF).removesuffix(BOM))
+        path = runs.file_of(source)
         way_out = f"give the text to measure on: --corpus FILE, or --corpus {SHAKESPEARE}"
         if not path.is_file():
             raise CorpusError(f"{name} was trained on {source}, which is not here; {way_out}")
@@ -512,35 +507,33 @@ def _logger(tool: str | None, run: Path) -> Callable[[Tick], None] | None:
     """-> a function of ticks that writes to the tool; it opens it with the first. Raises InputError
     if it is missing.
     """
+    opened: Any  # a writer, or a session
     try:
         if tool == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            return functools.partial(_to_tensorboard, functools.cache(lambda: SummaryWriter(run)))
-        if tool == "wandb":
+            opened = functools.cache(lambda: SummaryWriter(run))
+        elif tool == "wandb":
             import wandb  # pyright: ignore[reportMissingImports]
 
-            settings = {"project": "irann", "name": run.name, "dir": run}
-            return functools.partial(_to_wandb, functools.cache(lambda: wandb.init(**settings)))
+            opened = functools.cache(lambda: wandb.init(project="irann", name=run.name, dir=run))
+        else:
+            return None
     except ImportError:
         raise InputError(f"--log {tool} needs {tool}: pip install 'irann[log]'") from None
-    return None
 
+    def log(tick: Tick) -> None:
+        row = {"loss": tick.loss, "lr": tick.lr, "chars_per_second": tick.chars_per_second}
+        if tick.validation is not None:
+            row["validation"] = tick.validation
+        row |= tick.parts
+        if tool == "wandb":
+            opened().log(row, step=tick.step)
+            return
+        for name, value in row.items():
+            opened().add_scalar(name, value, tick.step)
 
-def _to_tensorboard(writer: Callable, tick: Tick) -> None:
-    for name, value in _row(tick).items():
-        writer().add_scalar(name, value, tick.step)
-
-
-def _to_wandb(session: Callable, tick: Tick) -> None:
-    session().log(_row(tick), step=tick.step)
-
-
-def _row(tick: Tick) -> dict[str, float]:
-    row = {"loss": tick.loss, "lr": tick.lr, "chars_per_second": tick.chars_per_second}
-    if tick.validation is not None:
-        row["validation"] = tick.validation
-    return row | tick.parts
+    return log
 
 
 def _again() -> str:

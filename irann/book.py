@@ -51,4 +51,7 @@ def main(*more: str) -> None:
     """Open the book: JupyterLab takes the place of this process."""
     words = command(*more)
     print(f"opening {Path(words[4]) / WELCOME} in JupyterLab; Ctrl-C here closes it", flush=True)
-    os.execv(words[0], words)
+    # the labconfig beside this file: a first start does not ask whether it may fetch news
+    known = os.environ.get("JUPYTER_CONFIG_PATH")
+    paths = os.pathsep.join(filter(None, [known, str(Path(__file__).parent)]))
+    os.execve(words[0], words, os.environ | {"JUPYTER_CONFIG_PATH": paths})

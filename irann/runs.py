@@ -11,7 +11,7 @@ from pathlib import Path
 from . import zoo
 from .checkpoint import CheckpointError
 from .settings import InputError
-from .text import Text, looked_at
+from .text import BOM, CRLF, Text, looked_at
 from .training import Recipe
 
 LASTS = {
@@ -107,12 +107,17 @@ def listing() -> Iterator[str]:
     for run, (when, config) in found.items():
         steps = (config.get("recipe") or {}).get("steps", "?")
         text = (config.get("corpus") or {}).get("source", "?")
-        text = "tiny-shakespeare" if _is_shakespeare(config) else Path(text).name
+        text = "tiny-shakespeare" if _is_shakespeare(config) else file_of(text).name
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
         model = names.get(str(config.get("model")), "?")
         progress = f"{config.get('step')} of {steps}"
         rows.append((str(run), model, progress, _nats(config), text[:40], date))
     yield from _table(rows)
+
+
+def file_of(source: str) -> Path:
+    """-> the file that a text was read from, without what was said about how it was read."""
+    return Path(source.removesuffix(CRLF).removesuffix(BOM))
 
 
 def _is_shakespeare(config: dict) -> bool:

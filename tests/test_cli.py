@@ -7,9 +7,13 @@ import pickle
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
+import types
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -313,6 +317,42 @@ def test_train_resume_overwrite(run, tmp_path):
     assert run("sample", "gpt", "--length", 5)[0] == 0
 
 
+def test_each_step_is_logged_as_the_tools_ask_for_it(run, monkeypatch):
+    """Stand-ins that take what the real ones take, as tried with tensorboard 2.21, wandb 0.31."""
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir=None):
+            assert log_dir.is_dir()
+
+        def add_scalar(self, tag, scalar_value, global_step=None):
+            seen.append((global_step, tag, float(scalar_value)))
+
+    class Session:
+        def log(self, data, step=None):
+            seen.extend((step, tag, float(value)) for tag, value in data.items())
+
+    def init(*, project, name, dir):
+        assert (project, name) == ("irann", "gpt-tiny") and os.path.isdir(dir)
+        return Session()
+
+    board = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for tool in ("tensorboard", "wandb"):
+        seen.clear()
+        arguments = [*TINY, "--set", "evaluate_every=3", "--overwrite", "--log", tool]
+        assert run("train", "gpt", *arguments)[0] == 0
+        told = [json.loads(line) for line in open("runs/gpt-tiny/metrics.jsonl")]
+        for name in ("loss", "lr", "nats_per_char", "validation"):
+            rows = [(row["step"], name, row[name]) for row in told if name in row]
+            assert [row for row in seen if row[1] == name] == rows, (tool, name)
+        assert sum(name == "chars_per_second" for _, name, _ in seen) == len(told) == 6
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    code, _, err = run("train", "gpt", *TINY, "--overwrite", "--log", "wandb")
+    assert code == 2 and "--log wandb needs wandb: pip install" in err
+
+
 def test_not_finite_exits_5(run, tmp_path, monkeypatch):
     from irann.models.gpt import GPT
 
@@ -414,6 +454,28 @@ def test_a_closed_terminal_saves(tmp_path):
     finally:
         process.kill()
     assert checkpoint.newest(tmp_path)[1].config["step"] == lines_of(tmp_path)
+
+
+def test_an_interrupt_is_told_on_a_line_of_its_own(tmp_path):
+    """In a terminal, which writes ^C into the bar."""
+    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
+    process, ours = pty.fork()
+    if not process:
+        os.execve(sys.executable, training(tmp_path), ENV)
+    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    said = b""
+    until = time.monotonic() + 120
+    with suppress(OSError):  # Linux's way to say that the other side is closed
+        while (more := os.read(ours, 4096)) and time.monotonic() < until:
+            said += more
+            if b"step/s" in more and b"^C" not in said:
+                os.write(ours, b"\x03")
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+    # what the screen shows: what follows a carriage return is written over what was there
+    lines = [re.split(rb"\r|\x1b\[K", line.rstrip(b"\r"))[-1] for line in said.split(b"\n")]
+    assert b"stopping after this step; interrupt again to quit at once" in lines
+    assert not any(b"^C" in line for line in lines)
+    assert any(line.startswith(b"stopped at step") for line in lines)
 
 
 def test_a_text_of_one_s_own_from_the_first_look_to_the_last(run, tmp_path):
@@ -544,11 +606,16 @@ def test_a_model_is_saved_and_loaded_again(tmp_path, corpus):
 
 def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(os, "execv", lambda program, words: seen.append(words))
+    monkeypatch.setattr(os, "execve", lambda program, words, env: seen.append(words + [env]))
+    monkeypatch.setenv("JUPYTER_CONFIG_PATH", "mine")
     code, out, _ = run("book", "--no-browser")
     assert code == 0 and "welcome.ipynb in JupyterLab" in out
-    assert seen[0][4] == str(book.BESIDE) and seen[0][-1] == "--no-browser"
-    assert any("hide_globs" in word for word in seen[0])
+    *words, env = seen.pop()
+    assert words[4] == str(book.BESIDE) and words[-1] == "--no-browser"
+    assert any("hide_globs" in word for word in words)
+    first, ours = env["JUPYTER_CONFIG_PATH"].split(os.pathsep)  # there it looks for labconfig
+    page = json.loads((Path(ours) / "labconfig" / "page_config.json").read_text())
+    assert first == "mine" and any("announcements" in name for name in page["disabledExtensions"])
     monkeypatch.setattr(book, "BESIDE", tmp_path / "nowhere")
     monkeypatch.setattr(book, "INSTALLED", tmp_path / "share")
     assert "get the book's folder" in run("book")[2]
@@ -571,6 +638,14 @@ def test_a_shell_completes_models_and_runs(run, trained, monkeypatch):
 def test_the_way_to_go_on_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["irann", "train", "gpt", "--overwrite", "--run", "my run"])
     assert _again() == "irann train gpt --run 'my run' --resume"
+
+
+def test_of_two_processes_one_tells_and_both_end_well(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "irann", "train", "gpt", *TINY, "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("of the validation part") == done.stdout.count("irann sample") == 1
 
 
 def test_two_trainers_one_directory_exits_6(tmp_path):

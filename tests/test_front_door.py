@@ -65,7 +65,7 @@ def test_the_pages_have_the_commands_that_a_newcomer_needs():
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("irann ")])
 def test_every_command_runs(line, quick, monkeypatch, capsys):
     opened = []
-    monkeypatch.setattr(os, "execv", lambda *words: opened.append(words))
+    monkeypatch.setattr(os, "execve", lambda *words: opened.append(words))
     monkeypatch.setattr("irann.bench.suite.main", lambda *_, **given: opened.append(given))
     monkeypatch.setattr("sys.stdin", open(os.devnull))
     words = shlex.split(line)[1:]
@@ -128,10 +128,25 @@ def test_pictures_and_links_of_the_readme_lead_somewhere():
                 assert ((ROOT / page).parent / link).is_file(), (page, link)
 
 
+def test_each_page_cites_this_version():
+    pages = ((ROOT / page).read_text() for page in ("README.md", "book/licence.md"))
+    cited = [re.findall(r"version\s*= \{(.*?)\}", page) for page in pages]
+    assert cited == [[irann.__version__]] * 2
+
+
 def test_binder_and_a_container_begin_as_the_readme_does():
     install = 'pip install -e ".[book]"'
     for name in (".binder/postBuild", ".devcontainer/devcontainer.json"):
         assert install in (ROOT / name).read_text().replace('\\"', '"'), name
+
+
+def test_search_scores_all_that_sphinx_scores():
+    """What is not named in our scorer would count as nothing at all."""
+    sphinx = Path(importlib.util.find_spec("sphinx").origin).parent
+    theirs = (sphinx / "themes/basic/static/searchtools.js").read_text().partition("Scorer = {")[2]
+    names = re.findall(r"(?m)^    (\w+): ", theirs.partition("\n  };")[0])
+    ours = (ROOT / "book/static/search.js").read_text()
+    assert len(names) > 6 and all(f"  {name}: " in ours for name in names)
 
 
 def test_training_ends_with_commands_that_there_are():

@@ -55,4 +55,6 @@ class Signals:
             raise KeyboardInterrupt
         self.caught = self.caught or int(signum)
         with suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping after this step; interrupt again to quit at once\n")
+            # a terminal has written ^C into the bar, which is drawn anew below
+            line = b"\r\x1b[K" if os.isatty(2) else b"\n"
+            os.write(2, line + b"stopping after this step; interrupt again to quit at once\n")
