@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import quality, races, speed
+from . import quality, races, speed, stopping
 from .races import Rows
 
 TIMES = ("implementation", "ms, median (lowest, highest)", "times as long as the first")
@@ -36,6 +36,8 @@ def draw(report: dict, what: str, out: Path) -> None:
     if any("curve" in row for row in report.get("models", {}).values()):
         plots["learning"] = partial(figures.learning, report["models"])
         plots["positions"] = partial(figures.positions, report["models"])
+    if "stopping" in report:
+        plots["line"] = partial(stopping.draw, report["stopping"])
     for name, plot in plots.items():
         figure, ax = plt.subplots()
         plot(ax=ax)
@@ -49,6 +51,8 @@ def markdown(report: dict) -> str:
         return "\n".join(_race(report))
     if "waiting" in report:
         return "\n".join(_waiting(report["waiting"]))
+    if "stopping" in report:
+        return "\n".join(_stopping(report["stopping"]))
     if "scan" not in report:
         return "\n".join(_models(report["models"])[1:])
     page = _scan(report)
@@ -69,6 +73,23 @@ def _waiting(measured: dict) -> list[str]:
         for beside, seconds in measured["seconds"].items()
     )
     return section(f"{title} (median, lowest, highest)", ["beside", *ways], rows)[1:]
+
+
+def _stopping(measured: dict) -> list[str]:
+    """Each rule against the line of fixed rounds, and where its points lie."""
+    fixed = ", ".join(f"{r}: {nats:.4f}" for r, nats in measured["fixed"].items())
+    means = [f"{mean} rounds" for mean in stopping.MEANS]
+    lines = [
+        [rule, *(f"{nats:+.4f}" for nats in against.values())]
+        for rule, against in measured["against"].items()
+    ]
+    page = section("Nats per character against the line of fixed rounds", ["rule", *means], lines)
+    page += ["", f"Fixed rounds: {fixed}."]
+    for rule, points in measured["rules"].items():
+        shown = ", ".join(f"{x}: {nats:.4f} with {n:.2f}" for x, (nats, n) in points.items())
+        page += ["", f"{rule}, by limit, with mean rounds: {shown}."]
+    page += timed(f"Writing {measured['writing']['n']} characters, batch 1", measured["writing"])
+    return page[1:]
 
 
 def table(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
@@ -324,7 +345,17 @@ def of_thinker(rows: Rows) -> list[str]:
         f"By rounds: {by_rounds}; trained with {measured[0]['trained']}.",
         "",
         f"By its learned rule, at a threshold of {by_rule}.",
+        "",
+        *_against_line(measured),
     ]
+
+
+def _against_line(measured: list[dict]) -> list[str]:
+    """What the learned rule pays more than the lottery between fixed rounds, over seeds."""
+    by_seed = [stopping.against_line(one["fixed"], one["learned"]) for one in measured]
+    known = [mean for mean in by_seed[0] if not any(math.isnan(seed[mean]) for seed in by_seed)]
+    told = ", ".join(f"{over([one[mean] for one in by_seed], '+.4f')} at {mean}" for mean in known)
+    return [f"Against the line that mixes fixed rounds, by mean rounds: {told}."] if told else []
 
 
 def of_nanogpt(rows: Rows) -> list[str]:

@@ -1,7 +1,7 @@
 """The benchmark: `scan` times the selective scan and Mamba against other implementations; `all`
-adds the trained models, and a model's name takes that one alone; `models`, `models-long`,
-`thinker`, `thinker-long` and `nanogpt` train models side by side (races.py; so the thinker alone
-has no name here).
+adds the trained models, and a model's name takes that one alone; `stopping` asks what the thinker's
+rule of stopping is worth; `models`, `models-long`, `thinker`, `thinker-long` and `nanogpt` train
+models side by side (races.py; so the thinker alone has no name here).
 
 Where implementations are compared, times are ratios: every round runs all contestants one after the
 other in the same process, on one thread, and a ratio is the median over rounds, given with its
@@ -25,7 +25,7 @@ from ..lm import evaluating
 from ..settings import InputError
 from ..text import Text
 from ..training import evaluate
-from . import quality, races, report, scan, speed, waiting
+from . import quality, races, report, scan, speed, stopping, waiting
 
 EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the stretches of a window that are told apart
 
@@ -47,7 +47,7 @@ def main(
     """
     out = Path(out)
     known = dict.fromkeys(
-        ("all", "scan", "waiting", *races.RACES, *zoo.MODELS)
+        ("all", "scan", "waiting", "stopping", *races.RACES, *zoo.MODELS)
     )  # `thinker` is a race
     if what not in known:
         raise InputError(f"bench takes one of {', '.join(known)}; got {what!r}")
@@ -73,6 +73,8 @@ def parts_of(what: str) -> dict[str, Callable[[bool], dict]]:
         return {"models": partial(trained_models, only=what)}
     if what == "waiting":
         return {"waiting": waiting.waiting}
+    if what == "stopping":
+        return {"stopping": stopping.stopping}
     parts: dict[str, Callable[[bool], dict]] = {
         "scan": scan.times,
         "growth": scan.growth,
