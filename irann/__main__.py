@@ -104,8 +104,8 @@ Looked = typer.Argument(metavar="[FILE]", help="a text of your own to look at", 
 Trainings = typer.Argument(metavar="RUN", help="a run directory, such as runs/gpt-demo")
 Picture = _option("write a picture instead, such as curve.png", metavar="FILE")
 What = typer.Argument(
-    help="scan: the scan against others; waiting: training beside other work; all: trained "
-    f"models too; {NAMES}: that one alone; "
+    help="scan: the scan against others; waiting: training beside other work; stopping: what the "
+    f"thinker's rule is worth; all: trained models too; {NAMES}: that one alone; "
     "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
 )
 Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
