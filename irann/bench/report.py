@@ -80,7 +80,7 @@ def _stopping(measured: dict) -> list[str]:
     fixed = ", ".join(f"{r}: {nats:.4f}" for r, nats in measured["fixed"].items())
     means = [f"{mean} rounds" for mean in stopping.MEANS]
     lines = [
-        [rule, *(f"{nats:+.4f}" for nats in against.values())]
+        [rule, *(f"{against[x]:+.4f}" if x in against else "" for x in map(str, stopping.MEANS))]
         for rule, against in measured["against"].items()
     ]
     page = section("Nats per character against the line of fixed rounds", ["rule", *means], lines)
@@ -353,9 +353,10 @@ def of_thinker(rows: Rows) -> list[str]:
 def _against_line(measured: list[dict]) -> list[str]:
     """What the learned rule pays more than the lottery between fixed rounds, over seeds."""
     by_seed = [stopping.against_line(one["fixed"], one["learned"]) for one in measured]
-    known = [mean for mean in by_seed[0] if not any(math.isnan(seed[mean]) for seed in by_seed)]
-    told = ", ".join(f"{over([one[mean] for one in by_seed], '+.4f')} at {mean}" for mean in known)
-    return [f"Against the line that mixes fixed rounds, by mean rounds: {told}."] if told else []
+    reached = [mean for mean in by_seed[0] if all(mean in seed for seed in by_seed)]
+    told = [f"{over([seed[mean] for seed in by_seed], '+.4f')} at {mean}" for mean in reached]
+    words = "Against the line that mixes fixed rounds, by mean rounds: "
+    return [f"{words}{', '.join(told)}."] if told else []
 
 
 def of_nanogpt(rows: Rows) -> list[str]:

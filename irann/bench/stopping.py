@@ -30,7 +30,7 @@ from . import speed
 from .races import Counted
 
 MEANS = (2.0, 2.5, 3.0, 4.0)
-THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.7, 0.8)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 KLS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
 Fixed = dict[str, float]  # by rounds: nats per character, the same rounds for every character
 Points = dict[str, list[float]]  # by limit: nats per character, mean rounds
@@ -56,8 +56,11 @@ def at(points: Iterable[Sequence[float]], rounds: float) -> float:
 
 
 def against_line(fixed: Fixed, points: Points) -> dict[str, float]:
-    """-> by mean rounds, how many nats a rule pays more than the line; below zero it gains."""
-    return {str(mean): at(points.values(), mean) - line(fixed, mean) for mean in MEANS}
+    """-> by those of MEANS that a rule reaches, how many nats it pays more than the line; below
+    zero it gains.
+    """
+    paid = {mean: at(points.values(), mean) for mean in MEANS}
+    return {str(x): nats - line(fixed, x) for x, nats in paid.items() if not math.isnan(nats)}
 
 
 class Unfrozen:
@@ -99,8 +102,8 @@ class Unfrozen:
 
 
 def stopping(quick: bool, model: Any = None) -> dict:
-    """-> `fixed` nats by rounds, and by rule its points and where they lie against the
-    line; and what writing alone costs. By default of the thinker that ships.
+    """-> `fixed` nats by rounds, and by rule its points and where they lie against the line; and
+    what writing alone costs. By default of the thinker that ships.
     """
     model = model or zoo.load("thinker")
     text = shakespeare.load()
@@ -114,8 +117,8 @@ def stopping(quick: bool, model: Any = None) -> dict:
         nats = evaluate(model, text, nll=nll).nats_per_char
         rules["learned"][str(threshold)] = [nats, nll.mean_rounds]
     rules |= {rule: unfrozen.points(rule) for rule in ("unfrozen", "informed")}
-    nats = (unfrozen.fixed / unfrozen.count).tolist()
-    fixed = {str(rounds): paid for rounds, paid in enumerate(nats, 1)}
+    by_round = (unfrozen.fixed / unfrozen.count).tolist()
+    fixed = {str(rounds): nats for rounds, nats in enumerate(by_round, 1)}
     against = {rule: against_line(fixed, points) for rule, points in rules.items()}
     return {"fixed": fixed, "rules": rules, "against": against, "writing": writing(model, quick)}
 
