@@ -104,7 +104,8 @@ Trainings = typer.Argument(metavar="RUN", help="a run directory, such as runs/gp
 Picture = _option("write a picture instead, such as curve.png", metavar="FILE")
 What = typer.Argument(
     help="scan: the scan against others; engine: what runs in a page against PyTorch; waiting: "
-    f"training beside other work; all: trained models too; {NAMES}: that one alone; "
+    "training beside other work; stopping: what the thinker's rule is worth; regressions: what "
+    f"became slower; all: trained models too; {NAMES}: that one alone; "
     "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
 )
 Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")

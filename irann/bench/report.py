@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import quality, races, speed
+from . import quality, races, speed, stopping
 from .races import Rows
 from .regressions import WIDE
 
@@ -37,6 +37,8 @@ def draw(report: dict, what: str, out: Path) -> None:
     if any("curve" in row for row in report.get("models", {}).values()):
         plots["learning"] = partial(figures.learning, report["models"])
         plots["positions"] = partial(figures.positions, report["models"])
+    if "stopping" in report:
+        plots["line"] = partial(stopping.draw, report["stopping"])
     for name, plot in plots.items():
         figure, ax = plt.subplots()
         plot(ax=ax)
@@ -54,6 +56,8 @@ def markdown(report: dict) -> str:
         return "\n".join(_regressions(report["regressions"]["rows"]))
     if "engine" in report:
         return "\n".join(_engine(report["engine"]))
+    if "stopping" in report:
+        return "\n".join(_stopping(report["stopping"]))
     if "scan" not in report:
         return "\n".join(_models(report["models"])[1:])
     page = _scan(report)
@@ -99,6 +103,23 @@ def _engine(measured: dict) -> list[str]:
     header = ("model", "by", "characters/s", "times as fast as the first")
     page = section(title, header, lines)[1:]
     return page + [line for why in measured["missing"] for line in ("", why)]
+
+
+def _stopping(measured: dict) -> list[str]:
+    """Each rule against the line of fixed rounds, and where its points lie."""
+    fixed = ", ".join(f"{r}: {nats:.4f}" for r, nats in measured["fixed"].items())
+    means = [f"{mean} rounds" for mean in stopping.MEANS]
+    lines = [
+        [rule, *(f"{against[x]:+.4f}" if x in against else "" for x in map(str, stopping.MEANS))]
+        for rule, against in measured["against"].items()
+    ]
+    page = section("Nats per character against the line of fixed rounds", ["rule", *means], lines)
+    page += ["", f"Fixed rounds: {fixed}."]
+    for rule, points in measured["rules"].items():
+        shown = ", ".join(f"{x}: {nats:.4f} with {n:.2f}" for x, (nats, n) in points.items())
+        page += ["", f"{rule}, by limit, with mean rounds: {shown}."]
+    page += timed(f"Writing {measured['writing']['n']} characters, batch 1", measured["writing"])
+    return page[1:]
 
 
 def table(header: Sequence, rows: Iterable[Sequence]) -> list[str]:
@@ -354,7 +375,18 @@ def of_thinker(rows: Rows) -> list[str]:
         f"By rounds: {by_rounds}; trained with {measured[0]['trained']}.",
         "",
         f"By its learned rule, at a threshold of {by_rule}.",
+        "",
+        *_against_line(measured),
     ]
+
+
+def _against_line(measured: list[dict]) -> list[str]:
+    """What the learned rule pays more than the lottery between fixed rounds, over seeds."""
+    by_seed = [stopping.against_line(one["fixed"], one["learned"]) for one in measured]
+    reached = [mean for mean in by_seed[0] if all(mean in seed for seed in by_seed)]
+    told = [f"{over([seed[mean] for seed in by_seed], '+.4f')} at {mean}" for mean in reached]
+    words = "Against the line that mixes fixed rounds, by mean rounds: "
+    return [f"{words}{', '.join(told)}."] if told else []
 
 
 def of_nanogpt(rows: Rows) -> list[str]:

@@ -1,8 +1,9 @@
 """The benchmark: `scan` times the selective scan and Mamba against other implementations; `all`
 adds the trained models, and a model's name takes that one alone; `engine` times the C that runs in
-a page against PyTorch; `waiting` trains beside other work; `regressions` names what became slower
-than it was in the stored report; `models`, `models-long`, `thinker`, `thinker-long` and `nanogpt`
-train models side by side (races.py; so the thinker alone has no name here).
+a page against PyTorch; `waiting` trains beside other work; `stopping` asks what the thinker's rule
+is worth; `regressions` names what became slower than it was in the stored report; `models`,
+`models-long`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py; so the
+thinker alone has no name here).
 
 Where implementations are compared, times are ratios: every round runs all contestants one after the
 other in the same process, on one thread, and a ratio is the median over rounds, given with its
@@ -26,11 +27,12 @@ from ..lm import evaluating
 from ..settings import InputError
 from ..text import Text
 from ..training import evaluate
-from . import engine, quality, races, regressions, report, scan, speed, waiting
+from . import engine, quality, races, regressions, report, scan, speed, stopping, waiting
 
 ALONE: dict[str, Callable[[bool], dict]] = {
     "engine": engine.beside_pytorch,
     "waiting": waiting.waiting,
+    "stopping": stopping.stopping,
     "regressions": regressions.regressions,
 }
 EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the stretches of a window that are told apart

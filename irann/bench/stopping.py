@@ -1,0 +1,158 @@
+"""What a rule of stopping is worth: nats against the line that mixes fixed rounds at the same mean.
+
+Whoever may choose between two whole numbers of rounds can also let a coin choose, character by
+character, and so pays what lies on the line between them. A rule that knows where thinking helps
+pays less. Three rules, each with a limit that says how long it thinks:
+
+| rule     | a position stops                                                                  |
+|----------|-----------------------------------------------------------------------------------|
+| learned  | by its halting probability, and is frozen: what `read` does and what ships        |
+| unfrozen | the same, but later positions see all of its rounds: what freezing costs          |
+| informed | where the KL of the last round's prediction from its own is small: no model, since|
+|          | it thinks to the end in order to know when to stop, and unfrozen; a bound         |
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .. import shakespeare, zoo
+from ..core.halting import survival
+from ..models.recurrent import round_nats
+from ..training import evaluate
+from . import speed
+from .races import Counted
+
+MEANS = (2.0, 2.5, 3.0, 4.0)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+KLS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
+Fixed = dict[str, float]  # by rounds: nats per character, the same rounds for every character
+Points = dict[str, list[float]]  # by limit: nats per character, mean rounds
+
+
+def line(fixed: Fixed, rounds: float) -> float:
+    """-> nats of a lottery between the two whole numbers around `rounds`, its mean."""
+    low = int(rounds)
+    part = rounds - low
+    nats = fixed[str(low)]
+    return nats + part * (fixed[str(low + 1)] - nats) if part else nats
+
+
+def at(points: Iterable[Sequence[float]], rounds: float) -> float:
+    """-> nats of a rule at this mean, by a lottery between the two limits around it; NaN where
+    there are none.
+    """
+    ordered = sorted((mean, nats) for nats, mean in points)
+    for (a, nats), (b, later) in zip(ordered, ordered[1:], strict=False):
+        if a <= rounds <= b:
+            return nats + (later - nats) * (rounds - a) / (b - a) if b > a else nats
+    return math.nan
+
+
+def against_line(fixed: Fixed, points: Points) -> dict[str, float]:
+    """-> by those of MEANS that a rule reaches, how many nats it pays more than the line; below
+    zero it gains.
+    """
+    paid = {mean: at(points.values(), mean) for mean in MEANS}
+    return {str(x): nats - line(fixed, x) for x, nats in paid.items() if not math.isnan(nats)}
+
+
+class Unfrozen:
+    """What every round pays, as a likelihood that `evaluate` takes; it adds up what the rules that
+    freeze nothing pay.
+    """
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.fixed = torch.zeros(model.config.rounds, dtype=torch.float64)
+        self.rules: dict[tuple[str, float], Tensor] = {}
+        self.count = 0
+
+    def __call__(self, ids: Int[Tensor, "b t+1"], **_: Any) -> Float[Tensor, "b t"]:
+        logits, halt, _ = self.model.every_round(ids[:, :-1])
+        nats = round_nats(logits, ids[:, 1:])
+        self.fixed += nats.sum((0, 1)).double().cpu()
+        self.count += nats[..., 0].numel()
+        log_q = logits.log_softmax(2)
+        last = log_q[..., -1:]
+        kl = (last.exp() * (last - log_q)).sum(2)
+        stopped = 1 - survival(halt) * (1 - halt)
+        for limit in THRESHOLDS:
+            self.add("unfrozen", limit, nats, stopped >= limit)
+        for limit in KLS:
+            self.add("informed", limit, nats, kl <= limit)
+        return nats[..., -1]
+
+    def add(self, rule: str, limit: float, nats: Float[Tensor, "b t r"], stop: Tensor) -> None:
+        """Stop each position at the first round at which the rule says so, else at the last."""
+        stop[..., -1] = True
+        first = stop.int().argmax(-1, keepdim=True)
+        paid = torch.stack([nats.gather(-1, first).sum(), (first + 1).sum()]).double().cpu()
+        self.rules[rule, limit] = self.rules.get((rule, limit), 0) + paid
+
+    def points(self, rule: str) -> Points:
+        paid = {str(limit): sums for (name, limit), sums in self.rules.items() if name == rule}
+        return {limit: (sums / self.count).tolist() for limit, sums in paid.items()}
+
+
+def stopping(quick: bool, model: Any = None) -> dict:
+    """-> `fixed` nats by rounds, and by rule its points and where they lie against the line; and
+    what writing alone costs. By default of the thinker that ships.
+    """
+    model = model or zoo.load("thinker")
+    text = shakespeare.load()
+    if quick:
+        text = replace(text, val=text.val[: 4 * model.config.window])
+    unfrozen = Unfrozen(model)
+    evaluate(model, text, nll=unfrozen)
+    rules: dict[str, Points] = {"learned": {}}
+    for threshold in THRESHOLDS:
+        nll = Counted(model, threshold=threshold)
+        nats = evaluate(model, text, nll=nll).nats_per_char
+        rules["learned"][str(threshold)] = [nats, nll.mean_rounds]
+    rules |= {rule: unfrozen.points(rule) for rule in ("unfrozen", "informed")}
+    by_round = (unfrozen.fixed / unfrozen.count).tolist()
+    fixed = {str(rounds): nats for rounds, nats in enumerate(by_round, 1)}
+    against = {rule: against_line(fixed, points) for rule, points in rules.items()}
+    return {"fixed": fixed, "rules": rules, "against": against, "writing": writing(model, quick)}
+
+
+def writing(model: Any, quick: bool) -> dict:
+    """One text at a time, in turn: all rounds for every character, three, and the learned rule."""
+    n, rounds = (20, 1) if quick else (200, 5)
+    ways: dict[str, dict] = {
+        f"{model.config.rounds} rounds": {"stop": "fixed"},
+        "3 rounds": {"stop": "fixed", "rounds": 3},
+    }
+    ways |= {f"threshold {threshold}": {"threshold": threshold} for threshold in (0.5, 0.3, 0.2)}
+    newline = torch.zeros(1, 1, dtype=torch.long)
+
+    def write(settings: dict) -> None:
+        speed.finish(model.generate(newline, n, generator=speed.seeded(), **settings))
+
+    runners = {name: partial(write, settings) for name, settings in ways.items()}
+    return {"n": n, **speed.in_turn(runners, rounds)}
+
+
+def draw(measured: dict, *, ax: Any) -> Any:
+    """The fixed rounds' line, and below or above it each rule's points."""
+    from .. import figures
+
+    rounds = [int(r) for r in measured["fixed"]]
+    ax.plot(rounds, measured["fixed"].values(), ".-", color=figures.PALE, label="fixed rounds")
+    hues = (figures.colour("thinker"), figures.ACCENT, figures.INK)
+    for (rule, points), hue in zip(measured["rules"].items(), hues, strict=True):
+        nats, means = zip(*sorted(points.values(), key=lambda point: point[1]), strict=True)
+        ax.plot(means, nats, "o-", color=hue, ms=4, lw=1, label=rule)
+    lowest = min(min(nats for nats, _ in points.values()) for points in measured["rules"].values())
+    highest = measured["fixed"]["2"]
+    ax.set(xlim=(1.8, 4.5), ylim=(lowest - 0.005, highest + 0.01), ylabel=figures.NATS)
+    ax.set_xlabel("rounds for each character, mean")
+    ax.legend()
+    return ax
