@@ -296,9 +296,15 @@ def tests_that_reach(fault: Fault, healthy: str, reach: dict[str, dict]) -> dict
     found = {}
     for test in tests_of(fault.file):
         seconds = reach[test]["seconds"]
-        names = {x for i in lines for x in reach[test]["lines"].get(f"{fault.file}:{i}", [])}
-        if imported or "" in names:
-            names = set(seconds)
+        lines_of = reach[test]["lines"]
+        names = {x for i in lines for x in lines_of.get(f"{fault.file}:{i}", [])}
+        if imported or "" in names:  # then whatever runs something of this file may notice
+            names = {
+                x
+                for at, found in lines_of.items()
+                if at.startswith(f"{fault.file}:")
+                for x in found
+            } - {""}
         found |= {name: seconds[name] for name in names}
     return found
 

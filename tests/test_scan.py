@@ -280,7 +280,7 @@ def test_what_does_not_fit_is_named():
         *(("delta", delta[:, :4], "delta should be"), ("A", A[:2], "A should be")),
         *(("B", B[:, :, :3], "B should be"), ("C", C[:1], "C should be")),
         *(("D", D[:2], "D should be"), ("state", state[:1], "state should be")),
-        *(("u", u[0], "u should be"), ("u", u.long(), "real numbers")),
+        *(("u", u[0], r"u should be \(b, t, e\); got"), ("u", u.long(), "real numbers")),
         *(("B", B.to("meta"), "one device"), ("method", "magic", "method is one of")),
     ):
         with pytest.raises(ValueError, match=words):
