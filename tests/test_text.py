@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 import unicodedata
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from inspect import unwrap
 
 import numpy as np
 import pytest
@@ -312,3 +313,8 @@ def test_a_text_is_spelt_as_its_vocabulary_has_it(form, other):
     assert vocabulary.spelt(typed.replace("\n", "\r\n")) == known
     assert vocabulary.spelt("z" + typed) == "z" + known  # a stranger stays, for `encode` to name
     assert Vocabulary("a\r\n").spelt("a\r\n") == "a\r\n"
+
+
+def test_what_is_no_text_is_refused_in_a_sentence_without_a_type_checker():
+    with pytest.raises(InputError, match="a text is wanted, such as 'ROMEO:'; got 7"):
+        unwrap(Vocabulary.encode)(Vocabulary("ab"), 7)
