@@ -70,6 +70,14 @@ def test_what_is_saved_is_what_is_loaded(saved):
     assert sorted(p.name for p in saved.iterdir()) == sorted(EVERY_FILE)
 
 
+def test_tensors_that_share_memory_are_saved_apart(tmp_path):
+    whole = torch.arange(6.0).view(2, 3)
+    tied = {"one": whole, "same": whole, "row": whole[1], "turned": whole.T}
+    checkpoint.save(tmp_path / "tied", dataclasses.replace(snapshot(), model=tied))
+    loaded = checkpoint.load(tmp_path / "tied").model
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tied.items())
+
+
 # ------------------------------------------------------------------------------------------- damage
 
 
