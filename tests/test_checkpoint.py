@@ -257,6 +257,17 @@ def test_two_newest_and_the_best_are_kept(tmp_path):
     assert checkpoint.newest(tmp_path)[0].name == "step-00000006"
 
 
+def test_a_checkpoint_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("busy")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path / "checkpoints" / f"step-{step:08d}", snapshot(step, None))
+    checkpoint.tidy(tmp_path)
+    assert checkpoint.newest(tmp_path)[0].name == "step-00000004"
+
+
 def test_only_steps_count_and_by_their_numbers(tmp_path):
     wanted = ["step-100000000", "step-00000010", "step-9"]
     for name in (*reversed(wanted), "step-00000012-copy", "step-old", "step-"):
