@@ -1,16 +1,18 @@
 """Do the tests notice? One small fault after another is put into a copy of the package, and the
-tests that should catch it run.
+tests that reach its line run, the quickest first.
 
     python tests/mutate.py irann/core/halting.py          every fault of one file
     python tests/mutate.py --sample 400 --seed 1          a random sample of all that is tested so
 
 Each fault and its verdict becomes a line of the file `--out`; a second run of the same command goes
-on where the first one was stopped. What survives is read by a person: an equivalent fault, a
-missing test, or a line that nobody needs.
+on where the first one was stopped. What survives, or is reached by no test, is read by a person: an
+equivalent fault, a missing test, or a line that nobody needs. Which test reaches what is recorded
+once, beside `--out`, and again after an edit.
 """
 
 import argparse
 import ast
+import hashlib
 import json
 import os
 import random
@@ -20,11 +22,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+import coverage
+import pytest
 
 ROOT = Path(__file__).parents[1]
+RANGES = ["tests/test_settings.py"]
 ALL_MODELS = ["tests/test_contract.py"]
 TESTS = {  # what should notice a fault in a file, fastest first; a folder's tests are the file's
     "irann/core/attention.py": ["tests/test_attention.py"],
@@ -38,15 +45,15 @@ TESTS = {  # what should notice a fault in a file, fastest first; a folder's tes
     "irann/text.py": ["tests/test_text.py"],
     "irann/lm.py": ["tests/test_lm.py", *ALL_MODELS],
     "irann/layers.py": ["tests/test_gpt.py", "tests/test_thinker.py", *ALL_MODELS],
-    "irann/models/gpt.py": ["tests/test_gpt.py", *ALL_MODELS],
+    "irann/models/gpt.py": [*RANGES, "tests/test_gpt.py", *ALL_MODELS],
     "irann/models/interop.py": ["tests/test_gpt.py", "tests/test_mamba.py"],
-    "irann/models/mamba.py": ["tests/test_mamba.py", *ALL_MODELS],
-    "irann/models/recurrent.py": ["tests/test_thinker.py", "tests/test_thinker_page.py"],
+    "irann/models/mamba.py": [*RANGES, "tests/test_mamba.py", *ALL_MODELS],
+    "irann/models/recurrent.py": [*RANGES, "tests/test_thinker.py", "tests/test_thinker_page.py"],
     "irann/models/thinker.py": ["tests/test_thinker.py", *ALL_MODELS],
     "irann/models/thinker_page.py": ["tests/test_thinker_page.py", *ALL_MODELS],
     "irann/models/diffusion.py": ["tests/test_diffusion.py", *ALL_MODELS],
-    "irann/models/denoiser.py": ["tests/test_diffusion.py", *ALL_MODELS],
-    "irann/training": ["tests/test_train.py", "tests/test_faults.py", *ALL_MODELS],
+    "irann/models/denoiser.py": [*RANGES, "tests/test_diffusion.py", *ALL_MODELS],
+    "irann/training": [*RANGES, "tests/test_train.py", "tests/test_faults.py", *ALL_MODELS],
     "irann/checkpoint.py": ["tests/test_checkpoint.py", "tests/test_faults.py"],
     "irann/chat/session.py": ["tests/test_chat.py"],
 }
@@ -164,21 +171,167 @@ def tried_files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in found if path.name != "__init__.py"]
 
 
-def notices(tree: Path, fault: Fault, limit: float) -> str:
-    """-> the verdict: caught, survived, or limit, where the tests did not end in time."""
+def statement(source: str, line: int) -> tuple[range, bool]:
+    """-> the lines of the statement around a line, and whether it runs when the file is imported.
+    Of a function they are those of its body: its defaults count when it is called.
+    """
+    function = ast.FunctionDef | ast.AsyncFunctionDef
+    around = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.stmt) and node.lineno <= line <= (node.end_lineno or 0)
+    ]
+    inner = around[-1]  # ast.walk goes from outside in
+    begin, end = inner.lineno, (inner.end_lineno or 0) + 1
+    body = getattr(inner, "body", None)
+    if isinstance(inner, function):
+        begin = inner.body[0].lineno
+    elif body:
+        end = max(begin + 1, body[0].lineno)
+    return range(begin, end), not any(isinstance(node, function) for node in around)
+
+
+class Recorder:
+    """A plugin of pytest: the seconds of each test that passes, and the tests that reach each line,
+    themselves, through a fixture, or in a process that they start.
+    """
+
+    def __init__(self, tree: Path, out: Path):
+        self.tree = tree
+        self.out = out
+        self.settings = out.with_suffix(".rc")  # processes read it when they start
+        self.within("")
+        os.environ["COVERAGE_PROCESS_START"] = str(self.settings)
+        self.seen = coverage.Coverage(config_file=str(self.settings))
+        self.seen.start()
+        self.parts: dict[str, list[str]] = {}  # a test and its fixtures
+        self.seconds: dict[str, float] = {}
+
+    def within(self, name: str) -> None:
+        self.name = name
+        self.settings.write_text(
+            f"[run]\nparallel = true\nsource = {self.tree / 'irann'}\ncontext = {name}\n"
+            f"data_file = {self.out.with_suffix('.coverage')}\n"
+        )
+        if name:
+            self.seen.switch_context(name)
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.within(nodeid)
+
+    def pytest_runtest_setup(self, item):
+        self.parts[item.nodeid] = [item.nodeid, *(f"fixture {x}" for x in item.fixturenames)]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef):
+        before = self.name
+        self.within(f"fixture {fixturedef.argname}")
+        try:
+            return (yield)
+        finally:
+            self.within(before)
+
+    def pytest_runtest_logreport(self, report):
+        if report.when == "call" and report.passed:
+            self.seconds[report.nodeid] = report.duration
+
+    def pytest_unconfigure(self):
+        self.seen.stop()
+        self.seen.save()
+        self.seen.combine([str(self.out.parent)])
+        data = self.seen.get_data()
+        tests = {}
+        for test in self.seconds:
+            for part in self.parts[test]:
+                tests.setdefault(part, []).append(test)
+        lines = {}
+        for file in data.measured_files():
+            for line, contexts in data.contexts_by_lineno(file).items():
+                at = f"{Path(file).relative_to(self.tree)}:{line}"
+                found = {test for context in contexts for test in tests.get(context, [])}
+                lines[at] = sorted(found) + [""] * ("" in contexts)
+        self.out.write_text(json.dumps({"seconds": self.seconds, "lines": lines}))
+
+
+class Chosen:
+    """A plugin of pytest: only these tests, the quickest first."""
+
+    def __init__(self, seconds: dict[str, float]):
+        self.seconds = seconds
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items):
+        order = list(dict.fromkeys(item.path for item in items))
+        items[:] = [item for item in items if item.nodeid in self.seconds]
+        items.sort(key=lambda item: (order.index(item.path), self.seconds[item.nodeid]))
+
+
+def recorded(tree: Path, tests: set[str], out: Path) -> dict[str, dict]:
+    """-> for each file of tests, what a `Recorder` saw: stored beside `out`, and taken from there
+    as long as the package and the file are the same.
+    """
+    stored = out.with_suffix(".reach.json")
+    reach = json.loads(stored.read_text()) if stored.exists() else {}
+    package = sorted((tree / "irann").rglob("*.py"))
+    for test in sorted(tests):
+        read = b"".join(path.read_bytes() for path in [*package, tree / test])
+        state = hashlib.sha256(read).hexdigest()
+        if reach.get(test, {}).get("state") == state:
+            continue
+        print(f"recording {test}", file=sys.stderr)
+        with tempfile.TemporaryDirectory() as folder:
+            seen = Path(folder) / "reach.json"
+            child = os.fork()
+            if not child:
+                _test(tree, [test], partial(Recorder, tree, seen), "-q")
+            if _verdict(child, 3600) != "survived":
+                print(f"{test}: not all of its tests pass without a fault", file=sys.stderr)
+            reach[test] = json.loads(seen.read_text()) | {"state": state}
+        stored.write_text(json.dumps(reach))
+    return reach
+
+
+def tests_that_reach(fault: Fault, healthy: str, reach: dict[str, dict]) -> dict[str, float]:
+    """-> those tests, and the seconds that each took."""
+    lines, imported = statement(healthy, fault.line)
+    found = {}
+    for test in tests_of(fault.file):
+        seconds = reach[test]["seconds"]
+        lines_of = reach[test]["lines"]
+        names = {x for i in lines for x in lines_of.get(f"{fault.file}:{i}", [])}
+        if imported or "" in names:  # then whatever runs something of this file may notice
+            names = {
+                x
+                for at, found in lines_of.items()
+                if at.startswith(f"{fault.file}:")
+                for x in found
+            } - {""}
+        found |= {name: seconds[name] for name in names}
+    return found
+
+
+def notices(tree: Path, fault: Fault, tests: dict[str, float], limit: float) -> str:
+    """-> the verdict: caught, survived, unreached by any test, or limit, where the tests did not
+    end in several times their time.
+    """
+    if not tests:
+        return "unreached"
     path = tree / fault.file
     healthy = path.read_text()
     path.write_text(fault.source)
     try:
         child = os.fork()
         if not child:
-            _test(tree, tests_of(fault.file))
-        return _verdict(child, limit)
+            files = [
+                name for name in tests_of(fault.file) if any(x.startswith(name) for x in tests)
+            ]
+            _test(tree, files, partial(Chosen, tests), "-qx")
+        return _verdict(child, min(limit, 30 + 5 * sum(tests.values())))
     finally:
         path.write_text(healthy)
 
 
-def _test(tree: Path, tests: list[str]) -> None:
+def _test(tree: Path, tests: list[str], plugin: Callable[[], object], how: str) -> NoReturn:
     """In a process of its own, which has torch already: run the tests of the copy and exit."""
     os.setsid()
     os.chdir(tree)
@@ -188,10 +341,8 @@ def _test(tree: Path, tests: list[str]) -> None:
     silence = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(silence, stream)
-    import pytest
-
-    options = ["-o", "addopts=", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
-    os._exit(int(pytest.main([*options, *tests])))
+    options = ["-o", "addopts=", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+    os._exit(int(pytest.main([*options, how, *tests], plugins=[plugin()])))
 
 
 def _verdict(child: int, limit: float) -> str:
@@ -226,7 +377,8 @@ def main() -> None:
             row = json.loads(line)
             known[row["file"], row["line"], row["old"], row["new"]] = row["verdict"]
 
-    import hypothesis  # noqa: F401  once, for all children
+    import beartype  # noqa: F401  once, for all children
+    import hypothesis  # noqa: F401
     import torch  # noqa: F401
     import transformers  # noqa: F401
 
@@ -236,11 +388,16 @@ def main() -> None:
         for name in subprocess.check_output(listed, cwd=ROOT, text=True).splitlines():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, tree / name)
-        counts = {"caught": 0, "survived": 0, "limit": 0}
+        reach = recorded(
+            tree, {test for fault in chosen for test in tests_of(fault.file)}, given.out
+        )
+        counts = {"caught": 0, "survived": 0, "unreached": 0, "limit": 0}
         for i, fault in enumerate(chosen, 1):
             key = fault[:4]
             if key not in known:
-                known[key] = notices(tree, fault, given.limit)
+                healthy = (tree / fault.file).read_text()
+                tests = tests_that_reach(fault, healthy, reach)
+                known[key] = notices(tree, fault, tests, given.limit)
                 row = dict(zip(("file", "line", "old", "new"), key), verdict=known[key])
                 with given.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")

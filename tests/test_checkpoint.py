@@ -70,6 +70,14 @@ def test_what_is_saved_is_what_is_loaded(saved):
     assert sorted(p.name for p in saved.iterdir()) == sorted(EVERY_FILE)
 
 
+def test_tensors_that_share_memory_are_saved_apart(tmp_path):
+    whole = torch.arange(6.0).view(2, 3)
+    tied = {"one": whole, "same": whole, "row": whole[1], "turned": whole.T}
+    checkpoint.save(tmp_path / "tied", dataclasses.replace(snapshot(), model=tied))
+    loaded = checkpoint.load(tmp_path / "tied").model
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tied.items())
+
+
 # ------------------------------------------------------------------------------------------- damage
 
 
@@ -247,6 +255,17 @@ def test_two_newest_and_the_best_are_kept(tmp_path):
     assert [int(p.name[5:]) for p in checkpoint.listed(tmp_path)] == [6, 5, 2]
     assert checkpoint.best(tmp_path)[0].name == "step-00000002"
     assert checkpoint.newest(tmp_path)[0].name == "step-00000006"
+
+
+def test_a_checkpoint_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError("busy")
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    for step in (1, 2, 3, 4):
+        checkpoint.save(tmp_path / "checkpoints" / f"step-{step:08d}", snapshot(step, None))
+    checkpoint.tidy(tmp_path)
+    assert checkpoint.newest(tmp_path)[0].name == "step-00000004"
 
 
 def test_only_steps_count_and_by_their_numbers(tmp_path):

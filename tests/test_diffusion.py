@@ -240,6 +240,41 @@ def test_the_first_answer_is_shown_without_its_gradient():
     assert guess[0].any() and not guess[1].any() and not guess.requires_grad
 
 
+def test_each_guess_is_shown_to_the_next_and_none_sees_more_than_it():
+    """While training, scoring and writing: the same page, and the answer to it before."""
+    model, ids, calls = tiny(), text(8, 17), []
+    forward = model.forward
+
+    def look(*seen):
+        *page, hint = seen if len(seen) == 5 else (*seen, None)
+        calls.append((page, hint, forward(*seen).detach()))
+        return calls[-1][2]
+
+    model.forward = look
+    draws = model.draw(ids, generator=seeded())
+    rows = draws["self_conditioned"]
+    model.loss(ids, draws)
+    (first, nothing, answer), (second, hint, _) = calls
+    assert nothing is None and 0 < rows.sum() < len(rows)
+    assert all(torch.equal(one, other[rows]) for one, other in zip(first, second, strict=True))
+    assert torch.equal(second[3], draws["mask"])
+    assert torch.equal(hint[rows], answer.softmax(-1)) and not hint[~rows].any()
+
+    def shown_again():
+        hints, answers = zip(*(call[1:] for call in calls), strict=True)
+        assert hints[0] is None and len(hints) > 1
+        for hint, answer in zip(hints[1:], answers):
+            torch.testing.assert_close(hint, answer.softmax(-1), atol=1e-12, rtol=0)
+
+    calls.clear()
+    model.guess(*first)
+    assert all(torch.equal(*pair) for pair in zip(calls[0][0], calls[1][0], strict=True))
+    shown_again()
+    calls.clear()
+    list(model.generate(ids[:2, :3], 8, generator=seeded(), steps=5))
+    shown_again()
+
+
 @pytest.mark.parametrize("pieces", (1, 2, 8))
 def test_a_batch_in_pieces_is_the_batch_in_any_order(pieces):
     """Loss, parts, gradients, and what is remembered of the noise levels: the mean over the pieces

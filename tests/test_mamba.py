@@ -383,8 +383,10 @@ def test_a_state_goes_on_with_the_weights_that_the_model_has_now():
             ours.load_state_dict(theirs.state_dict(), assign=change != "load")
         with torch.no_grad():
             told, _ = model.read(ids(1, 1, seed=2), state)
-            afresh, _ = model.read(ids(1, 1, seed=2), state._replace(weights=None))
+            afresh, after = model.read(ids(1, 1, seed=2), state._replace(weights=None))
+            _, later = model.read(ids(1, 1), after)
         assert torch.equal(told, afresh), change
+        assert later.weights is after.weights, "what has not changed is not prepared anew"
 
 
 def test_copies_learn_as_the_original_and_workers_can_have_one():

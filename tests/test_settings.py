@@ -11,8 +11,11 @@ from conftest import refuses
 from hypothesis import given
 from hypothesis import strategies as st
 
+from irann import zoo
 from irann.lm import SEED
+from irann.models.diffusion import DiffusionConfig
 from irann.settings import Checked, InputError, Setting, check_heads, field
+from irann.training import Recipe
 
 STEPS = Setting(100, "steps", low=1, high=500)
 
@@ -116,3 +119,45 @@ def test_a_number_that_no_float_can_hold_is_refused_like_any_other(digits):
                 setting.read("x", "1" + "0" * digits)
         else:
             assert setting.check("x", huge) == huge
+
+
+LEAST = {"prelude": 0, "neighbours": 0, "warmup": 0, "evaluate_every": 0, "save_every": 0}
+LEAST |= {"seed": 0, "channels": 2, "levels": 50}  # of all other whole numbers one
+FRACTIONS = ("dropout", "attention_dropout", "final_lr", "average")
+BELOW_ONE = ("beta1", "beta2", "momentum", "prior")
+
+
+@pytest.mark.parametrize("kind", [Recipe, *(type(zoo.recipe(name)[0]) for name in zoo.MODELS)])
+def test_every_number_of_a_config_or_a_recipe_has_its_range(kind):
+    def refused(name, setting, *values):
+        for value in values:
+            with pytest.raises(InputError, match=f"{name} is a"):
+                setting.check(name, value)
+
+    for name, setting in kind.settings().items():
+        if setting.type is int:
+            least = 2 if (kind, name) == (DiffusionConfig, "vocabulary") else LEAST.get(name, 1)
+            assert setting.check(name, least) == least
+            refused(name, setting, least - 1)
+            assert setting.check(name, 2**62) == 2**62
+            if kind is Recipe:  # what torch's generators can take
+                refused(name, setting, 2**63)
+        elif setting.type is float:
+            refused(name, setting, -1e-6, *[0.0] * (name == "prior"))
+            refused(name, setting, *[1 + 1e-6] * (name in FRACTIONS), *[1.0] * (name in BELOW_ONE))
+            for value in (1e-9, 0.99, *[1.0] * (name not in BELOW_ONE)):
+                assert setting.check(name, value) == value
+
+
+def test_defaults_are_those_of_the_papers():
+    """Ours beside transformers' (GPT-2, Mamba), PonderNet's beta and Muon's as published."""
+    from transformers import GPT2Config
+    from transformers import MambaConfig as TheirMamba
+
+    configs = {name: type(zoo.recipe(name)[0])() for name in zoo.MODELS}
+    gpt, mamba, theirs = configs["gpt"], configs["mamba"], TheirMamba()
+    assert gpt.eps == GPT2Config().layer_norm_epsilon
+    assert (mamba.d_state, mamba.d_conv) == (theirs.state_size, theirs.conv_kernel)
+    assert mamba.eps == theirs.layer_norm_epsilon
+    assert configs["thinker"].prior_weight == 0.01
+    assert (Recipe().muon_lr, Recipe().momentum) == (0.02, 0.95)

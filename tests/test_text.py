@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 import unicodedata
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from inspect import unwrap
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from irann.__main__ import main
 from irann.checkpoint import why
 from irann.settings import InputError
 from irann.shakespeare import CorpusError
-from irann.text import PIECE, Text, Vocabulary, read_text, windows
+from irann.text import FEW, PIECE, Text, Vocabulary, looked_at, read_text, windows
 
 
 @pytest.fixture
@@ -312,3 +313,22 @@ def test_a_text_is_spelt_as_its_vocabulary_has_it(form, other):
     assert vocabulary.spelt(typed.replace("\n", "\r\n")) == known
     assert vocabulary.spelt("z" + typed) == "z" + known  # a stranger stays, for `encode` to name
     assert Vocabulary("a\r\n").spelt("a\r\n") == "a\r\n"
+
+
+def test_what_is_no_text_is_refused_in_a_sentence_without_a_type_checker():
+    with pytest.raises(InputError, match="a text is wanted, such as 'ROMEO:'; got 7"):
+        unwrap(Vocabulary.encode)(Vocabulary("ab"), 7)
+
+
+def test_what_is_told_of_a_text_counts_as_by_hand():
+    vocabulary = Vocabulary("\nabc\x07z")
+    ids = vocabulary.encode("\n" * FEW + "a" * (FEW - 1) + "b" * FEW + "z" * FEW + "\x07" * 1200)
+    text = Text(ids, vocabulary.encode("c" + "a"), vocabulary, "a text")
+    told = list(looked_at(text))
+    assert told[0].startswith(f"a text: {len(ids) + 2:,} characters, 6 different ones; the last 2 ")
+    assert told[1] == f"rare: 1 of them occur less than {FEW} times: 'c'"
+    assert told[2].startswith("new: 1 occur in the validation part only")
+    assert told[3].startswith("odd: '\\x07' 1,200 times;") and len(told) == 4
+    without = Vocabulary("ab")
+    *_, last = looked_at(Text(without.encode("ab" * FEW), without.encode("a"), without))
+    assert last == "odd: it has no line breaks"

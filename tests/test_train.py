@@ -32,6 +32,7 @@ from irann.training import (
     progress,
     train,
 )
+from irann.training.bars import bar
 from irann.training.muon import Muon, orthogonalise
 from irann.training.state import State
 
@@ -82,6 +83,7 @@ def test_ticks(small):
 
 def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
     model, recipe = tiny(steps=2)
+    assert bar([1], disable=True).disable  # options are tqdm's
     monkeypatch.setattr(sys, "stderr", None)
     assert len(list(progress(train(model, small, recipe), 2))) == 2
 

@@ -232,7 +232,7 @@ class Denoiser(LanguageModel):
         device = _device(generator)
         order = torch.randperm(count, generator=generator, device=device).cpu()
         offset = torch.rand(count, generator=generator, device=device).cpu().double()
-        u = ((order + offset) / count).clamp(max=1 - 1e-12)
+        u = (order + offset) / count
         index = torch.searchsorted(p.cumsum(0), u, right=True).clamp(1, self.config.levels - 1)
         return index + 1, p[index].to(self.word_embedding.dtype)
 

@@ -137,9 +137,6 @@ def mamba_to_transformers(ours: Mamba) -> Any:
         time_step_rank=dt_rank,
         hidden_act=_their_activation(c.activation),
         tie_word_embeddings=c.tied,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
     )
     theirs: Any = MambaForCausalLM(config)
     theirs.to(ours.embeddings.weight)
