@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # each process of tests has a core; torch reads this once
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import chromium
 import pytest
@@ -97,11 +99,13 @@ def site(tmp_path_factory) -> Path:
     return built.with_name("html")
 
 
+LONGEST = ("notebooks", "faults", "cli", "contract", "book", "weights", "bench", "pieces", "races")
+
+
 def pytest_collection_modifyitems(items):
-    """The chapters first: they take longest, and begun last they would leave one of two processes
-    idle.
-    """
-    items.sort(key=lambda item: item.path.name != "test_notebooks.py")
+    """The files that take longest first: begun last they would leave one of two processes idle."""
+    places = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
 @pytest.fixture(scope="session")

@@ -210,8 +210,10 @@ def test_an_accent_that_is_typed_apart_is_composed(run, odd):
     assert (code, err) == (0, "") and out.startswith("caf\u00e9")
 
 
-def test_a_default_is_never_outside_its_own_range(run):
-    assert run("train", "diffusion", *TINY, "--set", "levels=50", "--run", "few")[0] == 0
+def test_a_default_is_never_outside_its_own_range(run, small, tmp_path):
+    (tmp_path / "short.txt").write_text(small.vocabulary.decode(small.train))
+    few = ["--corpus", "short.txt", "--set", "levels=50", "--run", "few"]
+    assert run("train", "diffusion", *TINY, *few)[0] == 0
     assert run("sample", "few", "--length", 5)[0] == 0
     session = Session("few", length=5)
     *_, last = session.reply()

@@ -207,6 +207,19 @@ def test_the_loss_is_cross_entropy_of_masked_text_plus_rounding_and_reaches_ever
     assert not any(part.requires_grad for part in parts.values())
 
 
+def test_the_error_that_is_reported_is_the_guess_s_distance_from_the_clean_point():
+    model, ids = tiny(), text(8, 17)
+    draws = model.draw(ids, generator=seeded())
+    model.forward = lambda x, tau, ids, mask, previous_guess=None: 99.0 * F.one_hot(ids, 7).double()
+    assert model.loss(ids, draws)[1]["mse"] < 1e-12
+    model.forward = lambda x, tau, ids, mask, previous_guess=None: (
+        99.0 * F.one_hot((ids + 1) % 7, 7).double()
+    )
+    apart = (model.embeddings[(ids + 1) % 7] - model.embeddings[ids]).square().mean(-1)
+    mean = apart[draws["mask"]].mean()
+    torch.testing.assert_close(model.loss(ids, draws)[1]["mse"], mean)
+
+
 def test_only_masked_characters_count():
     model = tiny()
     model.forward = lambda x, tau, ids, mask, previous_guess=None: (
@@ -606,6 +619,19 @@ def test_gaps_in_a_text_are_filled_and_the_rest_stays():
     ]:
         with refuses(word):
             model.fill(wrong, **how)
+
+
+def test_a_long_text_is_filled_with_as_much_before_the_page_as_after_it():
+    model, read = tiny(page=4), []
+    room, inner = model.config.window + 1, model.forward
+    model.forward = lambda x, tau, ids, *rest: read.append(ids[0]) or inner(x, tau, ids, *rest)
+    ids = text(1, 5 * room)
+    gap = torch.arange(5 * room) == 2 * room
+    list(model.infill(ids, gap, steps=1, generator=seeded()))
+    begin = 2 * room - (room - 4) // 2
+    seen, want = read[0], ids[0, begin : begin + room]
+    (at,) = (seen != want[: len(seen)]).nonzero()[:, 0].tolist() or [2 * room - begin]
+    assert at == 2 * room - begin and len(seen) == room
 
 
 def test_infilling_reads_what_comes_after_the_gap():

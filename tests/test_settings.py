@@ -108,6 +108,13 @@ def test_heads_share_a_width_equally_and_in_pairs_where_rotary():
         check_heads(9, 3, rotary=True)
 
 
+def test_a_large_number_is_repeated_as_it_was_typed_and_a_huge_one_by_its_bits():
+    for digits, said in ((39, "1" + "0" * 39), (40, "a number of 133 bits")):
+        with pytest.raises(InputError) as refused:
+            STEPS.check("steps", 10**digits)
+        assert str(refused.value).endswith(f"got {said}")
+
+
 @pytest.mark.parametrize("digits", [400, 5000])
 def test_a_number_that_no_float_can_hold_is_refused_like_any_other(digits):
     for setting in (STEPS, Setting(3e-3, "", low=0.0), Setting(1, "", low=1)):
@@ -161,3 +168,16 @@ def test_defaults_are_those_of_the_papers():
     assert mamba.eps == theirs.layer_norm_epsilon
     assert configs["thinker"].prior_weight == 0.01
     assert (Recipe().muon_lr, Recipe().momentum) == (0.02, 0.95)
+
+
+def test_what_is_built_without_a_size_has_the_sizes_that_the_reference_names():
+    """Parameters of each model by its class's defaults, counted by hand from its shapes."""
+    v, d, inner, t = 65, 128, 512, 256
+    block = 2 * 2 * d + (3 * d * d + 3 * d) + (d * d + d) + (2 * d * inner + inner + d)
+    config = type(zoo.recipe("gpt")[0])()
+    assert (config.layers, config.heads, config.window, config.width) == (4, 4, t, d)
+    assert zoo.build("gpt", config).num_parameters == v * d + t * d + 4 * block + 2 * d
+    for name in zoo.MODELS:
+        config = type(zoo.recipe(name)[0])()
+        window = 256 if name in ("gpt", "mamba") else 128
+        assert (config.window, config.width, config.dropout) == (window, 128, 0), name

@@ -132,6 +132,13 @@ def test_refinements_keep_the_surest_and_carry_the_hidden_state_on():
     assert step == 3 and not masked.any()
 
 
+def test_without_a_number_of_steps_two_characters_a_refinement_are_kept():
+    model = page_thinker(0.15)
+    for gap, steps in ((1, 1), (2, 1), (3, 2), (8, 4)):
+        masked, rule = torch.arange(12)[None] >= 12 - gap, model.rule({})
+        assert len(list(model.refine(ids(1, 12), masked, Sampling(), rng(), rule))) == steps
+
+
 @torch.no_grad()
 def test_orders_steps_and_sureness_of_a_page():
     model, prompt = page_thinker(0.1), ids(2, 5)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 import math
 import os
@@ -26,6 +27,8 @@ from irann.training import (
     Recipe,
     RunError,
     Signals,
+    Tick,
+    bars,
     evaluate,
     loop,
     optimizers,
@@ -79,6 +82,15 @@ def test_ticks(small):
     assert ticks[0].validation is None
     assert ticks[-1].validation == evaluate(model, small).nats_per_char
     assert list(progress(iter(ticks), 4, disable=True)) == ticks
+
+
+def test_the_bar_of_a_resumed_run_begins_where_it_stood(monkeypatch):
+    """So that its rate, and the time left, are those of this sitting."""
+    drawn, made = [], bars.bar
+    monkeypatch.setattr(bars, "bar", lambda **how: drawn.append(made(**how)) or drawn[-1])
+    ticks = [Tick(step, 2.0, {}, 0.1, 1.0, 10.0) for step in (6, 7, 8)]
+    shown = [(drawn[0].n, drawn[0].initial) for _ in progress(ticks, 20, file=io.StringIO())]
+    assert shown == [(6, 5), (7, 5), (8, 5)] and drawn[0].total == 20
 
 
 def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
@@ -524,6 +536,8 @@ def test_a_validation_that_was_cut_off_is_made_up_for(small, tmp_path, monkeypat
     list(stream)
     assert [row[0] for row in told("cut")][-4:] == [3, 4, 5, 6]
     assert told("cut")[-4:] == told("straight")[-4:]
+    if by == "a signal":  # the line of that step is there, and learns what was measured later
+        assert told("cut") == told("straight")
 
 
 def test_a_signal_during_the_last_validation_is_passed_on(small, tmp_path, monkeypatch):

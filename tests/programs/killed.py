@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # noqa: F401  an optimizer would import it, in every child anew
 
 from irann import checkpoint, shakespeare, zoo
 from irann.text import Text
