@@ -78,6 +78,8 @@ OPERATORS = {
     ast.And: "or",
     ast.Or: "and",
 }
+# left out, they change nothing that a test could see
+SILENT = ("strict", "stacklevel", "memory_format")
 
 
 class Fault(NamedTuple):
@@ -132,6 +134,8 @@ def faults(file: str, source: str) -> Iterator[Fault]:
             if bare:
                 yield fault(node, begin, end, raw[slice(*at(node.func.value))].decode())
             for word in node.keywords:
+                if word.arg in SILENT:
+                    continue
                 first, last = at(word)
                 if raw[last : last + 1] == b",":
                     last += 1
@@ -299,7 +303,9 @@ def tests_that_reach(fault: Fault, healthy: str, reach: dict[str, dict]) -> dict
         seconds = reach[test]["seconds"]
         lines_of = reach[test]["lines"]
         names = {x for i in lines for x in lines_of.get(f"{fault.file}:{i}", [])}
-        if imported or "" in names:  # then whatever runs something of this file may notice
+        if imported:  # a default, a range, a table: any test may meet it without running a line
+            names = set(seconds)
+        elif "" in names:  # then whatever runs something of this file may notice
             names = {
                 x
                 for at, found in lines_of.items()

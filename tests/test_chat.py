@@ -328,6 +328,14 @@ def test_the_inside_is_read_by_the_settings_of_the_model(here):
         assert set(session.inspect().values) == {"nll"}
 
 
+def test_a_model_of_another_text_goes_on_with_what_one_writes():
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
+    model.vocabulary = Vocabulary("abc \n")
+    told = []
+    assert Session(model, say=told.append).mode == "plain" and "another text" in told[0]
+    assert Session(model, mode="play").mode == "play"
+
+
 def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):
     session = parrot(corpus, "Good morrow.\n\nNURSE:\nMadam!")
     frames = session.reply()
@@ -343,6 +351,8 @@ def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):
     finish(frames)
     turn = session.turns[-1]
     assert (turn.speaker, turn.ended) == ("", "length") and "Madam!" in turn.text
+    spoken = re.findall(r"(?m)^(\w+):$", session.scene())  # as if said by those who speak now
+    assert spoken[0] == "JULIET" and spoken[1] == "NURSE" and "None" not in spoken
 
 
 def test_switching_the_model_keeps_the_scene_and_drops_what_the_new_one_does_not_have(here):

@@ -91,6 +91,16 @@ def test_a_damaged_kernel_is_built_again(fresh, monkeypatch, tmp_path):
 
 
 @needs_compiler
+def test_what_was_built_before_is_taken_as_it_is(fresh, monkeypatch):
+    one = torch.ones(1, 1, 1)
+    selective_scan(one, one, 0 * one[0], one, one, method="native")
+    (built,) = fresh.glob("*.so")
+    monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("built again"))
+    assert selective_scan(one, one, 0 * one[0], one, one, method="native")[0].item() == 1
+    assert native.built(1, torch.float32).endswith(str(built))
+
+
+@needs_compiler
 def test_an_edited_source_is_built_again(fresh, monkeypatch, tmp_path):
     one = torch.ones(1, 1, 1)
     assert selective_scan(one, one, 0 * one[0], one, one, method="native")[0].item() == 1

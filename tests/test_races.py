@@ -123,7 +123,12 @@ def test_a_second_seed_is_run_beside_the_first(idle, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("nanogpt", "of its time"), ("models-long", "Where each was lowest")]
+    ("name", "words"),
+    [
+        ("nanogpt", "of its time"),
+        ("models-long", "Where each was lowest"),
+        ("speedrun", "is above nanoGPT's 1.4697"),
+    ],
 )
 def test_every_race_runs_and_says_what_it_found(name, words, short, tmp_path, capsys):
     suite.main(name, quick=True, out=tmp_path, seeds=1)

@@ -250,6 +250,10 @@ def test_a_file_of_one_s_own_is_a_corpus(tmp_path):
     text.source.encode()
     path.write_bytes(content.encode())
     assert read_text(path).source.endswith(r"caf\udce9.txt")
+    path.write_bytes(b"one\r\ntwo\rthree\n" * 20)
+    text = read_text(path)
+    assert whole(text) == "one\ntwo\nthree\n" * 20
+    assert text.source.endswith(", its line ends (CR LF) read as LF")
 
 
 @pytest.mark.parametrize(

@@ -581,6 +581,17 @@ def test_resuming_after_a_break_is_bitwise_with_dropout_and_average(small, tmp_p
     assert equal(weights(model), weights(fourth))
 
 
+def test_resuming_is_bitwise_in_double_precision_too(small, tmp_path):
+    recipe = tiny(steps=4, save_every=2)[1]
+    model, cut, rest = (tiny()[0].double() for _ in range(3))
+    list(train(model, small, recipe))
+    stream = train(cut, small, recipe, run=tmp_path)
+    next(stream), next(stream)
+    stream.close()
+    list(train(rest, small, recipe, run=tmp_path, resume=True))
+    assert equal(weights(model), weights(rest))
+
+
 def test_a_step_is_told_before_it_is_saved(small, tmp_path, monkeypatch):
     """A kill between the two would leave a run that is done, and its last line missing."""
     model, recipe = tiny(steps=4, save_every=2)
