@@ -299,8 +299,11 @@ def test_every_model_shows_its_inside_on_the_text(here, name):
     if session.model.exact:
         nats = session.model.nll(session.model.vocabulary.encode(look.text)[None])[0]
         assert look.values["nll"] == pytest.approx([0.0, *nats.tolist()], rel=1e-4)
-    for rows in look.maps.values():
+    assert look.maps.keys() == look.heads.keys()
+    for key, rows in look.maps.items():
         assert torch.allclose(rows.sum(-1), torch.ones(len(look.text)), atol=1e-4)
+        assert look.heads[key].ndim == 4  # layers, heads
+        torch.testing.assert_close(look.heads[key].mean((0, 1)), rows)
     own = {"gpt": "attention", "mamba": "delta", "thinker": "rounds"}
     assert own.get(name, "nll") in look.values | look.maps
 

@@ -309,6 +309,8 @@ def test_a_new_checkpoint_survives_older_damaged_ones_with_higher_numbers(run_of
     stream.close()
     assert checkpoint.newest(run)[1].config["step"] == 2
     assert len(list((run / "checkpoints").glob("skipped-*"))) == 2
+    with pytest.raises(DiskError, match="step-00000099 cannot be renamed"):
+        checkpoint.set_aside(run / "checkpoints" / "step-00000099")
 
 
 # ---------------------------------------------------------------------------------- disks and kills

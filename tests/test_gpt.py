@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from irann import zoo
 from irann.core import attention as core
-from irann.layers import ACTIVATIONS, Attention, apply_rotary, rotary_table
+from irann.layers import ACTIVATIONS, MLP, Attention, apply_rotary, make_norm, rotary_table
 from irann.models.gpt import GPT, GPTConfig
 from irann.models.interop import RENAMED
 from irann.settings import InputError
@@ -325,3 +325,10 @@ def test_configs_that_cannot_be_are_named():
     ):
         with pytest.raises(ValueError, match=name):
             GPT(GPTConfig(**options))
+
+
+def test_parts_that_there_are_not_are_refused_by_their_names():
+    with pytest.raises(InputError, match="activation is one of .*gelu.*; got 'sine'"):
+        MLP(8, activation="sine")
+    with pytest.raises(InputError, match="norm is one of layer, plain, rms; got 'batch'"):
+        make_norm("batch", 8)

@@ -51,6 +51,14 @@ def test_schedules_hold_the_published_numbers(name):
     torch.testing.assert_close(schedule.snr, snr, atol=0, rtol=1e-12)
 
 
+def test_a_step_that_adds_nothing_draws_nothing():
+    """So that DDIM spends no random numbers, and a seed means the same at any number of steps."""
+    x0, x = draw(3), draw(3)
+    moved = noise.step(x0, x, 0.3, 0.6, eta=0.0, noise=lambda _: pytest.fail("drawn"))
+    eps = (x - math.sqrt(0.3) * x0) / math.sqrt(0.7)
+    torch.testing.assert_close(moved, math.sqrt(0.6) * x0 + math.sqrt(0.4) * eps)
+
+
 @pytest.mark.parametrize("name, steps", product(NAMES, (1, 7, 50, 200, 1000)))
 def test_signal_falls_at_every_step_and_never_to_nothing(name, steps):
     schedule = Schedule(name, steps)
