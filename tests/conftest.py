@@ -58,6 +58,10 @@ def small_disk(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+def pytest_configure(config):
+    sys.modules["rfc3987_syntax"] = None  # see NBVAL in test_notebooks.py
+
+
 def pytest_sessionstart(session):
     """Before anything runs: a browser, or a sentence that says what stays untested."""
     if hasattr(session.config, "workerinput"):
