@@ -220,6 +220,16 @@ def test_the_error_that_is_reported_is_the_guess_s_distance_from_the_clean_point
     torch.testing.assert_close(model.loss(ids, draws)[1]["mse"], mean)
 
 
+def test_queries_and_keys_are_normed_so_their_size_does_not_matter():
+    model, ids, level = tiny(), text(2, 9), torch.full((2,), 60)
+    x, mask = torch.randn(2, 9, 4).double(), torch.ones(2, 9, dtype=torch.bool)
+    before = model(x, level, ids, mask)
+    for block in model.h:
+        queries_and_keys = block.attn.c_attn.weight.data[: 2 * model.config.width]
+        queries_and_keys *= 3
+    torch.testing.assert_close(model(x, level, ids, mask), before, rtol=0, atol=1e-4)
+
+
 def test_only_masked_characters_count():
     model = tiny()
     model.forward = lambda x, tau, ids, mask, previous_guess=None: (

@@ -404,3 +404,13 @@ def test_what_the_blocks_add_to_the_residual_stream_begins_small_as_published():
     for block in model.blocks:
         largest = block.mixer.out_proj.weight.abs().max() * math.sqrt(64)  # d_inner
         assert 0.3 < largest < 1 / 3 + 1e-6  # torch's default, uniform up to 1, over sqrt(layers)
+
+
+def test_published_weights_begin_as_the_published_code_has_them():
+    """Embeddings of deviation 0.02, outputs divided by the root of the number of layers."""
+    config = dict(vocabulary=65, width=64, layers=4)
+    ours = zoo.build("mamba", MambaConfig(**config))
+    assert abs(ours.embeddings.weight.std().item() / 0.02 - 1) < 0.05
+    bound = 128**-0.5 / 2  # of a linear layer by torch's default, by two
+    largest = max(block.mixer.out_proj.weight.abs().max().item() for block in ours.blocks)
+    assert 0.95 * bound < largest <= bound

@@ -115,6 +115,15 @@ def test_a_large_number_is_repeated_as_it_was_typed_and_a_huge_one_by_its_bits()
         assert str(refused.value).endswith(f"got {said}")
 
 
+@pytest.mark.parametrize("name", ["gpt", "thinker", "diffusion"])
+def test_a_config_refuses_heads_that_its_width_cannot_be_cut_into(name):
+    config = zoo.recipe(name, "tiny")[0]
+    with pytest.raises(InputError, match="a width of 32 cannot be cut into 3 equal heads"):
+        replace(config, width=32, heads=3)
+    with pytest.raises(InputError, match="2 heads of a width of 30 have 15 channels each"):
+        replace(config, width=30, heads=2)  # all of these turn pairs of channels
+
+
 @pytest.mark.parametrize("digits", [400, 5000])
 def test_a_number_that_no_float_can_hold_is_refused_like_any_other(digits):
     for setting in (STEPS, Setting(3e-3, "", low=0.0), Setting(1, "", low=1)):

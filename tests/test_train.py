@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +84,14 @@ def test_ticks(small):
     assert ticks[0].validation is None
     assert ticks[-1].validation == evaluate(model, small).nats_per_char
     assert list(progress(iter(ticks), 4, disable=True)) == ticks
+
+
+def test_steps_that_take_the_same_time_have_the_same_speed(small, monkeypatch):
+    now = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
+    model, recipe = tiny(steps=40)
+    speeds = [tick.chars_per_second for tick in train(model, small, recipe)]
+    assert speeds == pytest.approx([8 * 32.0] * 40)  # a step is one look at the clock long
 
 
 def test_the_bar_of_a_resumed_run_begins_where_it_stood(monkeypatch):
