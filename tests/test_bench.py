@@ -286,3 +286,22 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
     assert measured["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
     assert measured["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
     assert measured["transformers, cached, after 100"] == pytest.approx(speed.summary([5.0, 5.0]))
+
+
+def test_the_benchmark_measures_on_one_thread(tmp_path, monkeypatch):
+    parts = {"scan": lambda quick: torch.get_num_threads()}
+    monkeypatch.setattr(suite, "parts_of", lambda what: parts)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert suite.measure("scan", True, tmp_path)["scan"] == 1 and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_words_count_as_existing_by_the_training_part_alone(small, monkeypatch):
+    monkeypatch.setattr(shakespeare, "load", lambda: small)
+    monkeypatch.setattr(quality, "counted", lambda train: train)
+    measured = lambda quick, corpus, vocabulary: {"corpus": corpus}  # noqa: E731
+    monkeypatch.setattr(speed, "speed_against_quality", measured)
+    assert suite.parallel_writing(True) == {"corpus": small.vocabulary.decode(small.train)}

@@ -1103,3 +1103,16 @@ def test_a_bubble_names_a_run_and_not_where_it_lies():
         "ROMEO", "", "/a/home/runs/gpt"
     )
     assert "<div class='irann-name'>runs/gpt</div>" in _bubble("", "", "runs/gpt")
+
+
+@torch.no_grad()
+def test_what_is_likely_is_read_by_the_settings_too(here):
+    session = Session("thinker", stop="fixed", rounds=2)
+    excite(session.model, 0.2)
+    session.say("Hello there, gentle cousin")
+    text = session.model.vocabulary.encode(session.inspect().text)[None]
+    for rounds in (5, 1):
+        session.set("rounds", rounds)
+        p = session.model.read(text, stop="fixed", rounds=rounds)[0][0].softmax(-1)
+        told = [row[0][1] for row in session.inspect().likely]
+        assert told == pytest.approx(p.amax(-1).tolist(), abs=1e-5)

@@ -775,3 +775,10 @@ def test_one_batch_can_be_learnt_by_heart():
         optimizer.step()
     after = model.eval().nll(ids, generator=seeded()).mean()
     assert before > 1.8 and after < 0.6, (before, after)
+
+
+def test_a_quarter_of_the_rows_is_masked_whole_and_half_to_the_end():
+    mask = denoiser.draw_mask(4000, 65, generator=seeded())
+    whole, ends = mask[:, 1:].all(1), mask[:, -1]
+    assert 0.22 < whole.double().mean() < 0.29  # a quarter, and what begins there by chance
+    assert 0.45 < (ends & ~whole).double().mean() < 0.53

@@ -332,3 +332,17 @@ def test_parts_that_there_are_not_are_refused_by_their_names():
         MLP(8, activation="sine")
     with pytest.raises(InputError, match="norm is one of layer, plain, rms; got 'batch'"):
         make_norm("batch", 8)
+
+
+def test_dropout_goes_over_to_transformers_and_back():
+    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.3}
+    ours = GPT.from_transformers(oracle(**SHAPES[1] | dropout))
+    assert (ours.config.dropout, ours.config.attention_dropout) == (0.1, 0.3)
+    back = ours.to_transformers().config
+    assert (back.resid_pdrop, back.embd_pdrop, back.attn_pdrop) == (0.1, 0.1, 0.3)
+
+
+def test_embeddings_of_fan_in_have_deviation_one():
+    for name in ("gpt", "thinker"):
+        model = zoo.build(name, zoo.recipe(name, "demo")[0])
+        assert model.wte.weight.std().item() == pytest.approx(1, rel=0.05)

@@ -238,3 +238,16 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with refuses("CUDA"):
         selective_scan(*draw(1, 2, 1, 1)[:5], method="triton")
+
+
+@needs_compiler
+def test_a_kernel_for_another_processor_is_not_taken(fresh, monkeypatch):
+    one, run = torch.ones(1, 1, 1), native._run
+    for target in (b"#define ONE", b"#define OTHER"):
+
+        def asked(*command, target=target, **how):
+            return target if "-dM" in command else run(*command, **how)
+
+        monkeypatch.setattr(native, "_run", asked)
+        selective_scan(one, one, 0 * one[0], one, one, method="native")
+    assert len(list(fresh.glob("*.so"))) == 2

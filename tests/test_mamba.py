@@ -414,3 +414,8 @@ def test_published_weights_begin_as_the_published_code_has_them():
     bound = 128**-0.5 / 2  # of a linear layer by torch's default, by two
     largest = max(block.mixer.out_proj.weight.abs().max().item() for block in ours.blocks)
     assert 0.95 * bound < largest <= bound
+
+
+def test_the_window_is_the_one_that_is_asked_for():
+    assert Mamba.from_transformers(theirs(), window=48).config.window == 48
+    assert Mamba.from_transformers(theirs()).config.window == 1024

@@ -146,3 +146,10 @@ def test_shakespeare_is_not_compared_with_himself(small):
     corpus = quality.Corpus(small.vocabulary.decode(small.train))
     pieces = [val[70 * i :][:40] for i in range(5)]
     assert quality.real(small, 5, 40) == quality.report(pieces, corpus, val[350:])
+
+
+def test_no_trigram_spans_two_texts():
+    known = quality.Corpus("abcdef")
+    found = quality.report(["abc", "def"], known, "abcdef")["trigram divergence"]
+    a, b = Counter(["abc", "def"]), Counter(["abc", "bcd", "cde", "def"])
+    assert found == pytest.approx(quality.divergence(a, b))

@@ -286,13 +286,13 @@ def test_nll_by_rounds_is_the_likelihood_by_round(pages):
     assert by_threshold == sorted(by_threshold) and by_threshold[0] < by_threshold[-1]
 
 
-def test_nll_in_64_gives_no_character_a_longer_past(pages):
+def test_nll_in_equal_windows_gives_no_character_a_longer_past(pages):
     text, ids = pages
     model = excite(zoo.build("gpt", replace(zoo.recipe("gpt", "tiny")[0], window=128)).eval())
     ids = ids.unfold(0, 65, 64)
     with torch.no_grad():
         want = F.cross_entropy(model(ids[:, :-1]).mT, ids[:, 1:]).item()
-    assert races.nll_in_64(model, text) == {"windows of 64": pytest.approx(want, abs=1e-4)}
+    assert races.nll_in(model, text, 64) == {"windows of 64": pytest.approx(want, abs=1e-4)}
 
 
 def test_text_quality_keeps_the_means_of_what_is_written(short, monkeypatch):
@@ -398,3 +398,20 @@ def test_texts_over_seeds_by_hand():
     assert page[1] == "## Text at temperature 0.8 (means over seeds, lowest and highest seed)"
     assert "| gpt | 0.750 (0.500, 1.000) | 7.000 (7, 7) |" in page
     assert "| gpt | 0.500 (0.250, 0.750) | 9.000 (9, 9) |" in page
+
+
+def test_every_seed_has_weights_and_windows_of_its_own(short, tmp_path, monkeypatch):
+    arm = races.nanogpt_arms(quick=True)["ours, short"]
+    arm = replace(arm, recipe=replace(arm.recipe, steps=3, evaluate_every=0), measure=None)
+    begun, go = [], races.train
+
+    def noted(model, text, recipe, **how):
+        begun.append((model.wte.weight.detach().clone(), recipe.seed))
+        return go(model, text, recipe, **how)
+
+    monkeypatch.setattr(races, "train", noted)
+    for seed in (0, 1):
+        row = {"nats": [], "seconds": [], "curves": []}
+        races.run_arm(arm, short, seed, tmp_path / str(seed), row)
+    (one, first), (other, second) = begun
+    assert not torch.equal(one, other) and (first, second) == (0, 1)

@@ -1,5 +1,6 @@
 """What the models cost is counted right, on a clock that goes only when it is told to."""
 
+import functools
 import json
 from types import SimpleNamespace
 
@@ -163,3 +164,18 @@ def test_the_engine_and_pytorch_write_the_same_pages_when_they_are_timed():
     *_, draft = model.generate(ids[None], 16, temperature=0.0, steps=4)
     engine.greedy_engine(runs, ids, 16)()
     assert runs.integers("get_shown", len(ids) + 16) == draft.ids[0].tolist()
+
+
+def test_transformers_writes_with_its_cache_too(monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    lengths, forward = [], GPT2LMHeadModel.forward
+
+    @functools.wraps(forward)  # its signature is looked at
+    def noted(self, input_ids=None, *rest, **how):
+        lengths.append(input_ids.shape[1])
+        return forward(self, input_ids, *rest, **how)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", noted)
+    found = speed.gpt_beside_transformers(quick=True)
+    assert lengths.count(1) == 3 * (found["n"] - 1)  # two rounds, and one that does not count

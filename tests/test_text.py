@@ -336,3 +336,14 @@ def test_what_is_told_of_a_text_counts_as_by_hand():
     without = Vocabulary("ab")
     *_, last = looked_at(Text(without.encode("ab" * FEW), without.encode("a"), without))
     assert last == "odd: it has no line breaks"
+
+
+def test_a_cached_corpus_of_the_right_length_is_checked_too(empty):
+    data, _ = shakespeare.find()
+    cached = empty / "tinyshakespeare.txt"
+    cached.write_bytes(data.replace(b"First", b"Fifth", 1))
+    assert shakespeare.find()[0] == cached.read_bytes() == data
+
+
+def test_a_lone_carriage_return_is_a_line_break():
+    assert Vocabulary("a\n").spelt("a\ra\r\n") == "a\na\n"

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from irann import zoo
+from irann import lm, zoo
 from irann.core.halting import expected_rounds, halting_distribution, kl_to_geometric
 from irann.models.thinker import Thinker, ThinkerConfig
 from irann.models.thinker_page import PageThinker
@@ -467,3 +467,11 @@ def test_what_makes_no_sense_is_named():
     for wrong in ({"rounds": 0}, {"prior": 1.0}, {"supervision": "some"}):
         with refuses(next(iter(wrong))):
             ThinkerConfig(**wrong)
+
+
+def test_the_halting_head_bends_no_prediction():
+    model, text = thinker(std=0.1, supervision="last"), ids(3, 25)
+    logits = model.every_round(text[:, :-1])[0][..., -1]
+    value = lm.cross_entropy(logits, text[:, 1:]).mean()
+    slopes = [torch.autograd.grad(x, model.lm_head.weight)[0] for x in (model.loss(text)[0], value)]
+    close(*slopes)

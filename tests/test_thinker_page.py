@@ -242,3 +242,25 @@ def test_a_page_stops_thinking_when_all_its_positions_rest():
     assert rounds(stop="prediction", tolerance=1.0) == 6
     assert 3 < rounds(stop="state", tolerance=0.1) < 15
     assert 3 <= rounds(stop="sampled") <= 15
+
+
+def test_every_draw_of_a_bound_has_masks_of_its_own(monkeypatch):
+    model, seen = page_thinker(), []
+    every = model.every_round
+    look = lambda page: seen.append(page == model.mask_token) or every(page)  # noqa: E731
+    monkeypatch.setattr(model, "every_round", look)
+    model.nll(ids(3, 25), generator=rng(), draws=4)
+    assert len({tuple(mask.flatten().tolist()) for mask in seen}) == 4
+
+
+def test_the_hidden_state_that_is_carried_has_no_gradient(monkeypatch):
+    model, text, given = page_thinker(0.1).train(), ids(4, 25), []
+    every = model.every_round
+
+    def look(page, rounds, hidden=None):
+        given.append(hidden)
+        return every(page, rounds, hidden)
+
+    monkeypatch.setattr(model, "every_round", look)
+    model.loss(text, model.draw(text, generator=rng()) | {"carried": True})
+    assert given[0] is None and given[1].any() and not given[1].requires_grad

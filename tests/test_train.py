@@ -1046,3 +1046,57 @@ def test_what_one_of_two_processes_wants_both_do(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("as one") == 2
+
+
+def test_the_averaged_model_is_measured_with_the_buffers_of_now(small):
+    model, recipe = tiny("diffusion", steps=4, average=0.9)
+    short = dataclasses.replace(small, val=small.val[:64])
+    *_, tick = train(model, short, recipe)
+    assert tick.validation == evaluate(model, short).nats_per_char
+
+
+def test_windows_noise_and_dropout_have_streams_of_their_own(small):
+    model, recipe = tiny()
+    state = State(model, small, recipe)
+    streams = [state.order.get_state(), state.draws.get_state(), state.dropout.states["cpu"]]
+    assert len({tuple(stream.tolist()) for stream in streams}) == 3
+
+
+def test_nothing_of_a_recipe_may_change_on_the_way_but_how_often_it_is_looked_at(small, tmp_path):
+    model, recipe = tiny(steps=1)
+    list(train(model, small, recipe, run=tmp_path))
+    for name, setting in Recipe.settings().items():
+        now = getattr(recipe, name)
+        if setting.choices:
+            other = next(choice for choice in setting.choices if choice != now)
+        elif setting.type is bool:
+            other = not now
+        else:
+            other = 2 * now or 1 if setting.type is int else now / 2 or 0.5
+        asked = dataclasses.replace(recipe, **{name: other})
+        go_on = train(tiny()[0], small, asked, run=tmp_path, resume=True)
+        if name in {"evaluate_every", "save_every", "compile"}:
+            assert list(go_on) == []
+        else:
+            with pytest.raises(CheckpointError, match=f" {name} = "):
+                next(go_on)
+
+
+def test_no_batch_is_measured_with_another_s_noise(corpus):
+    text, seen = Text(torch.tensor([0]), torch.arange(20), corpus.vocabulary), []
+
+    def nll(ids, generator):
+        seen.append(torch.rand((), generator=generator).item())
+        return ids[:, 1:].double()
+
+    for _ in range(2):
+        evaluate(Stub(5, None), text, batch=1, nll=nll)
+    assert len(set(seen[:4])) == 4 and seen[:4] == seen[4:]
+
+
+def test_of_the_training_part_the_first_character_is_not_scored(corpus):
+    text, seen = Text(torch.arange(23), torch.tensor([99]), corpus.vocabulary), []
+    model = Stub(7, lambda ids: seen.append(ids) or ids[:, 1:].double())
+    assert evaluate(model, text, part="train").characters == 22
+    scored = [i for page in seen for row in page[:, 1:].tolist() for i in row]
+    assert sorted(scored) == list(range(1, 23))

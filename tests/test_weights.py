@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import excite
 
 from irann import checkpoint, lm, shakespeare, zoo
 from irann.checkpoint import CheckpointError
@@ -157,3 +158,12 @@ def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):
     again = zoo.load("gpt")
     assert again.card == told and told["hardware"] == "a slate"
     assert evaluate(again, small).nats_per_char == told["validation"]
+
+
+def test_the_sample_on_a_card_is_the_one_it_describes(tmp_path, monkeypatch, small):
+    model = excite(zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]), 0.2)
+    model.vocabulary = small.vocabulary
+    told = zoo.ship(model, "gpt", small, folder=tmp_path)["sample"]
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    how = {"seed": told["seed"], "temperature": told["temperature"]}
+    assert lm.generate(zoo.load("gpt"), "\n", 300, **how)[1:] == told["text"]
