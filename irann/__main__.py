@@ -106,7 +106,7 @@ What = typer.Argument(
     help="scan: the scan against others; engine: what runs in a page against PyTorch; waiting: "
     "training beside other work; stopping: what the thinker's rule is worth; regressions: what "
     f"became slower; all: trained models too; {NAMES}: that one alone; "
-    "models, models-long, thinker, thinker-long, nanogpt: races, trained side by side"
+    "models, models-long, thinker, thinker-long, nanogpt, speedrun: races, trained side by side"
 )
 Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
 Report = _option("where the report goes; bench-report, or bench-report/quick", metavar="DIR")

@@ -316,7 +316,10 @@ def test_stored_pages_are_what_the_stored_numbers_say(page):
     assert page.read_text() == report.markdown(stored) + "\n"
 
 
-@pytest.mark.parametrize("name", races.RACES)
+STORED = [name for name in races.RACES if (REPORTS / f"{name}.json").exists()]
+
+
+@pytest.mark.parametrize("name", STORED)
 def test_stored_races_are_those_of_today(name, tmp_path, idle):
     """Nothing of them would be run again, and no setting has another name."""
     stored = (REPORTS / f"{name}.json").read_text()

@@ -405,7 +405,28 @@ def of_nanogpt(rows: Rows) -> list[str]:
     ]
 
 
+def of_speedrun(rows: Rows) -> list[str]:
+    page: list[str] = []
+    for name, row in rows.items():
+        reached = [seed["windows of 256"] for seed in row["measured"]]
+        seeds = zip(row["seconds"], row["clock"], reached, strict=False)
+        lines = [
+            [seed, f"{spent:.0f}", f"{clock:.0f}", f"{nats:.4f}"]
+            for seed, (spent, clock, nats) in enumerate(seeds)
+        ]
+        mean = statistics.mean(reached)
+        verdict = "at or under" if mean <= races.PUBLISHED else "above"
+        header = ("seed", "s of training", "s by the clock", "nats in windows of 256")
+        page += [f"## {name}", "", *table(header, lines), ""]
+        page.append(
+            f"The mean, {mean:.4f}, is {verdict} nanoGPT's {races.PUBLISHED}, after "
+            f"{statistics.median(row['clock']):.0f} s by the clock (median)."
+        )
+    return page
+
+
 ANSWERS = {
+    "speedrun": of_speedrun,
     "models": of_models,
     "models-long": of_models_long,
     "thinker": of_thinker,

@@ -1,9 +1,9 @@
 """The benchmark: `scan` times the selective scan and Mamba against other implementations; `all`
 adds the trained models, and a model's name takes that one alone; `engine` times the C that runs in
 a page against PyTorch; `waiting` trains beside other work; `stopping` asks what the thinker's rule
-is worth; `regressions` names what became slower than it was in the stored report; `models`,
-`models-long`, `thinker`, `thinker-long` and `nanogpt` train models side by side (races.py; so the
-thinker alone has no name here).
+is worth; `regressions` names what became slower than it was in the stored report. A race trains
+models side by side: `models`, `models-long`, `thinker`, `thinker-long`, `nanogpt`, `speedrun`
+(races.py; so the thinker alone has no name here).
 
 Where implementations are compared, times are ratios: every round runs all contestants one after the
 other in the same process, on one thread, and a ratio is the median over rounds, given with its
