@@ -66,3 +66,9 @@ def test_shapes_that_do_not_fit_are_named():
         attention(draw(1, 2, 3, 4), draw(1, 2, 3, 5), draw(1, 2, 3, 5))
     with refuses("last of only 3"):
         attention(draw(1, 2, 4, 4), draw(1, 2, 3, 4), draw(1, 2, 3, 4))
+
+
+def test_what_is_masked_weighs_nothing_however_large_the_scores():
+    q = torch.full((1, 1, 2, 1), 200.0)
+    k = torch.tensor([-100.0, 100.0]).view(1, 1, 2, 1)
+    assert attention_weights(q, k)[0, 0, 0].tolist() == [1, 0]

@@ -24,7 +24,7 @@ import torch
 import wcwidth
 from conftest import excite, small_disk
 
-from irann import zoo
+from irann import shakespeare, zoo
 from irann.__main__ import main
 from irann.chat.html import draft_html, inspection_html, note_of, scene_html
 from irann.chat.session import Frame, Inspection, Session, _speech_end, available
@@ -32,6 +32,7 @@ from irann.chat.streams import advance, cells, visible
 from irann.chat.terminal import Pen, Terminal
 from irann.chat.widget import Chat
 from irann.lm import Draft, LanguageModel
+from irann.settings import InputError
 from irann.text import Text, Vocabulary
 from irann.training import train
 
@@ -1116,3 +1117,25 @@ def test_what_is_likely_is_read_by_the_settings_too(here):
         p = session.model.read(text, stop="fixed", rounds=rounds)[0][0].softmax(-1)
         told = [row[0][1] for row in session.inspect().likely]
         assert told == pytest.approx(p.amax(-1).tolist(), abs=1e-5)
+
+
+def test_a_scene_that_has_begun_stays_one_whatever_model_comes():
+    one = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    one.vocabulary = Vocabulary(shakespeare.CHARACTERS)
+    session = Session(one)
+    session.say("Who is there?")
+    other = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=4)[0])
+    other.vocabulary = Vocabulary("\nabc")
+    session.use(other)
+    assert session.mode == "play"
+
+
+def test_a_setting_that_is_refused_uses_up_no_draw():
+    model = zoo.build("diffusion", zoo.recipe("diffusion", "tiny")[0])
+    model.vocabulary = Vocabulary("".join(map(chr, range(60, 125))))
+    session = Session(model.eval(), mode="plain", seed=3, length=4)
+    session.say("abc")
+    session.values["steps"] = 10**9
+    with pytest.raises(InputError):
+        session.reply()
+    assert session.asked == 0

@@ -397,3 +397,8 @@ def test_killed_at_random_moments_the_newest_is_valid(tmp_path):
         _, loaded, skipped = checkpoint.newest(run)
         assert not skipped and loaded.config["step"] >= done[-1]  # what was announced is there
         assert (loaded.model["w"] == loaded.config["step"]).all()
+
+
+def test_a_kernel_that_was_switched_off_is_part_of_the_environment(monkeypatch):
+    monkeypatch.setenv("IRANN_KERNEL", "0")
+    assert checkpoint.environment()["kernel"] is False

@@ -782,3 +782,26 @@ def test_a_quarter_of_the_rows_is_masked_whole_and_half_to_the_end():
     whole, ends = mask[:, 1:].all(1), mask[:, -1]
     assert 0.22 < whole.double().mean() < 0.29  # a quarter, and what begins there by chance
     assert 0.45 < (ends & ~whole).double().mean() < 0.53
+
+
+def test_a_guide_sees_what_is_known_without_its_noise():
+    model, ids, gap = tiny(page=8), text(1, 12), torch.arange(12) == 5
+    seen = []
+
+    def guide(x, tau):
+        seen.append((x.detach(), tau))
+        return x.sum((1, 2))
+
+    list(model.infill(ids, gap, steps=3, guide=guide, generator=seeded()))
+    assert len(seen) == 3
+    for x, tau in seen:
+        clean = model.schedule.noise(model.embeddings[ids], tau, torch.zeros_like(x))
+        torch.testing.assert_close(x[:, ~gap], clean[:, ~gap])
+
+
+def test_the_exact_posterior_is_computed_in_full_precision():
+    model = tiny(dtype=torch.float32)
+    x = torch.randn(1, 9, model.config.channels, generator=seeded())
+    exact = model.log_likelihood(x, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.log_likelihood(x, 1), exact)

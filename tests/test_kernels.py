@@ -251,3 +251,11 @@ def test_a_kernel_for_another_processor_is_not_taken(fresh, monkeypatch):
         monkeypatch.setattr(native, "_run", asked)
         selective_scan(one, one, 0 * one[0], one, one, method="native")
     assert len(list(fresh.glob("*.so"))) == 2
+
+
+def test_a_gradient_that_was_given_is_not_written_into():
+    u, delta, A, B, C, state = (x.detach() for x in draw(2, 5, 3, 4)[:6])
+    _, last = chunked.scan(u.requires_grad_(), delta, A, B, C, torch.zeros(2, 3, 4).to(u), span=2)
+    given = torch.ones(2, 4, 3).to(u).mT
+    torch.autograd.grad(last, u, given)
+    assert (given == 1).all()

@@ -334,3 +334,15 @@ def test_the_defaults_that_are_offered_filter_nothing():
     assert check_sampling(**offered) == check_sampling() == Sampling()
     logits = torch.randn(3, 7)
     assert torch.equal(filter_logits(logits, **offered).softmax(-1), logits.softmax(-1))
+
+
+def test_a_window_of_one_character_is_room_enough():
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", window=1)[0])
+    *_, last = model.generate(torch.zeros(1, 1, dtype=torch.long), 4)
+    assert last.ids.shape == (1, 5)
+
+
+def test_without_a_prompt_a_text_begins_after_a_line_break():
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=4)[0])
+    model.vocabulary = Vocabulary("\t\nab")
+    assert next(lm.stream(model, "", 1, seed=0)).ids.tolist() == [[1]]

@@ -419,3 +419,15 @@ def test_published_weights_begin_as_the_published_code_has_them():
 def test_the_window_is_the_one_that_is_asked_for():
     assert Mamba.from_transformers(theirs(), window=48).config.window == 48
     assert Mamba.from_transformers(theirs()).config.window == 1024
+
+
+@torch.no_grad()
+def test_a_state_that_another_model_wrote_brings_no_weights_along():
+    one = excite(zoo.build("mamba", SMALL)).eval()
+    other = excite(copy.deepcopy(one), seed=5)
+    ids = torch.arange(4)[None]
+    _, state = one.read(ids[:, :2])
+    _, state = one.read(ids[:, 2:3], state)
+    ours, _ = other.read(ids[:, 3:], state)
+    theirs, _ = other.read(ids[:, 3:], state._replace(weights=None))
+    assert torch.equal(ours, theirs)

@@ -474,3 +474,9 @@ def test_a_step_that_is_unsure_of_x0_costs_the_kl_between_the_two_gaussians(tau)
     expected = torch.distributions.kl_divergence(q, p)
     found = noise.step_kl(schedule, x0, guess, tau, variance=variance)
     torch.testing.assert_close(found, expected)
+
+
+def test_what_a_guide_returns_has_no_gradient():
+    x = torch.zeros(2, 3, dtype=F64)
+    guide = noise.guided(lambda x, tau: x, lambda x, tau: x.sum(-1), Schedule("cosine", 9))
+    assert not guide(x, torch.tensor([1, 2])).requires_grad and not x.requires_grad

@@ -18,12 +18,12 @@ import pytest
 import torch
 from conftest import small_disk
 
-from irann import shakespeare
+from irann import runs, shakespeare
 from irann.__main__ import main
 from irann.checkpoint import why
 from irann.settings import InputError
 from irann.shakespeare import CorpusError
-from irann.text import FEW, PIECE, Text, Vocabulary, looked_at, read_text, windows
+from irann.text import BOM, CRLF, FEW, PIECE, Text, Vocabulary, looked_at, read_text, windows
 
 
 @pytest.fixture
@@ -347,3 +347,7 @@ def test_a_cached_corpus_of_the_right_length_is_checked_too(empty):
 
 def test_a_lone_carriage_return_is_a_line_break():
     assert Vocabulary("a\n").spelt("a\ra\r\n") == "a\na\n"
+
+
+def test_a_source_that_was_not_read_as_it_is_leads_to_its_file():
+    assert str(runs.file_of("a.txt" + BOM + CRLF)) == "a.txt"

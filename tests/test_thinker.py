@@ -475,3 +475,11 @@ def test_the_halting_head_bends_no_prediction():
     value = lm.cross_entropy(logits, text[:, 1:]).mean()
     slopes = [torch.autograd.grad(x, model.lm_head.weight)[0] for x in (model.loss(text)[0], value)]
     close(*slopes)
+
+
+@torch.no_grad()
+def test_the_inside_is_that_of_the_rule_that_is_asked_for():
+    model, text = thinker(std=0.3), ids(1, 12)
+    for rounds in (1, 2):
+        found = model.inspect(text, stop="fixed", rounds=rounds)
+        assert set(found["rounds"].tolist()) == {rounds}

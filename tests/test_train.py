@@ -32,9 +32,11 @@ from irann.training import (
     Tick,
     bars,
     evaluate,
+    evaluation,
     loop,
     optimizers,
     progress,
+    state,
     train,
 )
 from irann.training.bars import bar
@@ -1100,3 +1102,43 @@ def test_of_the_training_part_the_first_character_is_not_scored(corpus):
     assert evaluate(model, text, part="train").characters == 22
     scored = [i for page in seen for row in page[:, 1:].tolist() for i in row]
     assert sorted(scored) == list(range(1, 23))
+
+
+def test_a_signal_in_the_last_step_does_not_cost_the_last_validation(small):
+    model, recipe = tiny(steps=2)
+    asked = itertools.chain([0, 15], itertools.repeat(15))
+    *_, last = train(model, small, recipe, stop=lambda: next(asked))
+    assert last.interrupted == 15 and last.validation is not None
+
+
+def test_what_two_processes_have_seen_of_the_noise_levels_is_added(small, monkeypatch):
+    model, recipe = tiny("diffusion", steps=2, batch=4)
+    summed = []
+    monkeypatch.setattr(state, "rank_and_world", lambda: (0, 2))
+    monkeypatch.setattr(loop, "_loss_of", lambda model, *_: loop._Loss(model))
+    monkeypatch.setattr(loop.dist, "all_reduce", lambda x: summed.append(x.clone()))
+    list(train(model, small, recipe))
+    assert len(summed) == 2 and all(x[0].sum() == 2 for x in summed)  # its rows, each once
+
+
+def test_an_orthogonal_update_does_not_depend_on_the_size_of_the_gradient():
+    g = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonalise(1e-4 * g), orthogonalise(g), rtol=0, atol=4e-3)
+
+
+def test_a_bound_that_processes_measure_in_shares_is_the_same_bound(small, monkeypatch):
+    model, _ = tiny("diffusion")
+    whole, parts = evaluate(model, small, batch=4), []
+    monkeypatch.setattr(evaluation, "summed", lambda x: parts.append(x) or x)
+    for rank in (0, 1):
+        monkeypatch.setattr(evaluation, "rank_and_world", lambda rank=rank: (rank, 2))
+        evaluate(model, small, batch=4, share=True)
+    (a, _, n), (b, _, m) = parts
+    assert (a + b) / (n + m) == pytest.approx(whole.nats_per_char, rel=1e-9)
+
+
+def test_overwriting_begins_the_metrics_anew_even_where_nothing_was_saved(small, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    model, recipe = tiny(steps=1)
+    assert list(train(model, small, recipe, run=tmp_path, overwrite=True))[-1].step == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1

@@ -420,7 +420,8 @@ def of_speedrun(rows: Rows) -> list[str]:
         page += [f"## {name}", "", *table(header, lines), ""]
         page.append(
             f"The mean, {mean:.4f}, is {verdict} nanoGPT's {races.PUBLISHED}, after "
-            f"{statistics.median(row['clock']):.0f} s by the clock (median)."
+            f"{statistics.median(row['clock']):.0f} s by the clock (median). The table of arms "
+            "above measures in the windows of training."
         )
     return page
 
