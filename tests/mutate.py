@@ -31,7 +31,7 @@ import coverage
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RANGES = ["tests/test_settings.py", "tests/test_numbers.py"]
+OF_ALL = ["tests/test_settings.py", "tests/test_numbers.py"]
 ALL_MODELS = ["tests/test_contract.py"]
 TESTS = {  # what should notice a fault in a file, fastest first; a folder's tests are the file's
     "irann/core/attention.py": ["tests/test_attention.py"],
@@ -50,15 +50,15 @@ TESTS = {  # what should notice a fault in a file, fastest first; a folder's tes
         "tests/test_thinker.py",
         *ALL_MODELS,
     ],
-    "irann/models/gpt.py": [*RANGES, "tests/test_gpt.py", *ALL_MODELS],
+    "irann/models/gpt.py": [*OF_ALL, "tests/test_gpt.py", *ALL_MODELS],
     "irann/models/interop.py": ["tests/test_gpt.py", "tests/test_mamba.py"],
-    "irann/models/mamba.py": [*RANGES, "tests/test_mamba.py", *ALL_MODELS],
-    "irann/models/recurrent.py": [*RANGES, "tests/test_thinker.py", "tests/test_thinker_page.py"],
-    "irann/models/thinker.py": [*RANGES, "tests/test_thinker.py", *ALL_MODELS],
-    "irann/models/thinker_page.py": [*RANGES, "tests/test_thinker_page.py", *ALL_MODELS],
-    "irann/models/diffusion.py": [*RANGES, "tests/test_diffusion.py", *ALL_MODELS],
-    "irann/models/denoiser.py": [*RANGES, "tests/test_diffusion.py", *ALL_MODELS],
-    "irann/training": [*RANGES, "tests/test_train.py", "tests/test_faults.py", *ALL_MODELS],
+    "irann/models/mamba.py": [*OF_ALL, "tests/test_mamba.py", *ALL_MODELS],
+    "irann/models/recurrent.py": [*OF_ALL, "tests/test_thinker.py", "tests/test_thinker_page.py"],
+    "irann/models/thinker.py": [*OF_ALL, "tests/test_thinker.py", *ALL_MODELS],
+    "irann/models/thinker_page.py": [*OF_ALL, "tests/test_thinker_page.py", *ALL_MODELS],
+    "irann/models/diffusion.py": [*OF_ALL, "tests/test_diffusion.py", *ALL_MODELS],
+    "irann/models/denoiser.py": [*OF_ALL, "tests/test_diffusion.py", *ALL_MODELS],
+    "irann/training": [*OF_ALL, "tests/test_train.py", "tests/test_faults.py", *ALL_MODELS],
     "irann/checkpoint.py": ["tests/test_checkpoint.py", "tests/test_faults.py"],
     "irann/chat/session.py": ["tests/test_chat.py"],
 }

@@ -151,7 +151,7 @@ ELSEWHERE = {
     "03b_bound": dict.fromkeys(("2.234", "2.105", "0.012"), "a run on a CPU, its log"),
     "05_compare": dict.fromkeys(("1.4697", "10.65"), "nanoGPT's README"),
     "05b_speedrun": {"10.65": "nanoGPT's README"}
-    | dict.fromkeys(("1.4868", "1.4737", "6.1", "1.22"), "runs of one seed, their logs"),
+    | dict.fromkeys(("1.4868", "1.4737", "0.004", "6.1", "1.22"), "runs of one seed, their logs"),
 }
 
 

@@ -403,6 +403,21 @@ def test_texts_over_seeds_by_hand():
     assert "| gpt | 0.500 (0.250, 0.750) | 9.000 (9, 9) |" in page
 
 
+def test_a_speedrun_takes_the_arm_of_its_device_and_keeps_the_clock(
+    idle, short, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(races, "hardware", str)
+    for device in ("cpu", "cuda", "mps"):
+        races.run("speedrun", seeds=1, quick=True, out=tmp_path / device, device=device)
+    arms = ["two-CPU-cores", "one-GPU", "one-GPU"]
+    assert [name for name, _ in idle] == [f"speedrun-{arm}-0" for arm in arms]
+    monkeypatch.undo()
+    monkeypatch.setattr(shakespeare, "load", lambda: short)
+    (row,) = suite.main("speedrun", quick=True, out=tmp_path / "run", seeds=1)["rows"].values()
+    assert row["clock"][0] > 0.9 * row["seconds"][0] > 0
+    assert capsys.readouterr().out.startswith("## speedrun: 1 seed, ")
+
+
 def test_every_seed_has_weights_and_windows_of_its_own(short, tmp_path, monkeypatch):
     arm = races.nanogpt_arms(quick=True)["ours, short"]
     arm = replace(arm, recipe=replace(arm.recipe, steps=3, evaluate_every=0), measure=None)

@@ -39,7 +39,6 @@ from irann.training import (
     state,
     train,
 )
-from irann.training.bars import bar
 from irann.training.muon import Muon, orthogonalise
 from irann.training.state import State
 
@@ -107,7 +106,7 @@ def test_the_bar_of_a_resumed_run_begins_where_it_stood(monkeypatch):
 
 def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
     model, recipe = tiny(steps=2)
-    assert bar([1], disable=True).disable  # options are tqdm's
+    assert bars.bar([1], disable=True).disable  # options are tqdm's
     monkeypatch.setattr(sys, "stderr", None)
     assert len(list(progress(train(model, small, recipe), 2))) == 2
 

@@ -203,13 +203,14 @@ def run(
     """Run a race -> what it ran on, and `rows`: by arm its parameters, characters, whether its nats
     are `exact`, and lists.
 
-    One entry per seed in `nats`, `seconds` (of training, without validation), `curves` (points of
-    characters, seconds, nats) and `measured` (what else the race measures of a trained arm).
+    One entry per seed in `nats`, `seconds` (of training, without validation), `clock` (seconds with
+    it, as they passed), `curves` (points of characters, seconds, nats) and `measured` (what else
+    the race measures of a trained arm).
     Written to `out`/NAME.json after each arm.
     """
     arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
     if name == "speedrun":
-        kind = "one GPU" if torch.device(device).type == "cuda" else "two CPU cores"
+        kind = "two CPU cores" if torch.device(device).type == "cpu" else "one GPU"
         arms = {kind: arms[kind]}
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.json"

@@ -298,7 +298,8 @@ def _race(report: dict) -> list[str]:
     rows = report["rows"]
     counts = sorted({len(row["nats"]) for row in rows.values()})
     seeds = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
-    page = [f"## {report['race']}: {seeds} seeds, {races.ran_on(report)}", ""]
+    words = "seed" if seeds == "1" else "seeds"
+    page = [f"## {report['race']}: {seeds} {words}, {races.ran_on(report)}", ""]
     for note in report.get("notes", ()):
         page += [f"({note})", ""]
     nats = "nats per character (lowest, highest)"
