@@ -59,7 +59,8 @@ def small_disk(size: int):
 
 
 def pytest_configure(config):
-    sys.modules["rfc3987_syntax"] = None  # see NBVAL in test_notebooks.py
+    # jsonschema's check of addresses, which no notebook needs, compiles a grammar for two seconds
+    sys.modules["rfc3987_syntax"] = None
 
 
 def pytest_sessionstart(session):
@@ -103,13 +104,19 @@ def site(tmp_path_factory) -> Path:
     return built.with_name("html")
 
 
-LONGEST = ("notebooks", "faults", "cli", "contract", "book", "weights", "bench", "pieces", "races")
+LONGEST = ("contract", "weights", "book", "cli", "faults", "races", "widget", "bench")
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest first: begun last they would leave one of two processes idle."""
-    places = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+    def place(item):
+        if item.path.suffix == ".ipynb":
+            return 0
+        name = item.path.stem.removeprefix("test_")
+        return 1 + LONGEST.index(name) if name in LONGEST else 2 + len(LONGEST)
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="session")

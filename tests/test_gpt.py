@@ -288,8 +288,9 @@ def test_dropout_is_active_in_training_only():
     assert torch.equal(model.eval()(page), model(page))
 
 
-def test_dropout_reaches_the_input_both_halves_of_a_block_and_the_weights():
-    sizes = {"layers": 2, "width": 16, "heads": 2, "window": 8}
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_dropout_reaches_the_input_both_halves_of_a_block_and_the_weights(positions):
+    sizes = {"layers": 2, "width": 16, "heads": 2, "window": 8, "positions": positions}
     nothing = excite(
         GPT(GPTConfig(dropout=1.0, **sizes))
     )  # all is dropped, so that the residual stream stays at zero
@@ -346,3 +347,10 @@ def test_embeddings_of_fan_in_have_deviation_one():
     for name in ("gpt", "thinker"):
         model = zoo.build(name, zoo.recipe(name, "demo")[0])
         assert model.wte.weight.std().item() == pytest.approx(1, rel=0.05)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_goes_over_to_transformers_and_back(training):
+    """Else a model that is ready to write would answer with dropout."""
+    ours = GPT.from_transformers(oracle(**SHAPES[1]).train(training))
+    assert ours.training == training and ours.to_transformers().training == training

@@ -431,3 +431,9 @@ def test_a_state_that_another_model_wrote_brings_no_weights_along():
     ours, _ = other.read(ids[:, 3:], state)
     theirs, _ = other.read(ids[:, 3:], state._replace(weights=None))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_goes_over_to_transformers_and_back(training):
+    ours = Mamba.from_transformers(theirs().train(training))
+    assert ours.training == training and ours.to_transformers().training == training

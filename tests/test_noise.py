@@ -480,3 +480,12 @@ def test_what_a_guide_returns_has_no_gradient():
     x = torch.zeros(2, 3, dtype=F64)
     guide = noise.guided(lambda x, tau: x, lambda x, tau: x.sum(-1), Schedule("cosine", 9))
     assert not guide(x, torch.tensor([1, 2])).requires_grad and not x.requires_grad
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_even_the_least_noise_is_exact_whatever_the_dtype(kind):
+    schedule, one = Schedule("cosine", 1000), torch.ones(1, 1)
+    for tau in (1, 2, 30, 1000):
+        wanted = schedule.noise(0 * one.double(), tau, one.double()).item()
+        got = schedule.noise((0 * one).to(kind), tau, one.to(kind)).item()
+        assert got == pytest.approx(wanted, rel=torch.finfo(kind).eps)

@@ -1,5 +1,5 @@
-"""The chapters: .md and .ipynb hold the same cells, every cell ran in order without an error, and
-running again prints the same. They keep a measure that a reader can finish, and the numbers of
+"""The chapters: .md and .ipynb hold the same cells, and every cell ran in order without an error. (That
+running again prints the same is tested by nbval, cell by cell: see pyproject.toml.) They keep a measure that a reader can finish, and the numbers of
 their prose stand in an output, a report or a card.
 
 A chapter is a complete pair in notebooks/. A .md without its .ipynb is a draft and is left out.
@@ -8,10 +8,8 @@ A chapter is a complete pair in notebooks/. A .md without its .ipynb is a draft 
 import ast
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -235,31 +233,3 @@ def test_it_needs_nothing_that_the_readme_does_not_install(page):
     }
     used |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert {name.split(".")[0] for name in used} <= there
-
-
-# jsonschema's check of addresses, which no notebook needs, compiles a grammar for two seconds
-NBVAL = "import sys; sys.modules['rfc3987_syntax'] = None; import pytest; sys.exit(pytest.main())"
-
-
-@chapters
-def test_running_it_again_prints_the_same(page, tmp_path):
-    command = [
-        sys.executable,
-        "-c",
-        NBVAL,
-        "-p",
-        "nbval.plugin",
-        "--nbval",
-        "--nbval-current-env",
-        "--nbval-cell-timeout=600",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    command += ["-o", "addopts=", str(page.with_suffix(".ipynb"))]
-    quiet = {"HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(tmp_path)}
-    quiet["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    done = subprocess.run(
-        command, cwd=FOLDER, env=os.environ | quiet, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

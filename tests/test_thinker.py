@@ -483,3 +483,24 @@ def test_the_inside_is_that_of_the_rule_that_is_asked_for():
     for rounds in (1, 2):
         found = model.inspect(text, stop="fixed", rounds=rounds)
         assert set(found["rounds"].tolist()) == {rounds}
+
+
+@torch.no_grad()
+def test_the_first_note_is_that_of_the_prompt_s_last_character():
+    model, text = thinker(), ids(2, 9)
+    _, draft = model.generate(text, 1, generator=rng(), threshold=0.8)
+    _, state = model.read(text, threshold=0.8)
+    assert (state.rounds[:, 0] != state.rounds[:, -1]).any()
+    assert draft.note["rounds"] == state.rounds[:, -1].tolist()
+    assert draft.note["halted"] == pytest.approx(state.halted[:, -1].tolist())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.no_grad()
+def test_how_likely_it_has_halted_does_not_depend_on_who_thinks_on(packed):
+    model, text = thinker(), ids(2, 20)
+    _, state = model.read(text, packed=packed, threshold=0.8)
+    assert len(state.rounds.unique()) > 1
+    for t in (1, 7, 20):
+        alone = model.read(text[:1, :t], packed=packed, threshold=0.8)[1]
+        close(alone.halted, state.halted[:1, :t])

@@ -1141,3 +1141,14 @@ def test_overwriting_begins_the_metrics_anew_even_where_nothing_was_saved(small,
     model, recipe = tiny(steps=1)
     assert list(train(model, small, recipe, run=tmp_path, overwrite=True))[-1].step == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def test_dropout_is_on_whatever_the_caller_does_between_two_steps(small):
+    losses = []
+    for between in (lambda model: None, lambda model: model.eval()):
+        model, recipe = tiny(steps=4, dropout=0.5)
+        losses.append([])
+        for tick in train(model, small, recipe):
+            losses[-1].append(tick.loss)
+            between(model)
+    assert losses[0] == losses[1]

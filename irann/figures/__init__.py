@@ -131,7 +131,9 @@ def learning_curve(
     x = [getattr(tick, against) for tick in ticks]
     ax.plot(x, losses, color=colour(name), alpha=0.25, lw=0.8)
     mean = losses.unfold(0, smooth, 1).mean(1)
-    ax.plot(x[smooth - 1 :], mean, color=colour(name), label=label or f"{name}, training")
+    middle = x[smooth // 2 :][: len(mean)]
+    label = label or f"{name}, training, mean of {smooth} steps"
+    ax.plot(middle, mean, color=colour(name), label=label)
     validated = [(at, tick.validation) for at, tick in zip(x, ticks) if tick.validation is not None]
     if validated:
         ax.plot(*zip(*validated), "o", color=colour(name), mec="white", label="validation")
@@ -147,7 +149,7 @@ def lines(ax: Any, references: dict[str, float] = REFERENCES) -> None:
         ax.axhline(nats, color=PALE, lw=1, ls=":")
         style = {"va": "bottom", "color": PALE, "fontsize": SMALL}
         at = {"xycoords": ("axes fraction", "data")}
-        ax.annotate(f"{name} {nats:.2f}", (0.01, nats), **at, **style)
+        ax.annotate(f"{name} {nats:.2f}", (0.3, nats), **at, **style)
 
 
 def heat(

@@ -16,6 +16,7 @@ from conftest import excite
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
 from irann.export import LIVE, weights_file
+from irann.export import page as exported
 from irann.settings import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -282,3 +283,23 @@ def test_every_function_of_the_engine_is_tested_here_or_used_by_the_page():
     used = Path(__file__).read_text() + (LIVE / "live.js").read_text()
     for name in re.findall(r"^EXPORT [\w *]*?(\w+)\(", source, re.M):
         assert name in used, name
+
+
+GPT_HAS_NOT = {"bias": True, "eps": 1e-2, "positions": "learned", "qk_norm": False}
+GPT_HAS_NOT |= {"activation": "gelu", "norm": "rms"}
+MAMBA_HAS_NOT = {"bias": True, "conv_bias": False, "activation": "relu", "eps": 1e-2}
+
+
+@pytest.mark.parametrize("name, lacks", [("gpt", GPT_HAS_NOT), ("mamba", MAMBA_HAS_NOT)])
+def test_no_option_that_the_engine_lacks_is_let_pass(name, lacks):
+    for option, value in lacks.items():
+        config, _ = zoo.recipe(name, "tiny", vocabulary=13, **{option: value})
+        with pytest.raises(InputError, match=f"with {option}=.* only"):
+            weights_file(zoo.build(name, config))
+
+
+@pytest.mark.parametrize("name", zoo.shipped())
+def test_an_exported_page_calls_a_bound_a_bound(name):
+    model = zoo.load(name)
+    nats = f"{model.card['validation']:.3f} nats per character"
+    assert (f"at most {nats}" in exported(model)) == (not model.exact) and nats in exported(model)
