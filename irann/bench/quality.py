@@ -9,7 +9,7 @@ import functools
 import math
 import random
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,13 +35,13 @@ class Corpus:
         self.words = {word.lower() for word in words(text)}
         self.runs = set(runs(text, COPIED))
         self.symbols = len(set(text))
-        self.counts: list[dict[str, Counter]] = []
-        for k in range(ORDER + 1):
-            after: dict[str, Counter] = defaultdict(Counter)
-            for i in range(k, len(text)):
-                after[text[i - k : i]][text[i]] += 1
-            self.counts.append(dict(after))
-        self.totals = [{context: seen.total() for context, seen in t.items()} for t in self.counts]
+        self.counts = [Counter(runs(text, k + 1)) for k in range(ORDER + 1)]  # context, then next
+        self.totals = Counter()  # of each context: how often something follows it
+        self.kinds = Counter()  # and how many different characters do
+        for grams in self.counts:
+            for gram, count in grams.items():
+                self.totals[gram[:-1]] += count
+            self.kinds.update(gram[:-1] for gram in grams)
 
     def judge(self, text: str, start: int = 0) -> float:
         """-> nats per character of text[start:]: interpolated n-grams with Witten and Bell's
@@ -52,11 +52,10 @@ class Corpus:
             p = 1 / self.symbols
             for k in range(min(ORDER, i) + 1):
                 context = text[i - k : i]
-                seen = self.counts[k].get(context)
-                if seen is None:
+                total, kinds = self.totals[context], self.kinds[context]
+                if total == 0:
                     break
-                kinds, total = len(seen), self.totals[k][context]
-                p = (seen[text[i]] + kinds * p) / (total + kinds)
+                p = (self.counts[k][context + text[i]] + kinds * p) / (total + kinds)
             nats -= math.log(p)
         return nats / max(1, len(text) - start)
 
@@ -81,8 +80,8 @@ class Corpus:
 
 @functools.lru_cache(1)
 def counted(train: str) -> Corpus:
-    """-> the Corpus of a text, made once: to count all its runs takes ten seconds, and a report
-    asks for it several times.
+    """-> the Corpus of a text, made once: to count all its runs takes seconds, and a report asks
+    for it several times.
     """
     return Corpus(train)
 
