@@ -187,6 +187,19 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(small, states, monkeypa
             torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
 
 
+def test_gradients_that_somebody_else_left_are_no_part_of_a_step(small):
+    after = []
+    for leaves in (False, True):
+        model, recipe = tiny(steps=3)
+        ticks = train(model, small, recipe)
+        for _ in range(3):
+            if leaves:
+                model.loss(small.train[None, :33])[0].backward()
+            next(ticks)
+        after.append(weights(model))
+    assert equal(*after)
+
+
 def test_draws_are_made_once_for_the_whole_batch_and_cut_with_it(small, monkeypatch):
     model, recipe = tiny(batch=8, accumulate=4, steps=1)
     seen, loss, absorbed = [], model.loss, []

@@ -131,6 +131,7 @@ def _train(
                     ids = windows(text.train, model.config.window, recipe.batch, state.order)
                     ids = ids.to(state.device)
                     model.train()
+                    model.zero_grad(set_to_none=True)  # a notebook may have called backward itself
                     draws = model.draw(ids, generator=state.draws)
                     loss, parts = _gradients(loss_of, state, ids, draws)
                     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
