@@ -77,7 +77,8 @@ def step(
     if not fits:
         raise ValueError(_misfit(STEP, u, delta, A, B, C, D, state))
     dtype = u.dtype
-    u, delta, A, B, C = (x.to(state.dtype) for x in (u, delta, A, B, C))
+    if dtype != state.dtype:
+        u, delta, A, B, C = (x.to(state.dtype) for x in (u, delta, A, B, C))
     kept = torch.exp(delta.unsqueeze(2) * A) * state
     state = torch.addcmul(kept, (delta * u).unsqueeze(2), B.unsqueeze(1))
     y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)
