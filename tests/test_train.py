@@ -114,9 +114,13 @@ def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
 def test_the_rate_warms_up_and_falls():
     for decay, middle in (("linear", 0.5), ("cosine", 0.5), ("none", 1.0)):
         recipe = Recipe(steps=110, warmup=10, decay=decay)
-        assert [recipe.rate(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and recipe.rate(10) == 1.0
-        assert recipe.rate(60) == pytest.approx(middle)
-    assert Recipe(steps=110, warmup=10, final_lr=0.1).rate(109) == pytest.approx(0.1 + 0.9 * 0.01)
+        assert [recipe.lr_factor(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and recipe.lr_factor(
+            10
+        ) == 1.0
+        assert recipe.lr_factor(60) == pytest.approx(middle)
+    assert Recipe(steps=110, warmup=10, final_lr=0.1).lr_factor(109) == pytest.approx(
+        0.1 + 0.9 * 0.01
+    )
 
 
 def test_the_rate_reaches_the_optimizers_at_every_step_and_after_resuming(small, tmp_path, states):

@@ -85,7 +85,7 @@ class Run:
             if self.writes:
                 self._release()
 
-    def told(self) -> tuple[str, ...]:
+    def take_notes(self) -> tuple[str, ...]:
         """-> what happened on resuming, once."""
         notes = self.notes
         self.notes = ()
@@ -147,8 +147,7 @@ class Run:
         if not self.resume and (checkpoint.listed(self.folder) or has_metrics):
             raise RunError(
                 f"{self.folder} holds another run; resume it (--resume), start it anew "
-                "(--overwrite) "
-                "or choose another --run"
+                "(--overwrite) or choose another --run"
             )
         checkpoint.sweep(self.folder)
         if shutil.disk_usage(self.folder).free < size:
@@ -170,7 +169,7 @@ class Run:
         leaves the loop.
         """
         state = self.state
-        for note in self.notes[:-1]:  # why checkpoints were skipped, which no tick has told
+        for note in self.notes[:-1]:  # no tick took them: why checkpoints were skipped
             warnings.warn(note, stacklevel=2)
         news = state.step != self.saved_at and not state.midstep and state.undisturbed()
         expected = isinstance(error, NotFinite | DiskError)
