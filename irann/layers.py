@@ -66,13 +66,11 @@ def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) ->
     raise InputError(f"norm is one of layer, plain, rms; got {kind!r}")
 
 
-def rotary_table(
-    start: int, end: int, c: int, *, like: Tensor, base: float = 10_000.0
-) -> Complex[Tensor, "t pairs"]:
+def rotary_table(start: int, end: int, c: int, *, like: Tensor) -> Complex[Tensor, "t pairs"]:
     """The rotation of each pair of channels at positions start..end, as a number on the unit
     circle.
 
-    Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * base^(-2j/c).
+    Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * 10000^(-2j/c).
     Computed in float64, then cast to the precision and device of `like`. Raises InputError for an
     odd c.
     """
@@ -82,25 +80,24 @@ def rotary_table(
         )
     dtype = torch.promote_types(like.dtype, torch.complex64)
     # To write is to ask for one position after the other, which costs as much as all of them: they
-    # are kept. What a
-    # compiler or autograd looks at is theirs alone.
+    # are kept. What a compiler or autograd looks at is theirs alone.
     plain = type(like) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
     if plain and not torch.compiler.is_compiling():
-        return _kept_table(1 << (end - 1).bit_length(), c, base, dtype, like.device)[start:end]
-    return _table(start, end, c, base, dtype, like.device)
+        return _kept_table(1 << (end - 1).bit_length(), c, dtype, like.device)[start:end]
+    return _table(start, end, c, dtype, like.device)
 
 
-def _table(start, end, c, base, dtype, device):
+def _table(start, end, c, dtype, device):
     made_on = "cpu" if device.type == "mps" else device  # MPS has no float64
-    frequency = base ** (-torch.arange(0, c, 2, dtype=torch.float64, device=made_on) / c)
+    frequency = 10_000.0 ** (-torch.arange(0, c, 2, dtype=torch.float64, device=made_on) / c)
     angle = torch.arange(start, end, dtype=torch.float64, device=made_on)[:, None] * frequency
     return torch.polar(torch.ones_like(angle), angle).to(device, dtype)
 
 
 @lru_cache(maxsize=8)
-def _kept_table(end, c, base, dtype, device):
+def _kept_table(end, c, dtype, device):
     with torch.inference_mode(False):  # whoever asks first may be in inference mode, others not
-        return _table(0, end, c, base, dtype, device)
+        return _table(0, end, c, dtype, device)
 
 
 def apply_rotary(

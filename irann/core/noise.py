@@ -117,12 +117,6 @@ class Schedule:
         signal = self.at(self.alpha_bar.sqrt(), tau, x)
         return (x - self.at((1 - self.alpha_bar).sqrt(), tau, x) * eps) / signal
 
-    def to_eps(self, x: Data, x0: Data, tau: Level) -> Data:
-        """The noise between x0 and x: `noise` solved for eps."""
-        _check_shapes(x=x, x0=x0)
-        signal = self.at(self.alpha_bar.sqrt(), tau, x)
-        return (x - signal * x0) / self.at((1 - self.alpha_bar).sqrt(), tau, x)
-
     def posterior(self, x0: Data, x_tau: Data, tau: Level) -> tuple[Data, Float[Tensor, "..."]]:
         """Mean and variance of q(x_{tau-1} | x_tau, x0), one level back when x0 is known (eqs. 6
         and 7 of Ho et al.).

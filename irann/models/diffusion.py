@@ -313,7 +313,7 @@ class Diffusion(Denoiser):
             with evaluating(self, ids.numel()):
                 level = torch.full((len(x),), tau, device=x.device)
                 logits = self(x, level, ids, mask, guess)
-                filtered = filter_logits(logits, **how.sampling._asdict())
+                filtered = filter_logits(logits, **vars(how.sampling))
                 guess = filtered.softmax(-1)  # p(character | x)
                 likeliest = filtered.argmax(-1)
                 x0 = self.embeddings[likeliest] if how.clamp else guess @ self.embeddings

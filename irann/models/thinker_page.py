@@ -156,7 +156,7 @@ class PageThinker(RecurrentDepth):
                 page = ids.masked_fill(masked, self.mask_token)
                 hidden, logits, taken = self.think(page, masked, hidden, generator, rule)
             rounds += taken
-            filtered = filter_logits(logits, **sampling._asdict())
+            filtered = filter_logits(logits, **vars(sampling))
             guess = sample(filtered.flatten(0, 1), generator).view_as(ids)
             sure = logits.softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
             rank = self.rank(sure, rule["order"], generator).masked_fill(~masked, -torch.inf)
