@@ -23,21 +23,16 @@ is a GPU; with TRITON_INTERPRET=1 it runs without one, slowly, to be tested.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (what stands under triton.jit is read by Triton)
 
-import math
-
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
-from torch import Tensor
 
-from .operator import operator
+from .operator import LOG2E, operator
 
 CHANNELS = 32
 SPAN = 16
 FILL = 2048  # programs that keep a GPU busy
 SHORTEST = 4  # spans of a stretch: below, walking twice costs more than it gains
-LOG2E = 1 / math.log(2)
 
 
 @triton.jit
@@ -206,14 +201,7 @@ def _backward(
     tl.store(dA + row * n * e + grid, da, mask=inside)
 
 
-def scan(
-    u: Float[Tensor, "b t e"],
-    delta: Float[Tensor, "b t e"],
-    A: Float[Tensor, "e n"],
-    B: Float[Tensor, "b t n"],
-    C: Float[Tensor, "b t n"],
-    state: Float[Tensor, "b e n"],
-) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b e n"]]:
+def scan(u, delta, A, B, C, state):
     """y without D u, and the last state."""
     inputs = (x.contiguous() for x in (u, delta, A, B, C, state))
     y, last, _ = SCAN(*inputs)
@@ -224,9 +212,7 @@ def _spans(u):
     return -(-u.shape[1] // SPAN)
 
 
-def _scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(u, delta, A, B, C, state):
     b, e, n = state.shape
     u, delta, A2, B, C, state = (x.contiguous() for x in (u, delta, A.T * LOG2E, B, C, state.mT))
     y = u.new_empty(u.shape)
@@ -241,16 +227,7 @@ def _scan(
     return y, last.mT.contiguous(), entry
 
 
-def _scan_backward(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    entry: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scan_backward(dy, dlast, u, delta, A, B, C, entry):
     b, t, e = u.shape
     n = A.shape[1]
     dy, u, delta, B, C, entry = (x.contiguous() for x in (dy, u, delta, B, C, entry))
