@@ -112,6 +112,15 @@ def apply_rotary(
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
 
 
+def check_window(window: int, start: int, t: int) -> int:
+    """-> where t characters after `start` others end. Raises InputError for more than fit."""
+    if start + t > window:
+        raise InputError(
+            f"the window holds {window} characters; got {t} after {start}: read the last ones only"
+        )
+    return start + t
+
+
 class StackedLinear(nn.Linear):
     """Several matrices on top of each other, for one product; Muon treats each on its own."""
 
@@ -228,6 +237,20 @@ class Block(nn.Module):
         self.ln_2 = make_norm(norm, width, bias=bias, eps=eps)
         self.mlp = MLP(width, inner=inner, activation=activation, bias=bias)
         self.dropout = nn.Dropout(dropout)
+
+    @classmethod
+    def fast(cls, width: int, heads: int, *, causal: bool, dropout: float) -> "Block":
+        """The options that train better at this size, as in `GPTConfig.fast`."""
+        return cls(
+            width,
+            heads,
+            causal=causal,
+            norm="plain",
+            qk_norm=True,
+            activation="squared_relu",
+            bias=False,
+            dropout=dropout,
+        )
 
     def forward(
         self,

@@ -90,17 +90,7 @@ class RecurrentDepth(LanguageModel):
         super().__init__(config)
         c = config
         self.wte = nn.Embedding(symbols, c.width)
-        block = partial(
-            Block,
-            c.width,
-            c.heads,
-            causal=causal,
-            norm="plain",
-            qk_norm=True,
-            activation="squared_relu",
-            bias=False,
-            dropout=c.dropout,
-        )
+        block = partial(Block.fast, c.width, c.heads, causal=causal, dropout=c.dropout)
         self.prelude = nn.ModuleList(block() for _ in range(c.prelude))
         self.core = nn.ModuleList(block() for _ in range(c.core))
         self.gains = self.halt_bias = None
