@@ -204,6 +204,20 @@ def test_gradients_that_somebody_else_left_are_no_part_of_a_step(small):
     assert equal(*after)
 
 
+def test_muon_takes_a_closure_as_every_optimizer_of_torch_does():
+    ours, other = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+
+    def loss_of(p):
+        loss = (p * torch.arange(6.0).view(3, 2)).square().sum()
+        loss.backward()
+        return loss
+
+    wanted = loss_of(other)
+    Muon([other]).step()
+    assert Muon([ours]).step(lambda: loss_of(ours)) == wanted
+    assert torch.equal(ours, other) and not torch.equal(ours, torch.ones(3, 2))
+
+
 def test_draws_are_made_once_for_the_whole_batch_and_cut_with_it(small, monkeypatch):
     model, recipe = tiny(batch=8, accumulate=4, steps=1)
     seen, loss, absorbed = [], model.loss, []

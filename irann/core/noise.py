@@ -246,9 +246,7 @@ class Bound(NamedTuple):
     """The three parts of an upper bound of -log p(x0), in nats, summed over everything but b."""
 
     prior: Float[Tensor, " b"]  # KL(q(x_T | x0) || N(0, 1))
-    steps: Float[
-        Tensor, "T b"
-    ]  # row tau - 1: the KL of the step from tau to tau - 1; zero for tau = 1
+    steps: Float[Tensor, "T b"]  # row tau - 1: KL of the step tau to tau - 1; zero for tau = 1
     reconstruction: Float[Tensor, " b"]  # -log p(x0 | x_1), the step from 1 to 0
 
     @property
