@@ -36,6 +36,19 @@ SHORTEST = 4  # spans of a stretch: below, walking twice costs more than it gain
 
 
 @triton.jit
+def _tile(A2, e, n, N: tl.constexpr, E: tl.constexpr):
+    """Which states are this program's: channels and lanes, which of them exist, where, and A2."""
+    channel = tl.program_id(0) * E + tl.arange(0, E)
+    lane = tl.arange(0, N)
+    in_e = channel < e
+    in_n = lane < n
+    grid = lane[:, None] * e + channel[None, :]
+    inside = in_n[:, None] & in_e[None, :]
+    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    return channel, lane, in_e, in_n, grid, inside, a2
+
+
+@triton.jit
 def _ends(
     x, delta, A2, v, end, total, t, e, n, K,
     N: tl.constexpr, E: tl.constexpr, S: tl.constexpr, REVERSED: tl.constexpr
@@ -46,13 +59,7 @@ def _ends(
     text = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     row = text * tl.num_programs(2) + part
-    channel = tl.program_id(0) * E + tl.arange(0, E)
-    lane = tl.arange(0, N)
-    in_n = lane < n
-    in_e = channel < e
-    grid = lane[:, None] * e + channel[None, :]
-    inside = in_n[:, None] & in_e[None, :]
-    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    channel, lane, in_e, in_n, grid, inside, a2 = _tile(A2, e, n, N, E)
     x += text * t * e
     delta += text * t * e
     v += text * t * n
@@ -84,12 +91,7 @@ def _join(
     arrives from zero: the state that truly enters each, written over `end`.
     """
     text = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * E + tl.arange(0, E)
-    lane = tl.arange(0, N)
-    in_e = channel < e
-    grid = lane[:, None] * e + channel[None, :]
-    inside = (lane < n)[:, None] & in_e[None, :]
-    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    channel, _, in_e, _, grid, inside, a2 = _tile(A2, e, n, N, E)
     h = tl.load(start + text * n * e + grid, mask=inside, other=0.0)
     for j in range(stretches):
         row = text * stretches + (stretches - 1 - j if REVERSED else j)
@@ -108,13 +110,7 @@ def _forward(
     part = tl.program_id(2)
     row = text * tl.num_programs(2) + part
     spans = tl.cdiv(t, S)
-    channel = tl.program_id(0) * E + tl.arange(0, E)
-    lane = tl.arange(0, N)
-    in_n = lane < n
-    in_e = channel < e
-    grid = lane[:, None] * e + channel[None, :]
-    inside = in_n[:, None] & in_e[None, :]
-    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    channel, lane, in_e, in_n, grid, inside, a2 = _tile(A2, e, n, N, E)
     u += text * t * e
     delta += text * t * e
     y += text * t * e
@@ -144,13 +140,7 @@ def _backward(
     part = tl.program_id(2)
     row = text * tl.num_programs(2) + part
     spans = tl.cdiv(t, S)
-    channel = tl.program_id(0) * E + tl.arange(0, E)
-    lane = tl.arange(0, N)
-    in_n = lane < n
-    in_e = channel < e
-    grid = lane[:, None] * e + channel[None, :]
-    inside = in_n[:, None] & in_e[None, :]
-    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    channel, lane, in_e, in_n, grid, inside, a2 = _tile(A2, e, n, N, E)
     dy += text * t * e
     u += text * t * e
     delta += text * t * e
