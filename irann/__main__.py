@@ -212,7 +212,7 @@ def train_command(
             _go_on(run, say)
 
 
-def _say_result(last: Tick, losses: list[float], exact: bool, say: Callable[[str], Any]) -> None:
+def _say_result(last: Tick, losses: deque[float], exact: bool, say: Callable[[str], Any]) -> None:
     """Say how a training ended. Raises typer.Exit for one that a signal stopped."""
     if last.interrupted:
         say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
@@ -271,9 +271,7 @@ def sample(
     seed: Annotated[str | None, _number(lm.SEED)] = None,
     device: Device = "auto",
 ) -> None:
-    """Let a trained model write. Models may have settings of their own, such as --steps or
-    --rounds.
-    """
+    """Let a trained model write. Models may have their own settings, as --steps or --rounds."""
     _first(model)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings = {name: SAMPLING[name].read(name, value) for name, value in given.items()}
@@ -588,9 +586,7 @@ def _drop_output() -> None:
 
 
 def _code_of(error: Exception) -> int | None:
-    """-> the exit code of an expected failure, None for a fault of ours, which deserves its
-    traceback.
-    """
+    """-> the exit code of an expected failure; None for a fault of ours: it keeps its traceback."""
     if hasattr(error, "format_message"):  # click's own: a wrong option or value
         return 2
     if _no_memory(error):

@@ -54,9 +54,7 @@ ACTIVATIONS = {
 
 
 def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) -> nn.Module:
-    """A norm over the last axis: `layer` with gain (and bias), `plain` LayerNorm without either, or
-    `rms` with gain.
-    """
+    """A norm over the last axis: `layer` with gain (and bias), `plain` without, `rms` with gain."""
     if kind == "layer":
         return nn.LayerNorm(width, eps=eps, bias=bias)
     if kind == "plain":
@@ -259,9 +257,7 @@ class Block(nn.Module):
         rotary: Complex[Tensor, "t pairs"] | None = None,
         gains: Float[Tensor, "2 d"] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], KeyValue]:
-        """The residual stream, and the KV cache for next time. `gains` scale what attention and MLP
-        see.
-        """
+        """The residual stream, and the KV cache. `gains` scale what attention and MLP see."""
         y, keys_values = self.attn(scale(self.ln_1(x), gains, 0), cache, rotary)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(scale(self.ln_2(x), gains, 1))), keys_values
@@ -289,9 +285,7 @@ def init_gpt2(model: nn.Module, layers: int) -> None:
 
 
 def init_fan_in(model: nn.Module) -> None:
-    """Normal with deviation 1/sqrt(fan in); what adds to the residual stream is zero: blocks start
-    as the identity.
-    """
+    """Normal with deviation 1/sqrt(fan in), but blocks start as the identity: they add zero."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             if name.endswith(("c_proj", "out_proj")):

@@ -68,9 +68,7 @@ def use() -> None:
 
 
 def colour(name: str) -> str:
-    """-> the hue of a model, by its name in the zoo (`thinker-page` has the thinker's); one that is
-    not listed gets a spare one.
-    """
+    """-> the hue of a model, by its name in the zoo up to the first hyphen, or a spare one."""
     family = name.split("-")[0]
     return HUES.get(family, SPARE[sum(map(ord, family)) % len(SPARE)])
 
@@ -89,9 +87,7 @@ def learning_curve(
     ax: Any = None,
     label: str | None = None,
 ) -> Any:
-    """Draw the loss of a list of ticks and the reference lines. `against` is step, seconds or
-    characters.
-    """
+    """Draw the loss of ticks and the reference lines, against step, seconds or characters."""
     ax = _axes(ax)
     losses = torch.tensor([tick.loss for tick in ticks])
     span = max(1, min(20, len(losses) // 4))
@@ -130,9 +126,7 @@ def heat(
     label: str = "",
     bar: bool = True,
 ) -> Any:
-    """Draw a matrix (rows columns) whose rows and columns belong to characters; `label` names the
-    colours of the bar.
-    """
+    """Draw a matrix (rows columns) of characters; `label` names the colours of the bar."""
     inches = 1.5 + 0.15 * max(len(rows), len(columns), 20)
     ax = _axes(ax, figsize=(inches, inches))
     image = ax.imshow(torch.as_tensor(weights), cmap="magma_r", vmin=0, vmax=vmax, aspect="equal")

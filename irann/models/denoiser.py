@@ -239,9 +239,7 @@ class Denoiser(LanguageModel):
 
 
 def neighbourhood(x: Float[Tensor, "b t channels"], reach: int) -> Float[Tensor, "b t neighbours"]:
-    """Every position beside its neighbours, (2 reach + 1) times the channels; zeros beyond the
-    ends.
-    """
+    """Every position beside its neighbours, (2 reach + 1) times the channels; zeros outside."""
     t = x.shape[1]
     x = F.pad(x, (0, 0, reach, reach))
     return torch.cat([x[:, i : i + t] for i in range(2 * reach + 1)], -1)

@@ -131,9 +131,7 @@ class GPT(Reader):
     def embed(
         self, ids: Ids, start: int = 0
     ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "t pairs"] | None]:
-        """The residual stream at positions from `start` on, and their rotary table if there is
-        one.
-        """
+        """The residual stream from position `start` on, and its rotary table if there is one."""
         end = check_window(self.config.window, start, ids.shape[1])
         x = self.wte(ids)
         if self.config.positions == "learned":

@@ -157,9 +157,7 @@ def _their_activation(name: str) -> str:
 
 
 def _resolved(source: Any, kind: type, model_type: str) -> Any:
-    """-> a model of exactly this kind: a relative has parts that a copy would lose without a
-    word.
-    """
+    """-> a model of exactly this kind: of a relative, a copy would silently lose parts."""
     if isinstance(source, str | os.PathLike):
         return kind.from_pretrained(source)
     if not isinstance(source, kind) or source.config.model_type != model_type:

@@ -222,9 +222,7 @@ class Mamba(Reader):
         return F.linear(self.norm_f(x), head.weight), after
 
     def notes(self, state: list[LayerState] | None) -> dict:
-        """Each row's mean step size at its last character: near 0 it was let pass, large it
-        replaced older ones.
-        """
+        """Each row's mean step size at its last character: near 0 it was let pass."""
         if state is None:
             return {}
         delta = torch.stack([layer.delta for layer in state])

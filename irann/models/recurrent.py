@@ -214,9 +214,7 @@ class RecurrentDepth(LanguageModel):
     def limits(
         self, ids: Ids, rule: dict[str, Any], generator: Generator | None
     ) -> Float[Tensor, "b t"]:
-        """The probability of having stopped at which a position does, by stop=halting or
-        sampled.
-        """
+        """The probability of having stopped at which one does, by stop=halting or sampled."""
         like: dict[str, Any] = {"dtype": self.lm_head.weight.dtype, "device": ids.device}
         if rule["stop"] == "sampled":
             return torch.rand(ids.shape, generator=generator, **like)

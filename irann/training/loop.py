@@ -40,9 +40,7 @@ TRAINS = "a training goes on while one goes through it, as in: for tick in irann
 
 @dataclass(frozen=True)
 class Tick:
-    """One step of training. `loss` in nats per character; `seconds` on this run so far, earlier
-    sittings included.
-    """
+    """A step: `loss` in nats per character, `seconds` of the run, earlier sittings included."""
 
     step: int
     loss: float
@@ -196,9 +194,7 @@ def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick
 def _gradients(
     loss_of: nn.Module, state: State, ids: Tensor, draws: dict[str, Any]
 ) -> tuple[float, dict[str, float]]:
-    """Backward through the whole batch -> its loss and its parts: the means over equal pieces and
-    over processes.
-    """
+    """Backward through the whole batch -> its loss and parts, means over pieces and processes."""
     recipe = state.recipe
     loss = 0.0
     parts: dict[str, float] = {}
@@ -246,9 +242,7 @@ def _due(every: int, step: int) -> bool:
 
 
 def _validate(state: State) -> None:
-    """Nats per character over the whole validation part, with the averaged weights if the recipe
-    keeps them.
-    """
+    """Nats per character of the validation part, with averaged weights if the recipe has them."""
     began = time.perf_counter()
     nats = evaluate(state.averaged(), state.text, share=state.world > 1).nats_per_char
     if not math.isfinite(nats):
@@ -266,9 +260,7 @@ def _agreed(caught: Signals, stop: Callable | None) -> int:
 
 
 class _Loss(nn.Module):
-    """The model's loss as a module's call, which is what DistributedDataParallel and torch.compile
-    take hold of.
-    """
+    """The model's loss as a module's call, for DistributedDataParallel and torch.compile."""
 
     def __init__(self, model: LanguageModel):
         super().__init__()
