@@ -191,13 +191,12 @@ def train_command(
     with _processes() as rank:
         network = zoo.build(model, config, seed=plan.seed)
         network = network.to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
-        size = sum(p.numel() for p in network.parameters())
         characters = plan.batch * network.config.window
         say: Callable[[str], Any] = str if rank else print  # one of several tells
         for line in runs.look(text, config, plan, recipe) if own else ():
             say(streams.visible(line))
         say(
-            f"{model}, {size:,} parameters, recipe {recipe}: "
+            f"{model}, {network.num_parameters:,} parameters, recipe {recipe}: "
             f"{plan.steps:,} steps of {characters:,} characters; {run}"
         )
         logger = None if rank else _logger(log, run)
@@ -208,19 +207,23 @@ def train_command(
             last, losses = _follow(ticks, plan.steps, rank == 0, logger)
             if last is None:
                 say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
-                _go_on(run, say)
-            elif last.interrupted:
-                say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
-                raise typer.Exit(128 + last.interrupted)
             else:
-                nats = "nats" if network.exact else "nats, a bound,"
-                say(
-                    f"{last.validation:.4f} {nats} per character of the validation part "
-                    f"after {last.seconds:,.0f} s; saved in {last.saved}"
-                )
-                if learned := runs.by_heart(sum(losses) / len(losses), last.validation or 0.0):
-                    say(learned)
-                _go_on(run, say)
+                _say_result(last, losses, network.exact, say)
+            _go_on(run, say)
+
+
+def _say_result(last: Tick, losses: deque[float], exact: bool, say: Callable[[str], Any]) -> None:
+    """Say how a training ended. Raises typer.Exit for one that a signal stopped."""
+    if last.interrupted:
+        say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
+        raise typer.Exit(128 + last.interrupted)
+    nats = "nats" if exact else "nats, a bound,"
+    say(
+        f"{last.validation:.4f} {nats} per character of the validation part "
+        f"after {last.seconds:,.0f} s; saved in {last.saved}"
+    )
+    if learned := runs.by_heart(sum(losses) / len(losses), last.validation or 0.0):
+        say(learned)
 
 
 def _go_on(run: Path, say: Callable[[str], Any]) -> None:
@@ -268,9 +271,7 @@ def sample(
     seed: Annotated[str | None, _number(lm.SEED)] = None,
     device: Device = "auto",
 ) -> None:
-    """Let a trained model write. Models may have settings of their own, such as --steps or
-    --rounds.
-    """
+    """Let a trained model write. Models may have their own settings, as --steps or --rounds."""
     _first(model)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings = {name: SAMPLING[name].read(name, value) for name, value in given.items()}
@@ -585,9 +586,7 @@ def _drop_output() -> None:
 
 
 def _code_of(error: Exception) -> int | None:
-    """-> the exit code of an expected failure, None for a fault of ours, which deserves its
-    traceback.
-    """
+    """-> the exit code of an expected failure; None for a fault of ours: it keeps its traceback."""
     if hasattr(error, "format_message"):  # click's own: a wrong option or value
         return 2
     if _no_memory(error):

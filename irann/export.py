@@ -239,8 +239,7 @@ def page(model: LanguageModel) -> str:
     ]
     scripts = ["window.irannLive = { models: {}, engine: null, counts: null };"]
     scripts += [engine_script(), model_js, (LIVE / "live.js").read_text(encoding="utf-8")]
-    size = sum(p.numel() for p in model.parameters())
-    card = f"{size:,} parameters, {len(vocabulary_of(model))} characters"
+    card = f"{model.num_parameters:,} parameters, {len(vocabulary_of(model))} characters"
     nats = (model.card or {}).get("validation")
     if nats is not None:
         bound = "" if model.exact else "at most "

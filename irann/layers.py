@@ -54,9 +54,7 @@ ACTIVATIONS = {
 
 
 def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) -> nn.Module:
-    """A norm over the last axis: `layer` with gain (and bias), `plain` LayerNorm without either, or
-    `rms` with gain.
-    """
+    """A norm over the last axis: `layer` with gain (and bias), `plain` without, `rms` with gain."""
     if kind == "layer":
         return nn.LayerNorm(width, eps=eps, bias=bias)
     if kind == "plain":
@@ -66,13 +64,11 @@ def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) ->
     raise InputError(f"norm is one of layer, plain, rms; got {kind!r}")
 
 
-def rotary_table(
-    start: int, end: int, c: int, *, like: Tensor, base: float = 10_000.0
-) -> Complex[Tensor, "t pairs"]:
+def rotary_table(start: int, end: int, c: int, *, like: Tensor) -> Complex[Tensor, "t pairs"]:
     """The rotation of each pair of channels at positions start..end, as a number on the unit
     circle.
 
-    Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * base^(-2j/c).
+    Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * 10000^(-2j/c).
     Computed in float64, then cast to the precision and device of `like`. Raises InputError for an
     odd c.
     """
@@ -82,25 +78,24 @@ def rotary_table(
         )
     dtype = torch.promote_types(like.dtype, torch.complex64)
     # To write is to ask for one position after the other, which costs as much as all of them: they
-    # are kept. What a
-    # compiler or autograd looks at is theirs alone.
+    # are kept. What a compiler or autograd looks at is theirs alone.
     plain = type(like) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
     if plain and not torch.compiler.is_compiling():
-        return _kept_table(1 << (end - 1).bit_length(), c, base, dtype, like.device)[start:end]
-    return _table(start, end, c, base, dtype, like.device)
+        return _kept_table(1 << (end - 1).bit_length(), c, dtype, like.device)[start:end]
+    return _table(start, end, c, dtype, like.device)
 
 
-def _table(start, end, c, base, dtype, device):
+def _table(start, end, c, dtype, device):
     made_on = "cpu" if device.type == "mps" else device  # MPS has no float64
-    frequency = base ** (-torch.arange(0, c, 2, dtype=torch.float64, device=made_on) / c)
+    frequency = 10_000.0 ** (-torch.arange(0, c, 2, dtype=torch.float64, device=made_on) / c)
     angle = torch.arange(start, end, dtype=torch.float64, device=made_on)[:, None] * frequency
     return torch.polar(torch.ones_like(angle), angle).to(device, dtype)
 
 
 @lru_cache(maxsize=8)
-def _kept_table(end, c, base, dtype, device):
+def _kept_table(end, c, dtype, device):
     with torch.inference_mode(False):  # whoever asks first may be in inference mode, others not
-        return _table(0, end, c, base, dtype, device)
+        return _table(0, end, c, dtype, device)
 
 
 def apply_rotary(
@@ -113,6 +108,15 @@ def apply_rotary(
     """
     pairs = torch.view_as_complex(x.to(rotary.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
+
+
+def check_window(window: int, start: int, t: int) -> int:
+    """-> where t characters after `start` others end. Raises InputError for more than fit."""
+    if start + t > window:
+        raise InputError(
+            f"the window holds {window} characters; got {t} after {start}: read the last ones only"
+        )
+    return start + t
 
 
 class StackedLinear(nn.Linear):
@@ -232,6 +236,20 @@ class Block(nn.Module):
         self.mlp = MLP(width, inner=inner, activation=activation, bias=bias)
         self.dropout = nn.Dropout(dropout)
 
+    @classmethod
+    def fast(cls, width: int, heads: int, *, causal: bool, dropout: float) -> "Block":
+        """The options that train better at this size, as in `GPTConfig.fast`."""
+        return cls(
+            width,
+            heads,
+            causal=causal,
+            norm="plain",
+            qk_norm=True,
+            activation="squared_relu",
+            bias=False,
+            dropout=dropout,
+        )
+
     def forward(
         self,
         x: Float[Tensor, "b t d"],
@@ -239,9 +257,7 @@ class Block(nn.Module):
         rotary: Complex[Tensor, "t pairs"] | None = None,
         gains: Float[Tensor, "2 d"] | None = None,
     ) -> tuple[Float[Tensor, "b t d"], KeyValue]:
-        """The residual stream, and the KV cache for next time. `gains` scale what attention and MLP
-        see.
-        """
+        """The residual stream, and the KV cache. `gains` scale what attention and MLP see."""
         y, keys_values = self.attn(scale(self.ln_1(x), gains, 0), cache, rotary)
         x = x + self.dropout(y)
         return x + self.dropout(self.mlp(scale(self.ln_2(x), gains, 1))), keys_values
@@ -269,9 +285,7 @@ def init_gpt2(model: nn.Module, layers: int) -> None:
 
 
 def init_fan_in(model: nn.Module) -> None:
-    """Normal with deviation 1/sqrt(fan in); what adds to the residual stream is zero: blocks start
-    as the identity.
-    """
+    """Normal with deviation 1/sqrt(fan in), but blocks start as the identity: they add zero."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             if name.endswith(("c_proj", "out_proj")):

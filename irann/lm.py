@@ -248,7 +248,7 @@ def _left_to_right(model, page, start, chosen, generator, read):
             if chosen.temperature == 0:
                 page[:, end] = last.argmax(-1)
             else:
-                last = last if unfiltered else filter_logits(last, **chosen._asdict())
+                last = last if unfiltered else filter_logits(last, **vars(chosen))
                 page[:, end] = sample(last, generator)
         held += end - read_to
         read_to = end

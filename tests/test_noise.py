@@ -95,12 +95,11 @@ def test_the_posterior_is_bayes_rule(name):
     assert variance[0] == 0
 
 
-def test_noising_and_its_two_inverses_agree_for_each_row_alone():
+def test_noising_and_its_inverse_agree_for_each_row_alone():
     schedule, x0, eps = Schedule("cosine", 100), draw(4, 5, 2), draw(4, 5, 2, seed=1)
     tau = torch.tensor([1, 18, 61, 100])
     x = schedule.noise(x0, tau, eps)
     torch.testing.assert_close(schedule.to_x0(x, eps, tau), x0, atol=1e-11, rtol=0)
-    torch.testing.assert_close(schedule.to_eps(x, x0, tau), eps, atol=1e-12, rtol=0)
     for i in range(4):
         alone = schedule.noise(x0[i : i + 1], int(tau[i]), eps[i : i + 1])
         assert torch.equal(alone[0], x[i])
@@ -306,7 +305,7 @@ def test_what_makes_no_sense_is_named():
         schedule.noise(x, torch.tensor([0.5, 1.0]), x)
     with refuses("one tau for all rows or one for each"):
         schedule.noise(draw(4, 3), torch.arange(1, 4), draw(4, 3))
-    for ask in (schedule.noise, schedule.posterior, schedule.to_x0, schedule.to_eps):
+    for ask in (schedule.noise, schedule.posterior, schedule.to_x0):
         inputs = (x, 3, x[:, :2]) if ask == schedule.noise else (x, x[:, :2], 3)
         with refuses(r"one shape \(b ...\); got .*, 2\)"):
             ask(*inputs)

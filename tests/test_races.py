@@ -86,7 +86,7 @@ def test_nanogpts_arm_is_as_it_is_published():
     model = zoo.build("gpt", theirs.config)
     millions = (sum(p.numel() for p in model.parameters()) - model.wpe.weight.numel()) / 1e6
     assert round(millions, 2) == 0.80  # as nanoGPT prints it
-    rates = [theirs.recipe.rate(step) * 1e-3 for step in (99, 1999)]
+    rates = [theirs.recipe.lr_factor(step) * 1e-3 for step in (99, 1999)]
     assert rates == pytest.approx([1e-3, 1e-4], rel=1e-4)
 
 

@@ -114,9 +114,13 @@ def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
 def test_the_rate_warms_up_and_falls():
     for decay, middle in (("linear", 0.5), ("cosine", 0.5), ("none", 1.0)):
         recipe = Recipe(steps=110, warmup=10, decay=decay)
-        assert [recipe.rate(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and recipe.rate(10) == 1.0
-        assert recipe.rate(60) == pytest.approx(middle)
-    assert Recipe(steps=110, warmup=10, final_lr=0.1).rate(109) == pytest.approx(0.1 + 0.9 * 0.01)
+        assert [recipe.lr_factor(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and recipe.lr_factor(
+            10
+        ) == 1.0
+        assert recipe.lr_factor(60) == pytest.approx(middle)
+    assert Recipe(steps=110, warmup=10, final_lr=0.1).lr_factor(109) == pytest.approx(
+        0.1 + 0.9 * 0.01
+    )
 
 
 def test_the_rate_reaches_the_optimizers_at_every_step_and_after_resuming(small, tmp_path, states):
@@ -185,6 +189,33 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(small, states, monkeypa
     for name, p in reference.named_parameters():
         if name in found and found[name] is not None:
             torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_gradients_that_somebody_else_left_are_no_part_of_a_step(small):
+    after = []
+    for leaves in (False, True):
+        model, recipe = tiny(steps=3)
+        ticks = train(model, small, recipe)
+        for _ in range(3):
+            if leaves:
+                model.loss(small.train[None, :33])[0].backward()
+            next(ticks)
+        after.append(weights(model))
+    assert equal(*after)
+
+
+def test_muon_takes_a_closure_as_every_optimizer_of_torch_does():
+    ours, other = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+
+    def loss_of(p):
+        loss = (p * torch.arange(6.0).view(3, 2)).square().sum()
+        loss.backward()
+        return loss
+
+    wanted = loss_of(other)
+    Muon([other]).step()
+    assert Muon([ours]).step(lambda: loss_of(ours)) == wanted
+    assert torch.equal(ours, other) and not torch.equal(ours, torch.ones(3, 2))
 
 
 def test_draws_are_made_once_for_the_whole_batch_and_cut_with_it(small, monkeypatch):

@@ -50,14 +50,10 @@ def markdown(report: dict) -> str:
     """A race, one model alone, or all that is measured, as a page."""
     if "race" in report:
         return "\n".join(_race(report))
-    if "waiting" in report:
-        return "\n".join(_waiting(report["waiting"]))
-    if "regressions" in report:
-        return "\n".join(_regressions(report["regressions"]["rows"]))
-    if "engine" in report:
-        return "\n".join(_engine(report["engine"]))
-    if "stopping" in report:
-        return "\n".join(_stopping(report["stopping"]))
+    alone = dict(waiting=_waiting, regressions=_regressions, engine=_engine, stopping=_stopping)
+    for name, lines in alone.items():
+        if name in report:
+            return "\n".join(lines(report[name]))
     if "scan" not in report:
         return "\n".join(_models(report["models"])[1:])
     page = _scan(report)
@@ -82,7 +78,7 @@ def _waiting(measured: dict) -> list[str]:
 
 def _regressions(measured: dict) -> list[str]:
     rows = []
-    for name, row in measured.items():
+    for name, row in measured["rows"].items():
         change = row["now"] / row["then"]
         verdict = " **slower**" if change > WIDE else ""
         rows.append([name, f"{row['then']:.3f}", f"{row['now']:.3f}", f"{change:.2f}{verdict}"])

@@ -56,13 +56,6 @@ def attention(
     return einsum(attention_weights(q, k, causal=causal), v, "b h t s, b h s c -> b h t c")
 
 
-def split_heads(x: Float[Tensor, "b t d"], heads: int) -> Float[Tensor, "b {heads} t c"]:
-    """Cut the width d into heads of c channels. Raises ValueError unless `heads` divides d."""
-    if x.shape[-1] % heads:
-        raise ValueError(f"a width of {x.shape[-1]} cannot be cut into {heads} equal heads")
-    return rearrange(x, "b t (h c) -> b h t c", h=heads)
-
-
 def merge_heads(x: Float[Tensor, "b h t c"]) -> Float[Tensor, "b t d"]:
     """Lay the heads side by side again: d = h c."""
     return rearrange(x, "b h t c -> b t (h c)")

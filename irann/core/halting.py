@@ -83,9 +83,7 @@ def kl_to_geometric(p: Float[Tensor, "*batch r"], prior: float | int) -> Float[T
     """
     _check_rounds("a distribution over rounds", p)
     log_g = log_geometric(prior, p.shape[-1], dtype=p.dtype, device=p.device)
-    tiny = torch.finfo(
-        p.dtype
-    ).tiny  # 0 log 0 is 0; clamping keeps the slope there from being infinite
+    tiny = torch.finfo(p.dtype).tiny  # 0 log 0 is 0, and with a clamp its slope is finite
     return (p * (p.clamp_min(tiny).log() - log_g)).sum(-1)
 
 

@@ -117,12 +117,6 @@ class Schedule:
         signal = self.at(self.alpha_bar.sqrt(), tau, x)
         return (x - self.at((1 - self.alpha_bar).sqrt(), tau, x) * eps) / signal
 
-    def to_eps(self, x: Data, x0: Data, tau: Level) -> Data:
-        """The noise between x0 and x: `noise` solved for eps."""
-        _check_shapes(x=x, x0=x0)
-        signal = self.at(self.alpha_bar.sqrt(), tau, x)
-        return (x - signal * x0) / self.at((1 - self.alpha_bar).sqrt(), tau, x)
-
     def posterior(self, x0: Data, x_tau: Data, tau: Level) -> tuple[Data, Float[Tensor, "..."]]:
         """Mean and variance of q(x_{tau-1} | x_tau, x0), one level back when x0 is known (eqs. 6
         and 7 of Ho et al.).
@@ -252,9 +246,7 @@ class Bound(NamedTuple):
     """The three parts of an upper bound of -log p(x0), in nats, summed over everything but b."""
 
     prior: Float[Tensor, " b"]  # KL(q(x_T | x0) || N(0, 1))
-    steps: Float[
-        Tensor, "T b"
-    ]  # row tau - 1: the KL of the step from tau to tau - 1; zero for tau = 1
+    steps: Float[Tensor, "T b"]  # row tau - 1: KL of the step tau to tau - 1; zero for tau = 1
     reconstruction: Float[Tensor, " b"]  # -log p(x0 | x_1), the step from 1 to 0
 
     @property

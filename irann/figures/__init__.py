@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from . import lab
 
@@ -24,9 +23,8 @@ SMALL = 9  # points; no letter is smaller
 NATS = "nats per character"
 SEEN = {"step": "step", "seconds": "seconds", "characters": "characters seen"}
 
-# Nats per character of the validation part that know nothing, the letters' frequencies, and add-one
-# pairs of letters.
-# A test computes them anew.
+# Nats per character of the validation part, knowing nothing, the letters' frequencies, and add-one
+# pairs of letters. A test computes them anew.
 REFERENCES = {"uniform": 4.17439, "unigram": 3.34733, "bigram": 2.48189}
 
 
@@ -70,9 +68,7 @@ def use() -> None:
 
 
 def colour(name: str) -> str:
-    """-> the hue of a model, by its name in the zoo (`thinker-page` has the thinker's); one that is
-    not listed gets a spare one.
-    """
+    """-> the hue of a model, by its name in the zoo up to the first hyphen, or a spare one."""
     family = name.split("-")[0]
     return HUES.get(family, SPARE[sum(map(ord, family)) % len(SPARE)])
 
@@ -82,57 +78,24 @@ def show(fn: Any) -> None:
     print(textwrap.dedent(inspect.getsource(fn)).rstrip())
 
 
-@torch.no_grad()
-def trip(model: nn.Module, ids: Tensor, depth: int = 3) -> None:
-    """Send ids through a model and print the shape that leaves each part, in the order they are
-    passed.
-    """
-    rows, hooks = [("ids", tuple(ids.shape), "")], []
-
-    def note(name: str) -> Callable:
-        def hook(module, inputs, output):
-            first = output[0] if isinstance(output, (tuple, list)) else output
-            if isinstance(first, Tensor):
-                rows.append((name, tuple(first.shape), type(module).__name__))
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name and name.count(".") < depth and not isinstance(module, (nn.Dropout, nn.ModuleList)):
-            hooks.append(module.register_forward_hook(note(name)))
-    training = model.training
-    try:
-        rows.append(("out", tuple(model.eval()(ids).shape), ""))
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
-    width = max(len(name) for name, *_ in rows)
-    for name, shape, kind in rows:
-        print(f"{name:{width}}  {shape!s:20} {kind}".rstrip())
-
-
 def learning_curve(
     ticks: Sequence[Any],
     *,
     name: str = "gpt",
     against: str = "characters",
     references: dict[str, float] = REFERENCES,
-    smooth: int = 20,
     ax: Any = None,
     label: str | None = None,
 ) -> Any:
-    """Draw the loss of a list of ticks and the reference lines. `against` is step, seconds or
-    characters.
-    """
+    """Draw the loss of ticks and the reference lines, against step, seconds or characters."""
     ax = _axes(ax)
     losses = torch.tensor([tick.loss for tick in ticks])
-    smooth = max(1, min(smooth, len(losses) // 4))
+    span = max(1, min(20, len(losses) // 4))
     x = [getattr(tick, against) for tick in ticks]
     ax.plot(x, losses, color=colour(name), alpha=0.25, lw=0.8)
-    mean = losses.unfold(0, smooth, 1).mean(1)
-    middle = x[smooth // 2 :][: len(mean)]
-    label = label or f"{name}, training, mean of {smooth} steps"
+    mean = losses.unfold(0, span, 1).mean(1)
+    middle = x[span // 2 :][: len(mean)]
+    label = label or f"{name}, training, mean of {span} steps"
     ax.plot(middle, mean, color=colour(name), label=label)
     validated = [(at, tick.validation) for at, tick in zip(x, ticks) if tick.validation is not None]
     if validated:
@@ -165,9 +128,7 @@ def heat(
     label: str = "",
     bar: bool = True,
 ) -> Any:
-    """Draw a matrix (rows columns) whose rows and columns belong to characters; `label` names the
-    colours of the bar.
-    """
+    """Draw a matrix (rows columns) of characters; `label` names the colours of the bar."""
     inches = 1.5 + 0.15 * max(len(rows), len(columns), 20)
     ax = _axes(ax, figsize=(inches, inches))
     image = ax.imshow(torch.as_tensor(weights), cmap="magma_r", vmin=0, vmax=vmax, aspect="equal")

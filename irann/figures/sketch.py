@@ -9,11 +9,11 @@ import torch
 from . import INK, PALE, SMALL
 
 
-def canvas(width: float, height: float, *, inches: float = 7.2) -> Any:
+def canvas(width: float, height: float) -> Any:
     """-> axes without ticks whose coordinates run from 0 to `width` and, downwards, to `height`."""
     import matplotlib.pyplot as plt
 
-    _, ax = plt.subplots(figsize=(inches, inches * height / width))
+    _, ax = plt.subplots(figsize=(7.2, 7.2 * height / width))
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     ax.axis("off")
     return ax
@@ -49,10 +49,9 @@ def arrow(
     text: str = "",
     *,
     color: str = INK,
-    bend: float = 0.0,
     dashed: bool = False,
 ) -> None:
-    """Draw an arrow; `bend` curves it, `text` stands at its middle."""
+    """Draw an arrow; `text` stands at its middle."""
     style = {
         "arrowstyle": "-|>",
         "color": color,
@@ -60,7 +59,6 @@ def arrow(
         "ls": "--" if dashed else "-",
         "shrinkA": 0,
         "shrinkB": 0,
-        "connectionstyle": f"arc3,rad={bend}",
     }
     ax.annotate("", xy=end, xytext=start, arrowprops=style, zorder=1)
     if text:
@@ -77,7 +75,6 @@ def matrix(
     y: float,
     values: Any,
     *,
-    cell: float = 1.0,
     name: str = "",
     digits: int = 1,
     cmap: str = "Blues",
@@ -99,19 +96,19 @@ def matrix(
             value = table[i, j].item()
             known = value == value and abs(value) != float("inf")
             shade = 0.75 * abs(value) / top if known else 0.0
-            corner = (x + j * cell, y + i * cell)
+            corner = (x + j, y + i)
             face = colormaps[cmap](shade) if known else "white"
-            ax.add_patch(Rectangle(corner, cell, cell, fc=face, ec=PALE, lw=0.6, zorder=2))
+            ax.add_patch(Rectangle(corner, 1, 1, fc=face, ec=PALE, lw=0.6, zorder=2))
             text = f"{value:.{digits}f}" if known else ""
             style = {"ha": "center", "va": "center", "fontsize": SMALL, "zorder": 3}
             style["color"] = "white" if shade > 0.55 else INK
-            ax.text(corner[0] + cell / 2, corner[1] + cell / 2, text, **style)
+            ax.text(corner[0] + 0.5, corner[1] + 0.5, text, **style)
     style = {"ha": "center", "va": "center", "fontsize": SMALL, "family": "monospace"}
     for i, character in enumerate(rows):
-        ax.text(x - 0.4 * cell, y + (i + 0.5) * cell, character, **style)
+        ax.text(x - 0.4, y + i + 0.5, character, **style)
     for j, character in enumerate(columns):
-        ax.text(x + (j + 0.5) * cell, y + (high + 0.4) * cell, character, **style)
+        ax.text(x + j + 0.5, y + high + 0.4, character, **style)
     if name:
         label = f"{name}  {high} × {wide}"
-        ax.text(x + wide * cell / 2, y - 0.35 * cell, label, ha="center", fontsize=SMALL, color=INK)
-    return wide * cell, high * cell
+        ax.text(x + wide / 2, y - 0.35, label, ha="center", fontsize=SMALL, color=INK)
+    return wide, high

@@ -12,28 +12,15 @@ same scan from the right:
 import math
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from ..core.tree import tree
-from .operator import operator
+from .operator import LOG2E, operator
 
-LOG2E = 1 / math.log(2)  # exp(x) = exp2(x log2 e), and exp2 is the cheaper one
 ON_CPU = 1 << 19  # numbers in one (span b n e) buffer: about a cache
 ELSEWHERE = 1 << 24  # about 64 MB
 
 
-def scan(
-    u: Float[Tensor, "b t e"],
-    delta: Float[Tensor, "b t e"],
-    A: Float[Tensor, "e n"],
-    B: Float[Tensor, "b t n"],
-    C: Float[Tensor, "b t n"],
-    state: Float[Tensor, "b e n"],
-    *,
-    span: int,
-    trees: bool = False,
-) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b e n"]]:
+def scan(u, delta, A, B, C, state, *, span, trees=False):
     """y without D u, and the last state; `span` positions a chunk, each by a loop or a tree."""
     u, delta, B, C = (x.transpose(0, 1).contiguous() for x in (u, delta, B, C))
     y, last, _ = SCAN(u, delta, A, B, C, state, span, int(trees))
@@ -49,9 +36,7 @@ def _spans(u, span, trees):
     return -(-u.shape[0] // span)
 
 
-def _forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, span: int, trees: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(u, delta, A, B, C, state, span, trees):
     t, b, e = u.shape
     n = A.shape[1]
     A2 = (A.T * LOG2E).contiguous()
@@ -72,18 +57,7 @@ def _forward(
     return y, h[0].mT.contiguous(), entry.flatten()
 
 
-def _backward(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    entry: Tensor,
-    span: int,
-    trees: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(dy, dlast, u, delta, A, B, C, entry, span, trees):
     t, b, e = u.shape
     n = A.shape[1]
     dy = dy.contiguous()
@@ -97,9 +71,8 @@ def _backward(
     g = u.new_empty(span, b, n, e)
     h = u.new_empty(span + 1, b, n, e)
     entry = entry.view(b, -1, n, e)
-    carry = dlast.mT.clone(
-        memory_format=torch.contiguous_format
-    )  # a_{t+1} g_{t+1} from the next chunk
+    # a_{t+1} g_{t+1} from the next chunk
+    carry = dlast.mT.clone(memory_format=torch.contiguous_format)
     for k in reversed(range(entry.shape[1])):
         now = slice(k * span, min(t, k * span + span))
         s = now.stop - now.start

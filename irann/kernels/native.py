@@ -2,14 +2,13 @@
 
 Built once per machine at the first scan, and kept in the cache (IRANN_CACHE, else
 XDG_CACHE_HOME/irann, else ~/.cache/irann). The compiler is CC, which may carry arguments ("gcc
--m64", "ccache gcc"), else cc. Texts, and where there are fewer texts than threads runs of channels,
-are shared among torch's OpenMP threads.
+-m64", "ccache gcc"), else cc. Torch's OpenMP threads share the texts, and the channels of a text
+where there are more threads than texts.
 """
 
 import ctypes
 import functools
 import hashlib
-import math
 import os
 import shlex
 import subprocess
@@ -18,28 +17,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from torch.nn.functional import pad
 
-from .operator import operator
+from .operator import LOG2E, operator
 
 SOURCE = Path(__file__).with_name("scan.c")
 OPTIONS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 REALS = {torch.float32: ("-DREAL=float", "-DWIDE=0"), torch.float64: ("-DREAL=double", "-DWIDE=1")}
 BYTES = 64  # e is padded to the widest vector there is
 SPAN = 32  # positions between two kept states
-LOG2E = 1 / math.log(2)
 
 
-def scan(
-    u: Float[Tensor, "b t e"],
-    delta: Float[Tensor, "b t e"],
-    A: Float[Tensor, "e n"],
-    B: Float[Tensor, "b t n"],
-    C: Float[Tensor, "b t n"],
-    state: Float[Tensor, "b e n"],
-) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b e n"]]:
+def scan(u, delta, A, B, C, state):
     """y without D u, and the last state."""
     e = u.shape[2]
     missing = -e % (BYTES // u.element_size())
@@ -57,9 +46,7 @@ def _spans(u):
     return -(-u.shape[1] // SPAN)
 
 
-def _forward(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(u, delta, A, B, C, state):
     b, e, n = state.shape
     y = u.new_empty(u.shape)
     last = u.new_empty(b, n, e)
@@ -68,16 +55,7 @@ def _forward(
     return y, last.mT.contiguous(), entry
 
 
-def _backward(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    entry: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _backward(dy, dlast, u, delta, A, B, C, entry):
     b, t, e = u.shape
     n = A.shape[1]
     parts, _ = _parts(u)
@@ -93,7 +71,7 @@ def _backward(
 
 
 def _parts(u):
-    """-> runs of channels of a text, so that every thread has work; and their width."""
+    """-> in how many parts, and how wide, a text's channels are cut: work for every thread."""
     b, _, e = u.shape
     lanes = BYTES // u.element_size()
     wide = -(-e // (lanes * -(-torch.get_num_threads() // b))) * lanes

@@ -10,6 +10,7 @@ the entry of each of k spans, (b k n e), flat, since k may be unknown while expo
 whole numbers. What a kernel returns is new memory, contiguous.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction  # the one that an autograd kernel may use
 
+LOG2E = 1 / math.log(2)  # exp(x) = exp2(x log2 e), and exp2 is the cheaper one
 LIBRARY = torch.library.Library("irann", "FRAGMENT")
 INPUTS = "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C"
 ONCE = "this scan can be differentiated once; method='sequential' can be differentiated again"
@@ -48,23 +50,14 @@ def operator(
         f"{name}_backward(Tensor dy, Tensor dlast, {INPUTS}, Tensor entry{numbers})"
         " -> (Tensor du, Tensor ddelta, Tensor dA, Tensor dB, Tensor dC, Tensor dstate)"
     )
-    packet = torch.ops.irann
-    there = getattr(packet, name).default
-    back = getattr(packet, f"{name}_backward").default
-
-    def fake_forward(u, delta, A, B, C, state, *numbers):
-        b, e, n = state.shape
-        kept = b * spans(u, *numbers) * n * e
-        return u.new_empty(u.shape), u.new_empty(b, e, n), u.new_empty(kept)
-
-    def fake_backward(dy, dlast, u, delta, A, B, C, entry, *numbers):
-        return tuple(x.new_empty(x.shape) for x in (u, delta, A, B, C, dlast))
+    forward_op = getattr(torch.ops.irann, name).default
+    backward_op = getattr(torch.ops.irann, f"{name}_backward").default
 
     class Scan(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, *inputs):
             with torch._C._AutoDispatchBelowAutograd():
-                y, last, entry = there(*inputs)
+                y, last, entry = forward_op(*inputs)
             ctx.save_for_backward(*inputs[:5], entry)
             ctx.state_shape = inputs[5].shape
             ctx.numbers = inputs[6:]
@@ -78,34 +71,46 @@ def operator(
             u, delta, A, B, C, entry = ctx.saved_tensors
             dy = torch.zeros_like(u) if dy is None else dy
             dlast = u.new_zeros(ctx.state_shape) if dlast is None else dlast
-            inputs = back(dy, dlast, u, delta, A, B, C, entry, *ctx.numbers)
+            inputs = backward_op(dy, dlast, u, delta, A, B, C, entry, *ctx.numbers)
             return *inputs, *(None for _ in ctx.numbers)
 
     class Once(_SingleLevelFunction):
         @staticmethod
         def forward(ctx, *inputs):
             with torch._C._AutoDispatchBelowAutograd():
-                return back(*inputs)
+                return backward_op(*inputs)
 
         @staticmethod
         def backward(ctx, *_):
             raise RuntimeError(ONCE)
 
-    def differentiable(function, operation):
-        def call(*inputs):
-            if not torch.is_grad_enabled():
-                with torch._C._AutoDispatchBelowAutograd():
-                    return operation(*inputs)
-            with enable_single_level_autograd_function():
-                return function.apply(*inputs)
-
-        return call
+    def fake_forward(u, delta, A, B, C, state, *numbers):
+        b, e, n = state.shape
+        kept = b * spans(u, *numbers) * n * e
+        return u.new_empty(u.shape), u.new_empty(b, e, n), u.new_empty(kept)
 
     for device in devices:
         LIBRARY.impl(name, forward, device)
         LIBRARY.impl(f"{name}_backward", backward, device)
-    LIBRARY.impl(name, differentiable(Scan, there), "Autograd")
-    LIBRARY.impl(f"{name}_backward", differentiable(Once, back), "Autograd")
+    LIBRARY.impl(name, _differentiable(Scan, forward_op), "Autograd")
+    LIBRARY.impl(f"{name}_backward", _differentiable(Once, backward_op), "Autograd")
     torch.library.register_fake(f"irann::{name}", fake_forward, lib=LIBRARY)
-    torch.library.register_fake(f"irann::{name}_backward", fake_backward, lib=LIBRARY)
-    return there
+    torch.library.register_fake(f"irann::{name}_backward", _fake_backward, lib=LIBRARY)
+    return forward_op
+
+
+def _differentiable(function, operation):
+    """-> a call of the function of autograd or, without gradients, of what it wraps."""
+
+    def call(*inputs):
+        if not torch.is_grad_enabled():
+            with torch._C._AutoDispatchBelowAutograd():
+                return operation(*inputs)
+        with enable_single_level_autograd_function():
+            return function.apply(*inputs)
+
+    return call
+
+
+def _fake_backward(dy, dlast, u, delta, A, B, C, entry, *numbers):
+    return tuple(x.new_empty(x.shape) for x in (u, delta, A, B, C, dlast))

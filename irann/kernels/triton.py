@@ -23,21 +23,29 @@ is a GPU; with TRITON_INTERPRET=1 it runs without one, slowly, to be tested.
 # pyright: reportArgumentType=false, reportCallIssue=false
 # (what stands under triton.jit is read by Triton)
 
-import math
-
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
-from torch import Tensor
 
-from .operator import operator
+from .operator import LOG2E, operator
 
 CHANNELS = 32
 SPAN = 16
 FILL = 2048  # programs that keep a GPU busy
 SHORTEST = 4  # spans of a stretch: below, walking twice costs more than it gains
-LOG2E = 1 / math.log(2)
+
+
+@triton.jit
+def _tile(A2, e, n, N: tl.constexpr, E: tl.constexpr):
+    """Which states are this program's: channels and lanes, which of them exist, where, and A2."""
+    channel = tl.program_id(0) * E + tl.arange(0, E)
+    lane = tl.arange(0, N)
+    in_e = channel < e
+    in_n = lane < n
+    grid = lane[:, None] * e + channel[None, :]
+    inside = in_n[:, None] & in_e[None, :]
+    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    return channel, lane, in_e, in_n, grid, inside, a2
 
 
 @triton.jit
@@ -51,13 +59,7 @@ def _ends(
     text = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
     row = text * tl.num_programs(2) + part
-    channel = tl.program_id(0) * E + tl.arange(0, E)
-    lane = tl.arange(0, N)
-    in_n = lane < n
-    in_e = channel < e
-    grid = lane[:, None] * e + channel[None, :]
-    inside = in_n[:, None] & in_e[None, :]
-    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    channel, lane, in_e, in_n, grid, inside, a2 = _tile(A2, e, n, N, E)
     x += text * t * e
     delta += text * t * e
     v += text * t * n
@@ -89,12 +91,7 @@ def _join(
     arrives from zero: the state that truly enters each, written over `end`.
     """
     text = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * E + tl.arange(0, E)
-    lane = tl.arange(0, N)
-    in_e = channel < e
-    grid = lane[:, None] * e + channel[None, :]
-    inside = (lane < n)[:, None] & in_e[None, :]
-    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    channel, _, in_e, _, grid, inside, a2 = _tile(A2, e, n, N, E)
     h = tl.load(start + text * n * e + grid, mask=inside, other=0.0)
     for j in range(stretches):
         row = text * stretches + (stretches - 1 - j if REVERSED else j)
@@ -113,13 +110,7 @@ def _forward(
     part = tl.program_id(2)
     row = text * tl.num_programs(2) + part
     spans = tl.cdiv(t, S)
-    channel = tl.program_id(0) * E + tl.arange(0, E)
-    lane = tl.arange(0, N)
-    in_n = lane < n
-    in_e = channel < e
-    grid = lane[:, None] * e + channel[None, :]
-    inside = in_n[:, None] & in_e[None, :]
-    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    channel, lane, in_e, in_n, grid, inside, a2 = _tile(A2, e, n, N, E)
     u += text * t * e
     delta += text * t * e
     y += text * t * e
@@ -149,13 +140,7 @@ def _backward(
     part = tl.program_id(2)
     row = text * tl.num_programs(2) + part
     spans = tl.cdiv(t, S)
-    channel = tl.program_id(0) * E + tl.arange(0, E)
-    lane = tl.arange(0, N)
-    in_n = lane < n
-    in_e = channel < e
-    grid = lane[:, None] * e + channel[None, :]
-    inside = in_n[:, None] & in_e[None, :]
-    a2 = tl.load(A2 + grid, mask=inside, other=0.0)
+    channel, lane, in_e, in_n, grid, inside, a2 = _tile(A2, e, n, N, E)
     dy += text * t * e
     u += text * t * e
     delta += text * t * e
@@ -206,14 +191,7 @@ def _backward(
     tl.store(dA + row * n * e + grid, da, mask=inside)
 
 
-def scan(
-    u: Float[Tensor, "b t e"],
-    delta: Float[Tensor, "b t e"],
-    A: Float[Tensor, "e n"],
-    B: Float[Tensor, "b t n"],
-    C: Float[Tensor, "b t n"],
-    state: Float[Tensor, "b e n"],
-) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b e n"]]:
+def scan(u, delta, A, B, C, state):
     """y without D u, and the last state."""
     inputs = (x.contiguous() for x in (u, delta, A, B, C, state))
     y, last, _ = SCAN(*inputs)
@@ -224,9 +202,7 @@ def _spans(u):
     return -(-u.shape[1] // SPAN)
 
 
-def _scan(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(u, delta, A, B, C, state):
     b, e, n = state.shape
     u, delta, A2, B, C, state = (x.contiguous() for x in (u, delta, A.T * LOG2E, B, C, state.mT))
     y = u.new_empty(u.shape)
@@ -241,16 +217,7 @@ def _scan(
     return y, last.mT.contiguous(), entry
 
 
-def _scan_backward(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    entry: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _scan_backward(dy, dlast, u, delta, A, B, C, entry):
     b, t, e = u.shape
     n = A.shape[1]
     dy, u, delta, B, C, entry = (x.contiguous() for x in (dy, u, delta, B, C, entry))

@@ -78,17 +78,7 @@ class Denoiser(LanguageModel):
         self.clean_embed = nn.Parameter(torch.zeros(c.width))
         self.drop = nn.Dropout(c.dropout)
         self.h = nn.ModuleList(
-            Block(
-                c.width,
-                c.heads,
-                causal=False,
-                norm="plain",
-                qk_norm=True,
-                activation="squared_relu",
-                bias=False,
-                dropout=c.dropout,
-            )
-            for _ in range(c.layers)
+            Block.fast(c.width, c.heads, causal=False, dropout=c.dropout) for _ in range(c.layers)
         )
         self.ln_f = make_norm("plain", c.width)
         self.lm_head = nn.Linear(c.width, c.vocabulary)
@@ -249,9 +239,7 @@ class Denoiser(LanguageModel):
 
 
 def neighbourhood(x: Float[Tensor, "b t channels"], reach: int) -> Float[Tensor, "b t neighbours"]:
-    """Every position beside its neighbours, (2 reach + 1) times the channels; zeros beyond the
-    ends.
-    """
+    """Every position beside its neighbours, (2 reach + 1) times the channels; zeros outside."""
     t = x.shape[1]
     x = F.pad(x, (0, 0, reach, reach))
     return torch.cat([x[:, i : i + t] for i in range(2 * reach + 1)], -1)

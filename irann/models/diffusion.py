@@ -71,9 +71,7 @@ class Denoising:
 
 
 class Diffusion(Denoiser):
-    """Guess every character of a window from noisy embeddings, seeing both sides and the noise
-    level.
-    """
+    """Guess every character of a window from noisy ones on both sides and the noise level."""
 
     exact = False
     settings = {
@@ -301,9 +299,7 @@ class Diffusion(Denoiser):
 
     @torch.no_grad()
     def _denoise(self, ids, mask, how, generator):
-        """One window: from noise to text where `mask` is True, a draft of it after each noise
-        level.
-        """
+        """One window: from noise to text where `mask` is True, a draft after each level."""
         normal = noise.normal(generator)
         alpha_bar = [1.0, *self.schedule.alpha_bar.tolist()]
         position = torch.arange(ids.shape[1], device=ids.device)
@@ -313,7 +309,7 @@ class Diffusion(Denoiser):
             with evaluating(self, ids.numel()):
                 level = torch.full((len(x),), tau, device=x.device)
                 logits = self(x, level, ids, mask, guess)
-                filtered = filter_logits(logits, **how.sampling._asdict())
+                filtered = filter_logits(logits, **vars(how.sampling))
                 guess = filtered.softmax(-1)  # p(character | x)
                 likeliest = filtered.argmax(-1)
                 x0 = self.embeddings[likeliest] if how.clamp else guess @ self.embeddings

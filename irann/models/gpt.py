@@ -24,9 +24,18 @@ from jaxtyping import Complex, Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..layers import ACTIVATIONS, Block, KeyValue, init_fan_in, init_gpt2, make_norm, rotary_table
+from ..layers import (
+    ACTIVATIONS,
+    Block,
+    KeyValue,
+    check_window,
+    init_fan_in,
+    init_gpt2,
+    make_norm,
+    rotary_table,
+)
 from ..lm import Ids, Reader
-from ..settings import Checked, InputError, check_heads, field
+from ..settings import Checked, check_heads, field
 
 
 @dataclass(frozen=True)
@@ -122,15 +131,8 @@ class GPT(Reader):
     def embed(
         self, ids: Ids, start: int = 0
     ) -> tuple[Float[Tensor, "b t d"], Complex[Tensor, "t pairs"] | None]:
-        """The residual stream at positions from `start` on, and their rotary table if there is
-        one.
-        """
-        end = start + ids.shape[1]
-        if end > self.config.window:
-            raise InputError(
-                f"the window holds {self.config.window} characters; got {ids.shape[1]} after "
-                f"{start}: read the last ones only"
-            )
+        """The residual stream from position `start` on, and its rotary table if there is one."""
+        end = check_window(self.config.window, start, ids.shape[1])
         x = self.wte(ids)
         if self.config.positions == "learned":
             return self.drop(x + self.wpe.weight[start:end]), None

@@ -3,21 +3,21 @@ little more than a copy.
 """
 
 import os
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..settings import InputError
 from .gpt import GPT, GPTConfig
 from .mamba import Mamba, MambaConfig
 
-Model = TypeVar("Model", bound=nn.Module)
-RENAMED = {
+CONV1D = ("c_attn", "c_proj", "c_fc")  # linear maps that GPT-2 keeps transposed
+RENAMED = {  # activations
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "squared_relu",
-}  # activations
+}
 GPT2_NAMES = {  # of the settings, ours and theirs
     "vocabulary": "vocab_size",
     "window": "n_positions",
@@ -59,8 +59,7 @@ def gpt_from_transformers(source: Any) -> GPT:
     if hf.embd_pdrop != hf.resid_pdrop:
         raise InputError(
             "one dropout serves the whole residual stream here; got embd_pdrop "
-            f"{hf.embd_pdrop} and resid_pdrop "
-            f"{hf.resid_pdrop}: set both to the same number first"
+            f"{hf.embd_pdrop} and resid_pdrop {hf.resid_pdrop}: set both to the same number first"
         )
     config = GPTConfig(
         **{ours: getattr(hf, name) for ours, name in GPT2_NAMES.items()},
@@ -68,7 +67,8 @@ def gpt_from_transformers(source: Any) -> GPT:
         tied=theirs.lm_head.weight is theirs.transformer.wte.weight,
     )
     ours = GPT(config).to(theirs.lm_head.weight)
-    return _copied(ours, theirs, prefix="transformer.", transposed=("c_attn", "c_proj", "c_fc"))
+    _copy(ours, theirs, "transformer.", CONV1D)
+    return ours.train(theirs.training)
 
 
 def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
@@ -90,7 +90,8 @@ def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
         tied=theirs.lm_head.weight is theirs.backbone.embeddings.weight,
     )
     ours = Mamba(config).to(theirs.lm_head.weight)
-    return _copied(ours, theirs, prefix="backbone.")
+    _copy(ours, theirs, "backbone.")
+    return ours.train(theirs.training)
 
 
 def gpt_to_transformers(ours: GPT) -> Any:
@@ -117,7 +118,8 @@ def gpt_to_transformers(ours: GPT) -> Any:
     )
     theirs: Any = GPT2LMHeadModel(config)
     theirs.to(ours.wte.weight)
-    return _filled(theirs, ours, prefix="transformer.", transposed=("c_attn", "c_proj", "c_fc"))
+    _copy(ours, theirs, "transformer.", CONV1D, back=True)
+    return theirs.train(ours.training)
 
 
 def mamba_to_transformers(ours: Mamba) -> Any:
@@ -140,7 +142,8 @@ def mamba_to_transformers(ours: Mamba) -> Any:
     )
     theirs: Any = MambaForCausalLM(config)
     theirs.to(ours.embeddings.weight)
-    return _filled(theirs, ours, prefix="backbone.")
+    _copy(ours, theirs, "backbone.", back=True)
+    return theirs.train(ours.training)
 
 
 def _activation(name: Any) -> str:
@@ -154,9 +157,7 @@ def _their_activation(name: str) -> str:
 
 
 def _resolved(source: Any, kind: type, model_type: str) -> Any:
-    """-> a model of exactly this kind: a relative has parts that a copy would lose without a
-    word.
-    """
+    """-> a model of exactly this kind: of a relative, a copy would silently lose parts."""
     if isinstance(source, str | os.PathLike):
         return kind.from_pretrained(source)
     if not isinstance(source, kind) or source.config.model_type != model_type:
@@ -165,34 +166,18 @@ def _resolved(source: Any, kind: type, model_type: str) -> Any:
 
 
 @torch.no_grad()
-def _copied(
-    ours: Model, theirs: nn.Module, *, prefix: str, transposed: tuple[str, ...] = ()
-) -> Model:
-    """Copy every parameter from the one of its name; GPT-2 keeps its linear maps transposed
-    (`Conv1D`).
-    """
-    weights = theirs.state_dict()
-    for name, parameter in ours.named_parameters():
-        theirs_name = name if name.startswith("lm_head") else prefix + name
-        weight: Tensor = weights[theirs_name]
-        turned = name.endswith(".weight") and name.split(".")[-2] in transposed
-        parameter.copy_(weight.T if turned else weight)
-    return ours.train(theirs.training)
-
-
-@torch.no_grad()
-def _filled(
-    theirs: nn.Module, ours: nn.Module, *, prefix: str, transposed: tuple[str, ...] = ()
-) -> nn.Module:
-    """The way back: every parameter of theirs from ours of its name, or zeros for a bias that is
-    not there.
-    """
+def _copy(
+    ours: nn.Module, theirs: nn.Module, prefix: str, transposed: tuple[str, ...] = (), *, back=False
+) -> None:
+    """Copy all parameters of theirs to ours by name, or `back`: a bias that ours lacks is zero."""
     weights = dict(ours.named_parameters())
     for name, parameter in theirs.named_parameters():
-        weight = weights.get(name.removeprefix(prefix))
-        if weight is None:
+        if name.endswith(".weight") and name.split(".")[-2] in transposed:
+            parameter = parameter.T
+        name = name.removeprefix(prefix)
+        if not back:
+            weights[name].copy_(parameter)
+        elif name in weights:
+            parameter.copy_(weights[name])
+        else:
             parameter.zero_()
-            continue
-        turned = name.endswith(".weight") and name.split(".")[-2] in transposed
-        parameter.copy_(weight.T if turned else weight)
-    return theirs.train(ours.training)

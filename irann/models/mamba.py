@@ -65,74 +65,12 @@ class MambaConfig(Checked):
         return replace(cls(tied=False, init="fan_in"), **sizes)
 
 
-Parameters = dict[str, Any]  # of one module, by name
-
-
 class LayerState(NamedTuple):
     """All that a layer remembers, whatever was read."""
 
     conv_state: Float[Tensor, "b d_conv-1 e"]  # the inputs that the convolution still needs
     ssm_state: Float[Tensor, "b e n"]  # h of the recurrence
     delta: Float[Tensor, "b e"]  # the step size of the last character
-
-
-class StepWeights(NamedTuple):
-    """A layer for one character after the other: parameters of its parts, and what is computed from
-    two of them.
-
-    The dicts are the modules' own: weights that are trained or loaded later are seen at the next
-    character.
-    """
-
-    mixer: "Mixer"
-    eps: float | None  # of the norm
-    norm: Parameters
-    in_proj: Parameters
-    conv1d: Parameters
-    x_proj: Parameters
-    dt_proj: Parameters
-    out_proj: Parameters
-    own: Parameters  # of the mixer: A_log, D
-    A: Float[Tensor, "e n"]
-    conv: Float[Tensor, "d_conv e"]
-    sources: tuple[Tensor, Tensor]  # what `A` and `conv` were computed from
-    version: int | None  # of the sources then; in inference mode none is counted
-
-    def fresh(self) -> bool:
-        """Whether `A` and `conv` are those of the layer's parameters as they are now."""
-        A_log, conv = self.sources
-        same = self.own["A_log"] is A_log and self.conv1d["weight"] is conv
-        return same and (self.version is None or self.version == A_log._version + conv._version)
-
-    def advance(
-        self, x: Float[Tensor, "b d"], state: LayerState
-    ) -> tuple[Float[Tensor, "b d"], LayerState]:
-        """`Block.forward` for a single character, in as few calls as it takes: they are most of its
-        time.
-        """
-        x_normed = torch.rms_norm(x, x.shape[-1:], self.norm["weight"], self.eps)
-        u, gate = F.linear(x_normed, **self.in_proj).chunk(2, -1)
-        inputs = torch.cat([state.conv_state, u.unsqueeze(1)], 1)
-        u = (inputs * self.conv).sum(1)
-        bias = self.conv1d["bias"]
-        u = self.mixer.activation(u if bias is None else u + bias)
-        delta, B, C = F.linear(u, **self.x_proj).split_with_sizes(self.mixer.split, -1)
-        delta = F.softplus(F.linear(delta, **self.dt_proj))
-        scanned = [u, delta, self.A, B, C, self.own["D"], state.ssm_state]
-        if state.ssm_state.dtype != x.dtype:  # half precision keeps its state in float32
-            scanned = [v.to(state.ssm_state.dtype) for v in scanned]
-        y, ssm_state = step(*scanned)
-        x = x + F.linear(y.to(x.dtype) * F.silu(gate), **self.out_proj)
-        return x, LayerState(inputs[:, 1:], ssm_state, delta)
-
-
-class MambaState(NamedTuple):
-    """What `read` hands on: each layer's state and, once single characters are read, each layer's
-    weights.
-    """
-
-    layers: list[LayerState]
-    weights: list[StepWeights] | None = None
 
 
 Update = tuple[Float[Tensor, "b t d"], LayerState]
@@ -157,6 +95,7 @@ class Mixer(nn.Module):
         self.A_log = nn.Parameter(s4d_real.log().repeat(e, 1))
         self.D = nn.Parameter(torch.ones(e))
         self.out_proj = nn.Linear(e, c.width, bias=c.bias)
+        self.dropout = nn.Dropout(c.dropout)
 
     @torch.no_grad()
     def init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
@@ -168,13 +107,28 @@ class Mixer(nn.Module):
         self.dt_proj.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
 
     def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
+        if state and x.shape[1] == 1 and not (self.training or torch.is_grad_enabled()):
+            return self.step(x, state)
         u, gate, conv_state = self.convolve(x, state.conv_state if state else None)
         delta, B, C = self.select(u)
         ssm_state = state.ssm_state if state else None
         A = -torch.exp(self.A_log)
         y, ssm_state = selective_scan(u, delta, A, B, C, self.D, state=ssm_state)
         after = LayerState(conv_state, ssm_state, delta[:, -1].clone())
-        return self.out_proj(y * F.silu(gate)), after
+        return self.dropout(self.out_proj(y * F.silu(gate))), after
+
+    def step(self, x: Float[Tensor, "b 1 d"], state: LayerState) -> Update:
+        """`forward` for one more character, without gradients: its calls are most of its time."""
+        u, gate = self.in_proj(x).chunk(2, -1)
+        inputs = torch.cat([state.conv_state, u], 1)
+        conv = self.conv1d
+        u = (inputs * conv.weight.squeeze(1).T).sum(1)
+        u = self.activation(u if conv.bias is None else u.add_(conv.bias))
+        delta, B, C = self.select(u)
+        A = torch.exp(self.A_log).neg_()
+        y, ssm_state = step(u, delta, A, B, C, self.D, state.ssm_state)
+        y = self.out_proj(y.unsqueeze(1).mul_(F.silu(gate)))
+        return y, LayerState(inputs[:, 1:], ssm_state, delta)
 
     def convolve(
         self, x: Float[Tensor, "b t d"], conv_state: Float[Tensor, "b before e"] | None = None
@@ -193,10 +147,10 @@ class Mixer(nn.Module):
         return self.activation(u), gate, conv_state
 
     def select(
-        self, u: Float[Tensor, "b t e"]
-    ) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b t n"], Float[Tensor, "b t n"]]:
+        self, u: Float[Tensor, "b *t e"]
+    ) -> tuple[Float[Tensor, "b *t e"], Float[Tensor, "b *t n"], Float[Tensor, "b *t n"]]:
         """delta, B and C, each character's own (algorithm 2)."""
-        delta, B, C = self.x_proj(u).split(self.split, -1)
+        delta, B, C = self.x_proj(u).split_with_sizes(self.split, -1)
         return F.softplus(self.dt_proj(delta)), B, C
 
 
@@ -207,26 +161,10 @@ class Block(nn.Module):
         super().__init__()
         self.norm = nn.RMSNorm(config.width, eps=config.eps)
         self.mixer = Mixer(config)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
         y, after = self.mixer(self.norm(x), state)
-        return x + self.dropout(y), after
-
-    def step_weights(self) -> StepWeights:
-        m = self.mixer
-        modules = (self.norm, m.in_proj, m.conv1d, m.x_proj, m.dt_proj, m.out_proj, m)
-        sources = (m.A_log, m.conv1d.weight)
-        counted = not any(p.is_inference() for p in sources)
-        return StepWeights(
-            m,
-            self.norm.eps,
-            *(module._parameters for module in modules),
-            A=-torch.exp(m.A_log),
-            conv=m.conv1d.weight.squeeze(1).T.contiguous(),
-            sources=sources,
-            version=sum(p._version for p in sources) if counted else None,
-        )
+        return x + y, after
 
 
 class Mamba(Reader):
@@ -261,56 +199,33 @@ class Mamba(Reader):
         """The state never fills up."""
 
     def read(
-        self, ids: Ids, state: MambaState | None = None
-    ) -> tuple[Float[Tensor, "b t v"], MambaState | None]:
+        self, ids: Ids, state: list[LayerState] | None = None
+    ) -> tuple[Float[Tensor, "b t v"], list[LayerState] | None]:
         """Logits, and each layer's state, of the same size after any number of characters.
 
         Without gradients a long text is read in pieces, so that only its logits grow with it.
         """
         if ids.shape[1] == 0:
             return self.embeddings.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
-        writing = not torch.is_grad_enabled()
-        if writing and ids.shape[1] > PIECE:
+        if not torch.is_grad_enabled() and ids.shape[1] > PIECE:
             logits = []
             for piece in ids.split(PIECE, 1):
                 more, state = self.read(piece, state)
                 logits.append(more)
             return torch.cat(logits, 1), state
-        if writing and ids.shape[1] == 1 and state and not self.training:
-            x, state = self._step(ids[:, 0], state)
-        else:
-            past = state.layers if state else [None] * len(self.layers)
-            x = self.drop(self.embeddings(ids))
-            layers = []
-            for block, layer in zip(self.blocks, past, strict=True):
-                x, layer = block(x, layer)
-                layers.append(layer)
-            state = MambaState(layers)
+        x = self.drop(self.embeddings(ids))
+        after = []
+        for block, layer in zip(self.blocks, state or [None] * len(self.layers), strict=True):
+            x, layer = block(x, layer)
+            after.append(layer)
         head = self.embeddings if self.lm_head is None else self.lm_head
-        return F.linear(self.norm_f(x), head.weight), state
+        return F.linear(self.norm_f(x), head.weight), after
 
-    def _step(self, ids, state):
-        """The blocks for one character; after training or loading their weights are prepared
-        anew.
-        """
-        weights = state.weights
-        ours = weights and weights[0].mixer is self.layers[0].mixer
-        if not ours or not all(w.fresh() for w in weights):
-            weights = [block.step_weights() for block in self.blocks]
-        x = self.embeddings(ids)
-        layers = []
-        for w, layer in zip(weights, state.layers, strict=True):
-            x, layer = w.advance(x, layer)
-            layers.append(layer)
-        return x.unsqueeze(1), MambaState(layers, weights)
-
-    def notes(self, state: MambaState | None) -> dict:
-        """Each row's mean step size at its last character: near 0 it was let pass, large it
-        replaced older ones.
-        """
+    def notes(self, state: list[LayerState] | None) -> dict:
+        """Each row's mean step size at its last character: near 0 it was let pass."""
         if state is None:
             return {}
-        delta = torch.stack([layer.delta for layer in state.layers])
+        delta = torch.stack([layer.delta for layer in state])
         return {"delta": delta.mean((0, 2)).tolist()}
 
     @torch.no_grad()

@@ -90,17 +90,7 @@ class RecurrentDepth(LanguageModel):
         super().__init__(config)
         c = config
         self.wte = nn.Embedding(symbols, c.width)
-        block = partial(
-            Block,
-            c.width,
-            c.heads,
-            causal=causal,
-            norm="plain",
-            qk_norm=True,
-            activation="squared_relu",
-            bias=False,
-            dropout=c.dropout,
-        )
+        block = partial(Block.fast, c.width, c.heads, causal=causal, dropout=c.dropout)
         self.prelude = nn.ModuleList(block() for _ in range(c.prelude))
         self.core = nn.ModuleList(block() for _ in range(c.core))
         self.gains = self.halt_bias = None
@@ -224,9 +214,7 @@ class RecurrentDepth(LanguageModel):
     def limits(
         self, ids: Ids, rule: dict[str, Any], generator: Generator | None
     ) -> Float[Tensor, "b t"]:
-        """The probability of having stopped at which a position does, by stop=halting or
-        sampled.
-        """
+        """The probability of having stopped at which one does, by stop=halting or sampled."""
         like: dict[str, Any] = {"dtype": self.lm_head.weight.dtype, "device": ids.device}
         if rule["stop"] == "sampled":
             return torch.rand(ids.shape, generator=generator, **like)

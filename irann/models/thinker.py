@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution
-from ..layers import Block, KeyValue, scale
+from ..layers import Block, KeyValue, check_window, scale
 from ..lm import Draft, Ids, Loss, Nats, Reader, cross_entropy, left_to_right
 from ..sampling import SAMPLING
 from ..settings import InputError, Setting
@@ -58,7 +58,7 @@ class Thought:
     thinking: Bool[Tensor, "b t"]
 
     def after(self, now: Round, rule: dict[str, Any], limit: Float[Tensor, "b t"]) -> "Thought":
-        """A round left `now`, which where thinking had stopped is what it was: who thinks on?"""
+        """After one more round, which left `now`: where thinking had stopped, that is as before."""
         survival = torch.where(self.thinking, self.survival * (1 - now.halt), self.survival)
         stop = stops(rule, now, (self.hidden, self.logits), survival, limit)
         rounds = self.rounds + self.thinking
@@ -138,12 +138,7 @@ class Thinker(RecurrentDepth, Reader):
                 "how long a thinker thinks depends on the text: export cannot follow it"
             )
         start = state.length if state else 0
-        end = start + ids.shape[1]
-        if end > self.config.window:
-            raise InputError(
-                f"the window holds {self.config.window} characters; got {ids.shape[1]} after "
-                f"{start}: read the last ones only"
-            )
+        end = check_window(self.config.window, start, ids.shape[1])
         rotary = self.rotary(start, end)
         injected, prelude = self.inject(ids, rotary, state.prelude if state else None)
         limit = self.limits(ids, rule, generator)

@@ -156,7 +156,7 @@ class PageThinker(RecurrentDepth):
                 page = ids.masked_fill(masked, self.mask_token)
                 hidden, logits, taken = self.think(page, masked, hidden, generator, rule)
             rounds += taken
-            filtered = filter_logits(logits, **sampling._asdict())
+            filtered = filter_logits(logits, **vars(sampling))
             guess = sample(filtered.flatten(0, 1), generator).view_as(ids)
             sure = logits.softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
             rank = self.rank(sure, rule["order"], generator).masked_fill(~masked, -torch.inf)
@@ -188,9 +188,7 @@ class PageThinker(RecurrentDepth):
         generator: Generator | None,
         rule: dict[str, Any],
     ) -> tuple[Hidden, Float[Tensor, "b t v"], int]:
-        """Each row until all of its masked positions stop: hidden state, logits, and rounds
-        taken.
-        """
+        """Each row until all its masked positions stop: hidden state, logits, rounds taken."""
         limit = self.limits(ids, rule, generator)
         survival = torch.ones_like(limit)
         done = torch.zeros(len(ids), 1, dtype=torch.bool, device=ids.device)
@@ -213,7 +211,5 @@ class PageThinker(RecurrentDepth):
 
 
 def masked_weights(masked: Mask, total: int, like: Float[Tensor, "..."]) -> Float[Tensor, "b t"]:
-    """Of masked positions, such that the weighted sum of a row is `total` times the mean over
-    them.
-    """
+    """Of masked positions: a row's weighted sum is `total` times the mean over them."""
     return masked.to(like) * total / masked.sum(1, keepdim=True)

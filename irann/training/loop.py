@@ -8,7 +8,6 @@ A notebook plots the ticks, the command line prints them, a test stops after fiv
 a model only what `lm.LanguageModel` promises.
 """
 
-import dataclasses
 import math
 import os
 import time
@@ -16,7 +15,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,7 @@ TRAINS = "a training goes on while one goes through it, as in: for tick in irann
 
 @dataclass(frozen=True)
 class Tick:
-    """One step of training. `loss` in nats per character; `seconds` on this run so far, earlier
-    sittings included.
-    """
+    """A step: `loss` in nats per character, `seconds` of the run, earlier sittings included."""
 
     step: int
     loss: float
@@ -124,73 +122,79 @@ def _train(
         for step in range(state.step + 1, recipe.steps + 1):
             with Signals() as caught:
                 began = time.perf_counter()
-                rate = recipe.rate(step - 1)
+                lr = recipe.lr * recipe.lr_factor(step - 1)
                 with state.stepping():
-                    # Every process draws the whole batch, windows and noise, and takes its rows:
-                    # the objective of a step does not depend on how a batch is cut into pieces.
-                    ids = windows(text.train, model.config.window, recipe.batch, state.order)
-                    ids = ids.to(state.device)
-                    model.train()
-                    draws = model.draw(ids, generator=state.draws)
-                    loss, parts = _gradients(loss_of, state, ids, draws)
-                    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
-                    gradient = norm.item()
-                    _check_step(state, step, loss, gradient, recipe.lr * rate)
-                    for optimizer in state.optimizers:
-                        for group in optimizer.param_groups:
-                            group["lr"] = group["full_lr"] * rate
-                        optimizer.step()
-                    model.zero_grad(set_to_none=True)
-                    for total in model.observed() if state.world > 1 else ():
-                        dist.all_reduce(total)
-                    model.absorb()
-                    state.step = step
-                    state.validation = None
-                    state.update_average()
+                    loss, parts, gradient = _step(state, loss_of)
                 spent = time.perf_counter() - began
                 state.seconds += spent
                 speed = 0.95 * speed + 0.05 * characters / spent if speed else characters / spent
-
-                last = step == recipe.steps
-                validates = _validates(recipe, step)
-                saves = bool(recipe.save_every) and step % recipe.save_every == 0
-                interrupted = _agreed(caught, stop)
-                if validates or saves or interrupted:
-                    state.check_finite(recipe.lr * rate)
-                if validates and (last or not interrupted):
-                    _validate(state)
-                    interrupted = interrupted or _agreed(caught, stop)
-                tick = Tick(
-                    step,
-                    loss,
-                    parts,
-                    lr=recipe.lr * rate,
-                    seconds=state.seconds,
-                    chars_per_second=speed,
-                    gradient=gradient,
-                    characters=state.characters,
-                    validation=state.validation,
-                    interrupted=interrupted,
-                    notes=run.told(),
-                )
-                # first the line, then the checkpoint: resuming drops a line too many, and cannot
-                # write a missing one
-                run.write(tick)
-                if validates or saves or interrupted:
-                    tick = dataclasses.replace(tick, saved=run.save())
-                if last or interrupted:
-                    state.use_average()
+                tick = Tick(step, loss, parts, lr, state.seconds, speed, gradient, state.characters)
+                tick = _after(state, run, tick, partial(_agreed, caught, stop))
             yield tick
-            if interrupted:
+            if tick.interrupted:
                 return
+
+
+def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], float]:
+    """One update of the weights -> the loss, its parts, and the gradient's norm before clipping."""
+    model, recipe = state.model, state.recipe
+    model.train()
+    # Every process draws the whole batch, windows and noise, and takes its rows: the objective of a
+    # step does not depend on how a batch is cut into pieces.
+    ids = windows(state.text.train, model.config.window, recipe.batch, state.order)
+    ids = ids.to(state.device)
+    draws = model.draw(ids, generator=state.draws)
+    model.zero_grad(set_to_none=True)  # a notebook may have called backward itself
+    loss, parts = _gradients(loss_of, state, ids, draws)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf).item()
+    factor = recipe.lr_factor(state.step)
+    _check_step(state, loss, norm, recipe.lr * factor)
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["full_lr"] * factor
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+    for total in model.observed() if state.world > 1 else ():
+        dist.all_reduce(total)
+    model.absorb()
+    state.step += 1
+    state.validation = None
+    state.update_average()
+    return loss, parts, norm
+
+
+def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick:
+    """After an update: validate and save where it is time, or where a signal ends the training."""
+    last = state.step == state.recipe.steps
+    validates = _validates(state.recipe, state.step)
+    interrupted = asked()
+    saves = validates or interrupted or _due(state.recipe.save_every, state.step)
+    if saves:
+        state.check_finite(tick.lr)
+    if validates and (last or not interrupted):
+        _validate(state)
+        interrupted = interrupted or asked()
+    tick = replace(
+        tick,
+        seconds=state.seconds,
+        validation=state.validation,
+        interrupted=interrupted,
+        notes=run.take_notes(),
+    )
+    # first the line, then the checkpoint: resuming drops a line too many, and cannot write a
+    # missing one
+    run.write(tick)
+    if saves:
+        tick = replace(tick, saved=run.save())
+    if last or interrupted:
+        state.use_average()
+    return tick
 
 
 def _gradients(
     loss_of: nn.Module, state: State, ids: Tensor, draws: dict[str, Any]
 ) -> tuple[float, dict[str, float]]:
-    """Backward through the whole batch -> its loss and its parts: the means over equal pieces and
-    over processes.
-    """
+    """Backward through the whole batch -> its loss and parts, means over pieces and processes."""
     recipe = state.recipe
     loss = 0.0
     parts: dict[str, float] = {}
@@ -219,25 +223,26 @@ def _rows_of(draws: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     }
 
 
-def _check_step(state: State, step: int, loss: float, gradient: float, lr: float) -> None:
+def _check_step(state: State, loss: float, gradient: float, lr: float) -> None:
     """Raises NotFinite before an update that would spoil the weights."""
     if not (math.isfinite(loss) and math.isfinite(gradient)):
         state.model.zero_grad(set_to_none=True)
         raise NotFinite(
-            f"at step {step} the loss is {loss:g} and the gradient's norm {gradient:g}, "
+            f"at step {state.step + 1} the loss is {loss:g} and the gradient's norm {gradient:g}, "
             f"learning rate {lr:g}: stopped before the update"
         )
 
 
 def _validates(recipe: Recipe, step: int) -> bool:
-    regular = bool(recipe.evaluate_every) and step % recipe.evaluate_every == 0
-    return regular or step == recipe.steps
+    return _due(recipe.evaluate_every, step) or step == recipe.steps
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step % every == 0
 
 
 def _validate(state: State) -> None:
-    """Nats per character over the whole validation part, with the averaged weights if the recipe
-    keeps them.
-    """
+    """Nats per character of the validation part, with averaged weights if the recipe has them."""
     began = time.perf_counter()
     nats = evaluate(state.averaged(), state.text, share=state.world > 1).nats_per_char
     if not math.isfinite(nats):
@@ -255,9 +260,7 @@ def _agreed(caught: Signals, stop: Callable | None) -> int:
 
 
 class _Loss(nn.Module):
-    """The model's loss as a module's call, which is what DistributedDataParallel and torch.compile
-    take hold of.
-    """
+    """The model's loss as a module's call, for DistributedDataParallel and torch.compile."""
 
     def __init__(self, model: LanguageModel):
         super().__init__()

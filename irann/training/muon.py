@@ -6,6 +6,9 @@ too; it works in bfloat16, which CPUs without bfloat16 units do thirty times slo
 after the other. This one works in float32, on all matrices of one shape at once.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -41,7 +44,12 @@ class Muon(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the weights. A closure computes the gradients first -> its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             by_shape: dict[tuple, list] = {}
             for p in group["params"]:
@@ -62,3 +70,4 @@ class Muon(torch.optim.Optimizer):
                     pairs, orthogonalise(torch.stack([part for _, part in pairs])), strict=True
                 ):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+        return loss

@@ -51,10 +51,8 @@ class Recipe(Checked):
                 f"a batch of {self.batch} cannot be computed in {self.accumulate} equal parts"
             )
 
-    def rate(self, step: int) -> float:
-        """-> the learning rate of a step (from 0), as a part of the full one: a linear warm-up,
-        then the decay.
-        """
+    def lr_factor(self, step: int) -> float:
+        """-> what a step (from 0) multiplies the full learning rate by: warm-up, then decay."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)

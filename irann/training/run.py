@@ -85,7 +85,7 @@ class Run:
             if self.writes:
                 self._release()
 
-    def told(self) -> tuple[str, ...]:
+    def take_notes(self) -> tuple[str, ...]:
         """-> what happened on resuming, once."""
         notes = self.notes
         self.notes = ()
@@ -97,9 +97,7 @@ class Run:
             self.metrics.write(tick)
 
     def save(self) -> Path | None:
-        """Save a checkpoint of where the state is now -> its folder, in the process that writes it.
-        Raises DiskError.
-        """
+        """Save a checkpoint -> its folder, in the process that writes. Raises DiskError."""
         if not self.kept:
             return None
         snapshot = self.state.snapshot()
@@ -112,9 +110,7 @@ class Run:
         return folder
 
     def amend(self) -> None:
-        """The newest checkpoint, and its line in the metrics, learn a validation that was made up
-        for.
-        """
+        """Put a validation that was made up for into the newest checkpoint and its metrics."""
         if self.writes:
             self.metrics.keep(self.state.step, self.state.validation)
         self.save()
@@ -147,8 +143,7 @@ class Run:
         if not self.resume and (checkpoint.listed(self.folder) or has_metrics):
             raise RunError(
                 f"{self.folder} holds another run; resume it (--resume), start it anew "
-                "(--overwrite) "
-                "or choose another --run"
+                "(--overwrite) or choose another --run"
             )
         checkpoint.sweep(self.folder)
         if shutil.disk_usage(self.folder).free < size:
@@ -166,11 +161,9 @@ class Run:
             self.lock.release()
 
     def _rescue(self, error: BaseException) -> None:
-        """Save what an error between two steps would lose: GeneratorExit too, when the caller
-        leaves the loop.
-        """
+        """Save what an error between two steps, or the caller who leaves there, would lose."""
         state = self.state
-        for note in self.notes[:-1]:  # why checkpoints were skipped, which no tick has told
+        for note in self.notes[:-1]:  # no tick took them: why checkpoints were skipped
             warnings.warn(note, stacklevel=2)
         news = state.step != self.saved_at and not state.midstep and state.undisturbed()
         expected = isinstance(error, NotFinite | DiskError)
@@ -182,9 +175,7 @@ class Run:
     # ------------------------------------------------------------------------------------- going on
 
     def _go_on(self) -> tuple[str, ...]:
-        """Take over the newest valid checkpoint, if there is any -> what there is to say. Raises
-        CheckpointError.
-        """
+        """Take over the newest valid checkpoint -> what to say. Raises CheckpointError."""
         found = checkpoint.listed(self.folder)
         if not found:
             return (f"there is no checkpoint in {self.folder} yet: beginning with step 1",)
@@ -220,9 +211,7 @@ class Run:
 
 
 def _check_fits(folder: Path, saved: Snapshot, state: State) -> None:
-    """Raises CheckpointError that names both values if a checkpoint belongs to another model, text
-    or recipe.
-    """
+    """Raises CheckpointError naming both values for another model's, text's or recipe's one."""
     vocabulary = state.text.vocabulary.characters
     theirs = _identity(saved.config, saved.vocabulary)
     ours = _identity(json.loads(json.dumps(state.describe())), vocabulary)
@@ -236,9 +225,7 @@ def _check_fits(folder: Path, saved: Snapshot, state: State) -> None:
 
 
 def _identity(config: dict[str, Any], vocabulary: str) -> dict[str, Any]:
-    """-> what a run is and stays, by name: of the text, its SHA-256 says more than where it came
-    from.
-    """
+    """-> what a run is and stays, by name; a text is known by its SHA-256."""
     corpus = config["corpus"]
     return {
         "model": config["model"],
@@ -263,9 +250,7 @@ def _check_saveable(snapshot: Snapshot) -> int:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object per step; on resuming, the lines after the checkpoint are
-    dropped.
-    """
+    """metrics.jsonl: one JSON object per step; resuming drops the lines after the checkpoint."""
 
     def __init__(self, path: Path):
         self.path = path

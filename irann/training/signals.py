@@ -25,15 +25,15 @@ class Signals:
 
     def __init__(self) -> None:
         self.caught = 0
-        self.told = 0
+        self.answered = 0
         self.before: dict[int, Callable | int] = {}
 
     def __call__(self) -> int:
-        self.told = self.caught
-        return self.told
+        self.answered = self.caught
+        return self.answered
 
     def __enter__(self) -> "Signals":
-        self.caught = self.told = 0  # what came in an earlier block is over
+        self.caught = self.answered = 0  # what came in an earlier block is over
         self.before = {}
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
@@ -47,7 +47,7 @@ class Signals:
         for signum, handler in self.before.items():
             if signal.getsignal(signum) == self.note:
                 signal.signal(signum, handler)
-        if self.caught and not self.told:
+        if self.caught and not self.answered:
             signal.raise_signal(self.caught)
 
     def note(self, signum: int, frame: FrameType | None) -> None:
