@@ -26,6 +26,7 @@ from irann import book, checkpoint, runs, zoo
 from irann.__main__ import _again, main
 from irann.chat.session import Session
 from irann.chat.widget import Chat
+from irann.settings import InputError
 from irann.training import evaluate, train
 
 ENV = dict(os.environ)
@@ -604,6 +605,33 @@ def test_a_model_is_saved_and_loaded_again(tmp_path, corpus):
     assert torch.equal(again(corpus.val[None, :50]), model(corpus.val[None, :50]))
     irann.save(again, folder)  # what was a model may be replaced
     assert irann.load(folder).card["validation"] == model.card["validation"]
+
+
+def test_only_a_model_is_replaced_by_a_model(tmp_path, small):
+    config, recipe = zoo.recipe("gpt", "tiny", steps=1)
+    model = zoo.build("gpt", config)
+    model.vocabulary = small.vocabulary
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}')
+    (irann.save(model, tmp_path / "noted") / "notes.txt").write_text("a year of work")
+    list(irann.train(model, small, recipe, run=irann.save(model, tmp_path / "run")))
+    (tmp_path / "link").symlink_to(irann.save(model, tmp_path / "whole"))
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("extension", "noted", "run", "link", "file"):
+        with pytest.raises(InputError, match="holds something else"):
+            irann.save(model, tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_name_of_the_book_means_the_model_of_the_book(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    mine = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    mine.vocabulary = small.vocabulary
+    with pytest.raises(InputError, match="gpt is a model of the book"):
+        irann.save(mine, "gpt")
+    for place in (irann.save(mine, Path("gpt")), "./gpt"):
+        assert irann.load(place).config == mine.config != irann.load("gpt").config
 
 
 def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_path, monkeypatch):
