@@ -363,6 +363,9 @@ def _assemble(
         raise CheckpointError(f"{path} holds a {kind!r}; this irann knows {', '.join(kinds)}")
     try:
         model = kinds[kind].model(kinds[kind].config(**card["config"]))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in weights:
+                tensor.data = tensor.data.to(weights[name].dtype)
         model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())
