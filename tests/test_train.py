@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import PROGRAMS, refuses
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from irann import checkpoint, lm, zoo
 from irann.checkpoint import CheckpointError, DiskError
@@ -998,6 +999,17 @@ def test_muon_by_hand(shape):
         expected = expected * (1 - 0.1 * 0.5) - step
         torch.testing.assert_close(w.detach(), expected)
         torch.testing.assert_close(stacked.detach(), torch.cat([expected, expected]))
+
+
+def test_muon_is_an_optimizer_to_others():
+    model, recipe = tiny(optimizer="muon")
+    ids = torch.randint(65, (2, 33))
+    both = optimizers(model, recipe)
+    for optimizer in both:
+        loss = optimizer.step(lambda: model.loss(ids)[0].backward() or 3.0)
+    assert loss == 3.0
+    kept = get_optimizer_state_dict(model, both)["state"]
+    assert any("momentum" in state for state in kept.values())
 
 
 @pytest.mark.parametrize("name", list(zoo.MODELS))

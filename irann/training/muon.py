@@ -41,7 +41,9 @@ class Muon(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             by_shape: dict[tuple, list] = {}
             for p in group["params"]:
@@ -62,3 +64,4 @@ class Muon(torch.optim.Optimizer):
                     pairs, orthogonalise(torch.stack([part for _, part in pairs])), strict=True
                 ):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
+        return loss
