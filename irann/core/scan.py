@@ -64,7 +64,7 @@ def step(
     D: Float[Tensor, " e"] | None,
     state: Float[Tensor, "b e n"],
 ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b e n"]]:
-    """One position of the recurrence, for writing -> y and the next state.
+    """One position of the recurrence, for writing -> y in u's dtype and the next state in its own.
 
     Raises ValueError when the shapes do not belong together.
     """
@@ -76,10 +76,12 @@ def step(
         fits = fits and state.shape == (b, e, n) and (D is None or D.shape == (e,))
     if not fits:
         raise ValueError(_misfit(STEP, u, delta, A, B, C, D, state))
+    dtype = u.dtype
+    u, delta, A, B, C = (x.to(state.dtype) for x in (u, delta, A, B, C))
     kept = torch.exp(delta.unsqueeze(2) * A) * state
     state = torch.addcmul(kept, (delta * u).unsqueeze(2), B.unsqueeze(1))
     y = torch.bmm(state, C.unsqueeze(2)).squeeze(2)
-    return (y if D is None else torch.addcmul(y, D, u)), state
+    return (y if D is None else torch.addcmul(y, D.to(y.dtype), u)).to(dtype), state
 
 
 def sequential(
