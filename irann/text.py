@@ -139,17 +139,18 @@ class Text:
         return cls(ids[:cut], ids[cut:], vocabulary, source, sha256)
 
     def write(self, folder: str | os.PathLike) -> list[Path]:
-        """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order
-        of id) -> their paths.
+        """Write train_encoded.npy, val_encoded.npy (uint16, or uint32 beyond 65,536 characters) and
+        vocab.json (the characters in order of id) -> their paths.
 
         Raises OSError that names the file; one that broke off half-way is removed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         characters = json.dumps(list(self.vocabulary.characters), ensure_ascii=False) + "\n"
+        kind = np.uint16 if len(self.vocabulary) <= 2**16 else np.uint32
         files = {
-            folder / "train_encoded.npy": npy(self.train),
-            folder / "val_encoded.npy": npy(self.val),
+            folder / "train_encoded.npy": npy(self.train, kind),
+            folder / "val_encoded.npy": npy(self.val, kind),
             folder / "vocab.json": characters.encode(),
         }
         for path, data in files.items():
@@ -163,10 +164,10 @@ class Text:
         return list(files)
 
 
-def npy(ids: Int[Tensor, "t"]) -> bytes:
-    """-> the bytes of a .npy file of uint16; numpy's own writing does not say why it failed."""
+def npy(ids: Int[Tensor, "t"], kind: Any) -> bytes:
+    """-> the bytes of a .npy file; numpy's own writing does not say why it failed."""
     file = io.BytesIO()
-    np.save(file, ids.numpy().astype(np.uint16))
+    np.save(file, ids.numpy().astype(kind))
     return file.getvalue()
 
 

@@ -279,6 +279,8 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, content, words):
 
 
 def test_write(corpus, tmp_path):
+    many = Text.of("".join(map(chr, range(0x10000, 0x21000))) * 2)
+    assert np.array_equal(np.load(many.write(tmp_path / "many")[0]), many.train.numpy())
     paths = corpus.write(tmp_path / "encoded")
     assert [p.name for p in paths] == ["train_encoded.npy", "val_encoded.npy", "vocab.json"]
     assert torch.equal(torch.from_numpy(np.load(paths[0]).astype(np.int64)), corpus.train)
