@@ -331,18 +331,18 @@ def exclusive(model: LanguageModel, characters: float = math.inf) -> Iterator[No
 
 @contextmanager
 def evaluating(model: LanguageModel, characters: float = math.inf) -> Iterator[None]:
-    """Without dropout inside the block, as before after it, and undisturbed: writing leaves
-    training as it was.
+    """In eval mode inside the block, every module as before after it, and undisturbed: writing
+    leaves training as it was.
     """
     with exclusive(model, characters):
-        training = model.training
-        if training:
-            model.eval()
+        training = [m for m in model.modules() if m.training] if model.training else []
+        for module in training:
+            module.training = False
         try:
             yield
         finally:
-            if training:
-                model.train()
+            for module in training:
+                module.training = True
 
 
 # -------------------------------------------------------------------------------- text in, text out

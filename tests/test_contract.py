@@ -124,6 +124,8 @@ def test_same_seed_same_text(name, settings):
 @pytest.mark.parametrize("name", NAMES)
 def test_writing_leaves_training_and_the_global_generator_alone(name):
     model = excite(tiny(name, dropout=0.5), 0.3).train()
+    next(model.children()).eval()  # as one that is not to learn
+    modes = [module.training for module in model.modules()]
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -131,7 +133,8 @@ def test_writing_leaves_training_and_the_global_generator_alone(name):
     next(stream), next(stream)
     assert model.training
     *_, last = stream
-    assert model.training and torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.rand(3), expected)
     *_, sober = model.eval().generate(ids(1, 3), 20, generator=rng())
     assert torch.equal(last.ids, sober.ids) and not model.training
 
@@ -309,7 +312,7 @@ def test_compiled_exported_and_shared_out_they_compute_the_same(what):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions_write_and_score(name, kind):
+def test_other_precisions_write_score_and_are_kept(name, kind, small, tmp_path):
     model = excite(tiny(name), 0.1).eval().to(kind)
     *_, last = model.generate(
         ids(1, 5), 4, generator=rng(), **({"steps": 4} if "steps" in model.settings else {})
@@ -318,6 +321,22 @@ def test_other_precisions_write_and_score(name, kind):
     assert last.ids.shape == (1, 9) and nats.isfinite().all()
     if model.exact:
         assert nats.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
+    model.vocabulary = small.vocabulary
+    again = irann.load(irann.save(model, tmp_path / "mine")).state_dict()
+    for n, tensor in model.state_dict().items():
+        assert again[n].dtype == tensor.dtype and torch.equal(again[n], tensor), n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_default_device_changes_nothing(name, small):
+    model = tiny(name).eval()
+    model.vocabulary = small.vocabulary
+    some, dice = ids(2, 33), rng()
+    wanted = lm.generate(model, "the", 3, seed=0), model.nll(some, generator=rng())
+    with torch.device("meta"):
+        found = lm.generate(model, "the", 3, seed=0), model.nll(some, generator=dice)
+        model.loss(some)[0].backward()
+    assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
 
 
 @pytest.mark.parametrize("name", NAMES)

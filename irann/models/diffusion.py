@@ -294,7 +294,7 @@ class Diffusion(Denoiser):
             raise InputError(
                 f"the text has no gap to fill: write {gap!r} for each character that is missing"
             )
-        mask = torch.tensor([character == gap for character in text])
+        mask = torch.tensor([character == gap for character in text], device="cpu")
         ids = vocabulary.encode(text.replace(gap, vocabulary.characters[0]))[None]
         settings = check_settings(self, settings)
         return self.infill(ids, mask, generator=seeded(self, seed), **settings)
