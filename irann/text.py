@@ -8,6 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def read_text(path: str | os.PathLike) -> Text:
     Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few
     characters.
     """
-    name, data = printable(path), read_bytes(path, near(path))
+    name, data = printable(path), read_bytes(path)
     if not data:
         raise CorpusError(
             f"{name} is empty: give a text of some thousand characters, or none for "
@@ -226,16 +227,17 @@ def read_bytes(path: str | os.PathLike, hint: str = "") -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        reason = error.strerror or error
-        raise CorpusError(f"the corpus {printable(path)} cannot be read ({reason}){hint}") from None
+        reason = f"{printable(path)} cannot be read ({error.strerror or error})"
+        raise CorpusError(f"the corpus {reason}{hint or near(path)}") from None
 
 
 def near(path: str | os.PathLike) -> str:
-    """-> a hint for a file that is not there: one of nearly that name, or what is wanted."""
+    """-> a hint for a file that cannot be read: another of nearly that name, or what is wanted."""
     folder = Path(path).parent
-    names = os.listdir(folder) if folder.is_dir() else []
-    if found := difflib.get_close_matches(Path(path).name, names, 1):
-        return f"; there is {printable(folder / found[0])}"
+    with suppress(OSError):
+        names = set(os.listdir(folder)) - {Path(path).name}
+        if found := difflib.get_close_matches(Path(path).name, names, 1):
+            return f"; there is {printable(folder / found[0])}"
     return "; give the path of a text in UTF-8"
 
 
