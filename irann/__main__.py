@@ -539,7 +539,11 @@ def _logger(tool: str | None, run: Path) -> Callable[[Tick], None] | None:
 
 def _again() -> str:
     words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-    return shlex.join(["irann", *words, "--resume"])
+    program = ["irann"]
+    if "LOCAL_RANK" in os.environ:
+        count = os.environ["LOCAL_WORLD_SIZE"]
+        program = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "irann"]
+    return shlex.join([*program, *words, "--resume"])
 
 
 # ---------------------------------------------------------------------------------- what goes wrong

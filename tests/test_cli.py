@@ -668,6 +668,10 @@ def test_a_shell_completes_models_and_runs(run, trained, monkeypatch):
 def test_the_way_to_go_on_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["irann", "train", "gpt", "--overwrite", "--run", "my run"])
     assert _again() == "irann train gpt --run 'my run' --resume"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = "torchrun --standalone --nproc-per-node=2 -m irann train gpt --run 'my run' --resume"
+    assert _again() == words
 
 
 def test_of_two_processes_one_tells_and_both_end_well(tmp_path):
