@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from . import machine
-from .sampling import SAMPLING, Sampling, check_sampling, filter_logits, sample
+from .sampling import SAMPLING, Sampling, filter_logits, sample
 from .settings import InputError, Setting
 from .text import Vocabulary
 
@@ -221,7 +221,7 @@ def left_to_right(
     newline of a sorted vocabulary. Raises InputError for ids that are not characters of the model
     and for settings out of range, before any work.
     """
-    chosen = check_sampling(**sampling)
+    chosen = Sampling(**check_settings(model, sampling))
     page, start = _page(model, prompt, n)
     return _left_to_right(model, page, start, chosen, generator, read or model.read)
 
@@ -387,7 +387,6 @@ def stream(
     newline.
     """
     vocabulary = vocabulary_of(model)
-    settings = check_settings(model, settings)
     newline = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
     ids = vocabulary.encode(prompt or newline)
     return model.generate(ids[None], n, generator=seeded(model, seed), **settings)
@@ -417,8 +416,8 @@ def vocabulary_of(model: LanguageModel) -> Vocabulary:
 
 
 def check_settings(model: LanguageModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """-> the settings, each in its type. Raises InputError that names one this model does not have,
-    or out of range.
+    """-> the settings, each in its type; None means the default, and is left out. Raises InputError
+    that names one this model does not have, or out of range.
     """
     known = SAMPLING | model.settings
     for name in settings:
@@ -426,7 +425,5 @@ def check_settings(model: LanguageModel, settings: dict[str, Any]) -> dict[str, 
             raise InputError(
                 f"{type(model).__name__} has no setting {name!r}; it has {', '.join(known)}"
             )
-    return {
-        name: value if value is None else known[name].check(name, value)
-        for name, value in settings.items()
-    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {name: known[name].check(name, value) for name, value in given.items()}

@@ -181,6 +181,15 @@ def test_own_settings_are_checked_and_characters_too(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_none_means_the_default(name, small):
+    model = tiny(name).eval()
+    model.vocabulary = small.vocabulary
+    wanted = lm.generate(model, "the", 3, seed=0)
+    for setting in ("temperature", "top_k", "top_p", *model.settings):
+        assert lm.generate(model, "the", 3, seed=0, **{setting: None}) == wanted
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_nll_is_one_number_per_character(name):
     model = tiny(name).eval()
     with torch.no_grad():
