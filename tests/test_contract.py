@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROGRAMS, excite, refuses
+from torch.func import functional_call, grad, vmap
 
 import irann
 from irann import lm, zoo
@@ -464,6 +465,28 @@ def test_a_state_can_be_continued_twice(name):
         model.read(ids(1, 4, seed=2), state)
         again, _ = model.read(ids(1, 4, seed=1), state)
     assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_each_row_has_a_gradient_of_its_own_under_vmap(name):
+    model = excite(tiny(name), 0.2).eval()
+    weights = dict(model.named_parameters())
+    model.forward = model.loss  # what functional_call calls
+
+    def of_row(weights, row):
+        return functional_call(model, weights, (row[None], {"rounds": 3}))[0]
+
+    rows = ids(2, 9)
+    both = vmap(grad(of_row), (None, 0))(weights, rows)
+    alone = grad(of_row)(weights, rows[1])
+    for n, g in alone.items():
+        torch.testing.assert_close(both[n][1], g, msg=n)
+
+
+@pytest.mark.parametrize("name", ["gpt", "mamba"])
+def test_shapes_can_be_asked_on_meta(name):
+    assert tiny(name).to("meta")(ids(2, 9).to("meta")).shape == (2, 9, 65)
 
 
 @pytest.mark.parametrize("name", READERS)
