@@ -34,7 +34,7 @@ Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]
 PIECE = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """One frame of writing: the prompt and everything proposed so far.
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .settings import InputError
+from .settings import InputError, Setting
 
 # characters of a large text that are encoded at once, so that little memory is needed beside it
 PIECE = 1 << 20
@@ -98,7 +98,7 @@ class Vocabulary:
         return "".join(self.characters[i] for i in ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Text:
     """A corpus made of ids: `train` and `val` of int64, the vocabulary, and where it came from."""
 
@@ -125,6 +125,7 @@ class Text:
             raise InputError(f"a text is a string; got a {type(text).__name__}")
         if len(text) < 300 and os.path.isfile(text):
             raise InputError(f"{text!r} is the name of a file: irann.text.read_text reads it")
+        split = Setting(0.9, "", low=0.0, high=1.0).check("split", split)
         vocabulary = vocabulary or Vocabulary(text)
         ids = vocabulary.encode(text)
         cut = int(split * len(ids))

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Snapshot
-from .lm import LanguageModel, stream, vocabulary_of
+from .lm import SEED, LanguageModel, stream, vocabulary_of
 from .models.diffusion import Diffusion, DiffusionConfig
 from .models.gpt import GPT, GPTConfig
 from .models.mamba import Mamba, MambaConfig
@@ -179,7 +179,7 @@ def build(name: str, config: Any = None, *, seed: int = 1337, **sizes: Any) -> L
         raise InputError(f"{unknown[0]} is no size of {name}; there are {listed}")
     config = dataclasses.replace(config, **sizes)
     with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED.check("seed", seed))
         return entry(name).model(config)
 
 

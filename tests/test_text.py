@@ -293,6 +293,12 @@ def test_a_folder_is_no_text_and_its_names_are_read_only_for_a_hint(tmp_path, mo
         read_text(tmp_path / "min.txt")
 
 
+def test_a_split_is_a_part_and_texts_can_be_compared():
+    with pytest.raises(InputError, match="split is a number from 0 to 1; got nan"):
+        Text.of("some text", split=math.nan)
+    assert Text.of("some text") != Text.of("some text")
+
+
 def test_write(corpus, tmp_path):
     many = Text.of("".join(map(chr, range(0x10000, 0x21000))) * 2)
     assert np.array_equal(np.load(many.write(tmp_path / "many")[0]), many.train.numpy())

@@ -388,6 +388,14 @@ def test_evaluate_scores_every_character_once(corpus):
         assert sorted(scored) == list(range(length))
 
 
+@pytest.mark.parametrize("wrong", [{"part": "test"}, {"window": 0}, {"window": -3}, {"batch": 0}])
+def test_what_cannot_be_evaluated_is_named(small, wrong):
+    with refuses(f"{next(iter(wrong))} is "):
+        evaluate(tiny()[0], small, **wrong)
+    with pytest.raises(InputError, match="seed is a whole number from 0 to 4,611,686"):
+        zoo.build("gpt", seed=2**70)
+
+
 def test_evaluate_equals_a_plain_sum_and_disturbs_nothing(small):
     model, _ = tiny()
     model.train()
