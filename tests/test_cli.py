@@ -14,6 +14,7 @@ import time
 import types
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -283,6 +284,9 @@ def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch
     (tmp_path / "runs" / "mine" / "checkpoints" / "step-00000009").mkdir()
     code, out, err = run("doctor")
     assert (code, err) == (0, "") and "s3cr3t" not in out and "step-00000006" in out
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+        assert run("doctor")[0] == 0
     assert torch.__version__ in out and "GB free" in out and "gpt, mamba" in out
     wrong = [line for line in out.splitlines() if line.startswith("wrong")]
     for line, words in zip(
@@ -314,8 +318,14 @@ def test_train_resume_overwrite(run, tmp_path):
     assert code == 0 and "nothing left to do" in out
     code, _, err = run("train", "gpt", "--recipe", "tiny", "--set", "steps=9", "--resume")
     assert code == 3 and "steps = 6, asked for is steps = 9" in err
+    os.chdir("runs/gpt-tiny")
+    assert run("export", ".")[0] == 0 and Path("gpt-tiny.html").is_file()
+    os.chdir(tmp_path)
+    saved, *_ = checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
+    checkpoint.set_aside(saved)
+    (saved.parent / "epoch=9.ckpt").write_text("another program's")
     assert run("train", "gpt", *TINY, "--overwrite")[0] == 0
-    assert checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
+    assert sorted(os.listdir(saved.parent)) == ["epoch=9.ckpt", saved.name]
     # the newest run is found by the model's name
     assert run("sample", "gpt", "--length", 5)[0] == 0
 
@@ -537,6 +547,13 @@ def test_list_and_plot_show_the_runs(run, tmp_path):
     code, out, _ = run("plot", "runs/gpt-tiny", "--out", "curve.png")
     assert code == 0 and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "cannot be drawn" in run("plot", "runs/gpt-tiny", "--out", "curve.xyz")[2]
+    with open("runs/gpt-tiny/metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 2.0, "validation": null}\n')
+    assert run("plot", "runs/gpt-tiny")[0] == 0
+    odd = tmp_path / "runs" / "odd" / "checkpoints" / "step-00000001"
+    odd.mkdir(parents=True)
+    (odd / "config.json").write_text('{"model": ["x"], "recipe": "y", "corpus": 3}')
+    assert "odd" in run("list")[1]
     assert run("plot", "runs/nope")[0] == 2
     (tmp_path / "empty").mkdir()
     assert run("plot", "empty")[0] == 3
