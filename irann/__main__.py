@@ -365,7 +365,7 @@ def export(model: Trained, out: Annotated[Path | None, Page] = None) -> None:
 
     network = zoo.load(model, say=streams.tell)
     written = page(network)
-    out = out or Path(f"{Path(model).name}.html")
+    out = out or Path(f"{Path(model).resolve().name}.html")
     out.write_text(written, encoding="utf-8")
     print(f"wrote {out}, {len(written) / 1e6:.1f} MB; open it in a browser")
 
@@ -540,7 +540,11 @@ def _logger(tool: str | None, run: Path) -> Callable[[Tick], None] | None:
 
 def _again() -> str:
     words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-    return shlex.join(["irann", *words, "--resume"])
+    program = ["irann"]
+    if "LOCAL_RANK" in os.environ:
+        count = os.environ["LOCAL_WORLD_SIZE"]
+        program = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "irann"]
+    return shlex.join([*program, *words, "--resume"])
 
 
 # ---------------------------------------------------------------------------------- what goes wrong

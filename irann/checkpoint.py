@@ -112,7 +112,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
                 file.flush()
                 os.fsync(file.fileno())
         _fsync(aside)
-        if folder.exists():  # out of the way in no time, and removed when the new one is there
+        if folder.exists():  # out of the way, put back below unless the new one takes its place
             before = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
             os.rename(folder, before / folder.name)
         os.rename(aside, folder)
@@ -133,13 +133,29 @@ def _put_back_and_remove(unfinished: Path) -> None:
     """Remove a temporary folder; a whole checkpoint in it, whose replacement never came, is put
     back first.
     """
-    for whole in unfinished.glob("step-*"):
+    for whole in unfinished.glob("*/"):
         if not (unfinished.parent / whole.name).exists():
             try:
                 os.rename(whole, unfinished.parent / whole.name)
             except OSError:
                 return  # it stays where it is, for the next sweep
     shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def replaceable(folder: Path) -> bool:
+    """-> whether nothing but a checkpoint is lost with what lies at `folder`: it is nothing, an
+    empty folder, or one that holds the files of a checkpoint and no others.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return not os.path.lexists(folder)
+    names = os.listdir(folder)
+    if not names or set(names) - {*FILES, "manifest.json"}:
+        return not names
+    try:
+        content = json.loads((folder / "manifest.json").read_bytes())
+        return type(content["format"]) is int and isinstance(content["files"], dict)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def why(error: OSError) -> str:

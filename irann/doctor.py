@@ -123,7 +123,8 @@ def _runs(problems: list[str]) -> Iterator[str]:
 
 
 def _disk(problems: list[str]) -> Iterator[str]:
-    for folder in (Path.cwd(), Path.home()):
+    for name in (".", "~"):
+        folder = Path(os.path.expanduser(name)).absolute()
         try:
             free = shutil.disk_usage(folder).free
         except OSError:

@@ -10,7 +10,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from . import machine
-from .sampling import SAMPLING, Sampling, check_sampling, filter_logits, sample
+from .sampling import SAMPLING, Sampling, filter_logits, sample
 from .settings import InputError, Setting
 from .text import Vocabulary
 
@@ -34,7 +34,7 @@ Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]
 PIECE = 2048
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Draft:
     """One frame of writing: the prompt and everything proposed so far.
 
@@ -148,9 +148,11 @@ class LanguageModel(nn.Module):
                 f"{tuple(ids.shape)}"
             )
         if not torch.compiler.is_compiling() and ids.numel():
-            low, high = int(ids.min()), int(ids.max())
-            if not 0 <= low <= high < self.config.vocabulary:
-                raise InputError(f"ids lie in 0..{self.config.vocabulary - 1}; got {low}..{high}")
+            with suppress(RuntimeError):  # inside vmap, and on meta, nobody can look
+                low, high = int(ids.min()), int(ids.max())
+                last = self.config.vocabulary - 1
+                if not 0 <= low <= high <= last:
+                    raise InputError(f"ids lie in 0..{last}; got {low}..{high}")
         return ids.long()
 
 
@@ -221,7 +223,7 @@ def left_to_right(
     newline of a sorted vocabulary. Raises InputError for ids that are not characters of the model
     and for settings out of range, before any work.
     """
-    chosen = check_sampling(**sampling)
+    chosen = Sampling(**check_settings(model, sampling))
     page, start = _page(model, prompt, n)
     return _left_to_right(model, page, start, chosen, generator, read or model.read)
 
@@ -331,18 +333,18 @@ def exclusive(model: LanguageModel, characters: float = math.inf) -> Iterator[No
 
 @contextmanager
 def evaluating(model: LanguageModel, characters: float = math.inf) -> Iterator[None]:
-    """Without dropout inside the block, as before after it, and undisturbed: writing leaves
-    training as it was.
+    """In eval mode inside the block, every module as before after it, and undisturbed: writing
+    leaves training as it was.
     """
     with exclusive(model, characters):
-        training = model.training
-        if training:
-            model.eval()
+        training = [m for m in model.modules() if m.training] if model.training else []
+        for module in training:
+            module.training = False
         try:
             yield
         finally:
-            if training:
-                model.train()
+            for module in training:
+                module.training = True
 
 
 # -------------------------------------------------------------------------------- text in, text out
@@ -387,7 +389,6 @@ def stream(
     newline.
     """
     vocabulary = vocabulary_of(model)
-    settings = check_settings(model, settings)
     newline = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
     ids = vocabulary.encode(prompt or newline)
     return model.generate(ids[None], n, generator=seeded(model, seed), **settings)
@@ -417,8 +418,8 @@ def vocabulary_of(model: LanguageModel) -> Vocabulary:
 
 
 def check_settings(model: LanguageModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """-> the settings, each in its type. Raises InputError that names one this model does not have,
-    or out of range.
+    """-> the settings, each in its type; None means the default, and is left out. Raises InputError
+    that names one this model does not have, or out of range.
     """
     known = SAMPLING | model.settings
     for name in settings:
@@ -426,7 +427,5 @@ def check_settings(model: LanguageModel, settings: dict[str, Any]) -> dict[str, 
             raise InputError(
                 f"{type(model).__name__} has no setting {name!r}; it has {', '.join(known)}"
             )
-    return {
-        name: value if value is None else known[name].check(name, value)
-        for name, value in settings.items()
-    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {name: known[name].check(name, value) for name, value in given.items()}

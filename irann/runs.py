@@ -105,9 +105,9 @@ def listing() -> Iterator[str]:
     names = {entry.model.__name__: name for name, entry in zoo.MODELS.items()}
     rows = [("run", "model", "step", "nats per character", "text", "saved")]
     for run, (when, config) in found.items():
-        steps = (config.get("recipe") or {}).get("steps", "?")
-        text = (config.get("corpus") or {}).get("source", "?")
-        text = "tiny-shakespeare" if _is_shakespeare(config) else file_of(text).name
+        steps = _part(config, "recipe").get("steps", "?")
+        text = file_of(str(_part(config, "corpus").get("source", "?"))).name
+        text = "tiny-shakespeare" if _is_shakespeare(config) else text
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
         model = names.get(str(config.get("model")), "?")
         progress = f"{config.get('step')} of {steps}"
@@ -123,7 +123,12 @@ def file_of(source: str) -> Path:
 def _is_shakespeare(config: dict) -> bool:
     from . import shakespeare
 
-    return (config.get("corpus") or {}).get("sha256") == shakespeare.SHA256
+    return _part(config, "corpus").get("sha256") == shakespeare.SHA256
+
+
+def _part(config: dict, name: str) -> dict:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}
 
 
 def _nats(config: dict) -> str:
@@ -154,7 +159,10 @@ def metrics(run: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-            rows.append(row | {"step": int(row["step"]), "loss": float(row["loss"])})
+            row |= {"step": int(row["step"]), "loss": float(row["loss"])}
+            if row.get("validation") is not None:
+                row["validation"] = float(row["validation"])
+            rows.append(row)
         except (ValueError, KeyError, TypeError):
             continue  # cut off by a kill
     if not rows:
@@ -176,7 +184,9 @@ def plot(run: Path, width: int = 72, height: int = 16) -> Iterator[str]:
     for i, row in enumerate(rows):
         columns[at[i]].append(row["loss"])
     means = [sum(losses) / len(losses) if losses else None for losses in columns]
-    validated = [(at[i], row["validation"]) for i, row in enumerate(rows) if "validation" in row]
+    validated = [
+        (at[i], value) for i, row in enumerate(rows) if (value := row.get("validation")) is not None
+    ]
     values = [mean for mean in means if mean is not None] + [value for _, value in validated]
     low = min(values)
     high = max(values)
@@ -211,7 +221,9 @@ def picture(run: Path, path: Path) -> None:
     figures.use()
     figure, ax = plt.subplots()
     ax.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.8, label="training")
-    validated = [(row["step"], row["validation"]) for row in rows if "validation" in row]
+    validated = [
+        (row["step"], row["validation"]) for row in rows if row.get("validation") is not None
+    ]
     if validated:
         ax.plot(*zip(*validated), "o-", label="validation")
     ax.set(xlabel="step", ylabel=figures.NATS, title=str(run))

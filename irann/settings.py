@@ -83,7 +83,7 @@ class Setting:
             start = f" above {_shown(self.above)}"
         if self.below is not None:
             end = f" to below {_shown(self.below)}"
-        elif self.high is not None and self.high < 2**62:
+        elif self.high is not None:
             end = f" to {_shown(self.high)}"
         else:
             end = " up" if start else ""

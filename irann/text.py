@@ -8,6 +8,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from .settings import InputError
+from .settings import InputError, Setting
 
 # characters of a large text that are encoded at once, so that little memory is needed beside it
 PIECE = 1 << 20
@@ -97,7 +98,7 @@ class Vocabulary:
         return "".join(self.characters[i] for i in ids)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Text:
     """A corpus made of ids: `train` and `val` of int64, the vocabulary, and where it came from."""
 
@@ -124,6 +125,7 @@ class Text:
             raise InputError(f"a text is a string; got a {type(text).__name__}")
         if len(text) < 300 and os.path.isfile(text):
             raise InputError(f"{text!r} is the name of a file: irann.text.read_text reads it")
+        split = Setting(0.9, "", low=0.0, high=1.0).check("split", split)
         vocabulary = vocabulary or Vocabulary(text)
         ids = vocabulary.encode(text)
         cut = int(split * len(ids))
@@ -139,17 +141,18 @@ class Text:
         return cls(ids[:cut], ids[cut:], vocabulary, source, sha256)
 
     def write(self, folder: str | os.PathLike) -> list[Path]:
-        """Write train_encoded.npy, val_encoded.npy (uint16) and vocab.json (the characters in order
-        of id) -> their paths.
+        """Write train_encoded.npy, val_encoded.npy (uint16, or uint32 beyond 65,536 characters) and
+        vocab.json (the characters in order of id) -> their paths.
 
         Raises OSError that names the file; one that broke off half-way is removed.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         characters = json.dumps(list(self.vocabulary.characters), ensure_ascii=False) + "\n"
+        kind = np.uint16 if len(self.vocabulary) <= 2**16 else np.uint32
         files = {
-            folder / "train_encoded.npy": npy(self.train),
-            folder / "val_encoded.npy": npy(self.val),
+            folder / "train_encoded.npy": npy(self.train, kind),
+            folder / "val_encoded.npy": npy(self.val, kind),
             folder / "vocab.json": characters.encode(),
         }
         for path, data in files.items():
@@ -163,10 +166,10 @@ class Text:
         return list(files)
 
 
-def npy(ids: Int[Tensor, "t"]) -> bytes:
-    """-> the bytes of a .npy file of uint16; numpy's own writing does not say why it failed."""
+def npy(ids: Int[Tensor, "t"], kind: Any) -> bytes:
+    """-> the bytes of a .npy file; numpy's own writing does not say why it failed."""
     file = io.BytesIO()
-    np.save(file, ids.numpy().astype(np.uint16))
+    np.save(file, ids.numpy().astype(kind))
     return file.getvalue()
 
 
@@ -198,7 +201,7 @@ def read_text(path: str | os.PathLike) -> Text:
     Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few
     characters.
     """
-    name, data = printable(path), read_bytes(path, near(path))
+    name, data = printable(path), read_bytes(path)
     if not data:
         raise CorpusError(
             f"{name} is empty: give a text of some thousand characters, or none for "
@@ -225,16 +228,17 @@ def read_bytes(path: str | os.PathLike, hint: str = "") -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        reason = error.strerror or error
-        raise CorpusError(f"the corpus {printable(path)} cannot be read ({reason}){hint}") from None
+        reason = f"{printable(path)} cannot be read ({error.strerror or error})"
+        raise CorpusError(f"the corpus {reason}{hint or near(path)}") from None
 
 
 def near(path: str | os.PathLike) -> str:
-    """-> a hint for a file that is not there: one of nearly that name, or what is wanted."""
+    """-> a hint for a file that cannot be read: another of nearly that name, or what is wanted."""
     folder = Path(path).parent
-    names = os.listdir(folder) if folder.is_dir() else []
-    if found := difflib.get_close_matches(Path(path).name, names, 1):
-        return f"; there is {printable(folder / found[0])}"
+    with suppress(OSError):
+        names = set(os.listdir(folder)) - {Path(path).name}
+        if found := difflib.get_close_matches(Path(path).name, names, 1):
+            return f"; there is {printable(folder / found[0])}"
     return "; give the path of a text in UTF-8"
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Snapshot
-from .lm import LanguageModel, stream, vocabulary_of
+from .lm import SEED, LanguageModel, stream, vocabulary_of
 from .models.diffusion import Diffusion, DiffusionConfig
 from .models.gpt import GPT, GPTConfig
 from .models.mamba import Mamba, MambaConfig
@@ -179,7 +179,7 @@ def build(name: str, config: Any = None, *, seed: int = 1337, **sizes: Any) -> L
         raise InputError(f"{unknown[0]} is no size of {name}; there are {listed}")
     config = dataclasses.replace(config, **sizes)
     with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(SEED.check("seed", seed))
         return entry(name).model(config)
 
 
@@ -192,16 +192,16 @@ def load(
     """A model's name, a run directory or a checkpoint -> the trained model, in eval mode, with its
     `vocabulary` and `card`.
 
-    A name finds the weights that come with this package, else the newest run under runs/. Of a run,
-    the best checkpoint by validation loss is taken; `say` hears of checkpoints that had to be
-    skipped, or a warning tells of them. Raises CheckpointError with the reason, InputError for a
-    name that is neither.
+    A name finds the weights that come with this package, else the newest run under runs/; a Path is
+    never a name, nor is "./gpt". Of a run, the best checkpoint by validation loss is taken; `say`
+    hears of checkpoints that had to be skipped, or a warning tells of them. Raises CheckpointError
+    with the reason, InputError for a name that is neither.
     """
     path = Path(name)
-    if str(name) in shipped():
-        model = _load_shipped(str(name))
-    elif str(name) in MODELS:
-        model = _load_run(newest_run(str(name)), say)
+    if isinstance(name, str) and name in shipped():
+        model = _load_shipped(name)
+    elif isinstance(name, str) and name in MODELS:
+        model = _load_run(newest_run(name), say)
     elif (path / "checkpoints").is_dir():
         model = _load_run(path, say)
     elif path.exists():
@@ -302,17 +302,17 @@ def newest_run(name: str, folder: str | Path = "runs") -> Path:
     )
 
 
-def namesake(name: str | Path) -> str:
+def namesake(name: str) -> str:
     """-> where a name could mean the weights that ship or a run: which it is, and how to have the
     other; else ''.
     """
-    if str(name) not in MODELS:
+    if name not in MODELS:
         return ""
     try:
-        run = newest_run(str(name))
+        run = newest_run(name)
     except CheckpointError:
         return ""
-    if str(name) in shipped():
+    if name in shipped():
         return f"{name} is the model that ships; the one that you trained last is {run}"
     return f"{name} is the one that you trained last, {run}"
 
@@ -320,14 +320,18 @@ def namesake(name: str | Path) -> str:
 def save(model: LanguageModel, folder: str | Path) -> Path:
     """Write a model and its vocabulary to a folder, from which `load` makes it again -> the folder.
 
-    An older model there is replaced. Raises InputError for a folder that holds anything else, and
-    for a model without a vocabulary; DiskError.
+    An older model there is replaced. Raises InputError for a link or a folder that holds anything
+    else, for a name by which `load` finds another model, and for a model without a vocabulary;
+    DiskError.
     """
-    folder = Path(folder)
     characters = vocabulary_of(model).characters
-    if folder.exists() and not (folder / "manifest.json").is_file():
-        if not folder.is_dir() or any(folder.iterdir()):
-            raise InputError(f"{folder} holds something else: give the name of a new folder")
+    if isinstance(folder, str) and folder in MODELS:
+        raise InputError(f"{folder} is a model of the book: give another name, such as my-{folder}")
+    folder = Path(folder)
+    if not checkpoint.replaceable(folder):
+        raise InputError(
+            f"{folder} is a link, or holds something else: give the name of a new folder"
+        )
     card = (model.card or {}) | {
         "model": type(model).__name__,
         "config": dataclasses.asdict(model.config),
@@ -359,6 +363,9 @@ def _assemble(
         raise CheckpointError(f"{path} holds a {kind!r}; this irann knows {', '.join(kinds)}")
     try:
         model = kinds[kind].model(kinds[kind].config(**card["config"]))
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if name in weights:
+                tensor.data = tensor.data.to(weights[name].dtype)
         model.load_state_dict(weights)
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())

@@ -500,6 +500,11 @@ def test_a_full_disk_leaves_no_half_scene_in_the_way(corpus, tmp_path):
         terminal.save(str(file))
     terminal.save(str(file))
     assert file.read_text() == terminal.session.scene() + "\n"
+    terminal.session.set("reader", "caf\udce9")  # a byte that is no text, from an old terminal
+    terminal.session.say("Ay.")
+    with pytest.raises(InputError, match="surrogates not allowed"):
+        terminal.save(str(tmp_path / "other.txt"))
+    assert not (tmp_path / "other.txt").exists()
 
 
 def test_spaces_stay_spaces_and_controls_do_not_reach_the_terminal(typed, capsys):
@@ -1128,6 +1133,23 @@ def test_a_scene_that_has_begun_stays_one_whatever_model_comes():
     other.vocabulary = Vocabulary("\nabc")
     session.use(other)
     assert session.mode == "play"
+
+
+def test_a_reply_is_spelt_by_the_model_that_writes_it(corpus):
+    session = Session(Parrot(corpus.vocabulary, "Ay, madam."), mode="plain")
+    session.say("Hello")
+    reply = session.reply()
+    session.use(Parrot(Vocabulary("AHello"), "A"))
+    assert [frame.text for frame in reply][-1] == "Ay, madam."
+
+
+def test_a_window_of_one_character_is_not_inspected():
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=3, window=1)[0])
+    model.vocabulary = Vocabulary("abc")
+    session = Session(model.eval(), mode="plain")
+    session.say("abc")
+    with pytest.raises(InputError, match="a window of one character"):
+        session.inspect()
 
 
 def test_a_setting_that_is_refused_uses_up_no_draw():

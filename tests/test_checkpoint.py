@@ -343,6 +343,24 @@ def test_a_kill_while_one_is_replaced_leaves_one(tmp_path, saved, monkeypatch):
     assert checkpoint.newest(tmp_path)[1].config["validation"] == 1.0
 
 
+@pytest.mark.parametrize("fault", [PermissionError(13, "in use"), KeyboardInterrupt()])
+def test_a_model_of_any_name_outlives_a_failed_replacement(tmp_path, monkeypatch, fault):
+    moves, move = [], os.rename
+
+    def stuck(source, target):
+        moves.append(source)
+        if len(moves) == 2:
+            raise fault
+        move(source, target)
+
+    mine = checkpoint.save(tmp_path / "mine", snapshot(1, 1.0))
+    with monkeypatch.context() as patch, pytest.raises((DiskError, KeyboardInterrupt)):
+        patch.setattr(os, "rename", stuck)
+        checkpoint.save(mine, snapshot(2, 2.0))
+    assert checkpoint.load(mine).config["step"] == 1
+    assert os.listdir(tmp_path) == ["mine"]
+
+
 @pytest.mark.parametrize("put_back", [True, False])
 def test_a_failed_replacement_leaves_the_old_one(tmp_path, saved, monkeypatch, put_back):
     moves, move = [], os.rename

@@ -14,6 +14,7 @@ import time
 import types
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from irann import book, checkpoint, runs, zoo
 from irann.__main__ import _again, main
 from irann.chat.session import Session
 from irann.chat.widget import Chat
+from irann.settings import InputError
 from irann.training import evaluate, train
 
 ENV = dict(os.environ)
@@ -282,6 +284,9 @@ def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch
     (tmp_path / "runs" / "mine" / "checkpoints" / "step-00000009").mkdir()
     code, out, err = run("doctor")
     assert (code, err) == (0, "") and "s3cr3t" not in out and "step-00000006" in out
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
+        assert run("doctor")[0] == 0
     assert torch.__version__ in out and "GB free" in out and "gpt, mamba" in out
     wrong = [line for line in out.splitlines() if line.startswith("wrong")]
     for line, words in zip(
@@ -313,8 +318,14 @@ def test_train_resume_overwrite(run, tmp_path):
     assert code == 0 and "nothing left to do" in out
     code, _, err = run("train", "gpt", "--recipe", "tiny", "--set", "steps=9", "--resume")
     assert code == 3 and "steps = 6, asked for is steps = 9" in err
+    os.chdir("runs/gpt-tiny")
+    assert run("export", ".")[0] == 0 and Path("gpt-tiny.html").is_file()
+    os.chdir(tmp_path)
+    saved, *_ = checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
+    checkpoint.set_aside(saved)
+    (saved.parent / "epoch=9.ckpt").write_text("another program's")
     assert run("train", "gpt", *TINY, "--overwrite")[0] == 0
-    assert checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
+    assert sorted(os.listdir(saved.parent)) == ["epoch=9.ckpt", saved.name]
     # the newest run is found by the model's name
     assert run("sample", "gpt", "--length", 5)[0] == 0
 
@@ -536,6 +547,13 @@ def test_list_and_plot_show_the_runs(run, tmp_path):
     code, out, _ = run("plot", "runs/gpt-tiny", "--out", "curve.png")
     assert code == 0 and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert "cannot be drawn" in run("plot", "runs/gpt-tiny", "--out", "curve.xyz")[2]
+    with open("runs/gpt-tiny/metrics.jsonl", "a") as file:
+        file.write('{"step": 7, "loss": 2.0, "validation": null}\n')
+    assert run("plot", "runs/gpt-tiny")[0] == 0
+    odd = tmp_path / "runs" / "odd" / "checkpoints" / "step-00000001"
+    odd.mkdir(parents=True)
+    (odd / "config.json").write_text('{"model": ["x"], "recipe": "y", "corpus": 3}')
+    assert "odd" in run("list")[1]
     assert run("plot", "runs/nope")[0] == 2
     (tmp_path / "empty").mkdir()
     assert run("plot", "empty")[0] == 3
@@ -606,6 +624,33 @@ def test_a_model_is_saved_and_loaded_again(tmp_path, corpus):
     assert irann.load(folder).card["validation"] == model.card["validation"]
 
 
+def test_only_a_model_is_replaced_by_a_model(tmp_path, small):
+    config, recipe = zoo.recipe("gpt", "tiny", steps=1)
+    model = zoo.build("gpt", config)
+    model.vocabulary = small.vocabulary
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}')
+    (irann.save(model, tmp_path / "noted") / "notes.txt").write_text("a year of work")
+    list(irann.train(model, small, recipe, run=irann.save(model, tmp_path / "run")))
+    (tmp_path / "link").symlink_to(irann.save(model, tmp_path / "whole"))
+    (tmp_path / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("extension", "noted", "run", "link", "file"):
+        with pytest.raises(InputError, match="holds something else"):
+            irann.save(model, tmp_path / name)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_name_of_the_book_means_the_model_of_the_book(tmp_path, monkeypatch, small):
+    monkeypatch.chdir(tmp_path)
+    mine = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    mine.vocabulary = small.vocabulary
+    with pytest.raises(InputError, match="gpt is a model of the book"):
+        irann.save(mine, "gpt")
+    for place in (irann.save(mine, Path("gpt")), "./gpt"):
+        assert irann.load(place).config == mine.config != irann.load("gpt").config
+
+
 def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(os, "execve", lambda program, words, env: seen.append(words + [env]))
@@ -640,6 +685,10 @@ def test_a_shell_completes_models_and_runs(run, trained, monkeypatch):
 def test_the_way_to_go_on_can_be_pasted(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["irann", "train", "gpt", "--overwrite", "--run", "my run"])
     assert _again() == "irann train gpt --run 'my run' --resume"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    words = "torchrun --standalone --nproc-per-node=2 -m irann train gpt --run 'my run' --resume"
+    assert _again() == words
 
 
 def test_of_two_processes_one_tells_and_both_end_well(tmp_path):

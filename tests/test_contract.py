@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROGRAMS, excite, refuses
+from torch.func import functional_call, grad, vmap
 
 import irann
 from irann import lm, zoo
@@ -124,6 +125,8 @@ def test_same_seed_same_text(name, settings):
 @pytest.mark.parametrize("name", NAMES)
 def test_writing_leaves_training_and_the_global_generator_alone(name):
     model = excite(tiny(name, dropout=0.5), 0.3).train()
+    next(model.children()).eval()  # as one that is not to learn
+    modes = [module.training for module in model.modules()]
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -131,7 +134,8 @@ def test_writing_leaves_training_and_the_global_generator_alone(name):
     next(stream), next(stream)
     assert model.training
     *_, last = stream
-    assert model.training and torch.equal(torch.rand(3), expected)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.rand(3), expected)
     *_, sober = model.eval().generate(ids(1, 3), 20, generator=rng())
     assert torch.equal(last.ids, sober.ids) and not model.training
 
@@ -175,6 +179,15 @@ def test_own_settings_are_checked_and_characters_too(name):
             lm.check_settings(model, {setting: wrong})
         with refuses(setting):
             list(model.generate(ids(1, 3), 2, **{setting: wrong}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_none_means_the_default(name, small):
+    model = tiny(name).eval()
+    model.vocabulary = small.vocabulary
+    wanted = lm.generate(model, "the", 3, seed=0)
+    for setting in ("temperature", "top_k", "top_p", *model.settings):
+        assert lm.generate(model, "the", 3, seed=0, **{setting: None}) == wanted
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -309,7 +322,7 @@ def test_compiled_exported_and_shared_out_they_compute_the_same(what):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions_write_and_score(name, kind):
+def test_other_precisions_write_score_and_are_kept(name, kind, small, tmp_path):
     model = excite(tiny(name), 0.1).eval().to(kind)
     *_, last = model.generate(
         ids(1, 5), 4, generator=rng(), **({"steps": 4} if "steps" in model.settings else {})
@@ -318,6 +331,22 @@ def test_other_precisions_write_and_score(name, kind):
     assert last.ids.shape == (1, 9) and nats.isfinite().all()
     if model.exact:
         assert nats.dtype == (torch.float64 if kind == torch.float64 else torch.float32)
+    model.vocabulary = small.vocabulary
+    again = irann.load(irann.save(model, tmp_path / "mine")).state_dict()
+    for n, tensor in model.state_dict().items():
+        assert again[n].dtype == tensor.dtype and torch.equal(again[n], tensor), n
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_another_default_device_changes_nothing(name, small):
+    model = tiny(name).eval()
+    model.vocabulary = small.vocabulary
+    some, dice = ids(2, 33), rng()
+    wanted = lm.generate(model, "the", 3, seed=0), model.nll(some, generator=rng())
+    with torch.device("meta"):
+        found = lm.generate(model, "the", 3, seed=0), model.nll(some, generator=dice)
+        model.loss(some)[0].backward()
+    assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -436,6 +465,28 @@ def test_a_state_can_be_continued_twice(name):
         model.read(ids(1, 4, seed=2), state)
         again, _ = model.read(ids(1, 4, seed=1), state)
     assert torch.equal(one, again)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_each_row_has_a_gradient_of_its_own_under_vmap(name):
+    model = excite(tiny(name), 0.2).eval()
+    weights = dict(model.named_parameters())
+    model.forward = model.loss  # what functional_call calls
+
+    def of_row(weights, row):
+        return functional_call(model, weights, (row[None], {"rounds": 3}))[0]
+
+    rows = ids(2, 9)
+    both = vmap(grad(of_row), (None, 0))(weights, rows)
+    alone = grad(of_row)(weights, rows[1])
+    for n, g in alone.items():
+        torch.testing.assert_close(both[n][1], g, msg=n)
+
+
+@pytest.mark.parametrize("name", ["gpt", "mamba"])
+def test_shapes_can_be_asked_on_meta(name):
+    assert tiny(name).to("meta")(ids(2, 9).to("meta")).shape == (2, 9, 65)
 
 
 @pytest.mark.parametrize("name", READERS)

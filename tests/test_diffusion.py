@@ -734,6 +734,8 @@ def test_a_guide_steers_the_text():
     share = [(ids == 6).double().mean() for ids in (written(), guided)]
     assert share[0] < 0.1 and share[1] > 0.7
     assert torch.equal(guided, written(guide=rare, strength=1.0))
+    model.vocabulary = Vocabulary("abcdefg")
+    assert lm.generate(model, "a", 60, seed=0, steps=40, guide=rare).count("g") > 40
 
 
 def test_what_cannot_be_is_refused_before_any_work():
@@ -741,7 +743,7 @@ def test_what_cannot_be_is_refused_before_any_work():
     for dials, word in [
         ({"steps": 0}, "steps"), ({"steps": 101}, "steps"), ({"steps": 2.5}, "steps"), ({"eta": -0.1}, "eta"), ({"eta": math.nan}, "eta"),
         ({"clamp": "yes"}, "clamp"), ({"temperature": -1}, "temperature"), ({"top_p": 2}, "top_p"), ({"top_k": -1}, "top_k"),
-        ({"strength": math.inf}, "strength"),
+        ({"strength": math.inf}, "strength"), ({"depth": 1}, "has no setting 'depth'"),
     ]:  # fmt: skip
         with refuses(word):
             model.generate(ids, 4, **dials)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import excite, refuses, stablelm
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from irann import zoo
 from irann.core import attention as core
@@ -179,6 +179,13 @@ def test_greedy_text_equals_transformers():
     )
     *_, last = ours.generate(prompt, 28, temperature=0)
     assert torch.equal(last.ids, expected)
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path):
+    config = MambaConfig(vocab_size=65, hidden_size=8, num_hidden_layers=1)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="what can be copied is a GPT2LMHeadModel; got a mamba"):
+        GPT.from_transformers(tmp_path)
 
 
 def test_variants_that_compute_something_else_are_refused():

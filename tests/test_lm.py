@@ -182,6 +182,7 @@ def test_a_draft_belongs_to_its_receiver():
         drafts.append(draft.ids.clone())
         draft.ids.zero_()
     assert [ids[0].tolist() for ids in drafts] == [list(range(1, 2 + i)) for i in range(6)]
+    assert draft == draft != lm.Draft(draft.ids, draft.settled)
 
 
 class Stamping(lm.LanguageModel):

@@ -106,6 +106,7 @@ def test_noising_and_its_inverse_agree_for_each_row_alone():
     many = schedule.noise(x0[:1], torch.arange(1, 6), eps[:1])  # one row at many levels
     assert torch.equal(many[2], schedule.noise(x0[:1], 3, eps[:1])[0])
     assert torch.equal(schedule.noise(x0, torch.tensor([7]), eps), schedule.noise(x0, 7, eps))
+    assert torch.equal(schedule.noise(x0, tau.to(torch.uint8), eps), schedule.noise(x0, tau, eps))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])

@@ -175,6 +175,15 @@ def test_step_is_a_scan_of_one_position(with_D):
     close(step(u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, state), [y[:, 0], h], 1e-13)
 
 
+def test_a_step_goes_on_from_a_scan_in_half_precision():
+    u, delta, A, B, C, D, _ = (x.bfloat16() for x in draw(3, 2, 5, 4))
+    _, state = selective_scan(u[:, :1], delta[:, :1], A, B[:, :1], C[:, :1], D)
+    wanted, last = selective_scan(u, delta, A, B, C, D)
+    y, h = step(u[:, 1], delta[:, 1], A, B[:, 1], C[:, 1], D, state)
+    assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
+    close([y, h], [wanted[:, 1], last], 1e-6)
+
+
 def test_discretise_keeps_by_the_exponential_and_adds_by_euler():
     one = torch.ones(1, 1, 1).double()
     keep, add = discretise(3 * one, 0.5 * one, -2 * one[0], 7 * one)

@@ -278,7 +278,30 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, content, words):
         read_text(path)
 
 
+def test_a_folder_is_no_text_and_its_names_are_read_only_for_a_hint(tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CorpusError, match="Is a directory.; give the path of a text in UTF-8"):
+        read_text(tmp_path / "folder")
+    (tmp_path / "mine.txt").write_text("some text\n" * 9)
+
+    def unlistable(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "listdir", unlistable)
+    assert read_text(tmp_path / "mine.txt").source == str(tmp_path / "mine.txt")
+    with pytest.raises(CorpusError, match="No such file or directory.; give the path"):
+        read_text(tmp_path / "min.txt")
+
+
+def test_a_split_is_a_part_and_texts_can_be_compared():
+    with pytest.raises(InputError, match="split is a number from 0 to 1; got nan"):
+        Text.of("some text", split=math.nan)
+    assert Text.of("some text") != Text.of("some text")
+
+
 def test_write(corpus, tmp_path):
+    many = Text.of("".join(map(chr, range(0x10000, 0x21000))) * 2)
+    assert np.array_equal(np.load(many.write(tmp_path / "many")[0]), many.train.numpy())
     paths = corpus.write(tmp_path / "encoded")
     assert [p.name for p in paths] == ["train_encoded.npy", "val_encoded.npy", "vocab.json"]
     assert torch.equal(torch.from_numpy(np.load(paths[0]).astype(np.int64)), corpus.train)

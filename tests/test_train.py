@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import PROGRAMS, refuses
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from irann import checkpoint, lm, zoo
 from irann.checkpoint import CheckpointError, DiskError
@@ -416,6 +417,14 @@ def test_evaluate_scores_every_character_once(corpus):
         assert seen[0][0, 0] == 2000  # the first is predicted from the end of the training part
         scored = [i for page in seen for row in page[:, 1:].tolist() for i in row]
         assert sorted(scored) == list(range(length))
+
+
+@pytest.mark.parametrize("wrong", [{"part": "test"}, {"window": 0}, {"window": -3}, {"batch": 0}])
+def test_what_cannot_be_evaluated_is_named(small, wrong):
+    with refuses(f"{next(iter(wrong))} is "):
+        evaluate(tiny()[0], small, **wrong)
+    with pytest.raises(InputError, match="seed is a whole number from 0 to 4,611,686"):
+        zoo.build("gpt", seed=2**70)
 
 
 def test_evaluate_equals_a_plain_sum_and_disturbs_nothing(small):
@@ -1029,6 +1038,17 @@ def test_muon_by_hand(shape):
         expected = expected * (1 - 0.1 * 0.5) - step
         torch.testing.assert_close(w.detach(), expected)
         torch.testing.assert_close(stacked.detach(), torch.cat([expected, expected]))
+
+
+def test_muon_is_an_optimizer_to_others():
+    model, recipe = tiny(optimizer="muon")
+    ids = torch.randint(65, (2, 33))
+    both = optimizers(model, recipe)
+    for optimizer in both:
+        loss = optimizer.step(lambda: model.loss(ids)[0].backward() or 3.0)
+    assert loss == 3.0
+    kept = get_optimizer_state_dict(model, both)["state"]
+    assert any("momentum" in state for state in kept.values())
 
 
 @pytest.mark.parametrize("name", list(zoo.MODELS))

@@ -22,6 +22,7 @@ from .. import zoo
 from ..export import LIVE, weights_file
 from ..models.diffusion import Diffusion
 from ..models.thinker_page import PageThinker
+from ..settings import InputError
 from .speed import alternate, finish, seconds, summary
 
 POINTERS = {"room", "remembered", "sha256"}  # and get_..., but for two
@@ -107,6 +108,8 @@ class Engine:
         self.refused = host.call("open_model", len(data))
 
     def call(self, name: str, *arguments: float) -> Any:
+        if self.refused:
+            raise InputError(f"the engine cannot open this model (code {self.refused})")
         return self.host.call(name, *arguments)
 
     def floats(self, name: str, *shape: int, arguments: tuple = ()) -> np.ndarray:

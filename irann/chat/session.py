@@ -309,7 +309,8 @@ class Session:
         drafts = lm.stream(self.model, prompt, self.get("length"), seed=seed, **settings)
         self.asked += 1
         speaker = self.speaker if self.mode == "play" else ""
-        return self._follow(drafts, len(prompt), self.mode, speaker, self.name)
+        decode = lm.vocabulary_of(self.model).decode
+        return self._follow(drafts, decode, len(prompt), self.mode, speaker, self.name)
 
     def again(self) -> Iterator[Frame]:
         """Write the last reply anew. Raises InputError if there is none; the old one stays if
@@ -331,9 +332,14 @@ class Session:
         self.asked = 0
 
     def _follow(
-        self, drafts: Iterator[Draft], start: int, mode: str, speaker: str, model: str
+        self,
+        drafts: Iterator[Draft],
+        decode: Callable[[Any], str],
+        start: int,
+        mode: str,
+        speaker: str,
+        model: str,
     ) -> Iterator[Frame]:
-        decode = lm.vocabulary_of(self.model).decode
         text = ""  # what has settled: it never changes, and is decoded once
         read_to = max(1, start)  # an empty prompt is read as one newline
         frames: list[Frame] = []
@@ -389,6 +395,8 @@ class Session:
         The model's own settings count, as when it writes; a bound does not depend on how the model
         writes. Raises InputError for a scene of less than two characters.
         """
+        if self.model.config.window < 2:
+            raise InputError("a window of one character leaves nothing to inspect")
         text = self.clean(self.scene())[0][-self.model.config.window :]
         if len(text) < 2:
             raise InputError("there is nothing to inspect yet: say something first")

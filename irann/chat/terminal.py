@@ -191,8 +191,9 @@ class Terminal:
         path = None
         try:
             path = Path(name).expanduser()
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(self.session.scene() + "\n")
+            scene = f"{self.session.scene()}\n".encode()
+            with open(path, "xb") as file:
+                file.write(scene)
         except FileExistsError:
             raise InputError(f"{name} is there already; choose another name") from None
         except (OSError, RuntimeError, ValueError) as error:  # no such home; a name that is none

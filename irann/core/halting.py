@@ -13,6 +13,7 @@ Rounds are counted from 1: entry r of the last axis belongs to round r + 1.
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -27,9 +28,10 @@ def survival(halt: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r"]:
     diverged run is seen where it began.
     """
     _check_rounds("halting probabilities", halt)
-    if not torch.compiler.is_compiling() and ((halt < 0) | (halt > 1)).any():
-        got = f"{halt.min().item():g} to {halt.max().item():g}"
-        raise ValueError(f"halting probabilities lie in [0, 1]; got {got}")
+    with suppress(RuntimeError):  # inside vmap, and on meta, nobody can look
+        if not torch.compiler.is_compiling() and ((halt < 0) | (halt > 1)).any():
+            got = f"{halt.min().item():g} to {halt.max().item():g}"
+            raise ValueError(f"halting probabilities lie in [0, 1]; got {got}")
     return torch.cat([torch.ones_like(halt[..., :1]), (1 - halt[..., :-1]).cumprod(-1)], -1)
 
 

@@ -85,7 +85,7 @@ class Schedule:
         One tau may serve all rows, and one row have many. Raises ValueError for levels that are not
         of this schedule or do not fit x.
         """
-        tau = torch.as_tensor(tau)
+        tau = tau if isinstance(tau, Tensor) else torch.tensor(tau, device="cpu")
         if not x.is_floating_point():
             raise ValueError(f"noise is added to real numbers; got {x.dtype}")
         if tau.is_floating_point() or tau.ndim > 1:
@@ -99,7 +99,7 @@ class Schedule:
         if look and tau.numel() and not (tau.min() >= 1 and tau.max() <= self.steps):
             got = f"{int(tau.min())}..{int(tau.max())}"
             raise ValueError(f"noise levels of this schedule are 1..{self.steps}; got {got}")
-        entry = table.to(x)[tau.to(x.device) - 1]
+        entry = table.to(x)[tau.to(x.device, torch.long) - 1]  # uint8 would be a mask
         return entry.reshape(entry.shape + (1,) * (x.ndim - entry.ndim))
 
     def noise(self, x0: Data, tau: Level, eps: Data) -> Data:

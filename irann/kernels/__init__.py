@@ -4,7 +4,8 @@
     native.py    scan.c, built on this machine, for CPUs
     triton.py    for CUDA GPUs
 
-Each is an operator of torch (operator.py): torch.compile, torch.export and torch.func see one call.
+Each is an operator of torch (operator.py): torch.compile, torch.export and torch.func.grad see one
+call. vmap runs it row by row, and forward mode (jvp) it does not have: method="sequential" does.
 The environment variable IRANN_KERNEL=0 switches the C kernel off.
 """
 

@@ -219,7 +219,7 @@ class Denoiser(LanguageModel):
         """Noise levels and their probabilities, on the CPU: one from each of `count` equal slices
         of probability, in random order."""
         p = self.level_probabilities()
-        device = _device(generator)
+        device = "cpu" if generator is None else generator.device
         order = torch.randperm(count, generator=generator, device=device).cpu()
         offset = torch.rand(count, generator=generator, device=device).cpu().double()
         u = (order + offset) / count
@@ -230,7 +230,7 @@ class Denoiser(LanguageModel):
         """`steps` decreasing noise levels from T down, equally likely apart: small strides where
         text takes shape.
         """
-        u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+        u = (torch.arange(steps, dtype=torch.float64, device="cpu") + 0.5) / steps
         levels = (torch.searchsorted(self.level_probabilities().cumsum(0), u) + 1).tolist()
         levels[-1] = self.config.levels
         for i in range(1, steps):
@@ -247,7 +247,8 @@ def neighbourhood(x: Float[Tensor, "b t channels"], reach: int) -> Float[Tensor,
 
 def sinusoids(level: Float[Tensor, "*batch 1"]) -> Float[Tensor, "*batch 32"]:
     """A noise level (log signal-to-noise ratio) as sines and cosines from slow to fast."""
-    angle = level * torch.logspace(-1.5, 0.5, 16, dtype=level.dtype).to(level.device)
+    frequencies = torch.logspace(-1.5, 0.5, 16, dtype=level.dtype, device="cpu")
+    angle = level * frequencies.to(level.device)
     return torch.cat([angle.sin(), angle.cos()], -1)
 
 
@@ -265,7 +266,3 @@ def draw_mask(
     position = torch.arange(length, device=device)
     between = (position >= torch.minimum(a, b)) & (position <= torch.maximum(a, b))
     return torch.where(kind < 0.5, position >= a, torch.where(kind < 0.75, between, position >= 1))
-
-
-def _device(generator):
-    return None if generator is None else generator.device

@@ -22,7 +22,6 @@ No causal mask: every position sees both sides. The training loss is a surrogate
 of the likelihood.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -47,13 +46,14 @@ from ..lm import (
     seeded,
     vocabulary_of,
 )
-from ..sampling import Sampling, check_sampling, filter_logits
+from ..sampling import Sampling, filter_logits
 from ..settings import InputError, Setting
 from .denoiser import Denoiser, DiffusionConfig, draw_mask
 
 SURE = 0.9999  # a character of this probability is taken as known
 # the least temperature at which that is judged: colder, any guess looks sure, even the first
 COLDEST = 0.5
+STRENGTH = Setting(1.0, "how strongly a guide steers")
 STEPS = Setting(64, "denoising steps for each page of text", low=1, high=1000)
 Guide = Callable[[Tensor, Tensor], Tensor]  # x_tau (b t c), tau (b) -> a log probability (b)
 
@@ -202,17 +202,15 @@ class Diffusion(Denoiser):
         embeddings (b t c): its gradient steers the page, `strength` times (see `noise.guided`).
         Raises InputError that names one out of range.
         """
-        own = {name: given.pop(name, s.default) for name, s in self.settings.items()}
-        own = {name: self.settings[name].check(name, value) for name, value in own.items()}
-        if not math.isfinite(strength):
-            raise InputError(f"strength is a finite number; got {strength!r}")
+        own: dict[str, Any] = {name: setting.default for name, setting in self.settings.items()}
+        own |= check_settings(self, given)
         return Denoising(
-            levels=self.timesteps(own["steps"]),
-            eta=own["eta"],
-            clamp=own["clamp"] == "on",
-            sampling=check_sampling(**given),
+            levels=self.timesteps(own.pop("steps")),
+            eta=own.pop("eta"),
+            clamp=own.pop("clamp") == "on",
+            sampling=Sampling(**own),
             guide=guide,
-            strength=strength,
+            strength=STRENGTH.check("strength", strength),
         )
 
     def generate(
@@ -292,9 +290,8 @@ class Diffusion(Denoiser):
             raise InputError(
                 f"the text has no gap to fill: write {gap!r} for each character that is missing"
             )
-        mask = torch.tensor([character == gap for character in text])
+        mask = torch.tensor([character == gap for character in text], device="cpu")
         ids = vocabulary.encode(text.replace(gap, vocabulary.characters[0]))[None]
-        settings = check_settings(self, settings)
         return self.infill(ids, mask, generator=seeded(self, seed), **settings)
 
     @torch.no_grad()

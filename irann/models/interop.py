@@ -158,11 +158,17 @@ def _their_activation(name: str) -> str:
 
 def _resolved(source: Any, kind: type, model_type: str) -> Any:
     """-> a model of exactly this kind: of a relative, a copy would silently lose parts."""
+    from transformers import AutoConfig
+
     if isinstance(source, str | os.PathLike):
-        return kind.from_pretrained(source)
-    if not isinstance(source, kind) or source.config.model_type != model_type:
-        raise InputError(f"what can be copied is a {kind.__name__}; got a {type(source).__name__}")
-    return source
+        found = AutoConfig.from_pretrained(source).model_type
+        if found == model_type:
+            return kind.from_pretrained(source)
+    elif isinstance(source, kind) and source.config.model_type == model_type:
+        return source
+    else:
+        found = type(source).__name__
+    raise InputError(f"what can be copied is a {kind.__name__}; got a {found}")
 
 
 @torch.no_grad()

@@ -207,8 +207,7 @@ class RecurrentDepth(LanguageModel):
     def rule(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All of this model's settings, the given ones checked. Raises InputError."""
         rule = {name: setting.default for name, setting in self.settings.items()}
-        given = check_settings(self, settings)
-        rule |= {name: value for name, value in given.items() if value is not None}
+        rule |= check_settings(self, settings)
         return rule | {"rounds": rule["rounds"] or self.config.rounds}
 
     def limits(

@@ -13,8 +13,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
-from ..lm import Draft, Ids, Loss, Nats, cross_entropy, evaluating, leading, page_by_page
-from ..sampling import SAMPLING, Sampling, check_sampling, filter_logits, sample
+from ..lm import (
+    Draft,
+    Ids,
+    Loss,
+    Nats,
+    check_settings,
+    cross_entropy,
+    evaluating,
+    leading,
+    page_by_page,
+)
+from ..sampling import SAMPLING, Sampling, filter_logits, sample
 from ..settings import Setting
 from .recurrent import STOPPING, Hidden, RecurrentDepth, ThinkerConfig, round_nats, stops
 
@@ -129,7 +139,7 @@ class PageThinker(RecurrentDepth):
         window long.
         """
         given = {name: settings.pop(name) for name in SAMPLING if name in settings}
-        sampling = check_sampling(**given)
+        sampling = Sampling(**check_settings(self, given))
         rule = self.rule(settings)
         page = max(1, (self.config.window + 1) // 2)
 

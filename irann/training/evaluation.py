@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 from ..lm import LanguageModel, evaluating
-from ..settings import InputError
+from ..settings import InputError, Setting
 from ..text import Text
 from .bars import bar
 from .processes import rank_and_world, summed
+
+PART = Setting("val", "of the text", choices=("train", "val"))
+WINDOW = Setting(None, "characters seen at once", low=1, kind=int)
+BATCH = Setting(32, "windows at once", low=1)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def evaluate(
     windows, and all get the whole. Raises InputError for a text in another vocabulary.
     """
     check_vocabulary(model, text)
-    length = window or model.config.window
+    part, batch = PART.check("part", part), BATCH.check("batch", batch)
+    length = WINDOW.check("window", window) or model.config.window
     rank, world = rank_and_world() if share else (0, 1)
     batches = _windows(text, part, length, batch)
     generator = torch.Generator(model.device)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
 import warnings
@@ -133,11 +134,13 @@ class Run:
 
     def _clear(self, size: int) -> None:
         """Make room for this run, or refuse it; sweep what a kill left; say who we are."""
-        checkpoints = self.folder / "checkpoints"
         metrics = self.metrics.path
+        checkpoint.sweep(self.folder)
         if self.overwrite:
-            if checkpoints.exists():
-                shutil.rmtree(checkpoints)
+            checkpoints = self.folder / "checkpoints"
+            for name in os.listdir(checkpoints) if checkpoints.exists() else ():
+                if re.fullmatch(r"(skipped-)?step-\d+", name):  # others' files are not ours
+                    shutil.rmtree(checkpoints / name)
             metrics.unlink(missing_ok=True)
         has_metrics = metrics.exists() and metrics.stat().st_size > 0
         if not self.resume and (checkpoint.listed(self.folder) or has_metrics):
@@ -145,7 +148,6 @@ class Run:
                 f"{self.folder} holds another run; resume it (--resume), start it anew "
                 "(--overwrite) or choose another --run"
             )
-        checkpoint.sweep(self.folder)
         if shutil.disk_usage(self.folder).free < size:
             raise DiskError(
                 f"a checkpoint of {size:,} bytes in {self.folder} could not be written "
@@ -239,14 +241,16 @@ def _identity(config: dict[str, Any], vocabulary: str) -> dict[str, Any]:
 
 
 def _check_saveable(snapshot: Snapshot) -> int:
-    """-> how many bytes a checkpoint of it has. Raises InputError for what no checkpoint can hold,
-    before any work.
+    """-> how many bytes a checkpoint of it has, nearly. Raises InputError for what no checkpoint
+    can hold, before any work.
     """
     try:
-        return sum(map(len, checkpoint.packed(snapshot).values()))
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        size = len(json.dumps(snapshot.config, allow_nan=False))
+    except (TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"this training could not be saved: {reason}") from None
+    parts = (snapshot.model, snapshot.optimizer, snapshot.rng)
+    return size + sum(tensor.nbytes for part in parts for tensor in part.values())
 
 
 class Metrics:

@@ -87,6 +87,8 @@ def test_what_is_no_model_is_refused(host):
     assert Engine(host, data=b"x" + data[1:]).refused == 1
     assert Engine(host, data=data[:-2]).refused == Engine(host, data=data + b"ab").refused == 2
     assert Engine(host, data=data).refused == 0
+    with pytest.raises(InputError, match="cannot open this model .code 1."):
+        Engine(host, data=b"").start([1])
 
 
 def test_options_that_the_engine_lacks_are_named():
