@@ -243,9 +243,7 @@ def _go_on(run: Path, say: Callable[[str], Any]) -> None:
 def _follow(
     ticks: Iterator[Tick], steps: int, shown: bool, logger: Callable[[Tick], None] | None
 ) -> tuple[Tick | None, deque[float]]:
-    """Go through a training, on the screen if `shown` -> its last tick, and the last losses.
-    Whatever fails here, a checkpoint is saved.
-    """
+    """Train, on the screen if `shown` -> the last tick and losses; a failure saves a checkpoint."""
     last = None
     losses: deque[float] = deque(maxlen=20)
     with contextlib.closing(ticks):  # pyright: ignore[reportArgumentType]
@@ -326,10 +324,9 @@ def eval_command(
         everything = text.vocabulary.decode(torch.cat([text.train, text.val]))
         if vocabulary.unknown(everything):
             raise InputError(
-                f"{text.source} has characters that are not among the {len(vocabulary)} of "
-                "the model, such as "
-                f"{vocabulary.unknown(everything)[:20]!r}; without --corpus it is measured on "
-                "the text it was trained on"
+                f"{text.source} has characters that are not among the {len(vocabulary)} of the "
+                f"model, such as {vocabulary.unknown(everything)[:20]!r}; without --corpus it is "
+                "measured on the text it was trained on"
             )
         text = Text.of(everything, vocabulary=vocabulary, source=text.source, sha256=text.sha256)
     print(evaluate(network, text))
@@ -506,9 +503,7 @@ def _processes() -> Iterator[int]:
 
 
 def _logger(tool: str | None, run: Path) -> Callable[[Tick], None] | None:
-    """-> a function of ticks that writes to the tool; it opens it with the first. Raises InputError
-    if it is missing.
-    """
+    """-> what writes ticks to the tool, opened at the first. Raises InputError if it is missing."""
     opened: Any  # a writer, or a session
     try:
         if tool == "tensorboard":

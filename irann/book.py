@@ -39,9 +39,7 @@ def folder() -> Path:
 
 
 def command(*more: str) -> list[str]:
-    """-> the command that opens the book; `more` is for JupyterLab. Raises InputError for what is
-    missing.
-    """
+    """-> the book's command; JupyterLab gets `more`. Raises InputError for what is missing."""
     if importlib.util.find_spec("jupyterlab") is None:
         raise InputError("the book opens in JupyterLab: pip install 'irann[book]'")
     return [sys.executable, "-m", "jupyter", "lab", str(folder()), *OPTIONS, *more]

@@ -1,5 +1,4 @@
-"""Checkpoints that are whole or are not there: safetensors and JSON, hashed, written aside and
-renamed as one.
+"""Whole checkpoints or none: safetensors and JSON, hashed, written aside and renamed as one.
 
 A checkpoint is a directory, `checkpoints/step-00000100` of its run:
 
@@ -40,15 +39,11 @@ UNFINISHED = ".unfinished-"
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be trusted, or does not fit; the message names the file and the
-    reason.
-    """
+    """A checkpoint that cannot be trusted or does not fit; the message names file and reason."""
 
 
 class DiskError(Exception):
-    """A checkpoint that could not be written, most often because the disk is full; the older ones
-    are intact.
-    """
+    """A checkpoint that could not be written, most often for a full disk; older ones are intact."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +92,7 @@ def packed(snapshot: Snapshot) -> dict[str, bytes]:
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a snapshot to `folder`, which appears whole or not at all -> folder. Raises
-    DiskError.
-    """
+    """Write a snapshot to `folder`, there whole or not at all -> folder. Raises DiskError."""
     folder = Path(folder)
     files = packed(snapshot)
     aside = before = None
@@ -130,9 +123,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def _put_back_and_remove(unfinished: Path) -> None:
-    """Remove a temporary folder; a whole checkpoint in it, whose replacement never came, is put
-    back first.
-    """
+    """Remove a temporary folder; first put back a whole checkpoint in it that was not replaced."""
     for whole in unfinished.glob("*/"):
         if not (unfinished.parent / whole.name).exists():
             try:
@@ -166,15 +157,12 @@ def why(error: OSError) -> str:
 
 
 def load(folder: Path) -> Snapshot:
-    """A checkpoint directory -> its snapshot, every byte checked first. Raises CheckpointError with
-    file and reason.
-    """
+    """A checkpoint directory -> its snapshot, every byte checked first. Raises CheckpointError."""
     folder = Path(folder)
     if folder.is_file():
         raise CheckpointError(
             f"{folder} is a file; a checkpoint is a directory of safetensors and JSON with a "
-            "manifest.json, "
-            "and pickled files (.pt, .pth, .bin) are never opened"
+            "manifest.json, and pickled files (.pt, .pth, .bin) are never opened"
         )
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint at {folder}")
@@ -215,9 +203,7 @@ def listed(run: Path) -> list[Path]:
 
 
 def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
-    """-> the newest valid checkpoint of a run, and why each newer one was skipped. Raises
-    CheckpointError if there is none.
-    """
+    """-> a run's newest valid checkpoint, why newer ones failed. Raises CheckpointError if none."""
     skipped: list[str] = []
     if found := _first_whole(listed(run), skipped):
         return *found, skipped
@@ -226,9 +212,7 @@ def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
 
 
 def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
-    """-> the valid checkpoint with the lowest validation loss, or the newest if none was validated;
-    and what was skipped.
-    """
+    """-> the valid checkpoint of lowest validation loss, else the newest; and what was skipped."""
     skipped: list[str] = []
     folders = listed(run)
     unreadable = [
@@ -241,9 +225,7 @@ def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
 
 
 def _first_whole(folders: list[Path], skipped: list[str]) -> tuple[Path, Snapshot] | None:
-    """-> the first checkpoint that can be loaded; why those before it cannot is added to
-    `skipped`.
-    """
+    """-> the first checkpoint that can be loaded; why those before cannot goes to `skipped`."""
     for folder in folders:
         try:
             return folder, load(folder)
@@ -259,9 +241,7 @@ def by_validation(folders: list[Path]) -> list[Path]:
 
 
 def validation_of(folder: Path) -> float | None:
-    """-> the validation loss that a checkpoint recorded, None where it has none or cannot be
-    read.
-    """
+    """-> the validation loss that a checkpoint recorded; None if it has none or is unreadable."""
     value = config_of(folder).get("validation")
     return float(value) if isinstance(value, int | float) else None
 
@@ -276,9 +256,7 @@ def config_of(folder: Path) -> dict:
 
 
 def tidy(run: Path, keep: int = 2) -> None:
-    """Remove all but the newest `keep` checkpoints and the best by validation loss; if it is
-    damaged, the next best stays too.
-    """
+    """Keep only the newest `keep` checkpoints, the best, and if that is damaged the next best."""
     folders = listed(run)
     if not folders[keep:]:
         return
@@ -293,8 +271,7 @@ def tidy(run: Path, keep: int = 2) -> None:
 
 
 def set_aside(folder: Path) -> str:
-    """Rename a checkpoint that had to be skipped -> its new name. It counts no more, and stays for
-    a person to look at.
+    """Rename a checkpoint that was skipped -> its new name: it counts no more, but can be seen.
 
     Its steps are trained again; under its old name `tidy` would take it for the newest and remove
     valid ones behind it.
@@ -309,9 +286,7 @@ def set_aside(folder: Path) -> str:
 
 
 def sweep(run: Path) -> int:
-    """Remove what a kill left half-written -> how many. What it caught half-way through being
-    replaced is put back.
-    """
+    """Remove what a kill left half-written -> how many; what was being replaced is put back."""
     left = list((Path(run) / "checkpoints").glob(UNFINISHED + "*"))
     for folder in left:
         _put_back_and_remove(folder)
@@ -333,9 +308,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, dict]:
-    """-> size and SHA-256 of each file. Every byte counts: the same content written otherwise is
-    refused, too.
-    """
+    """-> size and SHA-256 of each file. Another spelling of the same content is refused, too."""
     data = _read(path)
     try:
         content = json.loads(data)
@@ -347,8 +320,7 @@ def _read_manifest(path: Path) -> dict[str, dict]:
     if type(version) is int and version != FORMAT:
         raise CheckpointError(
             f"{path} has format version {version}, this irann reads version {FORMAT}: train "
-            "the run anew "
-            "(--overwrite), or go on with the irann that began it"
+            "the run anew (--overwrite), or go on with the irann that began it"
         )
     if not whole or type(version) is not int:
         raise CheckpointError(f"{path} is damaged: it is not as it was written")

@@ -1,6 +1,4 @@
-"""What `irann doctor` says: what is installed, what is in use, and what is wrong. Made to be pasted
-into a report.
-"""
+"""What `irann doctor` says: what is installed, used and wrong, to be pasted into a report."""
 
 import importlib.metadata
 import os
@@ -76,8 +74,7 @@ def _torch(problems: list[str]) -> Iterator[str]:
     if load > cores / 2 and torch.get_num_threads() > 1 and not patient:
         problems.append(
             f"other work keeps {load:.1f} of {cores} cores busy, which can slow torch down "
-            "many times: "
-            "set OMP_WAIT_POLICY=PASSIVE"
+            "many times: set OMP_WAIT_POLICY=PASSIVE"
         )
 
 

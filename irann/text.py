@@ -58,9 +58,7 @@ class Vocabulary:
         return "".join(dict.fromkeys(c for c in text if c not in self._id))
 
     def spelt(self, text: str) -> str:
-        """-> the text as this vocabulary has it: CR LF as LF, and accents composed or apart,
-        whichever is known.
-        """
+        """-> the text as spelt here: CR LF as LF, accents composed or apart, whichever is known."""
         if not self.unknown(text):
             return text
         if "\r" not in self._id:
@@ -87,9 +85,7 @@ class Vocabulary:
         return torch.from_numpy(ids)
 
     def decode(self, ids: Any) -> str:
-        """Ids, as a tensor (t), an array or a list -> text. Raises InputError for an id outside the
-        vocabulary.
-        """
+        """Ids, as a tensor (t), an array or a list -> text. Raises InputError for an unknown id."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
         if ids and not 0 <= min(ids) <= max(ids) < len(self):
             raise InputError(
@@ -118,9 +114,7 @@ class Text:
         source: str = "a string",
         sha256: str = "",
     ) -> "Text":
-        """Cut a string into a training part (the first `split` of it) and a validation part (the
-        rest).
-        """
+        """Cut a string into a training part, the first `split` of it, and a validation part."""
         if not isinstance(text, str):
             raise InputError(f"a text is a string; got a {type(text).__name__}")
         if len(text) < 300 and os.path.isfile(text):

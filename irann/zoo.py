@@ -1,5 +1,4 @@
-"""The models of this book: the one list of their names, classes, sizes, recipes, and where their
-weights are.
+"""The models of this book: the one list of names, classes, sizes, recipes, and where weights are.
 
 A new model is one more entry here; trainer, chat, benchmark and command line then have it. (Help
 texts, colours and races name models too; a new one works without them.)
@@ -64,9 +63,7 @@ def _entry(model: type[LanguageModel], config: Checked, **recipes: dict[str, Any
 
 
 def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any, Recipe]:
-    """-> both, with fields of either replaced. Raises InputError for a name or a value that is
-    none.
-    """
+    """-> both with fields of either replaced. Raises InputError for an invalid name or value."""
     both = (config, recipe)
     changed = []
     known = {name for part in both for name in part.settings()}
@@ -106,8 +103,7 @@ MODELS: dict[str, Entry] = {
         tiny=dict(width=32, rounds=3),
         demo=DEEP | dict(width=128, rounds=3, steps=250),
         full=DEEP_AND_WIDE | dict(steps=2500, evaluate_every=500),
-        # with a batch of 32, and dropout 0.15, no lower than 1.420, after 16 million characters;
-        # then it learns by heart
+        # with batch 32, dropout 0.15: 1.420 at best, after 16 million characters; then it overfits
         gpu=DEEP_AND_WIDE | dict(batch=8, steps=5500, evaluate_every=1100, precision="bfloat16"),
     ),
     "thinker-page": _entry(
@@ -131,8 +127,7 @@ MODELS: dict[str, Entry] = {
         MambaConfig.fast(layers=7, width=192),
         tiny=dict(layers=2, width=32, d_state=4),
         demo=dict(layers=3, width=96, steps=400),
-        # with a batch of 8, dropout 0.15 and no average 1.466 from as many characters, in 73
-        # minutes instead
+        # with batch 8, dropout 0.15, no average: 1.466 from as many characters, in 73 minutes
         full=dict(
             dropout=0.2, batch=32, steps=1750, average=0.998, evaluate_every=250, save_every=50
         ),
@@ -268,17 +263,13 @@ def ship(
 
 
 def _seal(card: dict) -> str:
-    """-> the SHA-256 of a card without its own: what the weights are read by must not change
-    unnoticed either.
-    """
+    """-> a card's SHA-256, its own left out: what weights are read by must not change unnoticed."""
     content = {key: value for key, value in card.items() if key != "card_sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def runs(folder: str | Path = "runs") -> dict[Path, tuple[float, dict]]:
-    """-> the runs in a folder, the one that saved last first: when that was, and what its newest
-    checkpoint that can be read says of itself.
-    """
+    """-> a folder's runs, last saved first: when, and what its newest readable checkpoint says."""
     found = {}
     for run in Path(folder).glob("*"):
         for saved in checkpoint.listed(run):
@@ -289,9 +280,7 @@ def runs(folder: str | Path = "runs") -> dict[Path, tuple[float, dict]]:
 
 
 def newest_run(name: str, folder: str | Path = "runs") -> Path:
-    """-> the run of this model in a folder that saved last. Raises CheckpointError that says how
-    to train one.
-    """
+    """-> a folder's last saved run of this model. Raises CheckpointError with how to train one."""
     kind = entry(name).model.__name__
     for run, (_, config) in runs(folder).items():
         if config.get("model") == kind:
@@ -303,9 +292,7 @@ def newest_run(name: str, folder: str | Path = "runs") -> Path:
 
 
 def namesake(name: str) -> str:
-    """-> where a name could mean the weights that ship or a run: which it is, and how to have the
-    other; else ''.
-    """
+    """-> if a name could be shipped weights or a run: which it is, how to have the other; or ''."""
     if name not in MODELS:
         return ""
     try:
@@ -340,9 +327,7 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
 
 
 def restore(saved: Snapshot, path: Path) -> LanguageModel:
-    """A snapshot -> its model, with averaged weights where it has them. Raises CheckpointError if
-    it cannot be built.
-    """
+    """A snapshot -> its model, with any averaged weights. Raises CheckpointError if that fails."""
     averaged = {
         name.removeprefix("average."): weight
         for name, weight in saved.optimizer.items()

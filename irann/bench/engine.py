@@ -153,9 +153,7 @@ class Engine:
     def denoise(
         self, ids: Any, mask: Any, steps: int, eta: float, temperature: float, noise: Callable
     ) -> Iterator[tuple[int, list[int]]]:
-        """-> how many characters have settled and what the page looks like, step by step;
-        `noise()` gives normal numbers (1 t channels).
-        """
+        """-> how many are settled, and the page, by step; `noise()`: normals (1 t channels)."""
         self.begin(ids, mask)
         self.put("get_noisy", noise())
         alpha_bar = [1.0, *self.model.schedule.alpha_bar.tolist()]
@@ -168,9 +166,7 @@ class Engine:
     def refine(
         self, ids: Any, mask: Any, steps: int, temperature: float, noise: Callable
     ) -> Iterator[tuple[int, list[int]]]:
-        """-> how many characters are still masked and the page, step by step; `noise()` gives
-        exponential numbers (t v).
-        """
+        """-> how many are still masked, and the page, by step; `noise()`: exponentials (t v)."""
         self.begin(ids, mask)
         for left in range(steps, 0, -1):
             self.put("get_noise", noise())

@@ -1,5 +1,4 @@
-"""What text looks like from outside: words that exist, borrowed passages, repetition, and what a
-judge says that is no network.
+"""What text looks like from outside: existing words, copies, repetition, a judge without network.
 
 The measures read strings and know of no model; `samples` and `written` ask one for them. `Corpus`
 holds what is remembered of the training text. Parts of a whole are fractions from 0 to 1.
@@ -26,9 +25,7 @@ TEMPERATURES = (0.8, 1.0)
 
 
 class Corpus:
-    """A training text, prepared for questions: its words, its runs of characters, and a judge that
-    was counted, not trained.
-    """
+    """A training text, prepared: its words, its runs, and a judge that was counted, not trained."""
 
     def __init__(self, text: str):
         self.text = text
@@ -60,9 +57,7 @@ class Corpus:
         return nats / max(1, len(text) - start)
 
     def existing(self, text: str) -> float:
-        """-> the fraction of words of the training text; the first and the last word may be cut and
-        do not count.
-        """
+        """-> the fraction of words of the training text; first and last may be cut: not counted."""
         return fraction([word.lower() in self.words for word in words(text)[1:-1]])
 
     def copied(self, text: str) -> float:
@@ -80,9 +75,7 @@ class Corpus:
 
 @functools.lru_cache(1)
 def counted(train: str) -> Corpus:
-    """-> the Corpus of a text, made once: to count all its runs takes seconds, and a report asks
-    for it several times.
-    """
+    """-> the Corpus of a text, made once: counting takes seconds, and a report asks repeatedly."""
     return Corpus(train)
 
 
@@ -102,9 +95,7 @@ def samples(
 def written(
     model: Any, text: Text, count: int = SAMPLES, n: int = LENGTH
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """-> by temperature: what `count` texts of n characters look like (`report`), and the first of
-    them. Keys are text, as in JSON.
-    """
+    """-> by temperature (text, as in JSON): `report` of `count` texts of length n; their first."""
     corpus = counted(text.vocabulary.decode(text.train))
     rows, first = {}, {}
     for temperature in TEMPERATURES:
@@ -115,25 +106,19 @@ def written(
 
 
 def real(text: Text, count: int = SAMPLES, n: int = LENGTH) -> dict:
-    """-> what pieces of the validation part look like: a model's measures, asked of the real
-    thing.
-    """
+    """-> what pieces of the validation part look like: a model's measures, of the real thing."""
     first = text.vocabulary.decode(text.val[: len(text.val) // 2])
     pieces = [first[i * len(first) // count :][:n] for i in range(count)]
     return report(pieces, counted(text.vocabulary.decode(text.train)), reference(text))
 
 
 def reference(text: Text) -> str:
-    """-> the text that others should resemble: the validation part's second half, so that pieces of
-    the first are not in it.
-    """
+    """-> the text to resemble: validation's second half, so that `real`'s pieces are not in it."""
     return text.vocabulary.decode(text.val[len(text.val) // 2 :])
 
 
 def report(samples: list[str], corpus: Corpus, reference: str) -> dict:
-    """-> every measure of these samples, means with intervals over the samples; `reference` is the
-    text to resemble.
-    """
+    """-> every measure, means with intervals over samples; `reference`: the text to resemble."""
     per_text = {
         "words that exist": corpus.existing,
         "judge, nats per character": corpus.judge,
@@ -167,9 +152,7 @@ def fraction(true: list[bool]) -> float:
 
 
 def divergence(a: Counter, b: Counter) -> float:
-    """-> Jensen-Shannon divergence of two tables of counts, in nats: 0 for equal fractions, ln 2
-    for nothing in common.
-    """
+    """-> Jensen-Shannon divergence of counts, in nats: 0 for equal fractions, ln 2 if disjoint."""
     n, m, nats = a.total(), b.total(), 0.0
     for key in a.keys() | b.keys():
         p, q = a[key] / n, b[key] / m
@@ -184,9 +167,7 @@ def repeated(text: str, n: int = 4) -> float:
 
 
 def in_form(text: str) -> float:
-    """-> the fraction of lines that a page of the plays could have: no longer than the longest
-    verse, no blank at either end.
-    """
+    """-> the fraction of lines as in the plays: within the longest verse, no blank at an end."""
     lines = text.split("\n")[1:-1]
     return fraction([len(line) <= LONGEST_VERSE and line == line.strip() for line in lines])
 

@@ -50,9 +50,7 @@ Rows = dict[str, dict]
 
 @dataclass(frozen=True)
 class Arm:
-    """One model of a race: its name in the zoo, its sizes, how it is trained, and what else to
-    measure when it is.
-    """
+    """One model of a race: its zoo name, sizes, recipe, and what else to measure once trained."""
 
     model: str
     config: Any
@@ -67,9 +65,7 @@ class Arm:
 
 
 def models_arms(quick: bool) -> dict[str, Arm]:
-    """All five at 0.8 million parameters (within 4 %), 1.5 million characters each, by the same
-    optimizer.
-    """
+    """All five: 0.8 million parameters (within 4 %), 1.5 million characters each, one optimizer."""
     window, width, steps = (32, 32, 20) if quick else (128, 128, 1000)
     wide, narrow = round(width * 1.4 / 4) * 4, round(width * 0.94 / 4) * 4
     gpt = GPTConfig.fast(window=window, layers=4, heads=2, width=width)
@@ -90,8 +86,7 @@ def models_arms(quick: bool) -> dict[str, Arm]:
 
 
 def models_long_arms(quick: bool) -> dict[str, Arm]:
-    """All five at 1.7 million parameters (within 8 %), 20 million characters each, in batches of 32
-    windows.
+    """All five at 1.7 million parameters (within 8 %), 20 million characters each, batches of 32.
 
     Step, averaging and dropout are those of each one's recipe `gpu`; the thinker, whose own batches
     are smaller, has more dropout.
@@ -116,9 +111,7 @@ def thinker_arms(quick: bool) -> dict[str, Arm]:
 
 
 def thinker_long_arms(quick: bool) -> dict[str, Arm]:
-    """At 1.7 million parameters, near those that ship, and eleven passes over the text, so that not
-    size alone is the limit.
-    """
+    """1.7 million parameters, near those that ship, eleven epochs: size is not the only limit."""
     sizes = {"window": 256, "width": 264, "heads": 3, "dropout": 0.1}
     steps, save_every, some, rounds = 5500, 250, 4, 6
     if quick:
@@ -130,9 +123,7 @@ def thinker_long_arms(quick: bool) -> dict[str, Arm]:
 
 
 def _two_blocks(sizes: dict, recipe: Recipe, rounds: int, deep: tuple[int, ...]) -> dict[str, Arm]:
-    """A thinker with two blocks in its core, a GPT of two blocks, and GPTs of as many as the
-    thinker passes in so many rounds.
-    """
+    """A thinker with two blocks in its core, a GPT of two, and GPTs as deep as `deep` rounds."""
     plain = GPTConfig.fast(**sizes, layers=2)
     thinker = ThinkerConfig(**sizes, rounds=rounds, **zoo.DEEP)
     arms = {
@@ -145,8 +136,7 @@ def _two_blocks(sizes: dict, recipe: Recipe, rounds: int, deep: tuple[int, ...])
 
 
 def nanogpt_arms(quick: bool) -> dict[str, Arm]:
-    """nanoGPT's recipe for a CPU, as its repository's readme and defaults give it, in our code; and
-    ours, short and long.
+    """nanoGPT's CPU recipe, from its readme and defaults, in our code; and ours, short and long.
 
     4 layers, 4 heads, width 128, block 64, batch 12, 2,000 steps of AdamW at 1e-3 (betas .9, .99,
     decay .1) down to 1e-4 on a cosine after 100 steps of warm-up, no dropout, no biases. Ours reads
@@ -245,9 +235,7 @@ def keep(report: dict, page: Path) -> None:
 
 
 def stored(page: Path, quick: bool) -> dict:
-    """-> the report in a file, or {} if there is none. Raises InputError for a damaged one, and for
-    a quick one beside a full one.
-    """
+    """-> the report in a file, or {}. Raises InputError if damaged, or not as `quick` says."""
     if not page.exists():
         return {}
     try:
@@ -291,9 +279,7 @@ def ran_on(report: dict) -> str:
 def run_arm(
     arm: Arm, text: Text, seed: int, folder: Path, row: dict, device: str | torch.device = "cpu"
 ) -> None:
-    """Train one arm, or the rest of it, and put what it reached into its row, as the entries of
-    this seed.
-    """
+    """Train an arm, or the rest of it, and enter what it reached into its row under this seed."""
     model = zoo.build(arm.model, arm.config, seed=seed).to(device)
     recipe = replace(arm.recipe, seed=seed)
     with Signals() as stop:
@@ -349,9 +335,7 @@ def training_seconds(log: list[dict]) -> float:
 def text_quality(
     model: Any, text: Text, count: int = quality.SAMPLES, n: int = quality.LENGTH
 ) -> dict:
-    """-> by temperature, the means of what quality.written says of `count` texts of n
-    characters.
-    """
+    """-> by temperature, the means of what quality.written says of `count` texts of length n."""
     measured, _ = quality.written(model, text, count, n)
     for row in measured.values():
         row |= {name: value["mean"] for name, value in row.items() if isinstance(value, dict)}
@@ -359,9 +343,7 @@ def text_quality(
 
 
 def nll_in(model: Any, text: Text, window: int) -> dict:
-    """-> nats per character in windows of that length, so that no character has a longer past than
-    another model's.
-    """
+    """-> nats per character in windows of that length, where no model has a longer past."""
     return {f"windows of {window}": evaluate(model, text, window=window).nats_per_char}
 
 
@@ -424,9 +406,7 @@ def gap(rows: Rows) -> dict[str, tuple[list[float], list[float]]]:
 
 
 def mean_by_rounds(measured: list[dict]) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """What `nll_by_rounds` gave, by seed -> means over seeds: nats by fixed rounds; nats and rounds
-    by threshold of the learned rule.
-    """
+    """`nll_by_rounds` by seed -> means: nats by fixed rounds; nats and rounds by threshold."""
     mean = statistics.mean
     fixed = {r: mean(seed["fixed"][r] for seed in measured) for r in measured[0]["fixed"]}
     learned = {}
@@ -436,9 +416,7 @@ def mean_by_rounds(measured: list[dict]) -> tuple[dict[str, float], dict[str, li
 
 
 def at_seconds(curve: list[list[float]], seconds: float) -> float:
-    """-> nats after so many seconds, on a line between the two measurements around them; NaN before
-    the first and after the last.
-    """
+    """-> nats after so many seconds, linear in between; NaN before the first or after the last."""
     for (_, a, nats), (_, b, later) in zip(curve, curve[1:], strict=False):
         if a <= seconds <= b:
             return nats + (later - nats) * (seconds - a) / (b - a) if b > a else later

@@ -1,6 +1,4 @@
-"""What has become slower? Times in ratio to a peer that stays as it is, from one run, beside the
-same ratios of the stored report.
-"""
+"""What is slower now? Times over an unchanged peer's in one run, beside the stored report's."""
 
 import json
 from collections.abc import Callable, Iterator

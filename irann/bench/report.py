@@ -16,9 +16,7 @@ TIMES = ("implementation", "ms, median (lowest, highest)", "times as long as the
 
 
 def draw(report: dict, what: str, out: Path) -> None:
-    """The report's figures, beside it: WHAT-NAME.png. Without matplotlib there are none, and that
-    is said.
-    """
+    """The report's figures, beside it: WHAT-NAME.png. Without matplotlib, a message instead."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -259,9 +257,7 @@ def _model(row: dict) -> list[str]:
 
 
 def _by_position(rows: dict[str, list]) -> list[str]:
-    """How much a longer past is worth: mean nats by the position in the window, from there to the
-    next.
-    """
+    """What a longer past is worth: mean nats from each position in the window to the next."""
     if not rows:
         return []
     positions = sorted({position for row in rows.values() for position, _ in row})
@@ -357,11 +353,9 @@ def of_thinker(rows: Rows) -> list[str]:
     page = []
     for rounds, (closed, lead) in races.gap(rows).items():
         page.append(
-            f"With {rounds} rounds the thinker closes {mean(closed):.0%} of the gap to a GPT "
-            "as deep "
-            f"({min(closed):.0%} to {max(closed):.0%} by seed) and is {mean(lead):.4f} nats "
-            "under the GPT of equal "
-            f"parameters ({min(lead):.4f} to {max(lead):.4f})."
+            f"With {rounds} rounds the thinker closes {mean(closed):.0%} of the gap to a GPT as "
+            f"deep ({min(closed):.0%} to {max(closed):.0%} by seed) and is {mean(lead):.4f} nats "
+            f"under the GPT of equal parameters ({min(lead):.4f} to {max(lead):.4f})."
         )
     fixed, learned = races.mean_by_rounds(measured)
     by_rounds = ", ".join(f"{r}: {nats:.4f}" for r, nats in fixed.items())
@@ -395,10 +389,9 @@ def of_nanogpt(rows: Rows) -> list[str]:
     middle = statistics.median
     return [
         f"All in windows of 64: ours, short, takes 1/{middle(sooner):.1f} of its time "
-        f"({min(sooner):.1f} to {max(sooner):.1f}) "
-        f"and ends {middle(by_short):.3f} nats lower ({min(by_short):.3f} to "
-        f"{max(by_short):.3f}); ours, long, takes "
-        f"{middle(longer):.2f} times its time and ends {middle(by_long):.3f} nats lower."
+        f"({min(sooner):.1f} to {max(sooner):.1f}) and ends {middle(by_short):.3f} nats lower "
+        f"({min(by_short):.3f} to {max(by_short):.3f}); ours, long, takes {middle(longer):.2f} "
+        f"times its time and ends {middle(by_long):.3f} nats lower."
     ]
 
 

@@ -1,5 +1,4 @@
-"""The selective scan and Mamba beside other implementations: time, growth with length, memory,
-writing.
+"""The selective scan and Mamba beside others: time, growth with length, memory, writing.
 
 `python -m irann.bench.scan SUBJECT b t e` prints how many bytes the peak memory of this process
 grows in one pass.
@@ -30,9 +29,7 @@ PEER = "mambapy, parallel scan"
 
 
 def inputs_of(b: int, t: int, e: int, n: int = STATE) -> list[Tensor]:
-    """-> u, delta (b t e), A (e n), B, C (b t n), D (e), as a Mamba block would have them, all
-    asking for gradients.
-    """
+    """-> a Mamba block's u, delta (b t e), A (e n), B, C (b t n), D (e), requiring gradients."""
     generator = seeded()
     u, B, C = (torch.randn(b, t, size, generator=generator) for size in (e, n, n))
     delta = torch.rand(b, t, e, generator=generator) * 0.1 + 0.001
@@ -96,17 +93,13 @@ def growth(quick: bool) -> dict:
 
 
 def exponent(lengths: Sequence[float], taken: Sequence[float]) -> float:
-    """-> p of the best fit seconds = constant * length^p: the slope of log time over log length,
-    least squares.
-    """
+    """-> p of seconds = constant * length^p: least-squares slope of log time over log length."""
     x, y = [math.log(v) for v in lengths], [math.log(v) for v in taken]
     return statistics.linear_regression(x, y).slope
 
 
 def memory(quick: bool) -> dict:
-    """Peak memory above the inputs of one forward and backward pass, in MB, each in a process of
-    its own; by length too.
-    """
+    """Peak MB above the inputs, forward and backward, each in its own process; by length too."""
     b, t, e = (4, 256, 128) if quick else (8, 256, 256)
     peaks = {name: memory_of(name, b, t, e) for name in contestants()}
     lengths = (t, 2 * t, 4 * t)
@@ -116,9 +109,7 @@ def memory(quick: bool) -> dict:
 
 
 def memory_of_steps(quick: bool) -> dict:
-    """Peak memory above weights and gradients of one training step of each model, in MB, each in a
-    process of its own.
-    """
+    """Peak MB of a training step above weights and gradients, each model in its own process."""
     which, b = ("tiny", 4) if quick else ("gpu", 4)
     windows = {name: zoo.recipe(name, which)[0].window for name in zoo.MODELS}
     peaks = {name: memory_of(f"{name} {which}", b, t, 0) for name, t in windows.items()}

@@ -1,5 +1,4 @@
-"""What the models cost: a training step, the first character, each further one, and how that grows
-with length.
+"""What models cost: a training step, the first character, each further one, growth with length.
 
 Times are taken on one thread, and given as median, lowest and highest. What is to be compared runs
 in turn in one process, after a round that does not count. Untrained weights serve as well as
@@ -38,9 +37,7 @@ def seconds(run: Callable) -> float:
 
 
 def alternate(runners: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """-> what each gives, round by round, all of them in turn, after one round that does not
-    count.
-    """
+    """-> what each gives, round by round, in turn, after one round that does not count."""
     values: dict[str, list[float]] = {name: [] for name in runners}
     for _ in range(rounds + 1):
         for name, run in runners.items():
@@ -74,8 +71,7 @@ def finish(drafts) -> None:
 
 
 def training_steps(quick: bool) -> dict:
-    """Loss and gradients of every model at the size that ships (quick: tiny), the same number of
-    characters each.
+    """Loss and gradients of every model at shipped size (quick: tiny), for as many characters.
 
     What the page models draw makes some of their steps longer than others; every round draws its
     own.
@@ -94,9 +90,7 @@ def training_steps(quick: bool) -> dict:
 
 
 def gpt_beside_transformers(quick: bool) -> dict:
-    """The plain GPT-2 of 4 layers, width 192, 3 heads, window 256: a training step, and 200
-    characters with the cache.
-    """
+    """GPT-2 of 4 layers, width 192, 3 heads, window 256: training step, 200 cached characters."""
     layers, width, t, b, n, rounds = (2, 48, 64, 2, 20, 2) if quick else (4, 192, 256, 8, 200, 3)
     ours = GPT(GPTConfig(window=t, layers=layers, width=width, heads=3))
     ids = random_ids(b, t + 1)
@@ -130,9 +124,7 @@ def gpt_beside_transformers(quick: bool) -> dict:
 
 
 def cache_gain(quick: bool) -> dict:
-    """GPT of the recipe `full`: 500 characters with the KV cache, and with the whole window
-    computed for each.
-    """
+    """GPT, recipe `full`: 500 characters with the KV cache, and with the whole window for each."""
     n, rounds = (40, 1) if quick else (500, 3)
     model = GPT(zoo.recipe("gpt", "full")[0]).eval()
     window = model.config.window
@@ -153,9 +145,7 @@ def cache_gain(quick: bool) -> dict:
 
 
 def layer_against_window(quick: bool) -> dict:
-    """One layer of attention and one of Mamba, width 192, batch 1, forward and backward, by the
-    length of the window.
-    """
+    """A layer of attention and one of Mamba, width 192, batch 1, both passes, by window length."""
     lengths, rounds = ((32, 64, 128), 2) if quick else ((128, 256, 512, 1024, 2048, 4096), 3)
     layers = {"attention": Attention(192, 3), "mamba": Mixer(MambaConfig(width=192))}
     rows: dict[str, list] = {name: [] for name in layers}
@@ -201,9 +191,7 @@ def writing_by_length(quick: bool) -> dict:
 
 
 def write_once(model: Any, prompt: Int[Tensor, "1 t"], n: int, seed: int) -> tuple[float, float]:
-    """-> seconds to the first draft that goes beyond the prompt, and characters per second over the
-    whole reply.
-    """
+    """-> seconds to the first draft beyond the prompt, and characters per second of the reply."""
     began = time.perf_counter()
     first = 0.0
     for draft in model.generate(prompt, n, generator=seeded(seed)):
@@ -223,9 +211,7 @@ def write_on(model: Any, prompt: Int[Tensor, "1 t"], n: int) -> float:
 
 
 def speed_against_quality(quick: bool, corpus: Corpus, vocabulary: Vocabulary) -> dict:
-    """Words that exist, the judge and characters per second of all that ships; of models that write
-    a page at once, by steps.
-    """
+    """Existing words, judge and characters per second of all that ships; page models by steps."""
     counts, samples, n = ((2, 4), 1, 32) if quick else ((4, 8, 16, 32, 64), 6, 192)
     rows: dict[str, list] = {}
     for name in zoo.shipped():

@@ -45,9 +45,7 @@ def line(fixed: Fixed, rounds: float) -> float:
 
 
 def at(points: Iterable[Sequence[float]], rounds: float) -> float:
-    """-> nats of a rule at this mean, by a lottery between the two limits around it; NaN where
-    there are none.
-    """
+    """-> nats of a rule at this mean, by lottery between the limits around it; NaN without them."""
     ordered = sorted((mean, nats) for nats, mean in points)
     for (a, nats), (b, later) in zip(ordered, ordered[1:], strict=False):
         if a <= rounds <= b:
@@ -56,17 +54,13 @@ def at(points: Iterable[Sequence[float]], rounds: float) -> float:
 
 
 def against_line(fixed: Fixed, points: Points) -> dict[str, float]:
-    """-> by those of MEANS that a rule reaches, how many nats it pays more than the line; below
-    zero it gains.
-    """
+    """-> by those of MEANS that a rule reaches, its nats above the line; below zero it gains."""
     paid = {mean: at(points.values(), mean) for mean in MEANS}
     return {str(x): nats - line(fixed, x) for x, nats in paid.items() if not math.isnan(nats)}
 
 
 class Unfrozen:
-    """What every round pays, as a likelihood that `evaluate` takes; it adds up what the rules that
-    freeze nothing pay.
-    """
+    """A likelihood for `evaluate`: what every round pays; it adds up what unfrozen rules pay."""
 
     def __init__(self, model: Any):
         self.model = model

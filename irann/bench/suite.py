@@ -199,9 +199,7 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
 
 
 def weights_of(name: str) -> str | None:
-    """-> which weights `load(name)` would give, in short, or None where there are none: by hash, or
-    by the run's step and loss.
-    """
+    """-> which weights `load(name)` gives, or None: their hash, or the run's step and loss."""
     try:
         card = zoo.load(name).card or {}
     except CheckpointError:
@@ -210,9 +208,7 @@ def weights_of(name: str) -> str | None:
 
 
 def by_position(model: Any, text: Any, pages: int = 60) -> list[list[float]]:
-    """-> pairs of a position in the window and the mean nats of the characters from there to the
-    next, over some windows.
-    """
+    """-> pairs: a position in the window, mean nats from there to the next; over some windows."""
     window = model.config.window
     ids = text.val[: pages * window + 1].unfold(0, window + 1, window)
     generator = torch.Generator().manual_seed(0)

@@ -1,5 +1,4 @@
-"""Training on a machine that is not idle: as irann waits for its threads, passively, and on one
-thread.
+"""Training on a machine that is not idle: with irann's passively waiting threads, and with one.
 
 python -m irann.bench.waiting STEPS trains the tiny GPT in a process of its own, and prints the
 seconds of its steps.

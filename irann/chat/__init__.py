@@ -1,3 +1,1 @@
-"""Talk with the models: `session` holds the conversation, `widget` and `terminal` are two screens
-for it.
-"""
+"""Talk with the models: `session` holds the conversation; `widget` and `terminal` show it."""

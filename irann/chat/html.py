@@ -1,6 +1,4 @@
-"""A scene, a draft and an inspection as HTML. Whatever a reader or a model wrote is escaped
-here.
-"""
+"""A scene, a draft and an inspection as HTML. What a reader or a model wrote is escaped here."""
 
 from html import escape
 from pathlib import Path
@@ -27,8 +25,7 @@ STYLE = f"""<style>
 .irann-chat .widget-html-content {{line-height: 1.5}}
 .jp-OutputArea:has(.irann-chat.jupyter-widgets) .irann-stored {{display: none}}
 </style>"""
-# The text is in the page already; where a page may not write to the clipboard, the words say where
-# to find it.
+# The text is in the page; where it may not write to the clipboard, words say where to find it.
 COPY = """<button class="jupyter-widgets jupyter-button widget-button irann-copy" title="copy the scene" style="width: auto" onclick="
   const text = this.closest('.irann-chat').querySelector('.irann-text textarea').value;
   const say = words => { this.textContent = words; setTimeout(() => this.textContent = 'Copy', 2000) };
@@ -93,9 +90,7 @@ def draft_view(frame: Frame) -> str:
 
 
 def scene_html(session: Session, frame: Frame | None = None) -> str:
-    """-> the transcript, escaped; a `frame` is the reply that is being written. A very long scene
-    shows its end.
-    """
+    """-> the escaped transcript, `frame` the reply in progress; of a very long scene, the end."""
     parts = []
     room = SHOWN
     if frame is not None:
@@ -111,9 +106,7 @@ def scene_html(session: Session, frame: Frame | None = None) -> str:
 
 
 def transcript_html(scene: str) -> str:
-    """-> a scene for pages without widgets; they may drop the style, so line breaks are
-    elements.
-    """
+    """-> a scene for pages without widgets; they may drop styles: line breaks are elements."""
     return STYLE + f"<div class='irann-chat'>{scene}</div>".replace("\n", "<br>")
 
 

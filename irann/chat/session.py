@@ -1,5 +1,4 @@
-"""A conversation with a model, without a screen: a scene of a play in which the reader and the
-model take turns.
+"""A conversation without a screen: a scene of a play in which reader and model take turns.
 
 The reader is one character, the model answers as another and stops when its speech ends. A second
 mode, `plain`, lets the model go on with whatever was written. A session knows of a model only what
@@ -146,8 +145,7 @@ class Session:
                 say(note)
 
     def use(self, model: LanguageModel | str | Path) -> str:
-        """Change the model and keep the scene -> a note on settings that the new one cannot take,
-        now dropped, and on the mode, or ''.
+        """Change the model, keep the scene -> a note on the mode, on settings now dropped, or ''.
 
         Of a model that has read plays one makes a scene; another goes on with a text, unless `mode`
         was set.
@@ -265,9 +263,7 @@ class Session:
         return text.translate(plainer), note
 
     def say(self, text: str) -> str:
-        """Add the reader's turn, if it is not empty -> a note on characters the model does not
-        know, or ''.
-        """
+        """Add the reader's turn, unless empty -> a note on characters the model lacks, or ''."""
         clean, note = self.clean(text)
         if self.mode == "play":
             clean = clean.strip("\n")
@@ -293,8 +289,7 @@ class Session:
         return f"{scene}{END if scene else ''}{self.speaker}:\n"
 
     def reply(self) -> Iterator[Frame]:
-        """Let the model answer -> frames. When they end or are left, what has settled is in
-        `turns`.
+        """Let the model answer -> frames; once they end or are left, what settled is in `turns`.
 
         In a play the reply ends with the speech, at an empty line that has settled; else at
         `length` characters. Mode and speaker may be set anew while it writes: they count from the
@@ -313,9 +308,7 @@ class Session:
         return self._follow(drafts, decode, len(prompt), self.mode, speaker, self.name)
 
     def again(self) -> Iterator[Frame]:
-        """Write the last reply anew. Raises InputError if there is none; the old one stays if
-        nothing new comes.
-        """
+        """Rewrite the last reply, kept if nothing comes. Raises InputError if there is none."""
         if not self.turns or not self.turns[-1].model:
             raise InputError("there is no reply yet that could be written anew")
         old = self.turns.pop()
@@ -373,16 +366,13 @@ class Session:
                 self.turns.append(Turn(speaker, text, model, ended, forgotten, kept))
 
     def forgot(self) -> str:
-        """-> a sentence on what of the scene was out of the model's reach when its last reply
-        ended, or ''.
-        """
+        """-> a sentence on what of the scene was out of reach when the last reply ended, or ''."""
         lost = self.turns[-1].forgotten if self.turns else 0
         if not lost:
             return ""
         return (
-            f"by the end of its reply the model could not read the first {lost:,} characters "
-            "of the scene: "
-            f"its window of {self.model.config.window} also has to hold what it writes"
+            f"by the end of its reply the model could not read the first {lost:,} characters of "
+            f"the scene: its window of {self.model.config.window} also has to hold what it writes"
         )
 
     # -------------------------------------------------------------------------------- introspection
@@ -423,9 +413,7 @@ class Session:
         return Inspection(text, values, maps, self.model.exact, heads, self._likely(ids, own))
 
     def _likely(self, ids: Tensor, own: dict[str, Any]) -> list[list[tuple[str, float]]]:
-        """-> the likeliest characters after each, with their probabilities; [] for a model that
-        does not read from left to right.
-        """
+        """-> likeliest characters after each, with probabilities; [] if the model is no Reader."""
         if not isinstance(self.model, lm.Reader):
             return []
         drawn = {"generator": lm.seeded(self.model, 0)} | own if own else {}
@@ -451,9 +439,7 @@ def _keep(frames: list[Frame], frame: Frame) -> None:
 
 
 def _speech_end(text: str) -> int | None:
-    """-> where the empty line after a speech begins, or None. Empty lines before its first word do
-    not count.
-    """
+    """-> where the empty line after a speech begins, or None; leading empty lines do not count."""
     first = len(text) - len(text.lstrip())
     end = EMPTY_LINE.search(text, first)
     return end and end.start()
@@ -468,9 +454,7 @@ def _name(value: Any) -> str:
 
 
 def available() -> list[str]:
-    """-> the models that can be loaded: their weights came with the package, or there is a run of
-    them.
-    """
+    """-> the models that can be loaded: with weights in the package, or with a run of their own."""
     return [name for name in zoo.MODELS if name in zoo.shipped() or _has_run(name)]
 
 

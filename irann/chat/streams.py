@@ -1,6 +1,4 @@
-"""What can go wrong with standard input and a terminal: closed streams, other encodings, wide
-characters.
-"""
+"""Troubles of standard input and a terminal: closed streams, other encodings, wide characters."""
 
 import os
 import sys
@@ -26,9 +24,7 @@ def prepare() -> None:
 
 
 def check_encoding(characters: str) -> None:
-    """Say beforehand that some of these characters will be written as question marks, and the way
-    out.
-    """
+    """Say beforehand that some of these characters will become question marks, and the way out."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     lost = characters.encode(encoding, "replace").decode(encoding) != characters
     if lost:
@@ -39,9 +35,7 @@ def check_encoding(characters: str) -> None:
 
 
 def heard(read: Callable[[], str] | None = None) -> str:
-    """-> what standard input says: the rest of it, or what `read` reads. Raises InputError if it
-    cannot be read.
-    """
+    """-> the rest of standard input, or what `read` reads. Raises InputError if that fails."""
     check_stdin()
     try:
         return (read or sys.stdin.read)().removeprefix("\ufeff")
@@ -68,9 +62,7 @@ def tell(message: str, bare: bool = False) -> None:
 
 
 def visible(text: str, tab: str = "\t") -> str:
-    """-> the text without what a terminal would obey: line breaks, spaces and joiners stay, CR LF
-    is a line break.
-    """
+    """-> the text without what a terminal obeys; line breaks (CR LF: one), spaces, joiners stay."""
     return "".join(_shown(character, tab) for character in text)
 
 
@@ -85,18 +77,14 @@ def _shown(character: str, tab: str) -> str:
 
 
 def cells(character: str) -> int:
-    """-> how many columns of a terminal a character takes: 2 if it is wide, 0 if it joins the one
-    before.
-    """
+    """-> the columns a character takes in a terminal: 2 if wide, 0 if it joins the one before."""
     if unicodedata.category(character) in ("Mn", "Me", "Cf"):
         return 0
     return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def advance(column: int, text: str, width: int) -> int:
-    """-> the column of the cursor after `text`. At `width` it still stands on the line that is
-    full.
-    """
+    """-> the cursor's column after `text`; at `width` it still stands on the full line."""
     for character in text:
         taken = cells(character)
         if character == "\n":

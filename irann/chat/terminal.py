@@ -39,9 +39,7 @@ RESERVED = 3  # columns at a line's end: the terminal may write ^C there
 
 
 def main(model: str, settings: dict[str, str], *, device: Any = "cpu") -> None:
-    """Talk until the input ends or says /quit. Raises InputError and CheckpointError for what
-    cannot be loaded or set.
-    """
+    """Talk until the end or /quit. Raises InputError, CheckpointError if it cannot load or set."""
     settings = {SHORT.get(name, name): value for name, value in settings.items()}
     known = {"length": LENGTH} | SAMPLING | SCENE
     for name in known.keys() & settings.keys():  # refused before anything is loaded
@@ -132,9 +130,7 @@ class Terminal:
             self.forgetting = True
 
     def command(self, line: str) -> bool:
-        """Do what follows a slash -> whether to go on. What cannot be done is said in a
-        sentence.
-        """
+        """Obey a slash command -> whether to go on. What cannot be done is said in a sentence."""
         word, _, value = line.strip().partition(" ")
         word = word.lower()
         value = value.strip()
@@ -209,9 +205,7 @@ class Terminal:
 
 
 class Pen:
-    """Writes the frames of one reply: settled text once, and on a `live` screen what is proposed
-    for its line.
-    """
+    """Writes a reply's frames: settled text once; if `live`, also what is proposed for its line."""
 
     def __init__(self, live: bool, colours: bool):
         self.live = live
@@ -230,9 +224,7 @@ class Pen:
         sys.stdout.flush()
 
     def draw(self, settled: str, proposed: str) -> None:
-        """Write over what was proposed before. It is erased first: after a full line, erasing would
-        take a letter.
-        """
+        """Write over the proposed text, erased first: after a full line that would eat a letter."""
         width = shutil.get_terminal_size().columns
         if self.proposed:
             sys.stdout.write("\x1b[K")
@@ -245,9 +237,7 @@ class Pen:
         self.proposed = bool(tail)
 
     def tail(self, proposed: str, width: int) -> str:
-        """-> as much of the unsettled text as fits on the cursor's line; only there can it be
-        written over.
-        """
+        """-> what is unsettled and fits on the cursor's line: only there can it be overwritten."""
         room = width - self.column - RESERVED
         if not self.colours or room <= 0:
             return ""
@@ -267,9 +257,7 @@ class Pen:
 
 @contextmanager
 def _interrupts(catch: bool) -> Iterator[list[int]]:
-    """-> a list that holds the signal once Ctrl-C came: the step ends, then the reply. A second one
-    interrupts at once.
-    """
+    """-> a list that Ctrl-C's signal goes to: step, then reply end; a second interrupts at once."""
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

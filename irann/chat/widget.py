@@ -152,8 +152,7 @@ class Chat(w.VBox):
         return self.task is not None and not self.task.done()
 
     def say(self, text: str | None = None, wait: bool = False) -> None:
-        """Send a text, or what stands on the line, and let the model answer; with `wait` before the
-        cell goes on.
+        """Send a text, or what stands on the line, for an answer; with `wait`, the cell waits.
 
         While a reply is written nothing is heard: a text is refused in a sentence, and the line
         keeps what stands on it.
@@ -186,9 +185,7 @@ class Chat(w.VBox):
         self.stopping = True
 
     def inspect(self) -> None:
-        """Show the model's inside on the last window of the scene; an open panel is kept up to
-        date.
-        """
+        """Show the model's inside on the scene's last window; an open panel is kept up to date."""
         if not self.busy and self.session is not None:
             self._inspect()
 
@@ -289,9 +286,7 @@ class Chat(w.VBox):
         self._draw()
 
     def _fail(self, error: Exception) -> None:
-        """Say what went wrong. A fault of the program, not of what was given, also leaves its
-        traceback in the log.
-        """
+        """Say what went wrong; a fault of the program, not the input, also logs its traceback."""
         if isinstance(error, InputError | CheckpointError):
             self._tell(str(error), error=True)
         else:
@@ -303,9 +298,7 @@ class Chat(w.VBox):
     # ------------------------------------------------------------------------------------ the model
 
     def _use(self, model: LanguageModel | str) -> None:
-        """Load a model and keep the scene. The first that can be loaded gets the settings that were
-        given.
-        """
+        """Load a model, keep the scene. The first that loads gets the settings that were given."""
         self.about.value = html.progress(f"loading {str(model)[:200]}")
         self.halt()
         self._tell("")
@@ -446,9 +439,7 @@ class Chat(w.VBox):
         return f"{self.session.describe()}; {PLAIN}"
 
     def _repr_mimebundle_(self, **options: Any) -> dict:
-        """The live widget, and the transcript for where there are none: a page that nbconvert made,
-        or GitHub.
-        """
+        """The live widget, and a transcript for where there is none: nbconvert's pages, GitHub."""
         scene = self.session.scene() if self.session else ""
         bundle = {"text/plain": scene or "an empty stage", "text/html": self._repr_html_()}
         if not _static():
@@ -459,9 +450,7 @@ class Chat(w.VBox):
         return bundle
 
     def _stored(self) -> dict:
-        """The scene as an output of its own: a notebook that is opened again has no widget, but
-        that.
-        """
+        """The scene as an output of its own: a notebook opened again has it, but no widget."""
         return {"text/html": html.stored_html(self.session.scene() if self.session else "")}
 
     def _repr_html_(self) -> str:

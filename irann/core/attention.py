@@ -1,5 +1,4 @@
-"""Attention: every query is compared with every key, and the values are averaged by how well they
-fit.
+"""Attention: each query is compared with each key, and values are averaged by how well they fit.
 
 Source: Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762), section 3.2. The causal
 mask counts from the end, so that a few new queries can look back over a longer run of cached keys.

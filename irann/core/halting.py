@@ -1,5 +1,4 @@
-"""Halting: when to stop thinking, as a chain of coin flips or as a sequence that reaches a fixed
-point.
+"""Halting: when to stop thinking, by a chain of coin flips or at the fixed point of a sequence.
 
 Sources: Banino et al. 2021, "PonderNet: Learning to Ponder" (arXiv 2107.05407), section 2, for the
 distribution and its prior; Graves 2016, "Adaptive Computation Time" (arXiv 1603.08983), for the
@@ -63,8 +62,7 @@ def log_geometric(
     dtype: torch.dtype = torch.float64,
     device: torch.device | str | None = None,
 ) -> Float[Tensor, "{rounds}"]:
-    """The log probabilities of a coin that says stop with probability `prior` at every round, its
-    tail on the last.
+    """Log probabilities of a coin that stops with probability `prior` each round, tail on the last.
 
     g_r = prior (1 - prior)^(r-1), and (1 - prior)^(R-1) for the last. Raises ValueError for a prior
     outside (0, 1).
@@ -90,8 +88,7 @@ def kl_to_geometric(p: Float[Tensor, "*batch r"], prior: float | int) -> Float[T
 
 
 class FixedPoint(NamedTuple):
-    """Where an iteration ended, and for each row the rounds taken, the last change, and whether it
-    converged."""
+    """Where an iteration ended; for each row, rounds taken, last change, whether it converged."""
 
     x: Float[Tensor, "b ..."]
     rounds: Int[Tensor, " b"]

@@ -1,5 +1,4 @@
-"""Noise: spoil data step by step, learn what it was, walk back. Diffusion as pure functions of
-tensors.
+"""Noise: spoil data by steps, learn what it was, walk back. Diffusion as pure functions of tensors.
 
 Sources: Ho et al. 2020, "Denoising Diffusion Probabilistic Models" (arXiv 2006.11239); Song et al.
 2020, "Denoising Diffusion Implicit Models" (arXiv 2010.02502); Nichol and Dhariwal 2021 (arXiv
@@ -209,8 +208,7 @@ def _walk(denoiser, x, schedule, levels, eta, noise):
 
 
 def normal(generator: torch.Generator | None = None) -> Callable[[Tensor], Tensor]:
-    """-> a function that draws standard normal noise in the shape, dtype and device of its
-    argument."""
+    """-> a function that draws standard normal noise in its argument's shape, dtype and device."""
 
     def draw(x: Tensor) -> Tensor:
         return torch.randn(x.shape, dtype=x.dtype, device=x.device, generator=generator)
@@ -256,8 +254,7 @@ class Bound(NamedTuple):
 
 
 def prior_kl(schedule: Schedule, x0: Data) -> Data:
-    """KL(q(x_T | x0) || N(0, 1)) for each number, in nats (the first term of eq. 5 of Ho et
-    al.)."""
+    """KL(q(x_T | x0) || N(0, 1)) for each number, in nats (first term of eq. 5 of Ho et al.)."""
     alpha_bar = schedule.alpha_bar_T
     return (alpha_bar * x0**2 - alpha_bar - math.log1p(-alpha_bar)) / 2
 
@@ -291,8 +288,7 @@ def bound_terms(
     noise: Callable[[Tensor], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Bound:
-    """The variational bound of -log p(x0), its terms kept apart, one draw of noise per level (eq. 5
-    of Ho et al.).
+    """Variational bound of -log p(x0) by terms, one draw of noise per level (eq. 5 of Ho et al.).
 
     `reconstruction(x_1, x0) -> (b)` is -log p(x0 | x_1): a density if x0 is one, a probability if
     x0 is a symbol. `variance(x, tau)` is that of x0 given x_tau, if p is to know it. `noise(x0)`

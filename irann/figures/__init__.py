@@ -1,5 +1,4 @@
-"""The house style: one hue per model everywhere, and the few plots that notebooks, chat and
-benchmark share.
+"""The house style: one hue per model, and the few plots that notebooks, chat and benchmark share.
 
 The hues are from Okabe and Ito's palette, which colour-blind readers can tell apart. Plots return
 their axes.
@@ -196,9 +195,7 @@ def _axes(ax: Any, **figure: Any) -> Any:
 
 
 def race(report: dict, *, against: str = "characters", ax: Any = None) -> Any:
-    """Draw the validation curves of a race, one thin line per seed, bounds dashed. `against` is
-    characters or seconds.
-    """
+    """Draw a race's validation against characters or seconds: a line per seed, bounds dashed."""
     ax = _axes(ax)
     i, unit, xlabel = {
         "characters": (0, 1e6, "millions of characters trained on"),
@@ -231,9 +228,7 @@ def positions(models: dict, *, ax: Any = None) -> Any:
 
 
 def _nats_of_models(models: dict, key: str, scaled: Callable, ax: Any) -> Any:
-    """Draw the nats that each model has under `key` against the numbers beside them, on a
-    logarithmic scale.
-    """
+    """Draw each model's nats under `key` against the numbers beside them, on a log scale."""
     ax = _axes(ax)
     for name, row in models.items():
         if key in row:
@@ -261,9 +256,7 @@ def windows(measured: dict, *, ax: Any = None) -> Any:
 
 
 def lengths(measured: dict, *, ax: Any = None) -> Any:
-    """Draw characters per second against the length of the prompt, for the longest reply, lowest to
-    highest shaded.
-    """
+    """Draw characters per second by prompt length, for the longest reply; the range is shaded."""
     ax = _axes(ax)
     longest = max(one["reply"] for row in measured.values() for one in row)
     for name, row in measured.items():

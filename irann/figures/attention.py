@@ -1,6 +1,4 @@
-"""The drawings of chapter 1: a head with all its matrices, the model around its residual stream,
-and how attention weights and losses look.
-"""
+"""Chapter 1's drawings: a head and its matrices, the residual stream, attention weights, losses."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -128,9 +126,7 @@ def slide(draw: Callable[[Any], Any], options: Sequence[Any], *, value: Any, nam
 
 
 def curve(ax: Any, losses: Sequence[float], characters: int, *, color: str, label: str) -> Any:
-    """Draw losses pale, and over them their mean over 21 steps, centred. A step has so many
-    `characters`.
-    """
+    """Draw losses pale, and their centred mean over 21 steps; a step has so many `characters`."""
     at = characters * torch.arange(1, len(losses) + 1) / 1000
     ax.plot(at, losses, color=color, alpha=0.25, lw=0.8)
     mean = torch.tensor(losses).unfold(0, 21, 1).mean(1)

@@ -15,9 +15,7 @@ from .sliders import drag
 def forward_process(
     levels: Sequence[int], values: Sequence[float], alpha_bar: Sequence[float]
 ) -> Any:
-    """Draw one number on its way from clean data (level 0) to noise, with the signal that is left
-    at each level; dashed, the way back.
-    """
+    """Draw a number's way from data (level 0) to noise, the signal left; dashed, the way back."""
     ax = canvas(7.2 * len(levels), 12.5)
     green = colour("diffusion")
     centres = [7.2 * i + 3.6 for i in range(len(levels))]
@@ -122,9 +120,7 @@ def cosines(ax: Any, points: torch.Tensor, characters: str) -> Any:
 
 
 def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int], title: str = "") -> Any:
-    """Draw one text at several noise levels, a row for each; `same` says for each character of a
-    row whether it is as in the end, which is drawn dark.
-    """
+    """Draw one text at noise levels, a row each; dark where it is the `same` as in the end."""
     import matplotlib.pyplot as plt
 
     width = len(rows[0])

@@ -13,9 +13,7 @@ HUE, FILL = HUES["mamba"], "#f7e6f0"
 
 
 def unrolled(keep: Sequence[float], add: Sequence[float], states: Sequence[float]) -> Any:
-    """Draw h_t = a_t h_{t-1} + x_t rolled up, and beside it position after position with its
-    numbers.
-    """
+    """Draw h_t = a_t h_{t-1} + x_t rolled up, and beside it each position with its numbers."""
     ax = canvas(72, 23)
     _label(ax, 7, 21, "rolled up")
     _label(ax, 45, 21, "unrolled")

@@ -1,5 +1,4 @@
-"""The selective scan in plain PyTorch: chunk after chunk, time outermost and e innermost, so that
-every row is long.
+"""The selective scan in plain PyTorch: chunk after chunk, time outermost, e innermost: long rows.
 
 Launched one by one on a GPU, single positions are too little work: there a tree runs inside each
 chunk, and chunks bound its memory. Backward, with g_t the gradient of h_t and dy_t of y_t, runs the

@@ -1,5 +1,4 @@
-"""The selective scan on a GPU, in Triton: parallel in texts, channels and time, the states in
-registers.
+"""The selective scan in Triton, on a GPU: parallel in texts, channels, time; states in registers.
 
     h_t = 2^(delta_t A2) h_{t-1} + (delta_t u_t) B_t,    y_t = sum_n C_t h_t,    A2 = A log2(e)
 

@@ -1,5 +1,4 @@
-"""The network of Diffusion-LM: it guesses every character of a window from noisy embeddings of all
-of them.
+"""The network of Diffusion-LM: it guesses a window's characters from noisy embeddings of them all.
 
 What it consists of, why, and from which papers, stands at the top of `diffusion.py`.
 """
@@ -53,14 +52,11 @@ class DiffusionConfig(Checked):
 
 
 class Denoiser(LanguageModel):
-    """Embeddings on a sphere, and logits of every character given noisy ones, both sides, and the
-    noise level.
-    """
+    """Embeddings on a sphere; characters' logits given noisy ones, both sides, the noise level."""
 
     no_decay = ("word_embedding",)  # only its direction is used
 
-    # For each bin of levels: the running mean of the cross-entropy, the rows seen, and counts and
-    # sums of this step.
+    # For each bin of levels: running mean cross-entropy, rows seen; this step's counts and sums.
     level_loss: Float[Tensor, " bins"]
     level_count: Float[Tensor, " bins"]
     observations: Float[Tensor, "2 bins"]
@@ -91,9 +87,7 @@ class Denoiser(LanguageModel):
 
     @property
     def embeddings(self) -> Float[Tensor, "v c"]:
-        """The characters' points, all at distance sqrt(c): a channel has variance one, like the
-        noise.
-        """
+        """The characters' points, at distance sqrt(c): a channel has variance one, like noise."""
         return F.normalize(self.word_embedding, dim=-1) * math.sqrt(self.config.channels)
 
     def log_likelihood(
@@ -168,9 +162,7 @@ class Denoiser(LanguageModel):
 
     @torch.no_grad()
     def previous_guess(self, x, tau, ids, mask, self_conditioned):
-        """The first guess of the rows that are self-conditioned, zeros for the others; computed for
-        those rows alone.
-        """
+        """First guess of the self-conditioned rows, computed for those alone; zeros for others."""
         if not self.config.self_condition:
             return None
         rows = self_conditioned.nonzero()[:, 0]
@@ -191,8 +183,7 @@ class Denoiser(LanguageModel):
         self.observations.zero_()
 
     def level_probabilities(self) -> Float[Tensor, "T"]:
-        """float64: how often each noise level is visited; level 1 never, for its step is the
-        rounding.
+        """float64: how often each noise level is visited; never level 1: its step is the rounding.
 
         Nine tenths follow the rise of the remembered cross-entropy, smoothed and made monotone
         (Dieleman et al., section 4.2); one tenth is uniform, so that no level is forgotten.
@@ -203,8 +194,7 @@ class Denoiser(LanguageModel):
             curve = curve.unfold(0, 5, 1).mean(-1).cummax(0).values
             rise = curve.diff(prepend=curve.new_zeros(1)).clamp(min=0)
             p = 0.9 * rise / rise.sum().clamp(min=1e-9) + 0.1 * p
-        # The distribution function at the edges of the bins, and linearly between them at every
-        # level.
+        # The distribution function at the bins' edges, and linearly between them at every level.
         edges = F.pad(p.cumsum(0), (1, 0))
         at = torch.arange(self.config.levels + 1, dtype=torch.float64, device="cpu")
         at = at / (self.config.levels / BINS)
@@ -216,8 +206,7 @@ class Denoiser(LanguageModel):
     def draw_levels(
         self, count: int, generator: Generator | None = None
     ) -> tuple[Int[Tensor, "{count}"], Float[Tensor, "{count}"]]:
-        """Noise levels and their probabilities, on the CPU: one from each of `count` equal slices
-        of probability, in random order."""
+        """`count` stratified noise levels, in random order, and their probabilities, on the CPU."""
         p = self.level_probabilities()
         device = "cpu" if generator is None else generator.device
         order = torch.randperm(count, generator=generator, device=device).cpu()
@@ -227,9 +216,7 @@ class Denoiser(LanguageModel):
         return index + 1, p[index].to(self.word_embedding.dtype)
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` decreasing noise levels from T down, equally likely apart: small strides where
-        text takes shape.
-        """
+        """`steps` noise levels from T down, equally likely apart: fine where text takes shape."""
         u = (torch.arange(steps, dtype=torch.float64, device="cpu") + 0.5) / steps
         levels = (torch.searchsorted(self.level_probabilities().cumsum(0), u) + 1).tolist()
         levels[-1] = self.config.levels

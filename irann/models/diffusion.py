@@ -184,9 +184,7 @@ class Diffusion(Denoiser):
         return prior[:, start:], steps[None, :, start:], rounding[:, start:]
 
     def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
-        """An upper bound, on average over the noise, of the nats of each character of `ids[:,
-        1:]`.
-        """
+        """An upper bound, on average over noise, of the nats of each character of `ids[:, 1:]`."""
         bound = self.bound(ids, generator=generator)
         return bound.prior + bound.steps[0] + bound.reconstruction
 
@@ -237,8 +235,7 @@ class Diffusion(Denoiser):
         generator: Generator | None = None,
         **how: Any,
     ) -> Iterator[Draft]:
-        """Drafts of the whole text: positions where `mask` is True are written, all others are
-        kept.
+        """Drafts of the whole text: positions where `mask` is True are written, others are kept.
 
         What stands after a gap is seen as well as what stands before. A text beyond the window is
         filled in page after page, each with the text around it. Raises InputError for a mask that
@@ -275,8 +272,7 @@ class Diffusion(Denoiser):
     def fill(
         self, text: str, *, gap: str = "_", seed: int | None = None, **settings: Any
     ) -> Iterator[Draft]:
-        """Text with gaps in, drafts out: every `gap` sign is a position to write, as in "To be, or
-        ___ to be".
+        """Text with gaps in, drafts out: each `gap` sign is to be written: "To be, or ___ to be".
 
         Raises InputError for a text without gaps, a gap sign that is itself a character of the
         vocabulary, and as `infill` does.

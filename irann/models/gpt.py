@@ -152,9 +152,7 @@ class GPT(Reader):
 
     @classmethod
     def from_transformers(cls, source: Any) -> "GPT":
-        """A `GPT2LMHeadModel`, or a name or folder that transformers resolves -> the same model in
-        this book's form.
-        """
+        """A `GPT2LMHeadModel`, or a name or folder for transformers -> the same model as ours."""
         from .interop import gpt_from_transformers
 
         return gpt_from_transformers(source)

@@ -1,6 +1,4 @@
-"""Models of transformers in this book's form, and back: since the parameters have the same names,
-little more than a copy.
-"""
+"""Models of transformers in our form, and back: with the same parameter names, nearly a copy."""
 
 import os
 from typing import Any

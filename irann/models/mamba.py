@@ -241,8 +241,7 @@ class Mamba(Reader):
 
     @classmethod
     def from_transformers(cls, source: Any, *, window: int = 1024) -> "Mamba":
-        """A `MambaForCausalLM`, or a name or folder that transformers resolves -> the same model in
-        this book's form.
+        """A `MambaForCausalLM`, or a name or folder for transformers -> the same model as ours.
 
         Its config knows no window; `window` is the length in which ours is then evaluated and
         trained.

@@ -170,8 +170,7 @@ class RecurrentDepth(LanguageModel):
     def every_round(
         self, ids: Ids, rounds: int | None = None, hidden: Hidden | None = None
     ) -> tuple[Float[Tensor, "b t v r"], Float[Tensor, "b t r"], Hidden]:
-        """Logits and halting probabilities of the first rounds, by default as many as in training;
-        and the last hidden state."""
+        """Logits and halting probabilities of `rounds` (default: as trained); last hidden state."""
         taken = list(islice(self.ponder(ids, hidden), rounds or self.config.rounds))
         logits = torch.stack([now.logits for now in taken], -1)
         return logits, torch.stack([now.halt for now in taken], -1), taken[-1].hidden

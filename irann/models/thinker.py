@@ -34,8 +34,7 @@ from .recurrent import (
 
 @dataclass
 class ThinkerCache:
-    """What `Thinker.read` keeps: the KV cache of the prelude by block, of the core by round and
-    block.
+    """What `Thinker.read` keeps: KV caches of the prelude by block, of the core by round and block.
 
     And of the last call's positions: the `rounds` taken, and the probability of having `halted`.
     """

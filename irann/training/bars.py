@@ -16,9 +16,7 @@ PART = 0.1  # of the time at most is spent on drawing
 
 
 def bar(items: Iterable | None = None, **options: Any) -> Any:
-    """tqdm's bar over the items, or one that is set by hand; where there is no standard error, none
-    is drawn.
-    """
+    """tqdm's bar over the items, or one set by hand; none is drawn without a standard error."""
     from tqdm.auto import tqdm
 
     if sys.stderr is None:

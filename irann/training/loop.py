@@ -1,5 +1,4 @@
-"""The training loop, one for every model: a generator of ticks that can be watched, stopped, and
-resumed bitwise.
+"""The training loop of every model: a generator of ticks to watch, stop, and resume bitwise.
 
     for tick in train(model, text, recipe, run="runs/mine"):
         print(tick.step, tick.loss)
@@ -182,8 +181,7 @@ def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick
         interrupted=interrupted,
         notes=run.take_notes(),
     )
-    # first the line, then the checkpoint: resuming drops a line too many, and cannot write a
-    # missing one
+    # the line before the checkpoint: resuming drops a line too many, but cannot write a missing one
     run.write(tick)
     if saves:
         tick = replace(tick, saved=run.save())
@@ -305,8 +303,7 @@ def _check(model: LanguageModel, text: Text, recipe: Recipe) -> None:
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise InputError(
             "nothing can be trained under torch.inference_mode, nor weights that were made "
-            "there: leave it, "
-            "and build the model outside"
+            "there: leave it, and build the model outside"
         )
     _, world = rank_and_world()
     if recipe.batch % (world * recipe.accumulate):

@@ -31,8 +31,7 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, each matrix's update orthogonalised; weight decay apart from the
-    gradient.
+    """SGD with Nesterov momentum, each matrix's update orthogonalised; decoupled weight decay.
 
     A parameter group may say `stacked`: how many matrices lie on top of each other in each of its
     parameters (a fused q, k and v is three). Each is orthogonalised on its own.

@@ -1,6 +1,4 @@
-"""One process, or several that train one model together (torchrun): who am I, and what do all of us
-say.
-"""
+"""One process, or several training one model (torchrun): who am I, and what do all of us say."""
 
 from typing import Any
 

@@ -13,9 +13,7 @@ from .muon import Muon
 
 @dataclass(frozen=True)
 class Recipe(Checked):
-    """How to train. `lr` is AdamW's; with optimizer="muon", Muon takes the hidden matrices at
-    `muon_lr`, AdamW the others.
-    """
+    """How to train. `lr` is AdamW's; optimizer="muon" gives hidden matrices Muon, at `muon_lr`."""
 
     steps: int = field(1000, "of the optimizer", low=1, high=2**62)
     batch: int = field(8, "windows of a step, over all processes", low=1, high=2**62)
@@ -65,8 +63,7 @@ class Recipe(Checked):
 
 
 def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW for everything, or Muon for the matrices of linear layers other than heads, and AdamW
-    for the others.
+    """AdamW, or Muon for the matrices of linear layers other than heads and AdamW for the others.
 
     Weight decay is for matrices; vectors and what `model.no_decay` names go without. Frozen
     parameters are left out.

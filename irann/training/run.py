@@ -36,8 +36,7 @@ class InUse(Exception):
 
 
 class Run:
-    """`with Run(folder, state) as run:` holds the directory while training; `folder` None writes
-    nothing.
+    """`with Run(folder, state) as run:` holds the folder while training; None writes nothing.
 
     Of several processes the first one writes. When the block ends in an error between two steps, as
     when the caller leaves the loop, a checkpoint is saved. The lock is the operating system's, so
@@ -241,9 +240,7 @@ def _identity(config: dict[str, Any], vocabulary: str) -> dict[str, Any]:
 
 
 def _check_saveable(snapshot: Snapshot) -> int:
-    """-> how many bytes a checkpoint of it has, nearly. Raises InputError for what no checkpoint
-    can hold, before any work.
-    """
+    """-> its checkpoint's size in bytes, nearly. Raises InputError early for what none can hold."""
     try:
         size = len(json.dumps(snapshot.config, allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -1,6 +1,4 @@
-"""Ctrl-C and its like, put off to a moment that suits: owned by a `with` block, so that nothing
-outlives it.
-"""
+"""Ctrl-C and its like, put off to a moment that suits, in a `with` block: nothing outlives it."""
 
 import os
 import signal
@@ -14,8 +12,7 @@ DEFAULTS = (signal.SIG_DFL, signal.default_int_handler)
 
 
 class Signals:
-    """`with Signals() as stop:` catches SIGINT, SIGTERM and SIGHUP; `stop()` is the one that came,
-    or 0.
+    """`with Signals() as stop:` catches SIGINT, SIGTERM, SIGHUP; `stop()` is which came, or 0.
 
     Only those whose handlers are the default ones are caught: one that is ignored, as under nohup,
     or that somebody else handles, stays so. Only the main thread can catch any. A second SIGINT

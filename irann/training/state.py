@@ -26,9 +26,7 @@ GLOBAL_GENERATOR = threading.RLock()  # one thread at a time swaps or seeds torc
 
 
 class NotFinite(Exception):
-    """Loss, gradient or weights became infinite or NaN; training stopped before using or saving
-    them.
-    """
+    """Infinite or NaN loss, gradient or weights; training stopped before using or saving them."""
 
     def __init__(self, what: str):
         way_out = "try a lower lr, a longer warmup or a smaller clip"
@@ -36,9 +34,7 @@ class NotFinite(Exception):
 
 
 class State:
-    """One training: the model, its optimizers, its random streams, its averaged weights, and how
-    far it is.
-    """
+    """One training: model, optimizers, random streams, averaged weights, and how far it is."""
 
     def __init__(self, model: LanguageModel, text: Text, recipe: Recipe):
         self.model = model
@@ -47,8 +43,7 @@ class State:
         self.rank, self.world = rank_and_world()
         self.device = model.device
         self.optimizers = optimizers(model, recipe)
-        # windows, and what the loss draws for a whole batch, are the same in every process; dropout
-        # is each one's own
+        # windows, and the loss's draws for a batch, are the same in all processes; dropout is not
         self.order = torch.Generator("cpu").manual_seed(recipe.seed)
         self.draws = torch.Generator(self.device).manual_seed(recipe.seed + 2**31)
         self.dropout = PrivateStream(recipe.seed + 1 + self.rank, self.device)
@@ -65,9 +60,7 @@ class State:
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
-        """One step: nobody else uses the model, and dropout draws from this training's own
-        stream.
-        """
+        """One step: nobody else uses the model, and dropout draws from this training's stream."""
         self.midstep = True
         rows = self.recipe.batch // (self.world * self.recipe.accumulate)
         characters = rows * self.model.config.window
@@ -77,16 +70,13 @@ class State:
         self.midstep = False
 
     def _begin(self) -> None:
-        """Raises InputError if another training has changed the model since this one's last
-        step.
-        """
+        """Raises InputError if another training changed the model since this one's last step."""
         if self.mark is None:
             self.mark = LAST_TRAINED[self.model] = object()
         if not self.undisturbed():
             raise InputError(
-                "another training of this model has begun since, and has changed its "
-                "weights: train a copy of the "
-                "model (copy.deepcopy), or one after the other"
+                "another training of this model has begun since, and has changed its weights: "
+                "train a copy of the model (copy.deepcopy), or one after the other"
             )
 
     def undisturbed(self) -> bool:
@@ -95,9 +85,7 @@ class State:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the averaged weights towards the model's: with a short memory first, so the start is
-        soon forgotten.
-        """
+        """Move averaged weights towards the model's; a short memory at first forgets the start."""
         if self.average is not None:
             decay = min(self.recipe.average, self.step / (self.step + 10))
             for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
@@ -105,9 +93,7 @@ class State:
 
     @torch.no_grad()
     def averaged(self) -> LanguageModel:
-        """-> the model to measure and to keep: with the averaged weights, if the recipe has
-        them.
-        """
+        """-> the model to measure and keep: with averaged weights, if the recipe has them."""
         if self.average is None:
             return self.model
         for mean, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
@@ -116,18 +102,14 @@ class State:
 
     @torch.no_grad()
     def use_average(self) -> None:
-        """At the end the model itself gets the averaged weights: those that `zoo.load` finds in the
-        run.
-        """
+        """At the end the model gets the averaged weights: those `zoo.load` finds in the run."""
         if self.average is not None:
             with exclusive(self.model):
                 for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                     p.copy_(mean)
 
     def check_finite(self, lr: float) -> None:
-        """Raises NotFinite before such weights could be measured or saved: a finite gradient times
-        a huge rate.
-        """
+        """Raises NotFinite before weights are measured or saved: finite gradient, huge rate."""
         if not self.finite():
             raise NotFinite(
                 f"after step {self.step} the weights are not finite, learning rate {lr:g}: "
@@ -216,9 +198,7 @@ class State:
         self.validation = None if validation is None else float(validation)
 
     def _memory(self) -> dict[str, tuple[torch.optim.Optimizer, torch.nn.Parameter, str]]:
-        """-> what optimizers remember, as "adamw.wte.weight.exp_avg": optimizer, parameter and its
-        name in there.
-        """
+        """-> optimizers' memory, as "adamw.wte.weight.exp_avg": optimizer, parameter, state key."""
         names = {p: name for name, p in self.model.named_parameters()}
         return {
             f"{type(optimizer).__name__.lower()}.{names[p]}.{key}": (optimizer, p, key)
@@ -229,9 +209,7 @@ class State:
         }
 
     def _checked(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
-        """-> what optimizers are to remember, every name and shape of it checked: their kernels
-        check nothing.
-        """
+        """-> optimizers' memory, every name and shape checked: their kernels check nothing."""
         memory = {name: t for name, t in memory.items() if not name.startswith("average.")}
         places = self._memory()
         known = {places[name][1] for name in memory if name in places}
@@ -249,8 +227,7 @@ class State:
 
 
 class PrivateStream:
-    """A stream of random numbers for dropout: `with stream:` swaps it in for torch's global one,
-    and out again.
+    """A random stream for dropout: `with stream:` swaps it in for torch's global one, and out.
 
     What the caller draws between two steps, a sample or a plot, therefore cannot change what
     training draws.
