@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each process of tests has a core; tor
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import chromium
+import jaxtyping
 import pytest
 import torch
 from filelock import FileLock
@@ -130,6 +131,12 @@ def small(corpus) -> Text:
     be fast.
     """
     return Text(corpus.train[:6000], corpus.val[:700], corpus.vocabulary, "an excerpt", "0" * 64)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Types are not looked at: for what repeats, a thousand times, calls that other tests hold."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -48,19 +48,9 @@ def test_each_contestant_runs_the_method_it_is_named_after(monkeypatch):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """`irann bench all --quick`, once -> its folder, its numbers, its page. The memory of a scan is
-    measured in a process of its own each time, that of a model's step for one model.
-    """
+    """`irann bench all --quick`, once -> its folder, its numbers, its page."""
     out, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    alone = scan.memory_of
-
-    def memory_of(subject, *sizes):
-        apart = subject in scan.contestants() or subject.startswith("gpt ")
-        return alone(subject, *sizes) if apart else scan.grown_by(subject, *sizes) / 1e6
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scan, "memory_of", memory_of)
-        suite.main("all", quick=True, out=out)
+    suite.main("all", quick=True, out=out)
     assert torch.get_num_threads() == threads
     return out, json.loads((out / "all.json").read_text()), (out / "all.md").read_text()
 

@@ -285,7 +285,7 @@ def test_only_the_system_s_own_errors_are_told_as_faults_of_the_disk():
 
 
 @every_model
-def test_memory_is_flat(name, small):
+def test_memory_is_flat(name, small, unchecked):
     """1,000 small steps add less than 1 kB each to the process, 300 of each other model less than
     2 kB. The quarter that adds most does not count: what leaks adds to every one.
     """

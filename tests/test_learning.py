@@ -36,7 +36,7 @@ def twelve_words() -> Text:
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
-def test_what_can_be_predicted_is_learnt(name, twelve_words):
+def test_what_can_be_predicted_is_learnt(name, twelve_words, unchecked):
     steps, limit = LIMITS[name]
     config, recipe = zoo.recipe(name, "tiny", steps=steps, evaluate_every=0)
     config = dataclasses.replace(config, vocabulary=len(twelve_words.vocabulary))

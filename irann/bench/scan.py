@@ -1,16 +1,11 @@
-"""The selective scan and Mamba beside others: time, growth with length, memory, writing.
-
-`python -m irann.bench.scan SUBJECT b t e` prints how many bytes the peak memory of this process
-grows in one pass.
-"""
+"""The selective scan and Mamba beside others: time, growth with length, memory, writing."""
 
 import functools
 import math
 import os
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from multiprocessing import get_all_start_methods, get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -118,8 +113,11 @@ def memory_of_steps(quick: bool) -> dict:
 
 def memory_of(subject: str, b: int, t: int, e: int) -> float:
     """-> MB, of a contestant or of "MODEL RECIPE"."""
-    command = [sys.executable, "-m", __spec__.name, subject, str(b), str(t), str(e)]
-    return float(subprocess.run(command, check=True, capture_output=True).stdout) / 1e6
+    method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"  # Windows
+    context = get_context(method)
+    context.set_forkserver_preload([__name__])  # what all of them import, once
+    with context.Pool(1) as alone:
+        return alone.apply(grown_by, (subject, b, t, e)) / 1e6
 
 
 def prepared(subject: str, b: int, t: int, e: int) -> Callable:
@@ -231,7 +229,3 @@ def writing(quick: bool) -> dict:
 
         runners["transformers, cached, after 100"] = peer
     return {name: summary(rates) for name, rates in alternate(runners, rounds).items()}
-
-
-if __name__ == "__main__":
-    print(grown_by(sys.argv[1], *map(int, sys.argv[2:])))

@@ -108,7 +108,7 @@ def test_options_that_the_engine_lacks_are_named():
 
 
 @pytest.mark.parametrize("name", ["gpt", "thinker", "mamba"])
-def test_500_characters_are_pytorchs_to_the_letter(name):
+def test_500_characters_are_pytorchs_to_the_letter(name, unchecked):
     model = zoo.load(name)
     ids = model.vocabulary.encode(PROMPT)
     *_, draft = model.generate(ids[None], 500, temperature=0)
