@@ -58,10 +58,12 @@ def test_weights_and_losses_are_drawn_as_they_are():
 
 
 def test_the_two_heads_drawn_large_are_the_ones_the_titles_say():
-    weights = torch.eye(5).expand(2, 2, 5, 5).clone()
+    weights = torch.eye(5).expand(2, 3, 5, 5).clone()
     weights[1, 0] = torch.eye(5).roll(-1, 1)  # looks at the one before
     weights[0, 1] = 0
-    weights[0, 1, :, 2] = 1  # agrees on the third
+    weights[0, 1, :, 2] = 0.9  # agrees on the third
+    weights[0, 2] = 0
+    weights[0, 2, :, 0] = 1  # on the first, where a head looks that has nothing to find
     titles = [ax.get_title(loc="left") for ax in drawings.maps(weights, "abcde").axes]
     assert "the one before: layer 2, head 1" in titles
     assert "one for all: layer 1, head 2" in titles

@@ -204,6 +204,18 @@ def test_a_bad_row_does_not_disturb_its_neighbours():
     close(end.x[0], limit, 1e-6)
 
 
+def test_a_row_that_has_come_to_rest_stays_although_its_step_would_move_it_again():
+    calls = []
+
+    def step(x):  # the first row rests once, the second moves for four rounds
+        calls.append(x)
+        return x + torch.tensor([[len(calls) > 1], [len(calls) < 5]])
+
+    end = fixed_point(step, torch.zeros(2, 1), tolerance=0.5, max_rounds=9)
+    assert end.rounds.tolist() == [1, 5] and end.x.tolist() == [[0], [4]]
+    assert end.converged.all() and end.residual.tolist() == [0, 0]
+
+
 def test_starting_at_the_fixed_point_takes_one_round():
     end = fixed_point(lambda x: x, torch.ones(2), tolerance=0, max_rounds=9)
     assert end.rounds.tolist() == [1, 1] and end.converged.all() and (end.residual == 0).all()

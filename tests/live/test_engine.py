@@ -1,7 +1,9 @@
 """The engine of the live pages against PyTorch, as WebAssembly and built natively."""
 
+import base64
 import hashlib
 import importlib.util
+import json
 import math
 import re
 import shutil
@@ -15,9 +17,10 @@ from conftest import excite
 
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
-from irann.export import LIVE, weights_file
+from irann.export import LIVE, model_script, weights_file
 from irann.export import page as exported
 from irann.settings import InputError
+from irann.text import Vocabulary
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "ROMEO:\nWhat light"
@@ -89,6 +92,18 @@ def test_what_is_no_model_is_refused(host):
     assert Engine(host, data=data).refused == 0
     with pytest.raises(InputError, match="cannot open this model .code 1."):
         Engine(host, data=b"").start([1])
+
+
+def test_a_page_s_script_says_what_the_model_is():
+    model = tiny("diffusion")
+    model.vocabulary = Vocabulary("\nabcdefghijkl")
+    assert model.config.page < model.config.window
+    call, told = model_script(model, "mine").split(" = ", 1)
+    told = json.loads(told.removesuffix(";\n"))
+    data = base64.b64decode(told.pop("data"))
+    assert call == 'irannLive.models["mine"]' and data == weights_file(model)
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert told == {"characters": "\nabcdefghijkl", "sha256": sha256, "page": model.config.page}
 
 
 def test_options_that_the_engine_lacks_are_named():
