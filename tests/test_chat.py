@@ -309,6 +309,28 @@ def test_every_model_shows_its_inside_on_the_text(here, name):
     assert own.get(name, "nll") in look.values | look.maps
 
 
+@pytest.mark.parametrize("axes", [(), (3,), (2, 3), (2, 2, 3)])
+def test_maps_of_any_axes_become_layers_and_heads(here, axes, monkeypatch):
+    session = Session("gpt", length=8)
+    talk(session, "Hello")
+    drawn = torch.Generator().manual_seed(0)
+    maps = []
+
+    def inspect(ids, **_):
+        maps.append(torch.rand(*axes, ids.shape[1], ids.shape[1], generator=drawn))
+        return {"looks": maps[-1], "none": torch.zeros(1, 1, 2, 3)}
+
+    monkeypatch.setattr(session.model, "inspect", inspect)
+    look = session.inspect()
+    if not axes:  # one row a character and no heads: neither numbers nor maps
+        assert not look.heads and not look.maps
+        return
+    t = len(look.text)
+    wanted = maps[-1] if axes == (2, 3) else maps[-1].reshape(1, -1, t, t)
+    assert torch.equal(look.heads["looks"], wanted) and look.heads.keys() == {"looks"}
+    torch.testing.assert_close(look.maps["looks"], wanted.mean((0, 1)))
+
+
 def test_the_inside_is_read_by_the_settings_of_the_model(here):
     session = Session("thinker", stop="fixed", rounds=5, temperature=0.5)
     excite(session.model, 0.2)

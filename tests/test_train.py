@@ -1063,11 +1063,12 @@ def test_which_parameter_goes_where(name):
     taken = [names[p] for o in (adam, muon) for group in o.param_groups for p in group["params"]]
     assert sorted(taken) == sorted(names.values())
     linear = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    heads = {n for n in linear if n.endswith("head.weight")}
     for group in muon.param_groups:
         assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.6, 0.3, 0.2)
         for p in group["params"]:
             assert group["stacked"] == getattr(linear.pop(names[p]), "stacked", 1)
-    assert all(n.endswith("head.weight") for n in linear)
+    assert linear.keys() == heads
     for group in adam.param_groups:
         assert group["betas"] == (0.7, 0.8) and group["lr"] == 0.1
         for p in group["params"]:
