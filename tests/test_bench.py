@@ -5,6 +5,7 @@ import os
 import sys
 from types import SimpleNamespace
 
+import jaxtyping
 import pytest
 import torch
 from conftest import refuses
@@ -50,7 +51,9 @@ def test_each_contestant_runs_the_method_it_is_named_after(monkeypatch):
 def quick(tmp_path_factory):
     """`irann bench all --quick`, once -> its folder, its numbers, its page."""
     out, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
-    suite.main("all", quick=True, out=out)
+    with pytest.MonkeyPatch.context() as patch:  # as fast as it is for a reader
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        suite.main("all", quick=True, out=out)
     assert torch.get_num_threads() == threads
     return out, json.loads((out / "all.json").read_text()), (out / "all.md").read_text()
 

@@ -80,7 +80,7 @@ def test_loss_is_finite_and_every_parameter_learns(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_one_batch_can_be_memorised(name, small):
+def test_one_batch_can_be_memorised(name, small, unchecked):
     model = tiny(name)
     batch = small.train[: 2 * (model.config.window + 1)].view(2, -1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -410,7 +410,7 @@ def test_save_and_load_give_the_same(name, small, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_resuming_is_bitwise(name, small, tmp_path):
+def test_resuming_is_bitwise(name, small, tmp_path, unchecked):
     *_, plan = recipe(name, steps=7, evaluate_every=3)
     straight = tiny(name)
     losses = [tick.loss for tick in train(straight, small, plan)]

@@ -583,7 +583,7 @@ def test_the_same_seed_writes_the_same_text_and_training_mode_stays():
     assert model.training
 
 
-def test_a_perfect_model_writes_with_the_right_frequencies():
+def test_a_perfect_model_writes_with_the_right_frequencies(unchecked):
     """Many steps of ancestral sampling with the true posterior draw from the language itself:
     chi-square over single characters.
     """
@@ -765,7 +765,7 @@ def test_what_cannot_be_is_refused_before_any_work():
             Diffusion(DiffusionConfig(**TINY | changes))
 
 
-def test_one_batch_can_be_learnt_by_heart():
+def test_one_batch_can_be_learnt_by_heart(unchecked):
     torch.manual_seed(0)
     model = Diffusion(DiffusionConfig(**TINY | {"width": 32, "channels": 8}))
     ids = text(4, 17)

@@ -309,7 +309,7 @@ def test_it_starts_as_the_paper_says():
     [SMALL, dataclasses.replace(SMALL, tied=False, init="fan_in", dropout=0.1)],
     ids=["paper", "fast"],
 )
-def test_every_parameter_learns_and_a_page_can_be_memorised(config):
+def test_every_parameter_learns_and_a_page_can_be_memorised(config, unchecked):
     torch.manual_seed(0)
     model, page = Mamba(config), ids(2, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -130,12 +130,12 @@ def test_a_second_seed_is_run_beside_the_first(idle, tmp_path):
         ("speedrun", "is above nanoGPT's 1.4697"),
     ],
 )
-def test_every_race_runs_and_says_what_it_found(name, words, short, tmp_path, capsys):
+def test_every_race_runs_and_says_what_it_found(name, words, short, tmp_path, capsys, unchecked):
     suite.main(name, quick=True, out=tmp_path, seeds=1)
     assert words in capsys.readouterr().out
 
 
-def test_the_race_of_all_models(short, tmp_path, capsys):
+def test_the_race_of_all_models(short, tmp_path, capsys, unchecked):
     found = suite.main("models", quick=True, out=tmp_path, seeds=1)
     page, rows = capsys.readouterr().out, found["rows"]
     assert list(rows) == ["gpt", "mamba", "thinker", "thinker-page", "diffusion"]
@@ -182,7 +182,9 @@ def test_a_row_of_other_settings_is_not_taken_for_done(idle, tmp_path, monkeypat
     assert len(idle) == done
 
 
-def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_stay(short, tmp_path, monkeypatch):
+def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_stay(
+    short, tmp_path, monkeypatch, unchecked
+):
     found = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
     page = tmp_path / "nanogpt.json"
     old = json.loads(page.read_text())
