@@ -82,7 +82,7 @@ def packed(snapshot: Snapshot) -> dict[str, bytes]:
     for part in TENSORS:
         # on the CPU, contiguous, and no two sharing memory, as safetensors wants them
         tensors = getattr(snapshot, part).items()
-        plain = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors}
+        plain = {name: t.to("cpu", copy=True).contiguous() for name, t in tensors}
         files[f"{part}.safetensors"] = tensors_to_bytes(plain)
     files["config.json"] = _json(snapshot.config)
     files["vocabulary.json"] = _json(list(snapshot.vocabulary))

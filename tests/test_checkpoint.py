@@ -417,6 +417,12 @@ def test_killed_at_random_moments_the_newest_is_valid(tmp_path):
         assert (loaded.model["w"] == loaded.config["step"]).all()
 
 
-def test_a_kernel_that_was_switched_off_is_part_of_the_environment(monkeypatch):
+def test_whether_the_kernel_can_be_had_is_part_of_the_environment(monkeypatch):
+    monkeypatch.delenv("IRANN_KERNEL", raising=False)
+    monkeypatch.setenv("CC", f"{sys.executable} -some-option")  # a program that there is
+    assert checkpoint.environment()["kernel"] is True
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    assert checkpoint.environment()["kernel"] is False
+    monkeypatch.setenv("CC", sys.executable)
     monkeypatch.setenv("IRANN_KERNEL", "0")
     assert checkpoint.environment()["kernel"] is False

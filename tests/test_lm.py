@@ -270,8 +270,10 @@ def test_generate_from_text(corpus):
         lm.generate(model, "é")
     with pytest.raises(ValueError, match="GPT has no setting 'steps'"):
         lm.generate(model, "a", steps=3)
-    with pytest.raises(ValueError, match="seed"):
-        lm.generate(model, "a", seed=-1)
+    assert len(lm.generate(model, "a", 3, seed=2**62)) == 4
+    for seed in (-1, 2**62 + 1):
+        with pytest.raises(ValueError, match="seed"):
+            lm.generate(model, "a", seed=seed)
 
 
 def test_a_text_whose_beginning_the_window_lost_comes_with_a_warning():
