@@ -59,11 +59,6 @@ def small_disk(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def pytest_configure(config):
-    # jsonschema's check of addresses, which no notebook needs, compiles a grammar for two seconds
-    sys.modules["rfc3987_syntax"] = None
-
-
 def pytest_sessionstart(session):
     """Before anything runs: a browser, or a sentence that says what stays untested."""
     if hasattr(session.config, "workerinput"):
