@@ -2,7 +2,8 @@
 .ipynb beside each .md, clean.
 
 Clean means: no times and no widget states, which would differ at every run, and only the metadata
-that the .md has.
+that the .md has. The .md is written again as JupyterLab saves it, so that an edit there changes
+what was edited and nothing else.
 """
 
 import base64
@@ -16,6 +17,12 @@ import nbformat
 from nbclient import NotebookClient
 from PIL import Image
 
+PAIR = {
+    "default_lexer": "ipython3",
+    "formats": "ipynb,md:myst",
+    "notebook_metadata_filter": "-jupytext.text_representation.jupytext_version",
+}
+
 
 def execute(page: Path) -> Path:
     """-> the .ipynb beside `page`. An error in a cell is raised, and nothing is stored."""
@@ -28,14 +35,11 @@ def execute(page: Path) -> Path:
         resources={"metadata": {"path": str(page.parent)}},
         **clean,
     ).execute()
-    keep = {
-        "jupytext": {"default_lexer": "ipython3", "formats": "ipynb,md:myst"},
-        "language_info": notebook.metadata.language_info,
-    }
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            **keep,
+            "jupytext": PAIR,
+            "language_info": notebook.metadata.language_info,
         }
     )
     for cell in notebook.cells:
@@ -44,7 +48,13 @@ def execute(page: Path) -> Path:
                 output.data["image/png"] = smaller(output.data["image/png"])
     target = page.with_suffix(".ipynb")
     nbformat.write(notebook, target)
+    page.write_text(as_markdown(target))  # last: JupyterLab takes the newer side for the source
     return target
+
+
+def as_markdown(notebook: Path) -> str:
+    """-> the other side of a .ipynb, as JupyterLab would save it."""
+    return jupytext.writes(jupytext.read(notebook), fmt="md:myst")
 
 
 def smaller(picture: str) -> str:

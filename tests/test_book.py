@@ -286,6 +286,8 @@ def test_execute_stores_a_clean_notebook(tmp_path):
         notebook.metadata.keys() == stored.keys() and notebook.metadata.jupytext == stored.jupytext
     )
     assert not any("execution" in cell.metadata for cell in notebook.cells)
+    pair = page.with_suffix(".ipynb").stat().st_mtime, page.stat().st_mtime
+    assert pair[0] <= pair[1]  # JupyterLab opens no pair whose source is older and differs
 
 
 def test_the_citation_and_the_licence_agree_with_the_package():

@@ -52,6 +52,14 @@ def test_both_sides_hold_the_same_cells(page):
 
 
 @chapters
+def test_the_source_is_what_jupyterlab_would_save(page):
+    """Else an edit there changes half of the file."""
+    whole = executed(page)
+    assert jupytext.writes(whole, fmt="md:myst") == page.read_text()
+    assert whole.metadata.jupytext.formats == "ipynb,md:myst"
+
+
+@chapters
 def test_every_code_cell_ran_in_order_without_an_error(page):
     cells = code(executed(page))
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
