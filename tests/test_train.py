@@ -19,7 +19,7 @@ from conftest import PROGRAMS, refuses
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from irann import checkpoint, lm, zoo
+from irann import checkpoint, figures, lm, zoo
 from irann.checkpoint import CheckpointError, DiskError
 from irann.lm import LanguageModel
 from irann.settings import InputError
@@ -103,6 +103,26 @@ def test_the_bar_of_a_resumed_run_begins_where_it_stood(monkeypatch):
     ticks = [Tick(step, 2.0, {}, 0.1, 1.0, 10.0) for step in (6, 7, 8)]
     shown = [(drawn[0].n, drawn[0].initial) for _ in progress(ticks, 20, file=io.StringIO())]
     assert shown == [(6, 5), (7, 5), (8, 5)] and drawn[0].total == 20
+
+
+def test_in_a_notebook_the_curve_grows_and_at_last_holds_every_step(monkeypatch):
+    pictures, drawn, draw = [], [], figures.learning_curve
+
+    def learning_curve(seen, **how):
+        ax = draw(seen, **how)
+        drawn.append((len(seen), how["name"], len(ax.lines[0].get_xdata())))
+        return ax
+
+    monkeypatch.setattr(figures, "learning_curve", learning_curve)
+    monkeypatch.setattr(bars, "EVERY", 0)  # seconds between two pictures
+    monkeypatch.setattr(bars, "_place", lambda: SimpleNamespace(update=pictures.append))
+    ticks = (Tick(step, 3.0 - step / 10, {}, 0.1, step, 10.0) for step in range(1, 8))
+    for tick in bars.watch(ticks, 9, name="mine"):
+        assert drawn[0] == (1, "mine", 1)  # before the step is handed on
+        if tick.step == 5:
+            break  # a reader who stops sees what there is
+    assert drawn[-1] == (5, "mine", 5) and len(pictures) == len(drawn) > 1
+    assert pictures[0].format == "png" and len({picture.data for picture in pictures}) > 1
 
 
 def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
