@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 from contextlib import suppress
@@ -63,7 +64,7 @@ def environment() -> dict[str, Any]:
     `kernel` says whether the scan's kernel in C can be had, as far as that shows without building
     it.
     """
-    compiler = (os.environ.get("CC", "").split() or ["cc"])[0]
+    compiler = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

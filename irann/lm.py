@@ -57,8 +57,8 @@ class LanguageModel(nn.Module):
 
     `config` is a frozen dataclass with at least `vocabulary` and `window`. `exact` says whether
     `nll` is an exact likelihood or an upper bound. `settings` are the extra keyword arguments of
-    `generate`, of `inspect`, and, if `exact`, of `nll`. `no_decay` ends the names of parameters
-    that weight decay spares.
+    `generate`, of `inspect`, and, if `exact`, of `nll`. `no_decay` are endings of
+    the names of parameters without weight decay.
     """
 
     exact = True
@@ -180,7 +180,9 @@ class Reader(LanguageModel):
         return left_to_right(self, prompt, n, generator=generator, **sampling)
 
 
-def cross_entropy(logits: Float[Tensor, "b t v"], ids: Ids) -> Float[Tensor, "b t"]:
+def cross_entropy(
+    logits: Float[Tensor, "b t v *more"], ids: Integer[Tensor, "b t *more"]
+) -> Float[Tensor, "b t *more"]:
     """Nats of each character, in float32 at least."""
     logits = logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(logits, ids, reduction="none")

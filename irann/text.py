@@ -85,13 +85,19 @@ class Vocabulary:
         return torch.from_numpy(ids)
 
     def decode(self, ids: Any) -> str:
-        """Ids, as a tensor (t), an array or a list -> text. Raises InputError for an unknown id."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if ids and not 0 <= min(ids) <= max(ids) < len(self):
-            raise InputError(
-                f"ids of this vocabulary lie in 0..{len(self) - 1}; got {min(ids)}..{max(ids)}"
-            )
-        return "".join(self.characters[i] for i in ids)
+        """Ids, as a tensor (t), an array or a list -> text. Raises InputError for what is none, and
+        for an unknown id.
+        """
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        try:
+            ids = list(ids)
+            if ids and not 0 <= min(ids) <= max(ids) < len(self):
+                raise InputError(
+                    f"ids of this vocabulary lie in 0..{len(self) - 1}; got {min(ids)}..{max(ids)}"
+                )
+            return "".join(self.characters[i] for i in ids)
+        except TypeError:
+            raise InputError("ids are whole numbers of shape (t), such as draft.ids[0]") from None
 
 
 @dataclass(frozen=True, eq=False)

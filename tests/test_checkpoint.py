@@ -419,8 +419,9 @@ def test_killed_at_random_moments_the_newest_is_valid(tmp_path):
 
 def test_whether_the_kernel_can_be_had_is_part_of_the_environment(monkeypatch):
     monkeypatch.delenv("IRANN_KERNEL", raising=False)
-    monkeypatch.setenv("CC", f"{sys.executable} -some-option")  # a program that there is
-    assert checkpoint.environment()["kernel"] is True
+    for there in (f"{sys.executable} -some-option", f"'{sys.executable}'"):
+        monkeypatch.setenv("CC", there)  # a program that there is
+        assert checkpoint.environment()["kernel"] is True
     monkeypatch.setenv("CC", "/no/such/compiler")
     assert checkpoint.environment()["kernel"] is False
     monkeypatch.setenv("CC", sys.executable)

@@ -276,6 +276,15 @@ def test_what_the_output_cannot_hold_becomes_a_question_mark(
     assert ("PYTHONIOENCODING=utf-8" in err) == (encoding != "utf-8")
 
 
+def test_the_seed_of_a_recipe_draws_the_first_weights(run, corpus):
+    for seed in (0, 3):
+        run("train", "gpt", *TINY, "--set", f"seed={seed}", "--run", f"runs/{seed}")
+        config, recipe = zoo.recipe("gpt", "tiny", steps=6, seed=seed)
+        model = zoo.build("gpt", config, seed=seed)
+        list(train(model, corpus, recipe))
+        assert torch.equal(irann.load(f"runs/{seed}").wte.weight, model.wte.weight)
+
+
 def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "s3cr3t")
     monkeypatch.setenv("IRANN_CORPUS", str(tmp_path / "nowhere.txt"))
@@ -289,6 +298,8 @@ def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch
         assert run("doctor")[0] == 0
     assert torch.__version__ in out and "GB free" in out and "gpt, mamba" in out
     wrong = [line for line in out.splitlines() if line.startswith("wrong")]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(tmp_path) in out and str(tmp_path) not in run("doctor")[1]
     for line, words in zip(
         wrong, ("nosuch 'compiler", "nowhere.txt", "step-00000009"), strict=True
     ):
@@ -673,6 +684,8 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     (tmp_path / "irann-book" / "welcome.ipynb").write_text("mine")
     assert run("book")[0] == 0
     assert (tmp_path / "irann-book" / "welcome.ipynb").read_text() == "mine"
+    (tmp_path / "share" / "08_new.ipynb").write_text("{}")  # a later edition
+    assert run("book")[0] == 0 and (tmp_path / "irann-book" / "08_new.ipynb").exists()
 
 
 def test_a_shell_completes_models_and_runs(run, trained, monkeypatch):

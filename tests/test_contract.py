@@ -225,6 +225,31 @@ def test_characters_may_be_whole_numbers_of_any_kind(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_is_longer_than_the_window_is_refused_or_read_on(name):
+    model, long = tiny(name).eval(), ids(1, 100)
+    if name != "mamba":  # whose state never fills up
+        with refuses("window holds"):
+            model.loss(long)
+    if name in ("gpt", "thinker", "thinker-page", "thinker that ships"):
+        with refuses("window holds"):
+            model.nll(long, generator=rng())
+    else:
+        assert model.nll(long, generator=rng()).shape == (1, 99)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_may_be_asked_for_its_inside_in_the_same_way(name):
+    model = tiny(name).eval()
+    text = ids(1, 20)
+    shown = model.inspect(text, generator=rng(), **dict.fromkeys(model.settings))
+    for what, tensor in model.inspect(text, generator=rng()).items():
+        assert torch.equal(shown[what], tensor), what
+    if shown:
+        with refuses("no setting 'colour'"):
+            model.inspect(text, colour="red")
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_loss_in_inference_mode_does_not_forbid_training_later(name):
     model = tiny(name)
     with torch.inference_mode():
@@ -328,6 +353,7 @@ def test_other_precisions_write_score_and_are_kept(name, kind, small, tmp_path):
         ids(1, 5), 4, generator=rng(), **({"steps": 4} if "steps" in model.settings else {})
     )
     nats = model.nll(ids(2, 33), generator=rng())
+    assert model.loss(ids(2, 33))[0].dtype == torch.promote_types(kind, torch.float32)
     assert last.ids.shape == (1, 9) and nats.isfinite().all()
     if model.exact:
         assert nats.dtype == (torch.float64 if kind == torch.float64 else torch.float32)

@@ -473,6 +473,24 @@ def test_a_page_is_scored_given_what_stands_before_and_nothing_after():
     torch.testing.assert_close(nll, parts.prior + parts.steps[0] + parts.reconstruction)
 
 
+def test_a_text_beyond_the_window_is_scored_as_it_is_written():
+    """A page sees as many characters before it as while it is written, and no more."""
+    model = tiny()
+    room, page = model.config.window + 1, model.config.page
+    ids = text(1, 3 * room)
+    t = ids.shape[1]
+    last = (t - 2) // page * page  # of `ids[:, 1:]`: where the last page begins
+
+    def of_last_page(changed):
+        other = ids.clone()
+        other[:, changed] = (other[:, changed] + 1) % 7
+        return model.bound(other, generator=seeded()).total[:, last:]
+
+    nothing = of_last_page(slice(0, 0))
+    assert torch.equal(of_last_page(slice(0, t - room)), nothing)
+    assert not torch.equal(of_last_page(slice(t - room, t - room + 1)), nothing)
+
+
 def test_the_bound_in_training_is_the_bound():
     """The one-draw estimate among the loss's parts, over many batches, for a model that needs no
     context.

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from conftest import refuses
 from jupyter_client.manager import start_new_kernel
 from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties
@@ -73,6 +74,8 @@ def test_a_learning_curve_s_mean_stands_at_the_end_of_what_it_is_of(ax, against,
     assert data(mean) == ([unit * i for i in range(2, 9)], of_two)
     assert data(validation) == ([4 * unit, 8 * unit], [4, 8]) and reference.get_ydata()[0] == 4
     assert ax.get_xlabel().startswith(against) and ax.get_ylabel() == "nats per character"
+    with refuses("no step to draw"):
+        figures.learning_curve([])
 
 
 @pytest.mark.parametrize(("against", "x"), [("characters", [2, 4]), ("seconds", [30, 60])])
@@ -172,6 +175,10 @@ def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
     assert positions == [(0, 0), (1, 0), (2, 0), (0, 1), (1, 1), (2, 1), (0, 2)]
     shades = [patch.get_facecolor()[0] for patch in ax.patches]
     assert shades[0] == 0 and shades[-1] == 1 and shades == sorted(shades)
+    figures.on_text("ab", [2.0, 3.0], low=0.0, high=4.0, cmap="gray", ax=ax)  # not from the least
+    assert [patch.get_facecolor()[0] for patch in ax.patches[-2:]] == pytest.approx(
+        [0.5, 0.75], abs=0.01
+    )
     # legible on its own ground
     assert (ax.texts[0].get_color(), ax.texts[-1].get_color()) == ("white", figures.INK)
 

@@ -183,6 +183,9 @@ def test_strangers_are_shown(corpus):
         Text.of("café " * 10, vocabulary=corpus.vocabulary)
     with pytest.raises(ValueError, match=r"0\.\.64; got 3\.\.65"):
         corpus.vocabulary.decode([3, 65])
+    for ids in (torch.zeros(1, 3, dtype=torch.long), torch.zeros(3), torch.tensor(3), 3, "abc"):
+        with pytest.raises(InputError, match=r"whole numbers of shape \(t\), such as draft.ids"):
+            corpus.vocabulary.decode(ids)
     with pytest.raises(ValueError, match="empty"):
         Vocabulary("")
 

@@ -19,6 +19,7 @@ from conftest import PROGRAMS, refuses
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
+import irann
 from irann import checkpoint, figures, lm, zoo
 from irann.checkpoint import CheckpointError, DiskError
 from irann.lm import LanguageModel
@@ -103,6 +104,17 @@ def test_the_bar_of_a_resumed_run_begins_where_it_stood(monkeypatch):
     ticks = [Tick(step, 2.0, {}, 0.1, 1.0, 10.0) for step in (6, 7, 8)]
     shown = [(drawn[0].n, drawn[0].initial) for _ in progress(ticks, 20, file=io.StringIO())]
     assert shown == [(6, 5), (7, 5), (8, 5)] and drawn[0].total == 20
+
+
+def test_a_card_tells_of_no_other_weights(small, tmp_path):
+    """What is trained on is no longer what its card measured, nor of its text only."""
+    model = zoo.load("gpt")
+    assert model.card["validation"]
+    list(train(model, small, Recipe(steps=1, batch=1)))
+    told = irann.load(irann.save(model, tmp_path / "mine")).card
+    assert "validation" not in told and told["corpus"]["training_characters"] == len(small.train)
+    with pytest.raises(InputError, match="val part has no character"):
+        evaluate(model, dataclasses.replace(small, val=small.val[:0]))
 
 
 def test_in_a_notebook_the_curve_grows_and_at_last_holds_every_step(monkeypatch):

@@ -133,7 +133,6 @@ class Session:
         self.reader = "ROMEO"
         self.speaker = "JULIET"
         self.mode = "play"
-        self.mode_is_chosen = False
         self.seed: int | None = None
         self.asked = 0  # replies since the seed was set: each draws anew, a conversation repeats
         self.device = device
@@ -396,10 +395,7 @@ class Session:
             nll_settings = own if self.model.exact else {}
             generator = lm.seeded(self.model, 0)
             nats = self.model.nll(ids, generator=generator, **nll_settings)[0].float().tolist()
-            if own:
-                shown = self.model.inspect(ids, generator=lm.seeded(self.model, 0), **own)
-            else:
-                shown = self.model.inspect(ids)
+            shown = self.model.inspect(ids, generator=lm.seeded(self.model, 0), **own)
         values = {"nll": [0.0, *nats]}  # nothing comes before the first character
         maps = {}
         heads = {}

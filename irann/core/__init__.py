@@ -25,6 +25,6 @@ Symbols, as values and not as axes:
 Likelihoods are in nats per character.
 
 Everything here takes tensors and returns tensors: no modules, no files, nothing but torch and
-einops, and float64 in gives float64 out. Shapes stand at the arguments as types; the tests hold
-every call to them.
+einops (the scan apart, which asks `kernels` for the fastest way), and float64 in gives float64 out.
+Shapes stand at the arguments as types; the tests hold every call to them.
 """

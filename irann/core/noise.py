@@ -93,7 +93,7 @@ class Schedule:
         if tau.ndim and x.ndim and len(tau) != len(x) and 1 not in (len(tau), len(x)):
             got = f"{len(tau)} beside x {tuple(x.shape)}"
             raise ValueError(f"there is one tau for all rows or one for each; got {got}")
-        # To look would make a GPU wait, which checks indices itself; and a compiler cannot look.
+        # Looking would make a GPU wait, and it checks indices itself; a compiler cannot look.
         look = tau.device.type == "cpu" and not torch.compiler.is_compiling()
         if look and tau.numel() and not (tau.min() >= 1 and tau.max() <= self.steps):
             got = f"{int(tau.min())}..{int(tau.max())}"

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..settings import InputError
 from . import lab
 
 HUES = {"gpt": "#0072B2", "thinker": "#D55E00", "diffusion": "#009E73", "mamba": "#CC79A7"}
@@ -87,6 +88,8 @@ def learning_curve(
     label: str | None = None,
 ) -> Any:
     """Draw the loss of ticks and the reference lines, against step, seconds or characters."""
+    if not ticks:
+        raise InputError("there is no step to draw: a run that is done takes none")
     ax = _axes(ax)
     losses = torch.tensor([tick.loss for tick in ticks])
     span = max(1, min(20, len(losses) // 4))

@@ -123,4 +123,5 @@ def _from_the_right(a, g, trees):
         torch.addcmul(positions[i], keep[i + 1], positions[i + 1], out=positions[i])
 
 
-SCAN = operator("chunked", _forward, _backward, _spans, options=("span", "trees"))
+DEVICES = ("CPU", "CUDA", "MPS")
+SCAN = operator("chunked", _forward, _backward, _spans, options=("span", "trees"), devices=DEVICES)

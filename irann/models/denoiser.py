@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..core.noise import Schedule
-from ..layers import Block, init_fan_in, make_norm, rotary_table
+from ..layers import Block, check_window, init_fan_in, make_norm, rotary_table
 from ..lm import Ids, LanguageModel, cross_entropy
 from ..settings import Checked, InputError, check_heads, field
 
@@ -118,6 +118,7 @@ class Denoiser(LanguageModel):
         `previous_guess` are probabilities; None means none yet, all zeros.
         """
         c = self.config
+        check_window(c.window + 1, 0, ids.shape[1])
         masked = mask[..., None]
         known = F.one_hot(ids, c.vocabulary).to(x.dtype)
         x = torch.where(masked, x, self.embeddings[ids])

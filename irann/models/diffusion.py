@@ -163,8 +163,10 @@ class Diffusion(Denoiser):
         nothing = self.word_embedding.new_zeros(len(ids), 0)
         parts = [(nothing, nothing[None], nothing)]
         for start in range(1, ids.shape[1], self.config.page):
-            page = ids[:, : start + self.config.page]
-            parts.append(self._page_bound(page, start, generator, draws))
+            end = min(start + self.config.page, ids.shape[1])
+            begin = max(0, end - self.config.window - 1)  # as `page_by_page` has it
+            page = ids[:, begin:end]
+            parts.append(self._page_bound(page, start - begin, generator, draws))
         return Bound(*(torch.cat(part, -1) for part in zip(*parts, strict=True)))
 
     def _page_bound(self, ids, start, generator, draws):

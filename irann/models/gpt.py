@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Complex, Float, Integer
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..layers import (
@@ -34,7 +34,7 @@ from ..layers import (
     make_norm,
     rotary_table,
 )
-from ..lm import Ids, Reader
+from ..lm import Ids, Reader, check_settings
 from ..settings import Checked, check_heads, field
 
 
@@ -140,8 +140,11 @@ class GPT(Reader):
         return self.drop(x), rotary
 
     @torch.no_grad()
-    def inspect(self, ids: Integer[Tensor, "1 t"]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def inspect(
+        self, ids: Integer[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
+    ) -> dict[str, Tensor]:
         """`attention` (layers h t s): the attention weights of every layer and head."""
+        check_settings(self, settings)
         x, rotary = self.embed(self.check_ids(ids))
         maps = []
         block: Block

@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Integer
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
 from ..layers import ACTIVATIONS, StackedLinear, init_fan_in
-from ..lm import PIECE, Ids, Reader
+from ..lm import PIECE, Ids, Reader, check_settings
 from ..settings import Checked, field
 
 
@@ -229,8 +229,11 @@ class Mamba(Reader):
         return {"delta": delta.mean((0, 2)).tolist()}
 
     @torch.no_grad()
-    def inspect(self, ids: Integer[Tensor, "1 t"]) -> dict[str, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def inspect(
+        self, ids: Integer[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
+    ) -> dict[str, Tensor]:
         """`delta` (t): the mean step size of each character, how much of the state it rewrites."""
+        check_settings(self, settings)
         x = self.embeddings(self.check_ids(ids))
         deltas = []
         for block in self.blocks:

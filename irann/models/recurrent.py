@@ -26,11 +26,10 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Complex, Float
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
-from ..layers import Block, KeyValue, init_fan_in, make_norm, rotary_table
-from ..lm import Ids, LanguageModel, Loss, check_settings
+from ..layers import Block, KeyValue, check_window, init_fan_in, make_norm, rotary_table
+from ..lm import Ids, LanguageModel, Loss, check_settings, cross_entropy
 from ..settings import Checked, Setting, check_heads, field
 
 Hidden = Float[Tensor, "b t d"]
@@ -89,6 +88,7 @@ class RecurrentDepth(LanguageModel):
     def __init__(self, config: ThinkerConfig, *, causal: bool, symbols: int):
         super().__init__(config)
         c = config
+        self.room = c.window + (not causal)  # whoever writes pages sees the character before, too
         self.wte = nn.Embedding(symbols, c.width)
         block = partial(Block.fast, c.width, c.heads, causal=causal, dropout=c.dropout)
         self.prelude = nn.ModuleList(block() for _ in range(c.prelude))
@@ -159,7 +159,7 @@ class RecurrentDepth(LanguageModel):
 
     def ponder(self, ids: Ids, hidden: Hidden | None = None) -> Iterator[Round]:
         """Round after round without end, from zeros or from a hidden state that is carried over."""
-        rotary = self.rotary(0, ids.shape[1])
+        rotary = self.rotary(0, check_window(self.room, 0, ids.shape[1]))
         injected, _ = self.inject(ids, rotary)
         before = torch.zeros_like(injected) if hidden is None else hidden
         for r in count():
@@ -255,7 +255,7 @@ def entropy(logits: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:
 def round_nats(logits: Float[Tensor, "b t v r"], ids: Ids) -> Float[Tensor, "b t r"]:
     """What the prediction of every round pays for the characters."""
     targets = ids[..., None].expand(*ids.shape, logits.shape[-1])
-    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    return cross_entropy(logits, targets)
 
 
 def round_weights(supervision: str, nats: Float[Tensor, "b t r"]) -> Float[Tensor, " r"]:

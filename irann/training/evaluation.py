@@ -70,6 +70,8 @@ def evaluate(
     length = WINDOW.check("window", window) or model.config.window
     rank, world = rank_and_world() if share else (0, 1)
     batches = _windows(text, part, length, batch)
+    if not batches:
+        raise InputError(f"the {part} part has no character to be predicted")
     generator = torch.Generator(model.device)
     mine = range(rank, len(batches), world)
     nats = squares = count = 0.0

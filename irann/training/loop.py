@@ -114,6 +114,7 @@ def _train(
     speed = 0.0
     with Run(folder, state, resume=resume, overwrite=overwrite) as run:
         model.vocabulary = text.vocabulary
+        model.card = {"corpus": state.corpus()}  # a card of other weights says nothing of these
         if state.step and state.validation is None and _validates(recipe, state.step):
             _validate(state)  # the run was stopped before it
             run.amend()

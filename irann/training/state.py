@@ -138,12 +138,7 @@ class State:
             "seconds": self.seconds,
             "validation": self.validation,
             "exact": self.model.exact,
-            "corpus": {
-                # a file's name may hold bytes that are no text
-                "source": self.text.source.encode("utf-8", "backslashreplace").decode(),
-                "sha256": self.text.sha256 or _sha256(self.text),
-                "training_characters": len(self.text.train),
-            },
+            "corpus": self.corpus(),
             "environment": checkpoint.environment()
             | {
                 "device": self.device.type,
@@ -152,6 +147,15 @@ class State:
                 "processes": self.world,
                 "weights": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             },
+        }
+
+    def corpus(self) -> dict[str, Any]:
+        """What a card says of the text."""
+        return {
+            # a file's name may hold bytes that are no text
+            "source": self.text.source.encode("utf-8", "backslashreplace").decode(),
+            "sha256": self.text.sha256 or _sha256(self.text),
+            "training_characters": len(self.text.train),
         }
 
     def snapshot(self) -> Snapshot:

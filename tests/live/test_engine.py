@@ -17,10 +17,10 @@ from conftest import excite
 
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
-from irann.export import LIVE, model_script, weights_file
+from irann.export import LIVE, counts_script, model_script, weights_file
 from irann.export import page as exported
 from irann.settings import InputError
-from irann.text import Vocabulary
+from irann.text import Text, Vocabulary
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "ROMEO:\nWhat light"
@@ -104,6 +104,22 @@ def test_a_page_s_script_says_what_the_model_is():
     assert call == 'irannLive.models["mine"]' and data == weights_file(model)
     sha256 = hashlib.sha256(data).hexdigest()
     assert told == {"characters": "\nabcdefghijkl", "sha256": sha256, "page": model.config.page}
+
+
+def test_pairs_are_counted_as_they_stand():
+    text = Text.of("abracadabra" + "b", split=0.9)  # of which the first ten are counted
+    call, told = counts_script(text).split(" = ", 1)
+    told = json.loads(told.removesuffix(";\n"))
+    assert call == "irannLive.counts"
+    counted = {
+        a + b: told["pairs"][i][j]
+        for i, a in enumerate(told["characters"])
+        for j, b in enumerate(told["characters"])
+    }
+    assert {pair: n for pair, n in counted.items() if n} == {
+        **{"ab": 2, "br": 1, "ra": 1, "ac": 1, "ca": 1, "ad": 1, "da": 1},
+        **({"br": 2} if len(text.train) > 9 else {}),
+    }
 
 
 def test_options_that_the_engine_lacks_are_named():
