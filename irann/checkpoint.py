@@ -64,7 +64,10 @@ def environment() -> dict[str, Any]:
     `kernel` says whether the scan's kernel in C can be had, as far as that shows without building
     it.
     """
-    compiler = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
+    try:
+        compiler = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
+    except ValueError:  # a quote is not closed
+        compiler = ""
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),

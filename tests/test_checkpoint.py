@@ -422,8 +422,9 @@ def test_whether_the_kernel_can_be_had_is_part_of_the_environment(monkeypatch):
     for there in (f"{sys.executable} -some-option", f"'{sys.executable}'"):
         monkeypatch.setenv("CC", there)  # a program that there is
         assert checkpoint.environment()["kernel"] is True
-    monkeypatch.setenv("CC", "/no/such/compiler")
-    assert checkpoint.environment()["kernel"] is False
+    for nowhere in ("/no/such/compiler", "no 'such"):
+        monkeypatch.setenv("CC", nowhere)
+        assert checkpoint.environment()["kernel"] is False
     monkeypatch.setenv("CC", sys.executable)
     monkeypatch.setenv("IRANN_KERNEL", "0")
     assert checkpoint.environment()["kernel"] is False

@@ -112,7 +112,7 @@ def test_a_card_tells_of_no_other_weights(small, tmp_path):
     assert model.card["validation"]
     list(train(model, small, Recipe(steps=1, batch=1)))
     told = irann.load(irann.save(model, tmp_path / "mine")).card
-    assert "validation" not in told and told["corpus"]["training_characters"] == len(small.train)
+    assert told["validation"] is None and told["corpus"]["training_characters"] == len(small.train)
     with pytest.raises(InputError, match="val part has no character"):
         evaluate(model, dataclasses.replace(small, val=small.val[:0]))
 
