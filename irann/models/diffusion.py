@@ -98,7 +98,7 @@ class Diffusion(Denoiser):
         `weight` turns a mean over all positions into one over the masked positions of the whole
         batch.
         """
-        self.absorb()
+        self.absorb()  # a loop of one's own may not call it; twice is as good as once
         device = ids.device
         normal = noise.normal(generator)
         x0 = self.word_embedding.new_empty(*ids.shape, self.config.channels, device=device)
