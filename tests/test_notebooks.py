@@ -156,7 +156,8 @@ ELSEWHERE = {
     "03_diffusion": {"0.464": "the sum stands before it"},
     "03b_bound": dict.fromkeys(("2.234", "2.105", "0.012"), "a run on a CPU, its log"),
     "04_mamba": {"1.82": "the cell that trains, with C = 0"},
-    "05_compare": dict.fromkeys(("1.4697", "10.65"), "nanoGPT's README"),
+    "05_compare": dict.fromkeys(("1.4697", "10.65"), "nanoGPT's README")
+    | {"0.126": "1.558 less 1.432, both in the reports"},
     "05b_speedrun": {"10.65": "nanoGPT's README"}
     | dict.fromkeys(("1.4868", "1.4737", "0.004", "6.1", "1.22"), "runs of one seed, their logs"),
 }
