@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core.attention import attention_weights, causal_mask, merge_heads
-from .settings import InputError
+from .settings import InputError, check_heads
 
 KeyValue = tuple[Float[Tensor, "b h _ c"], Float[Tensor, "b h _ c"]]  # one layer's KV cache
 
@@ -138,8 +138,7 @@ class Attention(nn.Module):
         self, width: int, heads: int, *, causal=True, qk_norm=False, bias=True, dropout=0.0
     ):
         super().__init__()
-        if width % heads:
-            raise InputError(f"a width of {width} cannot be cut into {heads} equal heads")
+        check_heads(width, heads, rotary=False)
         self.heads = heads
         self.causal = causal
         self.qk_norm = qk_norm
