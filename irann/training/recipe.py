@@ -33,7 +33,7 @@ class Recipe(Checked):
         0.0, "decay of an exponential average of the weights; 0: none", low=0.0, high=1.0
     )
     evaluate_every: int = field(0, "steps; 0: only at the end", low=0, high=2**62)
-    save_every: int = field(0, "steps, beside every evaluation", low=0, high=2**62)
+    save_every: int = field(0, "steps; every evaluation saves, too", low=0, high=2**62)
     precision: str = field(
         "float32",
         "bfloat16: mixed, for processors with bfloat16 units",
