@@ -53,8 +53,8 @@ ACTIVATIONS = {
 
 
 def make_norm(kind: str, width: int, *, bias: bool = True, eps: float = 1e-5) -> nn.Module:
-    """A norm over the last axis: `layer` (Ba et al. 2016) with gain and bias, `plain` without
-    either, `rms` (Zhang and Sennrich 2019) with a gain.
+    """A norm over the last axis: `layer` (Ba et al. 2016) with gain (and bias), `plain`
+    without, `rms` (Zhang and Sennrich 2019) with a gain.
     """
     if kind == "layer":
         return nn.LayerNorm(width, eps=eps, bias=bias)

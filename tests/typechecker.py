@@ -10,7 +10,7 @@ _beartype = beartype(conf=BeartypeConf(is_pep484_tower=True))
 
 def checked(function: Callable) -> Callable:
     """What jaxtyping asks for twice per function: to hold its arguments, and then, with what they
-    have bound, what it returns. By then the arguments have been looked at: that takes half the time.
+    have bound, what it returns. By then the arguments have been looked at, and are not again.
     """
     hints = function.__annotations__
     if hints.get("return", Any) is not Any:
