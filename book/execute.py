@@ -48,9 +48,8 @@ def execute(page: Path) -> Path:
                 output.data["image/png"] = smaller(output.data["image/png"])
     target = page.with_suffix(".ipynb")
     nbformat.write(notebook, target)
-    page.write_text(
-        as_markdown(target), "utf-8"
-    )  # last: JupyterLab takes the newer side for the source
+    # last, for JupyterLab takes the newer side for the source
+    page.write_text(as_markdown(target), "utf-8")
     return target
 
 

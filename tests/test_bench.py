@@ -84,7 +84,8 @@ def test_memory_is_that_of_one_pass_in_a_process_of_its_own(quick):
     ours = memory["MB"]["irann, C kernel where there is one (auto)"]
     assert 0 < ours < 100  # torch alone takes more
     assert memory["MB"][scan.PEER] > ours
-    assert memory["grown"] == sorted(memory["grown"]) and memory["grown"][0] > 0
+    short, _, four_times = memory["grown"]
+    assert 0 < 2 * short < four_times
 
 
 def test_shipped_models_are_compared_with_the_real_thing(quick):
