@@ -37,6 +37,7 @@ FORMAT = 2
 TENSORS = ("model", "optimizer", "rng")
 FILES = (*(f"{part}.safetensors" for part in TENSORS), "config.json", "vocabulary.json")
 UNFINISHED = ".unfinished-"
+OLDER_RECIPE = {"average": "ema_decay", "decay": "lr_schedule", "final_lr": "final_lr_factor"}
 
 
 class CheckpointError(Exception):
@@ -193,7 +194,17 @@ def load(folder: Path) -> Snapshot:
         raise CheckpointError(f"{folder} cannot be read ({error})") from None
     if not isinstance(config, dict) or sorted(set(vocabulary)) != characters:
         raise CheckpointError(f"{folder} cannot be read (its config or its vocabulary is not one)")
+    if isinstance(recipe := config.get("recipe"), dict):
+        config["recipe"] = _renamed(recipe)
     return Snapshot(**tensors, config=config, vocabulary=vocabulary)
+
+
+def _renamed(recipe: dict) -> dict:
+    """A recipe as an older irann may have called its settings -> as they are called now."""
+    recipe = {OLDER_RECIPE.get(name, name): value for name, value in recipe.items()}
+    if recipe.get("lr_schedule") == "none":
+        recipe["lr_schedule"] = "constant"
+    return recipe
 
 
 def listed(run: Path) -> list[Path]:

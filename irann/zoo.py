@@ -37,7 +37,7 @@ BASE = {
     "tiny": dict(optimizer="muon", window=32, steps=100, evaluate_every=50),
     "demo": dict(optimizer="muon", window=128, lr=4e-3, batch=12),
     "full": dict(optimizer="muon", window=256, lr=4e-3, batch=8, save_every=250),
-    "gpu": dict(optimizer="muon", window=256, lr=4e-3, batch=32, average=0.998),
+    "gpu": dict(optimizer="muon", window=256, lr=4e-3, batch=32, ema_decay=0.998),
 }
 
 
@@ -86,7 +86,7 @@ DEEP: dict[str, Any] = dict(
     prelude=0, core=2, round_gains=True, supervision="late", prior=0.5, prior_weight=0.1
 )
 WIDE = dict(heads=3, width=264)
-DEEP_AND_WIDE = DEEP | WIDE | dict(rounds=6, dropout=0.1, muon_lr=0.012, average=0.998)
+DEEP_AND_WIDE = DEEP | WIDE | dict(rounds=6, dropout=0.1, muon_lr=0.012, ema_decay=0.998)
 
 MODELS: dict[str, Entry] = {
     "gpt": _entry(
@@ -118,9 +118,9 @@ MODELS: dict[str, Entry] = {
         Diffusion,
         DiffusionConfig(layers=4, heads=3, width=192),
         tiny=dict(page=16, layers=2, heads=2, width=32, channels=8, levels=200),
-        demo=dict(heads=2, width=128, batch=16, steps=300, average=0.99),
-        full=dict(steps=9000, average=0.999, evaluate_every=3000),
-        gpu=dict(batch=64, steps=6000, average=0.999, evaluate_every=1500),
+        demo=dict(heads=2, width=128, batch=16, steps=300, ema_decay=0.99),
+        full=dict(steps=9000, ema_decay=0.999, evaluate_every=3000),
+        gpu=dict(batch=64, steps=6000, ema_decay=0.999, evaluate_every=1500),
     ),
     "mamba": _entry(
         Mamba,
@@ -129,7 +129,7 @@ MODELS: dict[str, Entry] = {
         demo=dict(layers=3, width=96, steps=400),
         # with batch 8, dropout 0.15, no average: 1.466 from as many characters, in 73 minutes
         full=dict(
-            dropout=0.2, batch=32, steps=1750, average=0.998, evaluate_every=250, save_every=50
+            dropout=0.2, batch=32, steps=1750, ema_decay=0.998, evaluate_every=250, save_every=50
         ),
         gpu=dict(dropout=0.2, steps=5000, evaluate_every=500),
     ),

@@ -197,6 +197,23 @@ def run_of_gpt(small, tmp_path):
     return tmp_path, checkpoint.listed(tmp_path)[0], go_on
 
 
+def test_a_run_whose_recipe_has_an_older_edition_s_names_is_gone_on_with(small, tmp_path):
+    how = dict(save_every=1, ema_decay=0.5, lr_schedule="constant", final_lr_factor=0.1)
+    config, recipe = zoo.recipe("gpt", "tiny", steps=2, **how)
+    *_, whole = train(zoo.build("gpt", config), small, recipe, run=tmp_path / "whole")
+    first, *_ = train(zoo.build("gpt", config), small, recipe, run=tmp_path / "old")
+    newest, folder = checkpoint.listed(tmp_path / "old")
+    shutil.rmtree(newest)
+    older = dataclasses.asdict(recipe)
+    for now, then in dict(ema_decay="average", final_lr_factor="final_lr").items():
+        older[then] = older.pop(now)
+    older["decay"] = "none" if older.pop("lr_schedule") == "constant" else None
+    rewrite(folder, config={"recipe": older})
+    assert zoo.load(tmp_path / "old").card["recipe"] == dataclasses.asdict(recipe)
+    *_, tick = train(zoo.build("gpt", config), small, recipe, run=tmp_path / "old", resume=True)
+    assert (tick.step, tick.loss) == (whole.step, whole.loss) and first.step == 1
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -27,9 +27,11 @@ OF_GPT2 = dict(
     positions="learned", norm="layer", bias=True, activation="gelu", qk_norm=False, tied=True,
     init="gpt2",
 )  # fmt: skip
-FORMS = {name: (name, {}, dict(accumulate=2, average=0.9, dropout=0.1)) for name in zoo.MODELS} | {
+FORMS = {
+    name: (name, {}, dict(accumulate=2, ema_decay=0.9, dropout=0.1)) for name in zoo.MODELS
+} | {
     "thinker that ships": ("thinker", zoo.DEEP, dict(random_rounds=True, dropout=0.1)),
-    "gpt as GPT-2": ("gpt", OF_GPT2, dict(optimizer="adamw", decay="cosine", clip=0.1)),
+    "gpt as GPT-2": ("gpt", OF_GPT2, dict(optimizer="adamw", lr_schedule="cosine", clip=0.1)),
     "mamba as published": ("mamba", dict(init="mamba", tied=True), dict(optimizer="adamw")),
 }
 
@@ -62,7 +64,15 @@ def of_a_model(form: str) -> dict:
     name, own, how = FORMS[form]
     text = excerpt()
     config, recipe = zoo.recipe(
-        name, "tiny", **own, **how, steps=4, batch=4, evaluate_every=2, warmup=2, final_lr=0.1
+        name,
+        "tiny",
+        **own,
+        **how,
+        steps=4,
+        batch=4,
+        evaluate_every=2,
+        warmup=2,
+        final_lr_factor=0.1,
     )
     model = zoo.build(name, config).double()
     found: dict = {"parameters": {n: total(p) for n, p in model.named_parameters()}}
@@ -70,7 +80,7 @@ def of_a_model(form: str) -> dict:
     found["draws"] = {n: total(x) for n, x in model.draw(ids, generator=rng(2)).items()}
     ticks = list(train(model, text, recipe))
     found["ticks"] = [
-        [t.loss, list(t.parts.values()), t.gradient, t.lr, t.validation or 0.0] for t in ticks
+        [t.loss, list(t.parts.values()), t.grad_norm, t.lr, t.validation or 0.0] for t in ticks
     ]
     found["trained"] = {n: total(p) for n, p in model.named_parameters()}
     model.eval()

@@ -64,7 +64,7 @@ def test_all_models_race_at_equal_size_on_as_many_characters(race, within, chara
         if race == "models-long":  # what ships, but for the sizes of two
             config, recipe = zoo.recipe(name, "gpu")
             assert name in ("diffusion", "thinker") or arm.config == config
-            for key in ("lr", "muon_lr", "average"):
+            for key in ("lr", "muon_lr", "ema_decay"):
                 assert getattr(arm.recipe, key) == getattr(recipe, key)
 
 

@@ -82,7 +82,7 @@ def test_ticks(small):
     model, recipe = tiny(steps=4)
     ticks = list(train(model, small, recipe))
     assert [t.step for t in ticks] == [1, 2, 3, 4] and ticks[-1].characters == 4 * 8 * 32
-    assert all(t.chars_per_second > 0 and t.gradient > 0 for t in ticks)
+    assert all(t.chars_per_second > 0 and t.grad_norm > 0 for t in ticks)
     assert all(t.parts == {"nats_per_char": t.loss} for t in ticks)
     assert ticks[0].validation is None
     assert ticks[-1].validation == evaluate(model, small).nats_per_char
@@ -145,13 +145,13 @@ def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
 
 
 def test_the_rate_warms_up_and_falls():
-    for decay, middle in (("linear", 0.5), ("cosine", 0.5), ("none", 1.0)):
-        recipe = Recipe(steps=110, warmup=10, decay=decay)
+    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+        recipe = Recipe(steps=110, warmup=10, lr_schedule=schedule)
         assert [recipe.lr_factor(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and recipe.lr_factor(
             10
         ) == 1.0
         assert recipe.lr_factor(60) == pytest.approx(middle)
-    assert Recipe(steps=110, warmup=10, final_lr=0.1).lr_factor(109) == pytest.approx(
+    assert Recipe(steps=110, warmup=10, final_lr_factor=0.1).lr_factor(109) == pytest.approx(
         0.1 + 0.9 * 0.01
     )
 
@@ -193,7 +193,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(name, small):
     for pieces in (1, 2, 8):
         model, recipe = tiny(name, batch=8, accumulate=pieces, steps=2, optimizer="adamw", lr=1e-4)
         ticks = list(train(model, small, dataclasses.replace(recipe, evaluate_every=0)))
-        told.append([(t.loss, t.gradient, *t.parts.values()) for t in ticks])
+        told.append([(t.loss, t.grad_norm, *t.parts.values()) for t in ticks])
         changed.append(weights(model))
     for i in (1, 2):
         for one, other in zip(told[0], told[i], strict=True):
@@ -289,7 +289,7 @@ def test_clipping_bounds_the_gradient(small, monkeypatch):
 
     monkeypatch.setattr(torch.optim.AdamW, "step", measure)
     (tick,) = train(model, small, recipe)
-    assert tick.gradient > 0.01 and norms == [pytest.approx(0.01, rel=1e-3)]
+    assert tick.grad_norm > 0.01 and norms == [pytest.approx(0.01, rel=1e-3)]
 
 
 def test_dropout_is_on_while_training_whatever_was_before(small, tmp_path):
@@ -318,19 +318,19 @@ def test_the_precision_is_that_of_the_recipe(small, monkeypatch, precision):
 
 
 def test_averaged_weights_are_what_is_measured_loaded_and_left_in_the_model(small, tmp_path):
-    model, recipe = tiny(steps=6, average=0.5)
+    model, recipe = tiny(steps=6, ema_decay=0.5)
     *_, tick = train(model, small, recipe, run=tmp_path)
     assert evaluate(model, small).nats_per_char == tick.validation
     assert evaluate(zoo.load(tmp_path), small).nats_per_char == tick.validation
     raw = checkpoint.load(tick.saved).model
     assert any(not torch.equal(raw[name], p) for name, p in model.state_dict().items())
-    model, recipe = tiny(steps=6, average=0.5)
+    model, recipe = tiny(steps=6, ema_decay=0.5)
     *_, tick = train(model, small, recipe, run=tmp_path / "stopped", stop=lambda: signal.SIGTERM)
     assert tick.step == 1 and equal(weights(model), weights(zoo.load(tmp_path / "stopped")))
 
 
 def test_the_average_by_hand(small, states):
-    model, recipe = tiny(average=0.3)
+    model, recipe = tiny(ema_decay=0.3)
     stream = train(model, small, recipe)
     expected = {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(1, 7):
@@ -640,7 +640,7 @@ def test_a_signal_during_the_last_validation_is_passed_on(small, tmp_path, monke
 
 
 def test_resuming_after_a_break_is_bitwise_with_dropout_and_average(small, tmp_path):
-    changes = {"steps": 9, "dropout": 0.3, "average": 0.9, "save_every": 2, "evaluate_every": 4}
+    changes = {"steps": 9, "dropout": 0.3, "ema_decay": 0.9, "save_every": 2, "evaluate_every": 4}
     model, recipe = tiny(**changes)
     straight = [t.loss for t in train(model, small, recipe)]
     stream, losses = train(tiny(**changes)[0], small, recipe, run=tmp_path), []
@@ -1013,10 +1013,10 @@ def test_changes_are_made_at_once():
         ("beta2", (1.0,)),
         ("momentum", (1.0,)),  # its mean would never move
         ("clip", (math.inf,)),
-        ("average", (2.0,)),
+        ("ema_decay", (2.0,)),
         ("compile", (3.7, 1)),
         ("optimizer", ("other",)),
-        ("decay", ("other",)),
+        ("lr_schedule", ("other",)),
         ("precision", ("float16", 3)),
     ],
 )
@@ -1134,7 +1134,7 @@ def test_what_one_of_two_processes_wants_both_do(tmp_path):
 
 
 def test_the_averaged_model_is_measured_with_the_buffers_of_now(small):
-    model, recipe = tiny("diffusion", steps=4, average=0.9)
+    model, recipe = tiny("diffusion", steps=4, ema_decay=0.9)
     short = dataclasses.replace(small, val=small.val[:64])
     *_, tick = train(model, short, recipe)
     assert tick.validation == evaluate(model, short).nats_per_char

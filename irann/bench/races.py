@@ -74,7 +74,7 @@ def models_arms(quick: bool) -> dict[str, Arm]:
     page = ThinkerConfig(window=window, width=wide, rounds=4)
     diffusion = DiffusionConfig(window=window, page=window // 2, layers=4, heads=2, width=narrow)
     recipe = replace(MUON, steps=steps, evaluate_every=steps // 5)
-    averaged = replace(recipe, average=0.99)
+    averaged = replace(recipe, ema_decay=0.99)
     measure = functools.partial(text_quality, count=2, n=40) if quick else text_quality
     return {
         "gpt": Arm("gpt", gpt, recipe, measure),
@@ -117,7 +117,7 @@ def thinker_long_arms(quick: bool) -> dict[str, Arm]:
     if quick:
         sizes |= {"window": 32, "width": 32, "heads": 2}
         steps, save_every, some, rounds = 20, 0, 2, 3
-    recipe = replace(MUON, steps=steps, batch=8, average=0.998, precision="bfloat16")
+    recipe = replace(MUON, steps=steps, batch=8, ema_decay=0.998, precision="bfloat16")
     recipe = replace(recipe, evaluate_every=steps // 5, save_every=save_every)
     return _two_blocks(sizes, recipe, rounds, (some,))
 
@@ -145,7 +145,7 @@ def nanogpt_arms(quick: bool) -> dict[str, Arm]:
     scale = 100 if quick else 1
     measure = functools.partial(nll_in, window=64)
     theirs = GPTConfig(window=64, layers=4, heads=4, width=128, bias=False)
-    cosine = {"decay": "cosine", "warmup": 100 // scale, "final_lr": 0.1}
+    cosine = {"lr_schedule": "cosine", "warmup": 100 // scale, "final_lr_factor": 0.1}
     slow = Recipe(steps=2000 // scale, batch=12, lr=1e-3, **cosine)
     ours, fast = zoo.recipe("gpt", "demo")
     return {
@@ -162,7 +162,7 @@ def speedrun_arms(quick: bool) -> dict[str, Arm]:
     All are measured in windows of 256, as nanoGPT is. Mamba is trained on shorter ones: its state
     has no window.
     """
-    once = {"average": 0.0, "evaluate_every": 0}
+    once = {"ema_decay": 0.0, "evaluate_every": 0}
     mamba = once | {"window": 128, "width": 128, "dropout": 0.1}
     mamba |= {"batch": 16, "steps": 2500, "save_every": 250}
     gpt = once | {"batch": 48, "steps": 1000}

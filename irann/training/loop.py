@@ -47,7 +47,7 @@ class Tick:
     lr: float
     seconds: float
     chars_per_second: float
-    gradient: float = 0.0  # norm, before clipping
+    grad_norm: float = 0.0  # before clipping
     characters: int = 0  # trained on so far
     validation: float | None = None  # nats per character, where it was measured
     saved: Path | None = None
@@ -125,11 +125,13 @@ def _train(
                 began = time.perf_counter()
                 lr = recipe.lr * recipe.lr_factor(step - 1)
                 with state.stepping():
-                    loss, parts, gradient = _step(state, loss_of)
+                    loss, parts, grad_norm = _step(state, loss_of)
                 spent = time.perf_counter() - began
                 state.seconds += spent
                 speed = 0.95 * speed + 0.05 * characters / spent if speed else characters / spent
-                tick = Tick(step, loss, parts, lr, state.seconds, speed, gradient, state.characters)
+                tick = Tick(
+                    step, loss, parts, lr, state.seconds, speed, grad_norm, state.characters
+                )
                 tick = _after(state, run, tick, partial(_agreed, caught, stop))
             yield tick
             if tick.interrupted:
@@ -223,12 +225,12 @@ def _rows_of(draws: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     }
 
 
-def _check_step(state: State, loss: float, gradient: float, lr: float) -> None:
+def _check_step(state: State, loss: float, grad_norm: float, lr: float) -> None:
     """Raises NotFinite before an update that would spoil the weights."""
-    if not (math.isfinite(loss) and math.isfinite(gradient)):
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         state.model.zero_grad(set_to_none=True)
         raise NotFinite(
-            f"at step {state.step + 1} the loss is {loss:g} and the gradient's norm {gradient:g}, "
+            f"at step {state.step + 1} the loss is {loss:g} and the gradient's norm {grad_norm:g}, "
             f"learning rate {lr:g}: stopped before the update"
         )
 

@@ -27,10 +27,12 @@ class Recipe(Checked):
     weight_decay: float = field(0.1, "of matrices; times the learning rate", low=0.0)
     clip: float = field(1.0, "largest norm of the gradient; 0: any", low=0.0)
     warmup: int = field(20, "steps in which the learning rate rises", low=0, high=2**62)
-    decay: str = field("linear", "how it falls after", choices=("linear", "cosine", "none"))
-    final_lr: float = field(0.0, "what it falls to, as a part of the full", low=0.0, high=1.0)
-    average: float = field(
-        0.0, "decay of an exponential average of the weights; 0: none", low=0.0, high=1.0
+    lr_schedule: str = field(
+        "linear", "how it falls after", choices=("linear", "cosine", "constant")
+    )
+    final_lr_factor: float = field(0.0, "where it ends, times the full", low=0.0, high=1.0)
+    ema_decay: float = field(
+        0.0, "of the weights' exponential moving average; 0: none", low=0.0, high=1.0
     )
     evaluate_every: int = field(0, "steps; 0: only at the end", low=0, high=2**62)
     save_every: int = field(0, "steps; every evaluation saves, too", low=0, high=2**62)
@@ -57,9 +59,9 @@ class Recipe(Checked):
         remaining = {
             "linear": 1 - done,
             "cosine": 0.5 + 0.5 * math.cos(math.pi * done),
-            "none": 1.0,
+            "constant": 1.0,
         }
-        return self.final_lr + (1 - self.final_lr) * remaining[self.decay]
+        return self.final_lr_factor + (1 - self.final_lr_factor) * remaining[self.lr_schedule]
 
 
 def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimizer]:

@@ -271,7 +271,7 @@ class Metrics:
 
     def write(self, tick: "Tick") -> None:
         row = {"step": tick.step, "loss": tick.loss, **tick.parts}
-        row |= {"lr": tick.lr, "gradient": tick.gradient, "seconds": round(tick.seconds, 3)}
+        row |= {"lr": tick.lr, "grad_norm": tick.grad_norm, "seconds": round(tick.seconds, 3)}
         row["chars_per_second"] = round(tick.chars_per_second)
         if tick.validation is not None:
             row["validation"] = tick.validation

@@ -47,7 +47,7 @@ class State:
         self.order = torch.Generator("cpu").manual_seed(recipe.seed)
         self.draws = torch.Generator(self.device).manual_seed(recipe.seed + 2**31)
         self.dropout = PrivateStream(recipe.seed + 1 + self.rank, self.device)
-        self.average = copy.deepcopy(model).requires_grad_(False) if recipe.average else None
+        self.average = copy.deepcopy(model).requires_grad_(False) if recipe.ema_decay else None
         self.step = 0
         self.seconds = 0.0
         self.validation: float | None = None
@@ -87,7 +87,7 @@ class State:
     def update_average(self) -> None:
         """Move averaged weights towards the model's; a short memory at first forgets the start."""
         if self.average is not None:
-            decay = min(self.recipe.average, self.step / (self.step + 10))
+            decay = min(self.recipe.ema_decay, self.step / (self.step + 10))
             for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                 mean.lerp_(p, 1 - decay)
 

@@ -24,7 +24,7 @@ def ticks_of(name):
     config, recipe = zoo.recipe(name, "tiny", vocabulary=len(text.vocabulary), **changes)
     model = zoo.build(name, config).double()
     ticks = list(train(model, text, recipe))
-    return [(t.loss, t.parts, t.gradient) for t in ticks], ticks[-1].validation, model.state_dict()
+    return [(t.loss, t.parts, t.grad_norm) for t in ticks], ticks[-1].validation, model.state_dict()
 
 
 def process(rank, world, store, out):
