@@ -14,11 +14,11 @@ The same numbers come in several ways, `method`:
 | parallel   | the tree of tree.py over all of t                   | 2 log2 t   |
 | chunked    | time outermost, all else in one row, chunk by chunk | t          |
 | native     | the loop in C, the state in registers               | t          |
-| triton     | the same loop in Triton, for CUDA                   | t          |
+| triton     | for CUDA: the loop, in stretches if GPUs need more  | t or less  |
 | auto       | the fastest to be had: native, else chunked on a CPU; triton, else trees |
 
-A tree does twice the additions of the loop and streams (b t e n) numbers through memory at each of
-its levels. On a CPU the loop wins at every length: b, e and n alone keep the arithmetic busy. All
+A tree composes twice as often as the loop, and has the (b t e n) numbers of all positions in memory.
+On a CPU the loop wins at every length: b, e and n alone keep the arithmetic busy. All
 but `sequential` live in `irann.kernels`, with a backward derived by hand that keeps the inputs and
 one state per chunk, and computes the (b t e n) states anew.
 """

@@ -1,7 +1,8 @@
 """A recurrence as a tree: log2 t steps deep instead of t, for machines with processors to spare.
 
-Source: Blelloch 1990, "Prefix Sums and Their Applications"; for the selective scan, Gu and Dao 2023
-(arXiv 2312.00752), section 3.3.
+Source: Brent and Kung 1982, "A Regular Layout for Parallel Adders" (Blelloch 1990, "Prefix Sums and
+Their Applications", has it exclusive); for the selective scan, Gu and Dao 2023 (arXiv 2312.00752),
+section 3.3.
 """
 
 from jaxtyping import Float
@@ -11,7 +12,7 @@ from torch import Tensor
 def tree(a: Float[Tensor, "t ..."], x: Float[Tensor, "t ..."]) -> None:
     """h_t = a_t h_{t-1} + x_t along the first axis, in place: x becomes h.
 
-    The work-efficient tree (Blelloch 1990). A position is the map h -> a h + x, and maps compose:
+    The work-efficient tree. A position is the map h -> a h + x, and maps compose:
     (a1, x1) then (a2, x2) is (a1 a2, a2 x1 + x2). Composition is associative, so any bracketing
     will do. Only products of a enter, never quotients or logarithms: nothing overflows.
     """
