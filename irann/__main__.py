@@ -199,8 +199,8 @@ def train_command(
             f"{model}, {network.num_parameters:,} parameters, recipe {recipe}: "
             f"{plan.steps:,} steps of {characters:,} characters; {run}"
         )
-        logger = None if rank else _logger(log, run)
-        with Signals() as stop:
+        with Signals() as stop, contextlib.ExitStack() as stack:
+            logger = None if rank else _logger(log, run, stack)
             ticks = train(
                 network, text, plan, run=run, resume=resume, overwrite=overwrite, stop=stop
             )
@@ -502,14 +502,16 @@ def _processes() -> Iterator[int]:
         dist.destroy_process_group()
 
 
-def _logger(tool: str | None, run: Path) -> Callable[[Tick], None] | None:
+def _logger(
+    tool: str | None, run: Path, stack: contextlib.ExitStack
+) -> Callable[[Tick], None] | None:
     """-> what writes ticks to the tool, opened at the first. Raises InputError if it is missing."""
     opened: Any  # a writer, or a session
     try:
         if tool == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            opened = functools.cache(lambda: SummaryWriter(run))
+            opened = functools.cache(lambda: stack.enter_context(SummaryWriter(run)))
         elif tool == "wandb":
             import wandb  # pyright: ignore[reportMissingImports]
 

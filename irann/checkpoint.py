@@ -219,34 +219,27 @@ def listed(run: Path) -> list[Path]:
 
 def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:
     """-> a run's newest valid checkpoint, why newer ones failed. Raises CheckpointError if none."""
-    skipped: list[str] = []
-    if found := _first_whole(listed(run), skipped):
-        return *found, skipped
-    reasons = "; ".join(skipped) or "it has none yet"
-    raise CheckpointError(f"no valid checkpoint in {run}: {reasons}; train it anew (--overwrite)")
+    return _first_whole(run, listed(run))
 
 
 def best(run: Path) -> tuple[Path, Snapshot, list[str]]:
     """-> the valid checkpoint of lowest validation loss, else the newest; and what was skipped."""
-    skipped: list[str] = []
     folders = listed(run)
-    unreadable = [
-        folder for folder in folders if not config_of(folder)
-    ]  # one of them may be the best
-    if found := _first_whole(unreadable + by_validation(folders), skipped):
-        return *found, skipped
-    folder, snapshot, more = newest(run)
-    return folder, snapshot, skipped + more
+    # one whose config cannot be read may be the best: it is tried first, so that it is named
+    unreadable = [folder for folder in folders if not config_of(folder)]
+    return _first_whole(run, unreadable + by_validation(folders) + folders)
 
 
-def _first_whole(folders: list[Path], skipped: list[str]) -> tuple[Path, Snapshot] | None:
-    """-> the first checkpoint that can be loaded; why those before cannot goes to `skipped`."""
-    for folder in folders:
+def _first_whole(run: Path, folders: list[Path]) -> tuple[Path, Snapshot, list[str]]:
+    """-> the first checkpoint that can be loaded, why those before cannot. CheckpointError: none"""
+    skipped: list[str] = []
+    for folder in dict.fromkeys(folders):
         try:
-            return folder, load(folder)
+            return folder, load(folder), skipped
         except CheckpointError as error:
             skipped.append(str(error))
-    return None
+    reasons = "; ".join(skipped) or "it has none yet"
+    raise CheckpointError(f"no valid checkpoint in {run}: {reasons}; train it anew (--overwrite)")
 
 
 def by_validation(folders: list[Path]) -> list[Path]:

@@ -26,6 +26,7 @@ from conftest import excite, small_disk
 
 from irann import shakespeare, zoo
 from irann.__main__ import main
+from irann.chat import terminal as in_terminal
 from irann.chat.html import draft_html, inspection_html, note_of, scene_html
 from irann.chat.session import Frame, Inspection, Session, _keep, _speech_end, available
 from irann.chat.streams import advance, cells, visible
@@ -368,7 +369,23 @@ def test_a_model_of_another_text_goes_on_with_what_one_writes():
     model.vocabulary = Vocabulary("abc \n")
     told = []
     assert Session(model, say=told.append).mode == "plain" and "another text" in told[0]
-    assert Session(model, mode="play").mode == "play"
+    told.clear()
+    assert Session(model, mode="play", say=told.append).mode == "play" and not told
+
+
+def test_a_mode_that_was_asked_for_is_not_said_to_be_another(monkeypatch, capsys):
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
+    model.vocabulary = Vocabulary("abc \n")
+    assert "mode plain" in Chat(model).said
+    asked = Chat(model, mode="play", length=7)
+    assert asked.session.mode == "play" and asked.session.values["length"] == 7
+    assert asked.said == ""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    in_terminal.main(model, {"mode": "play", "length": "7"})
+    assert "mode plain" not in "".join(capsys.readouterr())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    in_terminal.main(model, {})
+    assert "mode plain" in "".join(capsys.readouterr())
 
 
 def test_what_is_set_while_a_reply_is_written_counts_from_the_next_one(corpus):

@@ -349,6 +349,12 @@ def test_each_step_is_logged_as_the_tools_ask_for_it(run, monkeypatch):
         def __init__(self, log_dir=None):
             assert log_dir.is_dir()
 
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *what):
+            seen.append("closed")  # what was not flushed yet is
+
         def add_scalar(self, tag, scalar_value, global_step=None):
             seen.append((global_step, tag, float(scalar_value)))
 
@@ -367,6 +373,8 @@ def test_each_step_is_logged_as_the_tools_ask_for_it(run, monkeypatch):
         seen.clear()
         arguments = [*TINY, "--set", "evaluate_every=3", "--overwrite", "--log", tool]
         assert run("train", "gpt", *arguments)[0] == 0
+        assert (seen[-1] == "closed") == (tool == "tensorboard")
+        seen[:] = [row for row in seen if row != "closed"]
         told = [json.loads(line) for line in open("runs/gpt-tiny/metrics.jsonl")]
         for name in ("loss", "lr", "nats_per_char", "validation"):
             rows = [(row["step"], name, row[name]) for row in told if name in row]

@@ -120,8 +120,9 @@ def test_a_run_is_found_by_name_although_its_newest_config_is_damaged(tmp_path, 
     (checkpoint.listed(tmp_path / "runs" / "mine")[0] / "config.json").write_text("")
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.warns(UserWarning, match=r"skipped: .*config\.json has 0 bytes"):
+    with pytest.warns(UserWarning, match=r"skipped: .*config\.json has 0 bytes") as told:
         assert zoo.load("gpt").card["step"] == 2
+    assert len(told) == 1
 
 
 def test_of_a_run_the_best_is_loaded_and_not_the_newest(tmp_path, small):

@@ -320,9 +320,10 @@ class Chat(w.VBox):
 
     def _load(self, model: LanguageModel | str) -> None:
         if self.session is None:
-            session = Session(model, device=self.device, say=self.heard.append)
             settings = self.settings
             self.settings = {}  # refused ones are not tried again
+            scene = {name: settings.pop(name) for name in SCENE.keys() & settings.keys()}
+            session = Session(model, device=self.device, say=self.heard.append, **scene)
             self.heard += session.set_all(settings)
             self.session = session
         elif note := self.session.use(model):

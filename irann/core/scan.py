@@ -17,10 +17,10 @@ The same numbers come in several ways, `method`:
 | triton     | for CUDA: the loop, in stretches if GPUs need more  | t or less  |
 | auto       | the fastest to be had: native, else chunked on a CPU; triton, else trees |
 
-A tree composes twice as often as the loop, and has the (b t e n) numbers of all positions in memory.
-On a CPU the loop wins at every length: b, e and n alone keep the arithmetic busy. All
-but `sequential` live in `irann.kernels`, with a backward derived by hand that keeps the inputs and
-one state per chunk, and computes the (b t e n) states anew.
+A tree composes twice as often as the loop, and has (b t e n) numbers of all positions in memory. On
+a CPU the loop wins at every length: b, e and n alone keep the arithmetic busy. All but `sequential`
+live in `irann.kernels`, with a backward derived by hand that keeps the inputs and one state per
+chunk, and computes the (b t e n) states anew.
 """
 
 import torch

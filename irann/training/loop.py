@@ -168,6 +168,7 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
 
 def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick:
     """After an update: validate and save where it is time, or where a signal ends the training."""
+    run.tick = tick
     last = state.step == state.recipe.steps
     validates = _validates(state.recipe, state.step)
     interrupted = asked()

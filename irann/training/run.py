@@ -51,6 +51,7 @@ class Run:
         self.resume = resume and self.kept
         self.overwrite = overwrite
         self.saved_at = 0
+        self.tick: Tick | None = None  # of the last step that was taken
         self.notes: tuple[str, ...] = ()
         self.metrics = Metrics(self.folder / "metrics.jsonl")
         self.lock = filelock.FileLock(self.folder / ".lock", thread_local=False)
@@ -92,7 +93,6 @@ class Run:
         return notes
 
     def write(self, tick: "Tick") -> None:
-        self.tick = tick
         if self.writes:
             self.metrics.write(tick)
 
@@ -169,7 +169,7 @@ class Run:
         news = state.step != self.saved_at and not state.midstep and state.undisturbed()
         expected = isinstance(error, NotFinite | DiskError)
         if self.writes and news and not expected and state.world == 1 and state.finite():
-            if self.metrics.step < state.step:
+            if self.tick is not None and self.metrics.step < state.step:
                 self.metrics.write(self.tick)
             self.save()
 
@@ -189,8 +189,8 @@ class Run:
             reason = " ".join(str(error).split())
             raise CheckpointError(f"{folder} does not fit: {reason}") from None
         notes = [f"resumed from {folder} at step {self.state.step}"]
-        newer = found[: found.index(folder)] if self.writes else []
-        for damaged, reason in reversed(list(zip(newer, skipped, strict=True))):
+        newer = zip(found, skipped if self.writes else (), strict=False)
+        for damaged, reason in reversed(list(newer)):
             aside = checkpoint.set_aside(damaged)
             notes.insert(0, f"skipped, and set aside as {aside}: {reason}")
         return tuple(notes)

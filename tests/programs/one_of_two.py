@@ -1,5 +1,5 @@
 """Under torchrun: one of two processes wants to stop; both do, and go on later as if they never
-had.
+had, although a newer checkpoint is damaged.
 """
 
 import sys
@@ -37,6 +37,11 @@ answers = iter([0, rank])  # only the second process asks for an end
 ticks = list(train(zoo.build("gpt", config), text, recipe, run=run, stop=answers.__next__))
 assert ticks[-1].step == 2 and ticks[-1].interrupted == 1
 assert (ticks[-1].saved is not None) == (rank == 0)
+if rank == 0:
+    newer = run / "checkpoints" / "step-00000003"
+    newer.mkdir()
+    (newer / "manifest.json").write_text("{")
+dist.barrier()
 again = zoo.build("gpt", config, seed=7)
 ticks += train(again, text, recipe, run=run, resume=True)
 assert [t.loss for t in ticks] == [t.loss for t in wanted]
@@ -47,5 +52,6 @@ dist.all_gather_object(own, (states[-1].dropout.states["cpu"], [t.loss for t in 
 assert not torch.equal(own[0][0], own[1][0]) and own[0][1] == own[1][1]
 alone = evaluate(again, text).nats_per_char  # no other process is needed
 assert abs(alone - ticks[-1].validation) < 1e-6
+assert (run / "checkpoints" / "skipped-step-00000003").is_dir()
 print("as one", flush=True)
 dist.destroy_process_group()
