@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -120,6 +120,7 @@ class LanguageModel(nn.Module):
         self, ids: Integer[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
     ) -> dict[str, Tensor]:
         """What it shows of each character of a text, by name: numbers (t) or maps (... t s)."""
+        check_settings(self, settings, sampling=False)
         return {}
 
     def check_ids(self, ids: Any) -> Int[Tensor, "b t"]:
@@ -154,7 +155,7 @@ class Reader(LanguageModel):
         """Logits of the character after every new position, and the state: the model's own affair.
 
         The inner loop of writing: ids are taken as they come. `loss`, `nll`, `generate`, `inspect`
-        and a call of the model check them.
+        and a call of the model check them. A model with `settings` takes them and a `generator`.
         """
         raise NotImplementedError
 
@@ -174,10 +175,12 @@ class Reader(LanguageModel):
         return loss, {"nats_per_char": loss.detach()}
 
     def generate(
-        self, prompt: Ids, n: int, *, generator: Generator | None = None, **sampling: Any
+        self, prompt: Ids, n: int, *, generator: Generator | None = None, **settings: Any
     ) -> Iterator[Draft]:
-        """`sampling` is temperature, top_k and top_p."""
-        return left_to_right(self, prompt, n, generator=generator, **sampling)
+        """`settings` are temperature, top_k, top_p, and those of `read`."""
+        sampling, own = split_settings(self, settings)
+        read = partial(self.read, generator=generator, **own) if own else self.read
+        return left_to_right(self, prompt, n, sampling, generator=generator, read=read)
 
 
 def cross_entropy(
@@ -195,10 +198,10 @@ def left_to_right(
     model: Reader,
     prompt: Ids,
     n: int,
+    sampling: Sampling,
     *,
     generator: Generator | None = None,
     read: Callable | None = None,
-    **sampling: Any,
 ) -> Iterator[Draft]:
     """Drafts that grow by one character each, all of it settled.
 
@@ -207,16 +210,15 @@ def left_to_right(
     that a long text pays for one rereading per half window; what lies before is forgotten, and each
     draft counts how much of the prompt that is. An empty prompt starts from character 0, the
     newline of a sorted vocabulary. Raises InputError for ids that are not characters of the model
-    and for settings out of range, before any work.
+    and for a length out of range, before any work.
     """
-    chosen = Sampling(**check_settings(model, sampling))
     page, start = _page(model, prompt, n)
-    return _left_to_right(model, page, start, chosen, generator, read or model.read)
+    return _left_to_right(model, page, start, sampling, generator, read or model.read)
 
 
 @torch.no_grad()
-def _left_to_right(model, page, start, chosen, generator, read):
-    unfiltered = chosen == Sampling()
+def _left_to_right(model, page, start, sampling, generator, read):
+    unfiltered = sampling == Sampling()
     context = model.max_context
     read_to = max(0, start - context) if context else 0
     state, held, forgotten = None, 0, read_to
@@ -233,10 +235,10 @@ def _left_to_right(model, page, start, chosen, generator, read):
                 read_to += PIECE
             logits, state = read(page[:, read_to:end], state)
             last = logits[:, -1]
-            if chosen.temperature == 0:
+            if sampling.temperature == 0:
                 page[:, end] = last.argmax(-1)
             else:
-                last = last if unfiltered else filter_logits(last, **vars(chosen))
+                last = last if unfiltered else filter_logits(last, **vars(sampling))
                 page[:, end] = sample(last, generator)
         held += end - read_to
         read_to = end
@@ -392,15 +394,26 @@ def vocabulary_of(model: LanguageModel) -> Vocabulary:
     return model.vocabulary
 
 
-def check_settings(model: LanguageModel, settings: dict[str, Any]) -> dict[str, Any]:
+def check_settings(
+    model: LanguageModel, settings: dict[str, Any], *, sampling: bool = True
+) -> dict[str, Any]:
     """-> the settings, each in its type; None means the default, and is left out. Raises InputError
-    that names one this model does not have, or out of range.
+    that names one out of range, or one that neither the model nor, with `sampling`, the draw has.
     """
-    known = SAMPLING | model.settings
+    known = (SAMPLING if sampling else {}) | model.settings
     for name in settings:
         if name not in known:
-            raise InputError(
-                f"{type(model).__name__} has no setting {name!r}; it has {', '.join(known)}"
-            )
+            what = f"setting {name!r}" if sampling else f"setting {name!r} for reading"
+            has = ", ".join(known) or "none"
+            raise InputError(f"{type(model).__name__} has no {what}; it has {has}")
     given = {name: value for name, value in settings.items() if value is not None}
     return {name: known[name].check(name, value) for name, value in given.items()}
+
+
+def split_settings(
+    model: LanguageModel, settings: dict[str, Any]
+) -> tuple[Sampling, dict[str, Any]]:
+    """-> how characters are drawn, and all of the model's own settings. Raises InputError."""
+    given = check_settings(model, settings)
+    own = {name: given.pop(name, setting.default) for name, setting in model.settings.items()}
+    return Sampling(**given), own

@@ -90,7 +90,7 @@ def listing() -> Iterator[str]:
     for name in zoo.MODELS:
         row = (name, "no weights", "", "")
         if name in zoo.shipped():
-            card = json.loads((zoo.WEIGHTS / f"{name}.json").read_bytes())
+            card = zoo.card(name)
             parameters = f"{card['parameters']:,} parameters"
             row = (name, parameters, _nats(card), f"irann chat {name}")
         rows.append(row)

@@ -25,13 +25,6 @@ class Sampling(Checked):
 SAMPLING = Sampling.settings()
 
 
-def check_sampling(
-    *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
-) -> Sampling:
-    """-> what `filter_logits` uses. Raises InputError that names a value out of range."""
-    return Sampling(temperature, 0 if top_k is None else top_k, 1.0 if top_p is None else top_p)
-
-
 def filter_logits(
     logits: Float[Tensor, "*batch v"],
     *,
@@ -46,7 +39,7 @@ def filter_logits(
     character with which the probability first reaches p. `top_k` 0 or None and `top_p` None keep
     everything. Raises InputError that names a parameter outside its range.
     """
-    chosen = check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    chosen = Sampling(temperature, 0 if top_k is None else top_k, 1.0 if top_p is None else top_p)
     if chosen.temperature == 0:
         likeliest = logits.argmax(-1, keepdim=True)
         return torch.full_like(logits, -torch.inf).scatter(-1, likeliest, 0.0)

@@ -9,7 +9,8 @@ import difflib
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -372,16 +373,30 @@ def _load_run(run: Path, say: Callable[[str], None] | None) -> LanguageModel:
     return restore(saved, folder)
 
 
+def card(name: str) -> dict:
+    """-> the card of weights that ship. Raises CheckpointError if it is damaged."""
+    path = WEIGHTS / f"{name}.json"
+    with _shipped_whole(name):
+        content = json.loads(path.read_bytes())
+        if content["card_sha256"] != _seal(content):
+            raise CheckpointError(f"{path} is damaged: its content does not fit its SHA-256")
+        return content
+
+
 def _load_shipped(name: str) -> LanguageModel:
+    about = card(name)
     path = WEIGHTS / f"{name}.safetensors"
-    card_path = WEIGHTS / f"{name}.json"
-    try:
-        card = json.loads(card_path.read_bytes())
-        if card["card_sha256"] != _seal(card):
-            raise CheckpointError(f"{card_path} is damaged: its content does not fit its SHA-256")
-        checkpoint.check_file(path, card["sha256"])
+    with _shipped_whole(name):
+        checkpoint.check_file(path, about["sha256"])
         weights = {key: tensor.float() for key, tensor in load_file(path).items()}
-        return _assemble(card, weights, card["characters_in_order"], path)
+        return _assemble(about, weights, about["characters_in_order"], path)
+
+
+@contextmanager
+def _shipped_whole(name: str) -> Iterator[None]:
+    """What goes wrong inside the block is a fault of the package's files, in one sentence."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, RecursionError, CheckpointError) as error:
         raise CheckpointError(
             f"the weights of {name} that came with this package cannot be used ({error}); "

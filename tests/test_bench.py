@@ -181,13 +181,14 @@ def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys)
     )
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert suite.weights_of("gpt") is None
+    with pytest.raises(CheckpointError):
+        suite.card_of("gpt")
     suite.measure("all", True, quick[0])
     assert "other weights" not in capsys.readouterr().err  # there are none, so none are others
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
     for _ in train(model, shakespeare.load(), Recipe(steps=1, batch=2), run="runs/mine"):
         pass
-    assert suite.weights_of("gpt").startswith("step 1, 4.")
+    assert suite.weights_of(suite.card_of("gpt")).startswith("step 1, 4.")
 
 
 def test_another_subject_or_device_is_refused(tmp_path):

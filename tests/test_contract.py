@@ -182,6 +182,17 @@ def test_own_settings_are_checked_and_characters_too(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_where_nothing_is_drawn_no_temperature_is_taken(name):
+    model = tiny(name)
+    asked = [model.inspect]
+    asked += [model.nll] if model.exact and model.settings else []
+    asked += [model.read] if isinstance(model, lm.Reader) and model.settings else []
+    for ask in asked:
+        with refuses("has no setting 'temperature' for reading"):
+            ask(ids(1, 3), temperature=0.5)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_none_means_the_default(name, small):
     model = tiny(name).eval()
     model.vocabulary = small.vocabulary

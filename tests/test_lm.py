@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from inspect import unwrap
+from typing import ClassVar
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from transformers import (
 
 from irann import lm, zoo
 from irann.lm import Draft, Reader, filter_logits
-from irann.sampling import SAMPLING, Sampling, check_sampling, sample
+from irann.sampling import SAMPLING, Sampling, sample
+from irann.settings import Setting
 from irann.text import Vocabulary
 
 
@@ -258,6 +260,21 @@ def test_writing_half_way_can_be_stopped():
     assert torch.is_grad_enabled()
 
 
+def test_a_reader_writes_with_settings_of_its_own():
+    class Louder(Counting):
+        settings: ClassVar = {"by": Setting(1, "added", low=0, high=9)}
+
+        def read(self, ids, state=None, *, generator=None, by=1):
+            return super().read((ids + by - 1) % 10, state)
+
+    (*_, plain), (*_, louder) = (
+        Louder().generate(torch.tensor([[1]]), 3, **own) for own in ({}, {"by": 3, "top_k": 1})
+    )
+    assert plain.ids.tolist() == [[1, 2, 3, 4]] and louder.ids.tolist() == [[1, 4, 7, 0]]
+    with refuses("by is a whole number from 0 to 9"):
+        Louder().generate(torch.tensor([[1]]), 3, by=10)
+
+
 def test_generate_from_text(corpus):
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
     with pytest.raises(ValueError, match="no vocabulary"):
@@ -334,7 +351,7 @@ def test_ids_that_are_no_tensor_are_named(name):
 
 def test_the_defaults_that_are_offered_filter_nothing():
     offered = {name: setting.default for name, setting in SAMPLING.items()}
-    assert check_sampling(**offered) == check_sampling() == Sampling()
+    assert Sampling(**offered) == Sampling()
     logits = torch.randn(3, 7)
     assert torch.equal(filter_logits(logits, **offered).softmax(-1), logits.softmax(-1))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import excite
 
-from irann import checkpoint, lm, shakespeare, zoo
+from irann import checkpoint, lm, runs, shakespeare, zoo
 from irann.checkpoint import CheckpointError
 from irann.text import Text
 from irann.training import evaluate, train
@@ -110,8 +110,9 @@ def test_damaged_weights_are_refused(tmp_path, monkeypatch):
     for wrong in (card.replace('"heads": 3', '"heads": 1'), "[]", "{}", card[:-40]):
         assert wrong != card
         (tmp_path / "gpt.json").write_text(wrong)
-        with pytest.raises(CheckpointError, match="install irann again"):
-            zoo.load("gpt")
+        for opened in (zoo.load, lambda _: list(runs.listing())):
+            with pytest.raises(CheckpointError, match="install irann again"):
+                opened("gpt")
 
 
 def test_a_run_is_found_by_name_although_its_newest_config_is_damaged(tmp_path, monkeypatch, small):

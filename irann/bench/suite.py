@@ -15,6 +15,7 @@ goes on from there.
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,9 @@ def _name_retrained(measured: dict, page: Path) -> None:
     """Say of which models the report tells that have other weights now."""
     retrained = []
     for name, row in measured.get("models", {}).items():
-        if "weights" in row and weights_of(name) not in (None, row["weights"]):
-            retrained.append(name)
+        with suppress(CheckpointError):  # there are none: nothing was trained anew
+            if "weights" in row and weights_of(card_of(name)) != row["weights"]:
+                retrained.append(name)
     if retrained:
         words = (
             f"was measured with other weights of {', '.join(retrained)}; to measure "
@@ -178,7 +180,7 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
     card = model.card or {}
     row = {"parameters": model.num_parameters, "exact": model.exact}
     row |= {key: card[key] for key in ("characters", "curve") if key in card}
-    row["weights"] = weights_of(name)
+    row["weights"] = weights_of(card)
     if quick:
         row |= {"nats_per_char": card.get("validation"), "measured": False}
         row["standard_error"] = card.get("standard_error")
@@ -198,12 +200,13 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
     return row
 
 
-def weights_of(name: str) -> str | None:
-    """-> which weights `load(name)` gives, or None: their hash, or the run's step and loss."""
-    try:
-        card = zoo.load(name).card or {}
-    except CheckpointError:
-        return None
+def card_of(name: str) -> dict:
+    """-> the card of what `load(name)` gives. Raises CheckpointError if there is nothing."""
+    return zoo.card(name) if name in zoo.shipped() else zoo.load(name).card or {}
+
+
+def weights_of(card: dict) -> str:
+    """-> which weights a card is of: their hash, or the run's step and loss."""
     return card["sha256"][:12] if "sha256" in card else f"step {card['step']}, {card['validation']}"
 
 

@@ -38,12 +38,12 @@ from ..lm import (
     Ids,
     Loss,
     Nats,
-    check_settings,
     cross_entropy,
     evaluating,
     leading,
     page_by_page,
     seeded,
+    split_settings,
     vocabulary_of,
 )
 from ..sampling import Sampling, filter_logits
@@ -202,13 +202,12 @@ class Diffusion(Denoiser):
         embeddings (b t c): its gradient steers the page, `strength` times (see `noise.guided`).
         Raises InputError that names one out of range.
         """
-        own: dict[str, Any] = {name: setting.default for name, setting in self.settings.items()}
-        own |= check_settings(self, given)
+        sampling, own = split_settings(self, given)
         return Denoising(
-            levels=self.timesteps(own.pop("steps")),
-            eta=own.pop("eta"),
-            clamp=own.pop("clamp") == "on",
-            sampling=Sampling(**own),
+            levels=self.timesteps(own["steps"]),
+            eta=own["eta"],
+            clamp=own["clamp"] == "on",
+            sampling=sampling,
             guide=guide,
             strength=STRENGTH.check("strength", strength),
         )

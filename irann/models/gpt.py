@@ -144,7 +144,7 @@ class GPT(Reader):
         self, ids: Integer[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
     ) -> dict[str, Tensor]:
         """`attention` (layers h t s): the attention weights of every layer and head."""
-        check_settings(self, settings)
+        check_settings(self, settings, sampling=False)
         x, rotary = self.embed(self.check_ids(ids))
         maps = []
         block: Block

@@ -233,7 +233,7 @@ class Mamba(Reader):
         self, ids: Integer[Tensor, "1 t"], *, generator: Generator | None = None, **settings: Any
     ) -> dict[str, Tensor]:
         """`delta` (t): the mean step size of each character, how much of the state it rewrites."""
-        check_settings(self, settings)
+        check_settings(self, settings, sampling=False)
         x = self.embeddings(self.check_ids(ids))
         deltas = []
         for block in self.blocks:

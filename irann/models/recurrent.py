@@ -206,7 +206,7 @@ class RecurrentDepth(LanguageModel):
     def rule(self, settings: dict[str, Any]) -> dict[str, Any]:
         """All of this model's settings, the given ones checked. Raises InputError."""
         rule = {name: setting.default for name, setting in self.settings.items()}
-        rule |= check_settings(self, settings)
+        rule |= check_settings(self, settings, sampling=False)
         return rule | {"rounds": rule["rounds"] or self.config.rounds}
 
     def limits(

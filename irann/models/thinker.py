@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution
 from ..layers import Block, KeyValue, check_window, scale
-from ..lm import Draft, Ids, Loss, Nats, Reader, cross_entropy, left_to_right
-from ..sampling import SAMPLING
+from ..lm import Draft, Ids, Loss, Nats, Reader, cross_entropy, left_to_right, split_settings
 from ..settings import InputError, Setting
 from .recurrent import (
     STOPPING,
@@ -26,7 +25,6 @@ from .recurrent import (
     Rotary,
     Round,
     ThinkerConfig,
-    entropy,
     round_nats,
     stops,
 )
@@ -188,25 +186,21 @@ class Thinker(RecurrentDepth, Reader):
     def inspect(
         self, ids: Ids, *, generator: Generator | None = None, **settings: Any
     ) -> dict[str, Tensor]:
-        """`rounds` taken (t), `expected_rounds` (t), and the `entropy` of each prediction (r t).
-
-        See `read` for the settings.
-        """
+        """`rounds` taken (t) and `expected_rounds` (t); see `read` for the settings."""
         ids = self.check_ids(ids)
-        logits, halt, _ = self.every_round(ids, self.rule(settings)["rounds"])
+        _, halt, _ = self.every_round(ids, self.rule(settings)["rounds"])
         return {
             "rounds": self.read(ids, generator=generator, **settings)[1].rounds[0].float(),
             "expected_rounds": expected_rounds(halting_distribution(halt))[0],
-            "entropy": entropy(logits.movedim(-1, 1))[0],
         }
 
     def generate(
         self, prompt: Ids, n: int, *, generator: Generator | None = None, **settings: Any
     ) -> Iterator[Draft]:
         """`settings` are temperature, top_k, top_p, and those of `read`."""
-        sampling = {name: settings.pop(name) for name in SAMPLING if name in settings}
-        read = partial(self.read_by, self.rule(settings), packed=True, generator=generator)
-        return left_to_right(self, prompt, n, generator=generator, read=read, **sampling)
+        sampling, own = split_settings(self, settings)
+        read = partial(self.read_by, self.rule(own), packed=True, generator=generator)
+        return left_to_right(self, prompt, n, sampling, generator=generator, read=read)
 
 
 # ------------------------------------------------------------ positions that still think, packed

@@ -18,13 +18,13 @@ from ..lm import (
     Ids,
     Loss,
     Nats,
-    check_settings,
     cross_entropy,
     evaluating,
     leading,
     page_by_page,
+    split_settings,
 )
-from ..sampling import SAMPLING, Sampling, filter_logits, sample
+from ..sampling import Sampling, filter_logits, sample
 from ..settings import Setting
 from .recurrent import STOPPING, Hidden, RecurrentDepth, ThinkerConfig, round_nats, stops
 
@@ -138,9 +138,8 @@ class PageThinker(RecurrentDepth):
         thinks until all of its masked positions would stop by the rule `stop`. Pages are half a
         window long.
         """
-        given = {name: settings.pop(name) for name in SAMPLING if name in settings}
-        sampling = Sampling(**check_settings(self, given))
-        rule = self.rule(settings)
+        sampling, own = split_settings(self, settings)
+        rule = self.rule(own)
         page = max(1, (self.config.window + 1) // 2)
 
         def write(ids: Ids, masked: Mask) -> Iterator[Draft]:
