@@ -195,11 +195,11 @@ def load(folder: Path) -> Snapshot:
     if not isinstance(config, dict) or sorted(set(vocabulary)) != characters:
         raise CheckpointError(f"{folder} cannot be read (its config or its vocabulary is not one)")
     if isinstance(recipe := config.get("recipe"), dict):
-        config["recipe"] = _renamed(recipe)
+        config["recipe"] = renamed(recipe)
     return Snapshot(**tensors, config=config, vocabulary=vocabulary)
 
 
-def _renamed(recipe: dict) -> dict:
+def renamed(recipe: dict) -> dict:
     """A recipe as an older irann may have called its settings -> as they are called now."""
     recipe = {OLDER_RECIPE.get(name, name): value for name, value in recipe.items()}
     if recipe.get("lr_schedule") == "none":

@@ -11,12 +11,11 @@ import hashlib
 import html
 import json
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .lm import LanguageModel, vocabulary_of
 from .models.diffusion import Diffusion
@@ -58,46 +57,51 @@ def weights_file(model: LanguageModel) -> bytes:
     kind = KINDS.get(type(model))
     if kind is None:
         raise InputError(f"a page can run {', '.join(KINDS.values())}; got {type(model).__name__}")
-    numbers, tensors = LAYOUTS[type(model)](model)
+    numbers, names = LAYOUTS[type(model)](model)
     numbers |= {"kind": list(KINDS).index(type(model)), "vocabulary": model.config.vocabulary}
     numbers |= {"window": model.config.window, "width": model.config.width}
     if numbers["layers"] > MOST_LAYERS:
         raise InputError(f"a page runs at most {MOST_LAYERS} layers; got {numbers['layers']}")
-    parts = [struct.pack("<20i", MAGIC, *(int(numbers.get(name, 0)) for name in CONFIG))]
+    parts = [
+        struct.pack(f"<{len(CONFIG) + 1}i", MAGIC, *(int(numbers.get(name, 0)) for name in CONFIG))
+    ]
     if isinstance(model, Diffusion):
         p = model.level_probabilities()
         parts += [table.numpy().tobytes() for table in (model.schedule.alpha_bar, p.cumsum(0))]
-    for name, tensor in tensors:
-        halved = tensor.detach().cpu().half()
+    weights = dict(model.named_parameters())
+    for name in names:
+        halved = weights[name].detach().cpu().half()
         if not halved.isfinite().all():
             raise InputError(f"{name} has numbers that half precision cannot hold")
         parts.append(halved.contiguous().numpy().tobytes())
     return b"".join(parts)
 
 
-Layout = tuple[dict[str, Any], list[tuple[str, Tensor]]]
+# The whole numbers of a model, and its parameters by name in the order of engine.c
+Layout = tuple[dict[str, Any], list[str]]
+BLOCK = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+MAMBA_BLOCK = (
+    *("norm.weight", "mixer.in_proj.weight", "mixer.conv1d.weight", "mixer.conv1d.bias"),
+    *("mixer.x_proj.weight", "mixer.dt_proj.weight", "mixer.dt_proj.bias", "mixer.A_log"),
+    *("mixer.D", "mixer.out_proj.weight"),
+)
 
 
 def _gpt(model: GPT) -> Layout:
     c = model.config
     _check_options(c, GPT_OPTIONS)
-    inner = c.inner or 4 * c.width
-    head = model.wte if model.lm_head is None else model.lm_head
-    blocks = [pair for block in model.h for pair in _block(block)]
-    numbers = {"layers": c.layers, "heads": c.heads, "inner": inner}
-    return numbers, [("wte", model.wte.weight), *blocks, ("lm_head", head.weight)]
+    numbers = {"layers": c.layers, "heads": c.heads, "inner": c.inner or 4 * c.width}
+    head = "wte" if model.lm_head is None else "lm_head"
+    return numbers, ["wte.weight", *_blocks("h", c.layers), f"{head}.weight"]
 
 
 def _recurrent(model: RecurrentDepth) -> Layout:
     c = model.config
     numbers = {"layers": c.prelude + c.core, "heads": c.heads, "inner": 4 * c.width}
     numbers |= {"prelude": c.prelude, "core": c.core, "rounds": c.rounds, "gained": c.round_gains}
-    tensors = [("wte", model.wte.weight)]
-    tensors += [pair for block in (*model.prelude, *model.core) for pair in _block(block)]
-    if model.gains is not None and model.halt_bias is not None:
-        tensors += [("gains", model.gains), ("halt_bias", model.halt_bias)]
-    tensors += [("halt_head", model.halt_head.weight), ("halt_head.bias", model.halt_head.bias)]
-    return numbers, [*tensors, ("lm_head", model.lm_head.weight)]
+    names = ["wte.weight", *_blocks("prelude", c.prelude), *_blocks("core", c.core)]
+    names += ["gains", "halt_bias"] if c.round_gains else []
+    return numbers, [*names, "halt_head.weight", "halt_head.bias", "lm_head.weight"]
 
 
 def _mamba(model: Mamba) -> Layout:
@@ -108,16 +112,9 @@ def _mamba(model: Mamba) -> Layout:
     numbers |= {"conv": c.d_conv, "rank": first.dt_rank}
     if c.d_state % 4:
         raise InputError(f"a page runs a state of a multiple of 4; got d_state={c.d_state}")
-    tensors = [("embeddings", model.embeddings.weight)]
-    for block in model.blocks:
-        m = block.mixer
-        tensors += [("norm", block.norm.weight), ("in_proj", m.in_proj.weight)]
-        tensors += [("conv1d", m.conv1d.weight), ("conv1d.bias", m.conv1d.bias)]
-        tensors += [("x_proj", m.x_proj.weight), ("dt_proj", m.dt_proj.weight)]
-        tensors += [("dt_proj.bias", m.dt_proj.bias), ("A_log", m.A_log), ("D", m.D)]
-        tensors += [("out_proj", m.out_proj.weight)]
-    head = model.embeddings if model.lm_head is None else model.lm_head
-    return numbers, [*tensors, ("norm_f", model.norm_f.weight), ("lm_head", head.weight)]
+    names = [f"layers.{i}.{name}" for i in range(c.layers) for name in MAMBA_BLOCK]
+    head = "embeddings" if model.lm_head is None else "lm_head"
+    return numbers, ["embeddings.weight", *names, "norm_f.weight", f"{head}.weight"]
 
 
 def _diffusion(model: Diffusion) -> Layout:
@@ -125,13 +122,13 @@ def _diffusion(model: Diffusion) -> Layout:
     numbers = {"layers": c.layers, "heads": c.heads, "inner": 4 * c.width}
     numbers |= {"channels": c.channels, "neighbours": c.neighbours, "levels": c.levels}
     numbers |= {"bayes": c.bayes, "conditioned": c.self_condition}
-    first, _, second = model.time_embed
-    tensors = [("word_embedding", model.word_embedding), ("input_proj", model.input_proj.weight)]
-    tensors += [("time_embed.0", first.weight), ("time_embed.0.bias", first.bias)]
-    tensors += [("time_embed.2", second.weight), ("time_embed.2.bias", second.bias)]
-    tensors += [("clean_embed", model.clean_embed)]
-    tensors += [pair for block in model.h for pair in _block(block)]
-    return numbers, [*tensors, ("lm_head", model.lm_head.weight), ("bias", model.lm_head.bias)]
+    names = ["word_embedding", "input_proj.weight", "time_embed.0.weight", "time_embed.0.bias"]
+    names += ["time_embed.2.weight", "time_embed.2.bias", "clean_embed", *_blocks("h", c.layers)]
+    return numbers, [*names, "lm_head.weight", "lm_head.bias"]
+
+
+def _blocks(part: str, layers: int) -> list[str]:
+    return [f"{part}.{i}.{name}.weight" for i in range(layers) for name in BLOCK]
 
 
 LAYOUTS: dict[type, Callable[[Any], Layout]] = {
@@ -141,13 +138,6 @@ LAYOUTS: dict[type, Callable[[Any], Layout]] = {
     Mamba: _mamba,
     Diffusion: _diffusion,
 }
-
-
-def _block(block: Any) -> Iterator[tuple[str, Tensor]]:
-    yield "attn.c_attn", block.attn.c_attn.weight
-    yield "attn.c_proj", block.attn.c_proj.weight
-    yield "mlp.c_fc", block.mlp.c_fc.weight
-    yield "mlp.c_proj", block.mlp.c_proj.weight
 
 
 def _check_options(config: Any, known: dict[str, Any]) -> None:

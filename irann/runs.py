@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import zoo
+from . import shakespeare, zoo
 from .checkpoint import CheckpointError
 from .settings import InputError
 from .text import BOM, CRLF, Text, looked_at
@@ -29,9 +29,8 @@ def advice(text: Text, name: str, config, recipe: Recipe) -> Iterator[str]:
     characters = recipe.steps * recipe.batch * config.window
     passes = characters / len(text.train)
     lasts = f", {LASTS[name]}" if name in LASTS else ""
-    yield f"recipe {name} reads {characters:,} characters, the training part {passes:.1f} times" + (
-        lasts
-    )
+    read = f"recipe {name} reads {characters:,} characters"
+    yield f"{read}, the training part {passes:.1f} times{lasts}"
     size = len(text.train) + len(text.val)
     if passes > PASSES:
         steps = max(1, round(recipe.steps * PASSES / passes))
@@ -105,7 +104,8 @@ def listing() -> Iterator[str]:
     for run, (when, config) in found.items():
         steps = _part(config, "recipe").get("steps", "?")
         text = file_of(str(_part(config, "corpus").get("source", "?"))).name
-        text = "tiny-shakespeare" if _is_shakespeare(config) else text
+        if _part(config, "corpus").get("sha256") == shakespeare.SHA256:
+            text = "tiny-shakespeare"
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
         model = names.get(str(config.get("model")), "?")
         progress = f"{config.get('step')} of {steps}"
@@ -116,12 +116,6 @@ def listing() -> Iterator[str]:
 def file_of(source: str) -> Path:
     """-> the file that a text was read from, without what was said about how it was read."""
     return Path(source.removesuffix(CRLF).removesuffix(BOM))
-
-
-def _is_shakespeare(config: dict) -> bool:
-    from . import shakespeare
-
-    return _part(config, "corpus").get("sha256") == shakespeare.SHA256
 
 
 def _part(config: dict, name: str) -> dict:

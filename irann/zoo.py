@@ -65,20 +65,17 @@ def _entry(model: type[LanguageModel], config: Checked, **recipes: dict[str, Any
 
 def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any, Recipe]:
     """-> both with fields of either replaced. Raises InputError for an invalid name or value."""
-    both = (config, recipe)
-    changed = []
-    known = {name for part in both for name in part.settings()}
+    known = config.settings() | recipe.settings()
     if unknown := [name for name in changes if name not in known]:
         listed = ", ".join(sorted(known))
         raise InputError(f"{unknown[0]} is nothing that can be set; there are {listed}")
-    for part in both:
-        settings = part.settings()
-        mine = {
-            name: settings[name].read(name, changes[name]) for name in changes if name in settings
-        }
+    values = {name: known[name].read(name, value) for name, value in changes.items()}
+    config, recipe = (
         # all at once: halfway, a config may not fit together
-        changed.append(dataclasses.replace(part, **mine))
-    return changed[0], changed[1]
+        dataclasses.replace(part, **{k: v for k, v in values.items() if k in part.settings()})
+        for part in (config, recipe)
+    )
+    return config, recipe
 
 
 # the thinker's form that appendix 2b arrives at: all blocks in the core, and a prior by which a
@@ -197,7 +194,13 @@ def load(
     if isinstance(name, str) and name in shipped():
         model = _load_shipped(name)
     elif isinstance(name, str) and name in MODELS:
-        model = _load_run(newest_run(name), say)
+        run = newest_run(name)
+        if run is None:
+            raise CheckpointError(
+                f"there are no trained weights for {name} yet; train some with: irann train "
+                f"{name} --recipe demo"
+            )
+        model = _load_run(run, say)
     elif (path / "checkpoints").is_dir():
         model = _load_run(path, say)
     elif path.exists():
@@ -280,25 +283,17 @@ def runs(folder: str | Path = "runs") -> dict[Path, tuple[float, dict]]:
     return dict(sorted(found.items(), key=lambda item: item[1][0], reverse=True))
 
 
-def newest_run(name: str, folder: str | Path = "runs") -> Path:
-    """-> a folder's last saved run of this model. Raises CheckpointError with how to train one."""
+def newest_run(name: str, folder: str | Path = "runs") -> Path | None:
+    """-> a folder's last saved run of this model, if there is one."""
     kind = entry(name).model.__name__
-    for run, (_, config) in runs(folder).items():
-        if config.get("model") == kind:
-            return run
-    raise CheckpointError(
-        f"there are no trained weights for {name} yet; train some with: irann train "
-        f"{name} --recipe demo"
-    )
+    found = runs(folder).items()
+    return next((run for run, (_, config) in found if config.get("model") == kind), None)
 
 
 def namesake(name: str) -> str:
     """-> if a name could be shipped weights or a run: which it is, how to have the other; or ''."""
-    if name not in MODELS:
-        return ""
-    try:
-        run = newest_run(name)
-    except CheckpointError:
+    run = newest_run(name) if name in MODELS else None
+    if run is None:
         return ""
     if name in shipped():
         return f"{name} is the model that ships; the one that you trained last is {run}"

@@ -20,16 +20,18 @@ import math
 import signal
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from .. import shakespeare, zoo
+from ..checkpoint import renamed
 from ..lm import cross_entropy
 from ..models.diffusion import DiffusionConfig
 from ..models.gpt import GPTConfig
@@ -253,7 +255,7 @@ def stored(page: Path, quick: bool) -> dict:
 
 def _check_same(arm: Arm, row: dict, subject: str, folder: Path) -> None:
     """Raises InputError for a stored row of other settings."""
-    was, now = row.get("arm", {}), arm.settings()
+    was, now = renamed(row.get("arm", {})), arm.settings()
     changed = [key for key in now | was if was.get(key) != now.get(key) and key not in FREE]
     if changed:
         runs = f"{str(folder).rpartition('-')[0]}-[0-9]*"
@@ -417,10 +419,13 @@ def mean_by_rounds(measured: list[dict]) -> tuple[dict[str, float], dict[str, li
 
 def at_seconds(curve: list[list[float]], seconds: float) -> float:
     """-> nats after so many seconds, linear in between; NaN before the first or after the last."""
-    for (_, a, nats), (_, b, later) in zip(curve, curve[1:], strict=False):
-        if a <= seconds <= b:
-            return nats + (later - nats) * (seconds - a) / (b - a) if b > a else later
-    return math.nan
+    return between([(then, nats) for _, then, nats in curve], seconds)
+
+
+def between(points: Iterable[Sequence[float]], x: float) -> float:
+    """-> y at x of points (x, y) in the order of x, linear in between; NaN outside."""
+    xs, ys = zip(*points, strict=True)
+    return float(np.interp(x, xs, ys, left=math.nan, right=math.nan))
 
 
 def lowest(row: dict) -> list[tuple[int, float]]:

@@ -8,8 +8,8 @@ pays less. Three rules, each with a limit that says how long it thinks:
 |----------|-----------------------------------------------------------------------------------|
 | learned  | by its halting probability, and is frozen: what `read` does and what ships        |
 | unfrozen | the same, but later positions see all of its rounds: what freezing costs          |
-| informed | where the KL of the last round's prediction from its own is small: no model, since|
-|          | it thinks to the end in order to know when to stop, and unfrozen; a bound         |
+| informed | where the KL of the last round's prediction from its own is small; unfrozen. It   |
+|          | thinks to the end in order to know when to stop: a yardstick, no saving           |
 """
 
 import math
@@ -27,7 +27,7 @@ from ..core.halting import survival
 from ..models.recurrent import round_nats
 from ..training import evaluate
 from . import speed
-from .races import Counted
+from .races import Counted, between
 
 MEANS = (2.0, 2.5, 3.0, 4.0)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -38,19 +38,12 @@ Points = dict[str, list[float]]  # by limit: nats per character, mean rounds
 
 def line(fixed: Fixed, rounds: float) -> float:
     """-> nats of a lottery between the two whole numbers around `rounds`, its mean."""
-    low = int(rounds)
-    part = rounds - low
-    nats = fixed[str(low)]
-    return nats + part * (fixed[str(low + 1)] - nats) if part else nats
+    return between([(int(whole), nats) for whole, nats in fixed.items()], rounds)
 
 
 def at(points: Iterable[Sequence[float]], rounds: float) -> float:
     """-> nats of a rule at this mean, by lottery between the limits around it; NaN without them."""
-    ordered = sorted((mean, nats) for nats, mean in points)
-    for (a, nats), (b, later) in zip(ordered, ordered[1:], strict=False):
-        if a <= rounds <= b:
-            return nats + (later - nats) * (rounds - a) / (b - a) if b > a else nats
-    return math.nan
+    return between(sorted((mean, nats) for nats, mean in points), rounds)
 
 
 def against_line(fixed: Fixed, points: Points) -> dict[str, float]:

@@ -64,12 +64,12 @@ def main(steps: int) -> None:
     import irann
 
     text = irann.shakespeare.load()
-    config, recipe = irann.recipe("gpt", "tiny", steps=steps + 5, evaluate_every=0)
+    config, recipe = irann.recipe("gpt", "tiny", steps=steps + 6, evaluate_every=0)
     ticks = irann.train(irann.build("gpt", config), text, recipe)
     for _ in range(5):  # what happens once
         next(ticks)
     began = time.perf_counter()
-    for _ in range(steps - 1):
+    for _ in range(steps):
         next(ticks)
     print(time.perf_counter() - began)
     ticks.close()

@@ -25,7 +25,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .. import lm, shakespeare, zoo
-from ..checkpoint import CheckpointError
 from ..lm import SAMPLING, Draft, LanguageModel
 from ..settings import InputError, Setting
 
@@ -451,11 +450,4 @@ def _name(value: Any) -> str:
 
 def available() -> list[str]:
     """-> the models that can be loaded: with weights in the package, or with a run of their own."""
-    return [name for name in zoo.MODELS if name in zoo.shipped() or _has_run(name)]
-
-
-def _has_run(name: str) -> bool:
-    try:
-        return bool(zoo.newest_run(name))
-    except CheckpointError:
-        return False
+    return [name for name in zoo.MODELS if name in zoo.shipped() or zoo.newest_run(name)]

@@ -155,7 +155,9 @@ class GPT(Reader):
 
     @classmethod
     def from_transformers(cls, source: Any) -> "GPT":
-        """A `GPT2LMHeadModel`, or a name or folder for transformers -> the same model as ours."""
+        """A `GPT2LMHeadModel`, or a name or folder for transformers -> the same model as ours.
+        Raises InputError for another class, or a variant that would compute something else.
+        """
         from .interop import gpt_from_transformers
 
         return gpt_from_transformers(source)

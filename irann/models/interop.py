@@ -40,11 +40,7 @@ MAMBA_NAMES = {
 
 
 def gpt_from_transformers(source: Any) -> GPT:
-    """A `GPT2LMHeadModel`, or a name or folder that transformers resolves -> the same model.
-
-    Raises InputError for another class of model, and for a variant that would compute something
-    else.
-    """
+    """See `GPT.from_transformers`."""
     from transformers import GPT2LMHeadModel
 
     theirs = _resolved(source, GPT2LMHeadModel, "gpt2")
@@ -70,11 +66,7 @@ def gpt_from_transformers(source: Any) -> GPT:
 
 
 def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
-    """A `MambaForCausalLM`, or a name or folder that transformers resolves -> the same model.
-
-    Its config knows no window; `window` is the length in which ours is then evaluated and trained.
-    Raises InputError for another class of model, and for an activation that is not one of ours.
-    """
+    """See `Mamba.from_transformers`."""
     from transformers import MambaForCausalLM
 
     theirs = _resolved(source, MambaForCausalLM, "mamba")
@@ -93,10 +85,7 @@ def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
 
 
 def gpt_to_transformers(ours: GPT) -> Any:
-    """-> a `GPT2LMHeadModel` with the same logits; biases that ours does not have are zeros there.
-
-    Raises InputError for options that GPT-2 does not have.
-    """
+    """See `GPT.to_transformers`. Biases that ours does not have are zeros there."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     c = ours.config
@@ -121,7 +110,7 @@ def gpt_to_transformers(ours: GPT) -> Any:
 
 
 def mamba_to_transformers(ours: Mamba) -> Any:
-    """-> a `MambaForCausalLM` with the same logits. It knows neither a window nor dropout."""
+    """See `Mamba.to_transformers`. Theirs knows neither a window nor dropout."""
     from transformers import MambaConfig as TheirConfig
     from transformers import MambaForCausalLM
 

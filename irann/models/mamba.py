@@ -247,7 +247,7 @@ class Mamba(Reader):
         """A `MambaForCausalLM`, or a name or folder for transformers -> the same model as ours.
 
         Its config knows no window; `window` is the length in which ours is then evaluated and
-        trained.
+        trained. Raises InputError for another class, or an activation that is not one of ours.
         """
         from .interop import mamba_from_transformers
 

@@ -28,9 +28,11 @@ class Recipe(Checked):
     clip: float = field(1.0, "largest norm of the gradient; 0: any", low=0.0)
     warmup: int = field(20, "steps in which the learning rate rises", low=0, high=2**62)
     lr_schedule: str = field(
-        "linear", "how it falls after", choices=("linear", "cosine", "constant")
+        "linear",
+        "how the learning rate falls after the warm-up",
+        choices=("linear", "cosine", "constant"),
     )
-    final_lr_factor: float = field(0.0, "where it ends, times the full", low=0.0, high=1.0)
+    final_lr_factor: float = field(0.0, "the last learning rate over the full", low=0.0, high=1.0)
     ema_decay: float = field(
         0.0, "of the weights' exponential moving average; 0: none", low=0.0, high=1.0
     )
