@@ -22,6 +22,7 @@ PAIR = {
     "formats": "ipynb,md:myst",
     "notebook_metadata_filter": "-jupytext.text_representation.jupytext_version",
 }
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def execute(page: Path) -> Path:
@@ -43,6 +44,8 @@ def execute(page: Path) -> Path:
         }
     )
     for cell in notebook.cells:
+        if "outputs" in cell:  # a widget without its model is an error on the page
+            cell.outputs = [out for out in cell.outputs if WIDGET not in out.get("data", {})]
         for output in cell.get("outputs", ()):
             if "image/png" in output.get("data", {}):
                 output.data["image/png"] = smaller(output.data["image/png"])

@@ -15,10 +15,11 @@ irann.save(model, "mine")                      # irann.load("mine") makes it aga
 from typing import TYPE_CHECKING, Any
 
 from . import machine, shakespeare, text
+from .checkpoint import CheckpointError
 from .lm import Draft, generate
 from .settings import InputError
 from .text import Text, Vocabulary
-from .training import Recipe, Signals, evaluate, progress, train, watch
+from .training import NotFinite, Recipe, Signals, evaluate, progress, train, watch
 from .zoo import build, load, recipe, save
 
 if TYPE_CHECKING:
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 __all__ = [
     "Chat",
+    "CheckpointError",
     "Draft",
     "InputError",
+    "NotFinite",
     "Recipe",
     "Signals",
     "Text",

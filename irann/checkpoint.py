@@ -175,11 +175,11 @@ def load(folder: Path) -> Snapshot:
     data = {}
     for name in FILES:
         data[name] = _read(folder / name)
-        told, size = listing[name]["size"], len(data[name])
-        if size != told:
+        size, listed_size = len(data[name]), listing[name]["size"]
+        if size != listed_size:
             raise CheckpointError(
-                f"{folder / name} has {size:,} bytes, its manifest.json says {told!r}: it was "
-                "cut off or padded"
+                f"{folder / name} has {size:,} bytes, its manifest.json says {listed_size!r}: it "
+                "was cut off or padded"
             )
         if _sha256(data[name]) != listing[name]["sha256"]:
             raise CheckpointError(

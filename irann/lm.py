@@ -70,7 +70,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.config = config
-        self.turns = _Turns()
+        self.lock = _Lock()
 
     @property
     def device(self) -> torch.device:
@@ -295,14 +295,14 @@ def leading(true: Bool[Tensor, "b t"]) -> Int[Tensor, "b"]:
     return true.long().cumprod(-1).sum(-1)
 
 
-class _Turns:
+class _Lock:
     """A model's lock: one thread at a time. A copy, or another process's, gets one of its own."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.held = threading.RLock()
 
     def __reduce__(self):
-        return (_Turns, ())
+        return (_Lock, ())
 
 
 @contextmanager
@@ -310,7 +310,7 @@ def exclusive(model: LanguageModel, characters: float = math.inf) -> Iterator[No
     """No other thread trains or asks the model inside the block: a training step, or one step of
     writing. Few characters are one thread's work.
     """
-    with model.turns.lock, machine.threads_for(model.num_parameters * characters):
+    with model.lock.held, machine.threads_for(model.num_parameters * characters):
         yield
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import shakespeare, zoo
 from .checkpoint import CheckpointError
 from .settings import InputError
-from .text import BOM, CRLF, Text, looked_at
+from .text import BOM, CRLF, Text, describe
 from .training import Recipe
 
 LASTS = {
@@ -46,7 +46,7 @@ def advice(text: Text, name: str, config, recipe: Recipe) -> Iterator[str]:
 
 def look(text: Text, config, recipe: Recipe, name: str) -> Iterator[str]:
     """Yields what to know of a text, and what to expect of a recipe on it."""
-    yield from looked_at(text)
+    yield from describe(text)
     yield from advice(text, name, config, recipe)
 
 
@@ -188,10 +188,10 @@ def plot(run: Path, width: int = 72, height: int = 16) -> Iterator[str]:
         yield f"{label} |{''.join(line).rstrip()}"
     yield " " * 7 + "+" + "-" * len(columns)
     yield " " * 8 + "1" + f"{last:,} steps".rjust(len(columns) - 1)
-    told = f"* nats per character while training, last {rows[-1]['loss']:.3f}"
+    caption = f"* nats per character while training, last {rows[-1]['loss']:.3f}"
     if validated:
-        told += f"; o validation, lowest {min(value for _, value in validated):.3f}"
-    yield told
+        caption += f"; o validation, lowest {min(value for _, value in validated):.3f}"
+    yield caption
 
 
 def picture(run: Path, path: Path) -> None:

@@ -247,7 +247,7 @@ def slug(path: str | os.PathLike) -> str:
     return re.sub(r"[\W_]+", "-", Path(printable(path)).stem).strip("-")[:40] or "text"
 
 
-def looked_at(text: Text) -> Iterator[str]:
+def describe(text: Text) -> Iterator[str]:
     """What to know of a text before a model is trained on it: yields lines, the odd things last."""
     vocabulary = text.vocabulary.characters
     train = torch.bincount(text.train, minlength=len(vocabulary))

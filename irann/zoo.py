@@ -322,6 +322,10 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
     return checkpoint.save(folder, Snapshot(model.state_dict(), {}, {}, card, characters))
 
 
+ON_A_CARD = ("model", "config", "recipe", "step", "characters", "seconds", "validation", "exact")
+ON_A_CARD += ("corpus",)
+
+
 def restore(saved: Snapshot, path: Path) -> LanguageModel:
     """A snapshot -> its model, with any averaged weights. Raises CheckpointError if that fails."""
     averaged = {
@@ -329,9 +333,7 @@ def restore(saved: Snapshot, path: Path) -> LanguageModel:
         for name, weight in saved.optimizer.items()
         if name.startswith("average.")
     }
-    told = ("model", "config", "recipe", "step", "characters", "seconds", "validation", "exact")
-    told += ("corpus",)
-    card = {key: saved.config.get(key) for key in told}
+    card = {key: saved.config.get(key) for key in ON_A_CARD}
     return _assemble(card, saved.model | averaged, saved.vocabulary, path)
 
 

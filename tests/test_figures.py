@@ -138,7 +138,7 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
 def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
     figures.heat([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], "a\n", "x y", ax=ax)
     assert ax.images[0].get_array().tolist() == [[1, 2, 3], [4, 5, 6]]
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "\u00b7", "y"]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["x", "\u2423", "y"]
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "\u21b5"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("character", "character")
     assert len(ax.figure.axes) == 2  # the second is the bar

@@ -4,6 +4,7 @@ Their numbers are held against oracles in test_scan.py.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,25 @@ def test_a_damaged_kernel_is_built_again(fresh, monkeypatch, tmp_path):
         monkeypatch.setenv("IRANN_CACHE", str(tmp_path / name))
         close(everything(inputs, "native"), expected, 0)
         assert all(path.stat().st_size > 1000 for path in (tmp_path / name).glob("*.so"))
+
+
+@needs_compiler
+@pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
+def test_a_kernel_that_others_may_write_is_built_again(fresh, monkeypatch, tmp_path):
+    one = torch.ones(1, 1, 1)
+    selective_scan(one, one, 0 * one[0], one, one, method="native")
+    (tmp_path / "shared").mkdir()
+    for path in fresh.iterdir():
+        shutil.copy(path, tmp_path / "shared")
+    (theirs,) = (tmp_path / "shared").glob("*.so")
+    theirs.chmod(0o775)
+    monkeypatch.setenv("IRANN_CACHE", str(tmp_path / "shared"))
+    before = os.umask(0o002)
+    try:
+        selective_scan(one, one, 0 * one[0], one, one, method="native")
+    finally:
+        os.umask(before)
+    assert theirs.stat().st_mode & 0o777 == 0o755
 
 
 @needs_compiler

@@ -240,7 +240,7 @@ def test_one_thread_at_a_time_uses_a_model():
     thread.join(10)
     assert order == ["waits", "trained", "writes"]
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.turns.lock is not model.turns.lock
+        assert copied.lock.held is not model.lock.held
 
 
 @pytest.mark.parametrize("wrong", ["gpt", None, torch.nn.Linear(1, 1)])

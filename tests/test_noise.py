@@ -393,6 +393,20 @@ def test_not_knowing_its_own_variance_costs_the_bound_something():
     assert torch.equal(bound().prior, bound(variance=variance).prior)
 
 
+def test_the_same_generator_gives_the_same_bound():
+    schedule = Schedule("cosine", 100)
+    denoiser, _ = gaussian(schedule, 0.0, 0.5)
+
+    def total(seed):
+        g = torch.Generator().manual_seed(seed)
+        how = dict(reconstruction=lambda x, x0: 0 * x0[:, 0], generator=g)
+        return noise.bound_terms(denoiser, draw(20, 1), schedule, **how).total
+
+    before = torch.get_rng_state()
+    assert torch.equal(total(3), total(3)) and not torch.equal(total(3), total(4))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def two_symbols(name, steps, p):
     """-> the bound of a world with +1 (probability p) and -1, each level's noise integrated on a
     grid, and its entropy."""

@@ -69,7 +69,7 @@ def test_every_code_cell_ran_in_order_without_an_error(page):
 @chapters
 def test_the_stored_notebook_is_small_and_clean(page):
     raw = page.with_suffix(".ipynb").read_bytes()
-    assert len(raw) < 500_000
+    assert len(raw) < 500_000 and b"widget-view+json" not in raw
     notebook = executed(page)
     assert notebook.metadata.kernelspec.name == "python3" and "widgets" not in notebook.metadata
     assert not [cell.metadata for cell in notebook.cells if "execution" in cell.metadata]

@@ -23,7 +23,7 @@ from irann.__main__ import main
 from irann.checkpoint import why
 from irann.settings import InputError
 from irann.shakespeare import CorpusError
-from irann.text import BOM, CRLF, FEW, PIECE, Text, Vocabulary, looked_at, read_text, windows
+from irann.text import BOM, CRLF, FEW, PIECE, Text, Vocabulary, describe, read_text, windows
 
 
 @pytest.fixture
@@ -354,13 +354,13 @@ def test_what_is_told_of_a_text_counts_as_by_hand():
     vocabulary = Vocabulary("\nabc\x07z")
     ids = vocabulary.encode("\n" * FEW + "a" * (FEW - 1) + "b" * FEW + "z" * FEW + "\x07" * 1200)
     text = Text(ids, vocabulary.encode("c" + "a"), vocabulary, "a text")
-    told = list(looked_at(text))
+    told = list(describe(text))
     assert told[0].startswith(f"a text: {len(ids) + 2:,} characters, 6 different ones; the last 2 ")
     assert told[1] == f"rare: 1 of them occur less than {FEW} times: 'c'"
     assert told[2].startswith("new: 1 occur in the validation part only")
     assert told[3].startswith("odd: '\\x07' 1,200 times;") and len(told) == 4
     without = Vocabulary("ab")
-    *_, last = looked_at(Text(without.encode("ab" * FEW), without.encode("a"), without))
+    *_, last = describe(Text(without.encode("ab" * FEW), without.encode("a"), without))
     assert last == "odd: it has no line breaks"
 
 

@@ -459,6 +459,13 @@ def test_what_cannot_be_evaluated_is_named(small, wrong):
         zoo.build("gpt", seed=2**70)
 
 
+@pytest.mark.parametrize("name", ["diffusion", "thinker-page"])
+def test_a_bound_is_another_with_another_seed_and_the_same_with_the_same(small, name):
+    model = tiny(name)[0]
+    by_seed = [evaluate(model, small, seed=seed).nats_per_char for seed in (0, 1, 0)]
+    assert by_seed[0] == by_seed[2] != by_seed[1]
+
+
 def test_evaluate_equals_a_plain_sum_and_disturbs_nothing(small):
     model, _ = tiny()
     model.train()

@@ -1,8 +1,8 @@
 """What the site needs beyond jupyter-book: maths without a network, docstrings as they are written
 here, alt texts, launch buttons, and a refusal to show a chapter in which a cell failed.
 
-IRANN_REPOSITORY=https://github.com/OWNER/NAME at build time adds the buttons that open a chapter in
-Colab or Binder: only whoever publishes the site knows where its notebooks are.
+IRANN_REPOSITORY=https://github.com/OWNER/NAME at build time adds the button that opens a chapter on
+Binder: only whoever publishes the site knows where its notebooks are.
 """
 
 import importlib.metadata
@@ -39,11 +39,7 @@ def configure(app, config):
             not in ("init_thebe_core", "update_thebe_context")
         ]
     if address := os.environ.get("IRANN_REPOSITORY"):
-        buttons = {
-            "notebook_interface": "jupyterlab",
-            "colab_url": "https://colab.research.google.com",
-            "binderhub_url": "https://mybinder.org",
-        }
+        buttons = {"notebook_interface": "jupyterlab", "binderhub_url": "https://mybinder.org"}
         config.html_theme_options |= {
             "repository_url": address,
             "repository_branch": "main",

@@ -145,7 +145,7 @@ def heat(
 
 def visible(text: str) -> list[str]:
     """-> the characters of a text, with newline and space made visible."""
-    return [{"\n": "\u21b5", " ": "\u00b7"}.get(c, c) for c in text]
+    return [{"\n": "\u21b5", " ": "\u2423"}.get(c, c) for c in text]
 
 
 def on_text(

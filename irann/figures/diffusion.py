@@ -113,7 +113,7 @@ def cosines(ax: Any, points: torch.Tensor, characters: str) -> Any:
     signs = visible(characters)
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_ticks(range(len(signs)), signs, fontsize=SMALL, family="monospace")
-    ax.set(title="cosine between two points", xlabel="character")
+    ax.set(title="cosine between two points", xlabel="character", ylabel="character")
     ax.grid(False)
     ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.02, label="cosine")
     return ax

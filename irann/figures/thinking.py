@@ -69,7 +69,7 @@ def hops(right: Tensor, weights: Tensor, names: Sequence[str], *, trained: int) 
     style = {"family": "monospace", "fontsize": SMALL}
     beside.set_xticks(range(len(names)), names, rotation=90, **style)
     beside.set_yticks(range(len(names)), names, **style)
-    beside.set_title("who looks where")
+    beside.set(title="who looks where", xlabel="looked at", ylabel="looks")
     beside.grid(False)
     beside.figure.colorbar(image, ax=beside, label="attention weight", fraction=0.046)
     return left, beside

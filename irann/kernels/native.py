@@ -152,6 +152,7 @@ def _compile(compiler, options, source, path):
         _run(*compiler, *options, "-fPIC", "-c", "-o", f"{made}.o", "-x", "c", "-", input=source)
         _run(*compiler, "-shared", f"{made}.o", "-o", str(made))  # OpenMP is in the process already
         listing.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        made.chmod(0o755)  # whatever the umask: see _intact
         os.replace(made, path)
         os.replace(listing, path.with_suffix(".sha256"))
 
@@ -163,8 +164,12 @@ def _cache():
 
 
 def _intact(path):
-    """Is it there, as it was built? To load a library that was cut off would end the process."""
+    """Is it there, as it was built, by us? To load one that was cut off would end the process."""
     try:
+        if os.name == "posix" and (
+            path.stat().st_uid != os.getuid() or path.stat().st_mode & 0o022
+        ):
+            return False  # in a shared cache: whoever else may write it may run as us
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         return digest == path.with_suffix(".sha256").read_text()
     except (OSError, ValueError):

@@ -154,7 +154,7 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
     _check_step(state, loss, norm, recipe.lr * factor)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = group["full_lr"] * factor
+            group["lr"] = group["initial_lr"] * factor
         optimizer.step()
     model.zero_grad(set_to_none=True)
     for total in model.observed() if state.world > 1 else ():

@@ -103,5 +103,5 @@ def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimiz
         )
     for optimizer in made:
         for group in optimizer.param_groups:
-            group["full_lr"] = group["lr"]
+            group["initial_lr"] = group["lr"]
     return made
