@@ -187,7 +187,7 @@ def plot(run: Path, width: int = 72, height: int = 16) -> Iterator[str]:
         label = f"{high - i * step:6.2f}" if i % 5 == 0 or i == height - 1 else " " * 6
         yield f"{label} |{''.join(line).rstrip()}"
     yield " " * 7 + "+" + "-" * len(columns)
-    yield " " * 8 + "1" + f"{last:,} steps".rjust(len(columns) - 1)
+    yield " " * 8 + "1 " + f"{last:,} steps".rjust(len(columns) - 2)
     caption = f"* nats per character while training, last {rows[-1]['loss']:.3f}"
     if validated:
         caption += f"; o validation, lowest {min(value for _, value in validated):.3f}"

@@ -373,6 +373,16 @@ def test_a_model_of_another_text_goes_on_with_what_one_writes():
     assert Session(model, mode="play", say=told.append).mode == "play" and not told
 
 
+def test_a_mode_that_was_chosen_stays_whatever_is_set_after_it():
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
+    model.vocabulary = Vocabulary("abc \n")
+    session = Session("gpt")
+    session.set("mode", "play")
+    for name, value in (("seed", 3), ("temperature", 0.5), ("reader", "NURSE")):
+        session.set(name, value)
+    assert "mode" not in session.use(model) and session.mode == "play"
+
+
 def test_a_mode_that_was_asked_for_is_not_said_to_be_another(monkeypatch, capsys):
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
     model.vocabulary = Vocabulary("abc \n")

@@ -578,6 +578,18 @@ def test_list_and_plot_show_the_runs(run, tmp_path):
     assert run("plot", "empty")[0] == 3
 
 
+def test_a_curve_is_drawn_where_its_numbers_are(tmp_path):
+    validation = {2: 3.0, 4: 1.5, 6: 2.5}  # the lowest is neither the first nor the last
+    rows = [{"step": n, "loss": 4.0 - n / 2, "validation": validation.get(n)} for n in range(1, 7)]
+    lines = [json.dumps({k: v for k, v in row.items() if v is not None}) + "\n" for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines) + '{"step": 7, "lo')
+    *page, axis, steps, caption = runs.plot(tmp_path, height=6)
+    assert [line[:8] for line in page] == ["  3.50 |", *["       |"] * 4, "  1.00 |"]
+    assert [line[8:] for line in page] == ["*", " o", "  *  o", "   *", "   o*", "     *"]
+    assert axis.endswith("+------") and steps.split() == ["1", "6", "steps"]
+    assert caption.endswith("last 1.000; o validation, lowest 1.500")
+
+
 def test_a_text_is_looked_at_before_it_is_trained_on(run, tmp_path):
     (tmp_path / "play one.txt").write_text("Who is there?\n" * 40 + "\x0c\ufffd" + "abc" * 30)
     code, out, _ = run("data", "play one.txt")
