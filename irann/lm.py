@@ -221,7 +221,9 @@ def _left_to_right(model, page, start, sampling, generator, read):
     unfiltered = sampling == Sampling()
     context = model.max_context
     read_to = max(0, start - context) if context else 0
-    state, held, forgotten = None, 0, read_to
+    state = None
+    held = 0
+    forgotten = read_to
     yield Draft(page[:, :start].clone(), start, forgotten=forgotten)
     for end in range(start, page.shape[1]):
         if context and held + end - read_to > context:

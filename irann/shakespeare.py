@@ -211,7 +211,10 @@ def speeches(play: str, text: str, page: list[list[str]]) -> None:
     # a speaker broken in two: "Ghost / of X"
     text = re.sub(r"\n(\w+)\n\n\*\*(of [^*]+)\*\*", r"\n\n**\1 \2**", text)
 
-    speech, cut_off, scenes, above = None, False, 0, ""
+    speech = None
+    cut_off = False
+    scenes = 0
+    above = ""
     for paragraph in re.split(r"\n\s*\n", text.strip()):
         first, *rest = paragraph.split("\n")
         speaker = re.fullmatch(r"\*\*(.+)\*\* *", first)

@@ -153,7 +153,9 @@ def fraction(true: list[bool]) -> float:
 
 def divergence(a: Counter, b: Counter) -> float:
     """-> Jensen-Shannon divergence of counts, in nats: 0 for equal fractions, ln 2 if disjoint."""
-    n, m, nats = a.total(), b.total(), 0.0
+    n = a.total()
+    m = b.total()
+    nats = 0.0
     for key in a.keys() | b.keys():
         p, q = a[key] / n, b[key] / m
         nats += sum(x * math.log(2 * x / (p + q)) for x in (p, q) if x) / 2
@@ -178,7 +180,8 @@ def interval(values: list[float], *, draws: int = 2000, seed: int = 0) -> dict[s
     From few values it is too narrow for a 95 % interval of the true mean: eight normal ones cover
     it 88 % of the time.
     """
-    generator, k = random.Random(seed), len(values)
+    generator = random.Random(seed)
+    k = len(values)
     means = sorted(sum(generator.choices(values, k=k)) / k for _ in range(draws))
     low, high = means[int(0.025 * draws)], means[int(0.975 * draws)]
     return {"mean": sum(values) / k, "low": low, "high": high}

@@ -115,10 +115,16 @@ def thinker_arms(quick: bool) -> dict[str, Arm]:
 def thinker_long_arms(quick: bool) -> dict[str, Arm]:
     """1.7 million parameters, near those that ship, eleven epochs: size is not the only limit."""
     sizes = {"window": 256, "width": 264, "heads": 3, "dropout": 0.1}
-    steps, save_every, some, rounds = 5500, 250, 4, 6
+    steps = 5500
+    save_every = 250
+    some = 4
+    rounds = 6
     if quick:
         sizes |= {"window": 32, "width": 32, "heads": 2}
-        steps, save_every, some, rounds = 20, 0, 2, 3
+        steps = 20
+        save_every = 0
+        some = 2
+        rounds = 3
     recipe = replace(MUON, steps=steps, batch=8, ema_decay=0.998, precision="bfloat16")
     recipe = replace(recipe, evaluate_every=steps // 5, save_every=save_every)
     return _two_blocks(sizes, recipe, rounds, (some,))
@@ -200,7 +206,9 @@ def run(
     the race measures of a trained arm).
     Written to `out`/NAME.json after each arm.
     """
-    arms, text, out = RACES[name](quick), shakespeare.load(), Path(out)
+    arms = RACES[name](quick)
+    text = shakespeare.load()
+    out = Path(out)
     if name == "speedrun":
         kind = "two CPU cores" if torch.device(device).type == "cpu" else "one GPU"
         arms = {kind: arms[kind]}
@@ -301,7 +309,8 @@ def run_arm(
         )
     if log[-1]["step"] < recipe.steps:  # a kill took the last line
         log.append({"step": recipe.steps, "validation": evaluate(model, text).nats_per_char})
-    per_step, seconds = recipe.batch * arm.config.window, training_seconds(log)
+    per_step = recipe.batch * arm.config.window
+    seconds = training_seconds(log)
     curve = []
     for line in log:
         if "validation" in line:
@@ -396,7 +405,8 @@ def gap(rows: Rows) -> dict[str, tuple[list[float], list[float]]]:
     that GPT and the one of equal parameters that the thinker closes with so many rounds, and its
     lead on the latter in nats per character.
     """
-    small, by_rounds = rows["gpt, equal parameters"]["nats"], {}
+    small = rows["gpt, equal parameters"]["nats"]
+    by_rounds = {}
     for name, row in rows.items():
         if not name.startswith("gpt, as deep as "):
             continue

@@ -349,7 +349,8 @@ def texts_of_seeds(rows: Rows) -> list[str]:
 
 
 def of_thinker(rows: Rows) -> list[str]:
-    mean, measured = statistics.mean, rows["thinker"]["measured"]
+    mean = statistics.mean
+    measured = rows["thinker"]["measured"]
     page = []
     for rounds, (closed, lead) in races.gap(rows).items():
         page.append(

@@ -77,7 +77,8 @@ def training_steps(quick: bool) -> dict:
     own.
     """
     which, b, rounds = ("tiny", 4, 2) if quick else ("gpu", 4, 9)
-    runners, window = {}, 0
+    runners = {}
+    window = 0
     for name in zoo.MODELS:
         config = zoo.recipe(name, which)[0]
         window = config.window
@@ -132,7 +133,8 @@ def cache_gain(quick: bool) -> dict:
 
     @torch.no_grad()
     def without() -> None:
-        ids, generator = newline, seeded()
+        ids = newline
+        generator = seeded()
         for _ in range(n):
             p = model(ids[:, -window:])[:, -1].softmax(-1)
             ids = torch.cat([ids, torch.multinomial(p, 1, generator=generator)], 1)
@@ -169,9 +171,15 @@ def writing_by_length(quick: bool) -> dict:
     The prompts are from the validation part. For a model that writes a page at once, the first
     draft of the page is what is first on the screen.
     """
-    which, prompts, replies, rounds = "gpu", (100, 1000, 10_000), (50, 250), 3
+    which = "gpu"
+    prompts = (100, 1000, 10_000)
+    replies = (50, 250)
+    rounds = 3
     if quick:
-        which, prompts, replies, rounds = "tiny", (10, 100), (10,), 1
+        which = "tiny"
+        prompts = (10, 100)
+        replies = (10,)
+        rounds = 1
     rows: dict[str, list] = {}
     ids = shakespeare.load().val[None, : max(prompts)]
     for name in zoo.MODELS:
@@ -206,7 +214,8 @@ def write_on(model: Any, prompt: Int[Tensor, "1 t"], n: int) -> float:
     began = 0.0
     for draft in model.generate(prompt, n + 1, generator=seeded()):
         if not seen and draft.settled > prompt.shape[1]:
-            began, seen = time.perf_counter(), draft.settled
+            began = time.perf_counter()
+            seen = draft.settled
     return (draft.settled - seen) / (time.perf_counter() - began)
 
 

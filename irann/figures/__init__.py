@@ -164,7 +164,9 @@ def on_text(
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
-    positions, row, column = [], 0, 0
+    positions = []
+    row = 0
+    column = 0
     for character in text:
         positions.append((column, row))
         column += 1

@@ -61,7 +61,9 @@ def head(
 def model(*, b: int, t: int, d: int, h: int, layers: int, v: int) -> Any:
     """Draw a GPT as its residual stream, with shapes: what is written into it and what reads it."""
     ax = canvas(24, 10.6)
-    c, stream, hue = d // h, 8.8, HUES["gpt"]
+    c = d // h
+    stream = 8.8
+    hue = HUES["gpt"]
     ax.plot([3.2, 20.8], [stream, stream], color=hue, lw=5, alpha=0.35, zorder=0)
     box(ax, 1.8, stream, 2.8, 1.9, f"ids\n({b} {t})")
     box(ax, 2.6, stream - 4, 3.4, 2.2, f"E: {v} × {d}\nP: {t} × {d}")

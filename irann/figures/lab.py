@@ -58,7 +58,8 @@ class Watch:
     def _say(self, over: threading.Event) -> None:
         from IPython.display import display
 
-        began, line = time.monotonic(), None
+        began = time.monotonic()
+        line = None
         while not over.wait(1.0 if line else PATIENCE):
             text = _small(f"running, {time.monotonic() - began:.0f} s")
             if line is None:

@@ -76,7 +76,10 @@ def block(*, d: int, e: int, n: int, k: int, rank: int) -> Any:
     it, below what selects, and at the bottom the residual stream.
     """
     ax = canvas(80, 33)
-    signal, gate, chosen, stream = 12, 3.5, 22, 30
+    signal = 12
+    gate = 3.5
+    chosen = 22
+    stream = 30
     parts = [
         (9, signal, 7, "norm"),
         (20, signal, 9, "in_proj"),
