@@ -373,6 +373,18 @@ def test_a_model_of_another_text_goes_on_with_what_one_writes():
     assert Session(model, mode="play", say=told.append).mode == "play" and not told
 
 
+def test_a_slash_command_keeps_the_letters_of_its_value(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    terminal = Terminal(parrot(corpus, "Ay."))
+    terminal.session.say("Who is there?")
+    assert terminal.command("SAVE My Scene.TXT") and terminal.command("Speaker  LADY Capulet ")
+    assert (tmp_path / "My Scene.TXT").read_text() == terminal.session.scene() + "\n"
+    assert terminal.session.speaker == "LADY CAPULET"
+    terminal.command("Model Runs/Mine")
+    assert "'Runs/Mine' is neither a model" in capsys.readouterr().err
+    assert not terminal.command("QUIT")
+
+
 def test_a_mode_that_was_chosen_stays_whatever_is_set_after_it():
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
     model.vocabulary = Vocabulary("abc \n")

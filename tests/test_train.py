@@ -640,6 +640,20 @@ def test_what_fails_while_the_first_step_is_validated_is_raised_and_the_step_kep
     assert json.loads(line)["step"] == 1
 
 
+@pytest.mark.parametrize("answer", [None, 0, signal.SIGINT])
+def test_a_signal_during_a_step_ends_training_also_beside_a_caller_s_own_stop(small, answer):
+    model, recipe = tiny(steps=3)
+    plain = model.loss
+
+    def loss(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*given)
+
+    model.loss = loss
+    ticks = list(train(model, small, recipe, stop=lambda: answer))
+    assert [tick.interrupted for tick in ticks] == [answer or signal.SIGTERM]
+
+
 def test_a_signal_during_the_last_validation_is_passed_on(small, tmp_path, monkeypatch):
     model, recipe = tiny(steps=2)
 
