@@ -2,6 +2,7 @@
 
 import matplotlib
 import pytest
+from matplotlib.colors import to_hex
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -31,9 +32,13 @@ def test_the_tree_shows_every_pair_of_every_level():
     rows = [[(0.5, 8), (0.5, 0), (0.5, 1)]]
     rows.append([(0.5, 8), (0.25, 4), (0.5, 1)])
     rows.append([(0.5, 8), (0.25, 4), (0.125, 3)])
-    said = words(mamba.scan_tree(rows, [[(0, 1)], [(1, 2)]]))
+    ax = mamba.scan_tree(rows, [[(0, 1)], [(1, 2)]])
+    said = words(ax)
     assert said.count("1/2, 8") == 3 and said.count("1/4, 4") == 2 and said.count("1/8, 3") == 1
     assert {"start", "level 1", "level 2", "$t$ = 3"} <= set(said)
+    done, will_change, new = figures.INK, figures.PALE, figures.HUES["mamba"].lower()
+    frames = [done, will_change, will_change, done, new, will_change, done, done, new]
+    assert [to_hex(cell.get_edgecolor()) for cell in ax.patches] == frames
 
 
 def test_the_block_shows_its_sizes():

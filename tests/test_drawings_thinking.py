@@ -45,6 +45,7 @@ def test_a_staircase_has_a_curve_for_each_number_of_hops_and_names_who_looks_whe
     assert list(trained.get_xdata()) == [4, 4]
     assert [tick.get_text() for tick in beside.get_yticklabels()] == names
     assert beside.images[0].get_array().tolist() == weights.tolist()
+    assert (beside.get_xlabel(), beside.get_ylabel()) == ("looked at", "looks")
 
 
 def test_stopping_is_the_closed_form():
@@ -53,6 +54,14 @@ def test_stopping_is_the_closed_form():
     assert heights[:3] == pytest.approx([0.5, 0.25, 0.25])
     weights = [0.5 * math.exp(-15), 0.25 * math.exp(-14), 0.25 * math.exp(-14)]
     assert heights[3:] == pytest.approx([w / sum(weights) for w in weights])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    rounds = sum(r * height for r, height in enumerate(heights[3:], 1))
+    assert labels[1].endswith(f"= 0.10: {rounds:.2f} rounds") and labels[0].endswith("= 0.50")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [
+        "1\n1.5000",
+        "2\n1.4000",
+        "3\n1.4000",
+    ]
 
 
 def test_the_sliders_redraw_the_picture():
@@ -60,5 +69,8 @@ def test_the_sliders_redraw_the_picture():
     *sliders, picture = widget.children
     before = bytes(picture.value)
     assert before.startswith(b"\x89PNG") and not plt.get_fignums()
-    sliders[0].value = 0.2
-    assert bytes(picture.value) != before
+    assert [slider.description for slider in sliders] == ["beta", "prior"]
+    for slider in sliders:
+        slider.value += 0.1
+        assert bytes(picture.value) != before
+        before = bytes(picture.value)

@@ -73,9 +73,19 @@ def test_a_learning_curve_s_mean_stands_at_the_end_of_what_it_is_of(ax, against,
     of_two = [(i * i + (i - 1) ** 2) / 2 for i in range(2, 9)]
     assert data(mean) == ([unit * i for i in range(2, 9)], of_two)
     assert data(validation) == ([4 * unit, 8 * unit], [4, 8]) and reference.get_ydata()[0] == 4
+    assert [(text.get_text(), text.xy[1]) for text in ax.texts] == [("nothing 4.00", 4)]
+    assert mean.get_label() == "gpt, training, mean of 2 steps"
     assert ax.get_xlabel().startswith(against) and ax.get_ylabel() == "nats per character"
     with refuses("no step to draw"):
         figures.learning_curve([])
+
+
+def test_a_long_learning_curve_is_smoothed_over_twenty_steps_in_the_hue_of_its_model(ax):
+    ticks = [SimpleNamespace(step=i, loss=float(i), validation=2.0) for i in range(100)]
+    figures.learning_curve(ticks, name="mamba", against="step", ax=ax, label="ours")
+    raw, mean, validation, *_ = ax.lines
+    assert mean.get_label() == "ours" and data(mean)[1][0] == 9.5 and len(data(mean)[1]) == 81
+    assert {line.get_color() for line in (raw, mean, validation)} == {figures.HUES["mamba"]}
 
 
 @pytest.mark.parametrize(("against", "x"), [("characters", [2, 4]), ("seconds", [30, 60])])
@@ -104,6 +114,7 @@ def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
     figures.learning(rows, ax=ax)
     assert [(line.get_label(), data(line)) for line in ax.lines] == [("gpt", ([2, 4], [1.5, 1.4]))]
     assert "millions of characters" in ax.get_xlabel() and "nats" in ax.get_ylabel()
+    assert ax.get_xscale() == "log" and ax.xaxis.get_major_formatter()(20) == "20"
     ax.clear()
     figures.positions(rows, ax=ax)
     assert [line.get_label() for line in ax.lines] == ["gpt", "diffusion"]
@@ -116,13 +127,18 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     figures.windows({"lengths": [128, 256], "rows": rows}, ax=ax)
     assert [data(line) for line in ax.lines] == [([128, 256], [5, 20]), ([128, 256], [6, 12])]
     assert [line.get_label() for line in ax.lines] == list(rows) and ax.get_ylabel() == "ms"
+    ends = [(128, 4), (128, 6), (256, 19), (256, 21)]  # from the lowest to the highest
+    assert set(ends) <= set(map(tuple, ax.collections[0].get_paths()[0].vertices.tolist()))
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["128", "256"]
     ax.clear()
 
     sizes = [(100, 50), (100, 250), (1000, 50), (1000, 250)]
     speeds = zip(sizes, summaries(7, 70, 8, 80), strict=True)
     row = [{"prompt": p, "reply": r, "chars_per_second": speed} for (p, r), speed in speeds]
-    figures.lengths({"gpt": row}, ax=ax)
-    assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])]
+    figures.lengths({"thinker": row, "thinker-page": row}, ax=ax)
+    assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])] * 2
+    assert [line.get_ls() for line in ax.lines] == ["-", "--"]  # of one hue
     assert "250" in ax.get_title("left")
     ax.clear()
 
@@ -133,6 +149,8 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     assert [data(line) for line in ax.lines] == [([50, 20], [0.8, 0.9])]
     assert [(text.get_text(), text.xy) for text in ax.texts] == [("4", (50, 0.8)), ("8", (20, 0.9))]
     assert "per second" in ax.get_xlabel() and "words" in ax.get_ylabel()
+    figures.parallel({"thinker": row, "thinker-page": row}, ax=ax)
+    assert [line.get_marker() for line in ax.lines[1:]] == ["o", "s"]  # of one hue
 
 
 def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
@@ -142,8 +160,11 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
     assert [label.get_text() for label in ax.get_yticklabels()] == ["a", "\u21b5"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("character", "character")
     assert len(ax.figure.axes) == 2  # the second is the bar
-    ax = figures.heat(torch.eye(2), "ab", "ab", xlabel="key", ylabel="query", label="weight")
+    assert ax.images[0].get_clim() == (0, 6)
+    words = {"xlabel": "key", "ylabel": "query", "label": "weight"}
+    ax = figures.heat(torch.eye(2), "ab", "ab", vmax=4, **words)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
+    assert ax.images[0].get_clim() == (0, 4)
     assert ax.figure.axes[1].get_ylabel() == "weight"
     ax = figures.heat(torch.eye(2), "ab", "ab", bar=False)
     assert ax.figure.axes == [ax]
@@ -181,6 +202,9 @@ def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
     )
     # legible on its own ground
     assert (ax.texts[0].get_color(), ax.texts[-1].get_color()) == ("white", figures.INK)
+    assert ax.figure.axes == [ax]
+    figures.on_text("ab", [2.0, 3.0], label="nats", ax=ax)
+    assert ax.figure.axes[1].get_ylabel() == "nats" and ax.figure.axes[1].get_ylim() == (2, 3)
 
 
 SLOW = """from irann import figures
