@@ -21,6 +21,15 @@ def test_words_by_hand():
     # the first and the last do not count
     assert CORPUS.existing("xx the zebra SAT on yy") == pytest.approx(3 / 4)
     assert CORPUS.existing("one two") == 0.0
+    assert quality.words("'Tis the king's, I'll say't--so") == [
+        "Tis",
+        "the",
+        "king's",
+        "I'll",
+        "say't",
+        "so",
+    ]
+    assert quality.Corpus("The Cat's").existing("xx THE cat's yy") == 1
 
 
 def test_copies_by_hand():
@@ -75,8 +84,10 @@ def test_divergence_is_scipy_s():
 def test_repetition_and_form_by_hand():
     assert quality.repeated("a b c d a b c d") == pytest.approx(1 - 4 / 5)
     assert quality.repeated("a b") == 0
+    assert quality.repeated("To be or not, to be OR not") == pytest.approx(1 - 4 / 5)
     assert quality.in_form("\n" + "x" * 66 + "\n" + "x" * 67 + "\n") == 0.5
     assert quality.in_form("cut\nROMEO:\nA line.\n  indented\n" + "x" * 80 + "\ncut") == 0.5
+    assert quality.in_form("cut\nA blank behind \n\ncut") == 0.5
 
 
 def test_the_interval_holds_the_mean():
@@ -96,7 +107,7 @@ def test_the_interval_is_the_normal_one_for_many_values():
 def test_a_report_by_hand():
     rows = quality.report(["xx the cat yy", "The zebra yy the yy"], CORPUS, "xx the cat yy")
     assert rows["words that exist"]["mean"] == pytest.approx((1 + 1 / 3) / 2)
-    assert rows["longest copy"] == len("the cat ")
+    assert rows["longest copy"] == len("the cat ")  # not of the second, which has " the "
     assert rows["different words"] == pytest.approx(5 / 9)
 
 

@@ -2,13 +2,15 @@
 
 import functools
 import json
+import sys
 from types import SimpleNamespace
 
+import pytest
 import torch
 from conftest import refuses
 
 from irann import zoo
-from irann.bench import engine, regressions, speed, suite, waiting
+from irann.bench import engine, regressions, report, speed, suite, waiting
 from irann.lm import Draft
 from irann.text import Vocabulary
 
@@ -22,26 +24,63 @@ def test_times_are_against_the_first_and_without_the_first_round(clock):
     assert speed.summary([3, 1, 2]) == {"median": 2, "low": 1, "high": 3}
 
 
+def test_what_is_compared_runs_in_turn_and_a_ratio_is_that_of_its_round(clock):
+    ran, taken = [], {"a": iter([100, 2, 8, 4]), "b": iter([100, 4, 8, 20])}
+
+    def runner(name):
+        return lambda: ran.append(name) or clock(next(taken[name]))
+
+    rows = speed.in_turn({"a": runner("a"), "b": runner("b")}, 3)["rows"]
+    assert ran == ["a", "b"] * 4
+    assert rows["b"]["times"] == {"median": 2, "low": 1, "high": 5}  # not 8 of 4
+
+
 def test_every_model_s_step_is_its_own(monkeypatch):
     ran = []
 
     class Named:
         def __init__(self, name, config):
             self.name = name
+            self.training = False
 
         def train(self):
+            self.training = True
             return self
 
         def loss(self, ids):
+            assert self.training
             ran.append(self.name)
-            return torch.zeros((), requires_grad=True), {}
+            return torch.rand((), requires_grad=True), {}
 
     def in_turn(runners, rounds):
         return {"rows": {name: run() for name, run in runners.items()}}
 
     monkeypatch.setattr(zoo, "build", Named)
     monkeypatch.setattr(speed, "in_turn", in_turn)
+    before = torch.get_rng_state()
     assert list(speed.training_steps(quick=True)["rows"]) == ran == list(zoo.MODELS)
+    assert torch.equal(torch.get_rng_state(), before)  # what they draw is nobody else's
+
+
+def test_a_layer_is_timed_at_every_window_both_ways(monkeypatch):
+    lengths = []
+
+    def in_turn(runners, rounds):
+        for run in runners.values():
+            layer, x = run.args
+            assert all(p.grad is None for p in layer.parameters()) or lengths
+            run()
+            assert all(p.grad is not None for p in layer.parameters())
+            lengths.append(x.shape)
+        return {"rows": {name: {"ms": (name, len(lengths))} for name in runners}}
+
+    monkeypatch.setattr(speed, "in_turn", in_turn)
+    measured = speed.layer_against_window(quick=True)
+    assert measured["lengths"] == (32, 64, 128)
+    assert lengths == [(1, t, 192) for t in measured["lengths"] for _ in range(2)]
+    assert measured["rows"] == {
+        name: [(name, count) for count in (2, 4, 6)] for name in ("attention", "mamba")
+    }
 
 
 class Slow:
@@ -63,6 +102,28 @@ class Slow:
 
 def test_speed_is_counted_from_the_first_draft_beyond_the_prompt(clock):
     assert speed.write_once(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14, 0) == (5, 2)
+
+
+def test_every_round_of_writing_has_a_seed_of_its_own(monkeypatch):
+    seeds = []
+
+    class Fast:
+        def eval(self):
+            return self
+
+        def generate(self, prompt, n, generator):
+            seeds.append(generator.initial_seed())
+            yield Draft(torch.cat([prompt, prompt.new_zeros(1, n)], 1), prompt.shape[1] + n)
+
+    monkeypatch.setattr(zoo, "build", lambda name, config: Fast())
+    monkeypatch.setattr(zoo, "shipped", lambda: ["gpt"])
+    monkeypatch.setattr(zoo, "load", lambda name: Fast())
+    monkeypatch.setattr(zoo, "MODELS", ["gpt", "mamba"])
+    rows = speed.writing_by_length(quick=False)
+    assert [(one["prompt"], one["reply"]) for one in rows["gpt"]] == [
+        (prompt, reply) for prompt in (100, 1000, 10_000) for reply in (50, 250)
+    ]
+    assert seeds == [0, *[0, 1, 2] * 6] * 2  # the first does not count
 
 
 def test_the_first_character_does_not_count_where_only_further_ones_are_asked_for(clock):
@@ -112,12 +173,45 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
     assert "| quiet | 1.0 (1.0, 1.0) | 2.0 (2.0, 2.0) | 3.0 (3.0, 3.0) |" in page
 
 
+def test_trainings_side_by_side_last_as_long_as_the_longest_and_only_in_their_own_way(monkeypatch):
+    began, ended = [], []
+
+    class Process:
+        def __init__(self, command, env=None, **_):
+            began.append((command[1:], env))
+            self.said = f"a warning\n{len(began)}.5\n"
+
+        def communicate(self):
+            assert len(began) == 2  # nobody is waited for before all run
+            return self.said, None
+
+        def kill(self):
+            ended.append("killed")
+
+        def wait(self):
+            ended.append("gone")
+
+    monkeypatch.setattr(waiting.subprocess, "Popen", Process)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    way = {"OMP_NUM_THREADS": "1"}
+    assert waiting.seconds([way, {}], 40) == 2.5
+    assert [command for command, _ in began] == [["-m", "irann.bench.waiting", "40"]] * 2
+    chosen = [(env.get("OMP_NUM_THREADS"), env.get("OMP_WAIT_POLICY")) for _, env in began]
+    assert chosen == [("1", None), (None, None)] and "PATH" in began[0][1]
+    began.clear()
+    monkeypatch.setattr(waiting, "seconds", lambda ways, steps: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        waiting.beside_a_busy_one(way, 40)
+    assert ended == ["killed", "gone"]
+
+
 def test_what_became_slower_than_in_the_stored_report_is_named(tmp_path, monkeypatch):
     def rows(**times):
         return {"rows": {name: {"times": {"median": time}} for name, time in times.items()}}
 
     parts = {
-        "cache": lambda quick: rows(**{"with": 1.0, "without": 2.0}),
+        "cache": lambda quick: rows(**{"with": 1.0, "without": 2.0, "new": 2.0}),
         "gpt": lambda quick: {"rounds": 3, "step": rows(irann=1.0, transformers=4.0)},
     }
     stored = {"cache": rows(**{"with": 1.0, "without": 4.0}), "gpt": parts["gpt"](True)}
@@ -128,6 +222,7 @@ def test_what_became_slower_than_in_the_stored_report_is_named(tmp_path, monkeyp
     page = (tmp_path / "regressions.md").read_text()
     assert "| cache: with, over without | 0.250 | 0.500 | 2.00 **slower** |" in page
     assert "| gpt, step: irann, over transformers | 0.250 | 0.250 | 1.00 |" in page
+    assert "new" not in page.partition("## ")[2].partition("|\n|---")[2]  # nothing to compare with
     monkeypatch.setattr(regressions, "STORED", tmp_path / "none.json")
     with refuses("clone of the repository"):
         suite.main("regressions", quick=True, out=tmp_path / "other")
@@ -155,6 +250,50 @@ def test_the_engine_is_timed_beside_pytorch_and_what_cannot_run_it_is_named(
     assert "| gpt | PyTorch | 10 (10, 10) | 1.0 (1.0, 1.0) |" in page
     assert "| gpt | WebAssembly | 40 (40, 40) | 4.0 (4.0, 4.0) |" in page
     assert "| native |" not in page and "no C compiler built the engine" in page
+
+
+def test_the_engine_s_ratio_is_that_of_its_round_and_missing_hosts_are_named(monkeypatch, clock):
+    taken = {"PyTorch": iter([9, 2, 8, 4] * 3), "native": iter([9, 2, 2, 4] * 3)}
+    able = {"native": lambda: None}
+    monkeypatch.setattr(engine, "hosts", lambda: (able, ["why not"]))
+    monkeypatch.setattr(engine, "Engine", lambda host, model: model)
+    monkeypatch.setattr(zoo, "shipped", lambda: ["gpt"])
+    spend = lambda by: lambda *_: lambda: clock(next(taken[by]))  # noqa: E731
+    monkeypatch.setattr(engine, "greedy", spend("PyTorch"))
+    monkeypatch.setattr(engine, "greedy_engine", spend("native"))
+    alternate = engine.alternate
+    monkeypatch.setattr(engine, "alternate", lambda runners, rounds: alternate(runners, 3))
+    measured = engine.beside_pytorch(quick=True)
+    assert measured["rows"]["gpt"]["native"]["times"] == {"median": 1, "low": 1, "high": 4}
+    page = report.markdown({"engine": measured})
+    assert "8 characters, batch 1, one thread (1 rounds:" in page and page.endswith("|\n\nwhy not")
+
+
+def test_a_machine_without_wasmtime_is_told_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(engine, "library", lambda: "engine.so")
+    monkeypatch.setitem(sys.modules, "wasmtime", None)
+    engine.module.cache_clear()
+    able, (why,) = engine.hosts()
+    assert list(able) == ["native"] and why.endswith("without wasmtime: pip install 'irann[test]'")
+
+
+def test_pytorch_and_the_engine_write_greedily_as_much_in_as_many_steps():
+    """And what they are asked for is what is timed."""
+    for name in zoo.MODELS:
+        model, asked = zoo.build(name, zoo.recipe(name, "tiny")[0]).eval(), []
+        note = lambda *given, asked=asked, **how: asked.append((given, how)) or ()  # noqa: E731
+        model.generate = note
+        ids = torch.tensor([3, 5])
+        engine.greedy(model, ids, 16)()
+        steps = {"steps": 4} if model.writes_pages else {}
+        ((prompt, n), how) = asked.pop()
+        assert (prompt.tolist(), n, how) == ([[3, 5]], 16, {"temperature": 0.0} | steps)
+        opened = SimpleNamespace(model=model, write=note, denoise=note, refine=note)
+        engine.greedy_engine(opened, ids, 16)()
+        ((given, _),) = asked
+        page, mask = [3, 5, *[0] * 16], [0, 0, *[1] * 16]
+        want = {"diffusion": (page, mask, 4, 1.0, 0.0), "thinker-page": (page, mask, 4, 0.0)}
+        assert given[: len(given) - (name in want)] == want.get(name, ([3, 5], 16))
 
 
 def test_the_engine_and_pytorch_write_the_same_pages_when_they_are_timed():

@@ -2,11 +2,12 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import excite
 
-from irann import shakespeare, zoo
+from irann import figures, shakespeare, zoo
 from irann.bench import stopping, suite
 from irann.models.recurrent import round_nats
 from irann.text import Text
@@ -77,6 +78,7 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(shakespeare, "load", lambda: text)
     monkeypatch.setattr(zoo, "load", lambda name: model)
     measured = suite.main("stopping", quick=True, out=tmp_path)["stopping"]
+    assert list(measured["rules"]) == ["learned", "unfrozen", "informed"]
     nats = model.nll(torch.cat([text.train[-1:], text.val]).unfold(0, 33, 32), threshold=0.5)
     assert measured["rules"]["learned"]["0.5"][0] == pytest.approx(nats.mean().item(), abs=1e-4)
     told = stopping.against_line(measured["fixed"], measured["rules"]["learned"])
@@ -87,3 +89,29 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
             f"| {nats:+.4f} |" in page for nats in against.values()
         )
     assert "| threshold 0.5 |" in page and (tmp_path / "stopping-line.png").exists()
+
+
+def test_writing_is_timed_by_the_rules_that_it_names(few, monkeypatch):
+    model, _ = few
+    asked = []
+    monkeypatch.setattr(type(model), "generate", lambda *_, **how: asked.append(how) or ())
+    rows = stopping.writing(model, quick=True)["rows"]
+    for name, how in zip(rows, asked):  # the round that does not count
+        del how["generator"]
+        rule, number = name.split() if name.startswith("threshold") else ("rounds", name[0])
+        told = how.get(rule, 4 if rule == "rounds" else None)
+        assert str(told) == number and (how.get("stop") == "fixed") == (rule == "rounds"), name
+    assert len(rows) == 5 and len(asked) == 10
+
+
+def test_the_figure_shows_each_rule_in_the_order_of_its_rounds():
+    rules = {"learned": {"a": [1.42, 3.0], "b": [1.5, 2.0]}}
+    rules |= dict.fromkeys(("unfrozen", "informed"), {"a": [1.35, 2.5]})
+    ax = stopping.draw({"fixed": FIXED, "rules": rules}, ax=plt.subplots()[1])
+    drawn = [(line.get_label(), *map(list, line.get_data())) for line in ax.lines]
+    assert drawn[0] == ("fixed rounds", [1, 2, 3, 4, 8], list(FIXED.values()))
+    assert drawn[1] == ("learned", [2.0, 3.0], [1.5, 1.42])
+    assert drawn[2:] == [("unfrozen", [2.5], [1.35]), ("informed", [2.5], [1.35])]
+    assert ax.get_ylim()[0] < 1.35 and ax.get_ylim()[1] > FIXED["2"]  # all that is compared
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("rounds for each character, mean", figures.NATS)
+    plt.close()
