@@ -68,7 +68,7 @@ def test_a_layer_is_timed_at_every_window_both_ways(monkeypatch):
     def in_turn(runners, rounds):
         for run in runners.values():
             layer, x = run.args
-            assert all(p.grad is None for p in layer.parameters()) or lengths
+            layer.zero_grad()
             run()
             assert all(p.grad is not None for p in layer.parameters())
             lengths.append(x.shape)
@@ -115,15 +115,14 @@ def test_every_round_of_writing_has_a_seed_of_its_own(monkeypatch):
             seeds.append(generator.initial_seed())
             yield Draft(torch.cat([prompt, prompt.new_zeros(1, n)], 1), prompt.shape[1] + n)
 
-    monkeypatch.setattr(zoo, "build", lambda name, config: Fast())
+    monkeypatch.setattr(zoo, "build", lambda *_: Fast())
     monkeypatch.setattr(zoo, "shipped", lambda: ["gpt"])
     monkeypatch.setattr(zoo, "load", lambda name: Fast())
-    monkeypatch.setattr(zoo, "MODELS", ["gpt", "mamba"])
     rows = speed.writing_by_length(quick=False)
     assert [(one["prompt"], one["reply"]) for one in rows["gpt"]] == [
         (prompt, reply) for prompt in (100, 1000, 10_000) for reply in (50, 250)
     ]
-    assert seeds == [0, *[0, 1, 2] * 6] * 2  # the first does not count
+    assert seeds == [0, *[0, 1, 2] * 6] * len(zoo.MODELS)  # the first does not count
 
 
 def test_the_first_character_does_not_count_where_only_further_ones_are_asked_for(clock):
@@ -222,7 +221,7 @@ def test_what_became_slower_than_in_the_stored_report_is_named(tmp_path, monkeyp
     page = (tmp_path / "regressions.md").read_text()
     assert "| cache: with, over without | 0.250 | 0.500 | 2.00 **slower** |" in page
     assert "| gpt, step: irann, over transformers | 0.250 | 0.250 | 1.00 |" in page
-    assert "new" not in page.partition("## ")[2].partition("|\n|---")[2]  # nothing to compare with
+    assert "cache: new" not in page  # there is nothing to compare it with
     monkeypatch.setattr(regressions, "STORED", tmp_path / "none.json")
     with refuses("clone of the repository"):
         suite.main("regressions", quick=True, out=tmp_path / "other")
@@ -278,14 +277,13 @@ def test_a_machine_without_wasmtime_is_told_how_to_get_it(monkeypatch):
 
 
 def test_pytorch_and_the_engine_write_greedily_as_much_in_as_many_steps():
-    """And what they are asked for is what is timed."""
     for name in zoo.MODELS:
         model, asked = zoo.build(name, zoo.recipe(name, "tiny")[0]).eval(), []
         note = lambda *given, asked=asked, **how: asked.append((given, how)) or ()  # noqa: E731
         model.generate = note
         ids = torch.tensor([3, 5])
         engine.greedy(model, ids, 16)()
-        steps = {"steps": 4} if model.writes_pages else {}
+        steps = {"steps": 4} if name in ("diffusion", "thinker-page") else {}
         ((prompt, n), how) = asked.pop()
         assert (prompt.tolist(), n, how) == ([[3, 5]], 16, {"temperature": 0.0} | steps)
         opened = SimpleNamespace(model=model, write=note, denoise=note, refine=note)
