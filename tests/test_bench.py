@@ -6,12 +6,14 @@ import sys
 from types import SimpleNamespace
 
 import jaxtyping
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import refuses
+from matplotlib.figure import Figure
 
-from irann import shakespeare, zoo
-from irann.bench import quality, races, report, scan, speed, suite
+from irann import figures, shakespeare, zoo
+from irann.bench import quality, races, report, scan, speed, stopping, suite
 from irann.checkpoint import CheckpointError
 from irann.lm import LanguageModel
 from irann.training import Recipe, train
@@ -108,7 +110,10 @@ def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, c
     likelihood = SimpleNamespace(nats_per_char=1.5, standard_error=0.1)
     rate = {1: 10, quality.SAMPLES: 100}  # characters per second, of one text and of many
 
-    def samples(model, vocabulary, count, n, *_):
+    asked = []
+
+    def samples(model, vocabulary, count, n, temperature, seed=0):
+        asked.append((count, n, temperature, seed))
         clock(count * n / rate[count])
         return ["To be"] * count
 
@@ -125,6 +130,8 @@ def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, c
     assert f"| gpt | {size} | 1.5000 ± 0.1000 | 2.164 | {rates} |" in page
     written = {"gpt.json", "gpt.md", "gpt-learning.png", "gpt-positions.png"}
     assert {path.name for path in tmp_path.iterdir()} == written
+    timed = [(1, seed) for seed in range(3)] + [(quality.SAMPLES, seed) for seed in range(3)]
+    assert asked[-6:] == [(count, 200, 1.0, seed) for count, seed in timed]
 
 
 def test_models_without_weights_are_named(tmp_path, monkeypatch):
@@ -191,6 +198,67 @@ def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys)
     assert suite.weights_of(suite.card_of("gpt")).startswith("step 1, 4.")
 
 
+def test_a_part_that_fails_takes_nothing_of_the_others_with_it(tmp_path, monkeypatch):
+    parts = {"scan": lambda quick: 1, "growth": lambda quick: 1 / 0}
+    monkeypatch.setattr(suite, "parts_of", lambda what: parts)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            suite.measure("scan", True, tmp_path)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    stored = json.loads((tmp_path / "scan.json").read_text())
+    assert stored["scan"] == 1 and "growth" not in stored
+    stored |= {"growth": 2, "torch": "1.0"}  # where nothing is missing, nothing is mixed
+    (tmp_path / "scan.json").write_text(json.dumps(stored))
+    assert suite.measure("scan", True, tmp_path) == stored
+
+
+def test_a_race_gets_the_seeds_and_the_device_that_are_asked_for(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(races, "run", lambda *what, **how: asked.append((what, how)) or {})
+    monkeypatch.setattr(report, "markdown", lambda measured: "h \u2192 x")
+    suite.main("thinker", quick=True, out=tmp_path, seeds=5, device="cuda:1")
+    how = {"quick": True, "out": tmp_path, "seeds": 5, "device": "cuda:1"}
+    assert asked == [(("thinker",), how)]
+    assert (tmp_path / "thinker.md").read_bytes() == b"h \xe2\x86\x92 x\n"
+
+
+def test_a_picture_is_of_what_its_name_says(tmp_path, monkeypatch, capsys):
+    drawn = {}
+
+    def drawing(name):
+        def draw(*_, ax, against="characters"):
+            ax.set_title(f"{name} {against}" if name == "race" else name)
+
+        return draw
+
+    for name in ("race", "windows", "lengths", "parallel", "learning", "positions"):
+        monkeypatch.setattr(figures, name, drawing(name))
+    monkeypatch.setattr(stopping, "draw", drawing("stopping"))
+    note = lambda figure, path: drawn.update({path.name: figure.axes[0].get_title("left")})  # noqa: E731
+    monkeypatch.setattr(Figure, "savefig", note)
+    report.draw({"race": "models"}, "models", tmp_path)
+    measured = dict.fromkeys(("windows", "lengths", "parallel", "stopping"), {})
+    report.draw(measured | {"models": {"gpt": {"curve": []}}}, "all", tmp_path)
+    assert drawn == {
+        "models-curves.png": "race characters",
+        "models-seconds.png": "race seconds",
+        "all-windows.png": "windows",
+        "all-lengths.png": "lengths",
+        "all-parallel.png": "parallel",
+        "all-learning.png": "learning",
+        "all-positions.png": "positions",
+        "all-line.png": "stopping",
+    }
+    assert not plt.get_fignums()
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    report.draw({"race": "models"}, "again", tmp_path)
+    assert "no figures without matplotlib: pip install 'irann[book]'" in capsys.readouterr().err
+
+
 def test_another_subject_or_device_is_refused(tmp_path):
     with refuses("one of all, scan, .*thinker-long, .*mamba; got 'everything'"):
         suite.main("everything", out=tmp_path)
@@ -205,6 +273,19 @@ def test_time_that_grows_with_the_square_of_the_length_is_said_to(monkeypatch, c
     assert scan.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
     monkeypatch.setattr(scan, "forward_backward", lambda _, inputs: clock(inputs[0].shape[1] ** 2))
     assert scan.growth(quick=True)["exponents"] == pytest.approx({"auto": 2, "chunked": 2})
+
+
+def test_memory_is_asked_for_at_every_length_and_of_every_model_in_its_window(monkeypatch):
+    asked = []
+    monkeypatch.setattr(scan, "memory_of", lambda *what: asked.append(what) or what[2])
+    measured = scan.memory(quick=True)
+    names, (first, *_) = list(scan.contestants()), scan.contestants()
+    assert measured["MB"] == dict.fromkeys(names, 256)
+    assert measured["lengths"] == (256, 512, 1024) and measured["grown"] == [256, 512, 1024]
+    assert [what[0] for what in asked] == [*names, first, first]
+    windows = {name: zoo.recipe(name, "tiny")[0].window for name in zoo.MODELS}
+    assert scan.memory_of_steps(quick=True)["MB"] == windows
+    assert asked[-1][0] == f"{list(zoo.MODELS)[-1]} tiny"
 
 
 def test_rows_are_named_after_what_they_run(monkeypatch):
@@ -247,10 +328,10 @@ class Told(LanguageModel):
 
 
 def test_a_position_is_given_the_mean_from_there_to_the_next():
-    # the text counts positions, if windows are cut side by side
-    model = Told(7, lambda ids, generator: (ids[:, 1:] - 1) % 7 + 0.0)
+    # the text counts positions, if windows are cut side by side; nothing is left to dropout
+    model = Told(7, lambda ids, generator: (ids[:, 1:] - 1) % 7 + 9.0 * model.training).train()
     rows = suite.by_position(model, SimpleNamespace(val=torch.arange(200)), pages=25)
-    assert rows == [[0, 0], [1, 1], [2, 2.5], [4, 5]]
+    assert rows == [[0, 0], [1, 1], [2, 2.5], [4, 5]] and model.training
 
 
 def test_no_windows_are_measured_with_the_same_noise():
@@ -297,6 +378,7 @@ def test_the_benchmark_measures_on_one_thread(tmp_path, monkeypatch):
 def test_words_count_as_existing_by_the_training_part_alone(small, monkeypatch):
     monkeypatch.setattr(shakespeare, "load", lambda: small)
     monkeypatch.setattr(quality, "counted", lambda train: train)
-    measured = lambda quick, corpus, vocabulary: {"corpus": corpus}  # noqa: E731
+    measured = lambda quick, corpus, vocabulary: {quick: corpus}  # noqa: E731
     monkeypatch.setattr(speed, "speed_against_quality", measured)
-    assert suite.parallel_writing(True) == {"corpus": small.vocabulary.decode(small.train)}
+    for quick in (True, False):
+        assert suite.parallel_writing(quick) == {quick: small.vocabulary.decode(small.train)}

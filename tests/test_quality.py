@@ -160,7 +160,7 @@ def test_shakespeare_is_not_compared_with_himself(small):
 
 
 def test_no_trigram_spans_two_texts():
-    known = quality.Corpus("abcdef")
+    known = quality.Corpus("of another text")
     found = quality.report(["abc", "def"], known, "abcdef")["trigram divergence"]
     a, b = Counter(["abc", "def"]), Counter(["abc", "bcd", "cde", "def"])
     assert found == pytest.approx(quality.divergence(a, b))

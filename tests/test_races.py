@@ -118,8 +118,12 @@ def test_a_race_is_run_once_and_goes_on_where_it_stopped(short, tmp_path, monkey
 def test_a_second_seed_is_run_beside_the_first(idle, tmp_path):
     races.run("thinker", seeds=1, quick=True, out=tmp_path)
     first = [name for name, _ in idle]
-    races.run("thinker", seeds=2, quick=True, out=tmp_path)
-    assert [name for name, _ in idle] == first + [f"{name[:-1]}1" for name in first]
+    both = races.run("thinker", seeds=2, quick=True, out=tmp_path)
+    second = [f"{name[:-1]}1" for name in first]
+    assert [name for name, _ in idle] == first + second and both["seeds"] == 2
+    idle.clear()
+    races.run("thinker", seeds=2, quick=True, out=tmp_path / "anew")
+    assert [name for name, _ in idle] == first + second  # side by side, on a machine as busy
 
 
 @pytest.mark.parametrize(
@@ -141,6 +145,7 @@ def test_the_race_of_all_models(short, tmp_path, capsys, unchecked):
     assert list(rows) == ["gpt", "mamba", "thinker", "thinker-page", "diffusion"]
     assert page.count("| at most") == 2 and page.count("## Text at temperature") == 2
     for name, row in rows.items():
+        assert row["exact"] == (name in ("gpt", "mamba", "thinker"))
         assert [point[0] for point in row["curves"][0]] == [384 * s for s in (4, 8, 12, 16, 20)]
         exist = f"{row['measured'][0]['0.8']['words that exist']:.3f}"
         assert f"| {name} | {exist} ({exist}, {exist}) | " in page
@@ -150,19 +155,24 @@ def test_the_race_of_all_models(short, tmp_path, capsys, unchecked):
     assert {path.name for path in tmp_path.glob("*.png")} == pictures
 
 
-def test_a_race_that_is_told_to_end_says_how_to_go_on(short, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("number", "end"), [(signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)]
+)
+def test_a_race_that_is_told_to_end_says_how_to_go_on(
+    number, end, short, tmp_path, monkeypatch, capsys
+):
     progress = races.progress
 
     def interrupting(ticks, steps):
         for tick in progress(ticks, steps):
             if tick.step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             yield tick
 
     monkeypatch.setattr(races, "progress", interrupting)
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(end) as ended:
         races.run("models", seeds=1, quick=True, out=tmp_path)
-    assert end.value.code == 143
+    assert getattr(ended.value, "code", 143) == 143
     assert "step-00000004; the same command goes on from there" in capsys.readouterr().err
 
 
@@ -206,6 +216,8 @@ def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_stay(
     assert again["torch"] == found["torch"] and f"({missing[0]}: {on})" in report.markdown(again)
     again["rows"]["ours, long"]["nats"].pop()
     assert "1 to 2 seeds" in report.markdown(again)
+    again["rows"]["ours, short"]["nats"].append(2.0)
+    assert "1 to 3 seeds" in report.markdown(again)
 
 
 def test_a_race_says_what_it_ran_on_and_that_is_written_down_first(idle, tmp_path, monkeypatch):
@@ -236,6 +248,45 @@ def test_a_race_says_what_it_ran_on_and_that_is_written_down_first(idle, tmp_pat
     stored = json.loads((tmp_path / "thinker.json").read_text())
     assert stored["device"] == "NVIDIA X"
     assert stored["notes"] == ["gpt, equal parameters, seed 0: NVIDIA X, torch 9.9"]
+
+
+def test_what_a_log_says_is_entered_under_its_seed_by_hand(short, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(races, "train", lambda *_, **how: asked.append(how) or iter(()))
+    arm = races.nanogpt_arms(quick=True)["ours, short"]
+    arm = replace(arm, recipe=replace(arm.recipe, steps=4), measure=lambda model, text: {"a": 3})
+    log = [{"step": 1, "seconds": 1.0}, {"step": 2, "seconds": 9.0, "validation": 1.5}]
+    log += [{"step": 3, "seconds": 10.0}, {"step": 4, "seconds": 20.0, "validation": 2.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    row = {key: ["first", "old", "third"] for key in ("nats", "seconds", "clock", "curves")}
+    row["measured"] = ["first"]
+    races.run_arm(arm, short, 1, tmp_path, row)
+    a_step = arm.recipe.batch * arm.config.window
+    curve = [[2 * a_step, 2.0, 1.5], [4 * a_step, 4.0, 2.0]]
+    assert row == {
+        "nats": ["first", 2.0, "third"],  # the last, which is not the lowest
+        "seconds": ["first", 4.0, "third"],
+        "clock": ["first", 20.0, "third"],  # with validation
+        "curves": ["first", curve, "third"],
+        "measured": ["first", {"a": 3}],
+        "parameters": size(arm),
+        "characters": 4 * a_step,
+        "exact": True,
+    }
+    assert asked[0]["resume"] and asked[0]["run"] == tmp_path
+
+
+def test_what_is_done_is_kept_when_a_later_arm_fails(idle, tmp_path, monkeypatch):
+    run_arm = races.run_arm
+
+    def failing(arm, *rest):
+        run_arm(arm, *rest) if arm.model != "thinker" else 1 / 0
+
+    monkeypatch.setattr(races, "run_arm", failing)
+    with pytest.raises(ZeroDivisionError):
+        races.run("models", seeds=1, quick=True, out=tmp_path)
+    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
+    assert [name for name, row in rows.items() if row["nats"]] == ["gpt", "mamba"]
 
 
 def test_an_arm_is_trained_on_the_device_that_it_is_given(short, tmp_path, monkeypatch):
@@ -395,6 +446,32 @@ def test_where_all_stand_when_the_fastest_is_done_by_hand():
     (line,) = report.of_models(rows)
     assert "a 3.000" in line or "a not measured yet" in line
     assert "b not measured yet" in line
+
+
+def test_where_each_was_lowest_by_hand():
+    falls = [[1000, 1.0, 2.5], [2000, 2.0, 1.25], [3000, 3.0, 1.5]]
+    row = {"curves": [falls, falls[:1]], "nats": [1.5, 2.5], "exact": False, "measured": []}
+    page = report.of_models_long({"diffusion": row | {"characters": 3000}})
+    assert page[-1] == "| diffusion | at most 1.8750 (1.2500, 2.5000) | 2,000, 1,000 |"
+
+
+def test_a_speedrun_is_judged_by_its_mean_in_the_windows_of_the_other_by_hand():
+    row = {"seconds": [10.0, 20.0, 60.0], "clock": [11.0, 22.0, 99.0], "nats": [1.3] * 3}
+    row["measured"] = [{"windows of 256": nats} for nats in (1.46, 1.47, 1.48)]
+    page = report.of_speedrun({"one GPU": row})
+    assert "| 1 | 20 | 22 | 1.4700 |" in page and page[0] == "## one GPU"
+    words = "The mean, 1.4700, is above nanoGPT's 1.4697, after 22 s by the clock (median)."
+    assert page[-1].startswith(words)
+
+
+def test_only_what_every_seed_reaches_is_set_against_the_line():
+    one = {"fixed": {"1": 2.0, "2": 1.5, "3": 1.4, "4": 1.4}, "trained": 4}
+    ways = [{"0.5": [1.4, 2.0], "0.2": [1.3, mean]} for mean in (4.0, 3.0)]
+    measured = [one | {"learned": learned} for learned in ways]
+    small = {"nats": [1.6, 1.6]}
+    page = report.of_thinker({"thinker": {"measured": measured}, "gpt, equal parameters": small})
+    assert page[-1].startswith("Against the line that mixes fixed rounds, by mean rounds: -0.1000 ")
+    assert "-0.0750 (-0.1000, -0.0500) at 3.0" in page[-1] and "at 4.0" not in page[-1]
 
 
 def test_texts_over_seeds_by_hand():
