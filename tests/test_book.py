@@ -1,6 +1,7 @@
 """The book builds from the stored notebooks without a warning, and its pages say what is true."""
 
 import base64
+import importlib.util
 import io
 import re
 import subprocess
@@ -8,14 +9,27 @@ import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
 import nbformat
 import pytest
 import yaml
+from docutils import nodes
+from docutils.utils import new_document
 from PIL import Image
 
+from irann import figures
+
 ROOT = Path(__file__).parents[1]
+
+
+def load(path):
+    """-> a module of the book, which is in no package."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "book" / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_page_is_built(site):
@@ -260,10 +274,15 @@ plt.plot([1, 2])
 plt.show()"""
 
 
+MOVED = """from IPython.display import display
+display({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "a slider"}, raw=True)
+print("beside it")"""
+
+
 def test_execute_stores_a_clean_notebook(tmp_path):
     page = tmp_path / "page.md"
     header = (ROOT / "notebooks/01_gpt.md").read_text().partition("# 1")[0]
-    cells = ("print(1 + 1)", DRAWN)
+    cells = ("print(1 + 1)", DRAWN, MOVED)
     page.write_text(
         header + "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in cells)
     )
@@ -275,12 +294,14 @@ def test_execute_stores_a_clean_notebook(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     notebook = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
-    summed, drawn = notebook.cells[-2:]
+    summed, drawn, moved = notebook.cells[-3:]
+    assert [out.get("text") for out in moved.outputs] == ["beside it\n"]
     assert summed.outputs[0].text == "2\n" and summed.execution_count == 1
     shown = drawn.outputs[0].metadata["image/png"]
     picture = Image.open(io.BytesIO(base64.b64decode(drawn.outputs[0].data["image/png"])))
     assert shown["width"] >= 700 and picture.width // 2 == shown["width"]
     assert round(picture.info["dpi"][0]) == 200  # the site divides by it
+    assert picture.mode == "P" and len(picture.getcolors()) <= 128
     stored = nbformat.read(ROOT / "notebooks/01_gpt.ipynb", as_version=4).metadata
     assert (
         notebook.metadata.keys() == stored.keys() and notebook.metadata.jupytext == stored.jupytext
@@ -295,3 +316,156 @@ def test_the_citation_and_the_licence_agree_with_the_package():
     citation = yaml.safe_load((ROOT / "book/CITATION.cff").read_text())
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert "MIT License" in (ROOT / project["license-files"][0]).read_text()
+
+
+# ------------------------------------------------------------------------ what the site is made by
+
+
+@pytest.mark.parametrize(
+    "said, set_as",
+    [
+        ("-> y (b t e) of `x`.", r"-> y (b t e) of \ ``x``\ ."),
+        ("(b t) -> (b t d): a *star*, a_b", r"``(b t) -> (b t d)``\ : a \*star\*, a\_b"),
+        ("(n), (m (a b)) and (k) -> (n k)", r"``(n), (m (a b)) and (k) -> (n k)``\ "),
+    ],
+)
+def test_a_docstring_s_shapes_and_code_are_set_as_code(said, set_as):
+    assert load("extension/house.py").prose(said) == set_as
+
+
+def test_a_docstring_s_tables_and_examples_stay_as_they_are():
+    lines = ["One", "sentence.", "", "| a | b |", "|---|---|", "", "    x = 1", "", "- a list", ""]
+    load("extension/house.py").docstring(None, "", "", None, None, lines)
+    table = ["::", "", "    | a | b |", "    |---|---|", ""]
+    code, listed = ["::", "", "        x = 1", ""], ["::", "", "    - a list", ""]
+    assert lines == ["One sentence.", "", *table, *code, *listed]
+
+
+def picture(**attributes):
+    return nodes.image("", **attributes)
+
+
+def test_a_picture_says_what_stands_above_it_and_is_as_wide_as_it_was_drawn(tmp_path):
+    house, page = load("extension/house.py"), new_document("page")
+    Image.new("RGB", (640, 20)).save(tmp_path / "a.png", dpi=(200, 200))
+    Image.new("RGB", (640, 20)).save(tmp_path / "b.png")
+    mine = picture(uri="b.png", alt="mine", width="7px")
+    long = nodes.paragraph("", "letters " * 80)
+    page += [
+        nodes.paragraph("", "far above"),
+        nodes.paragraph("", "two\nlines"),
+        picture(uri="a.png"),
+    ]
+    page += [picture(uri="b.png"), mine, long, picture(uri="none.png")]
+    house.describe_pictures(SimpleNamespace(srcdir=tmp_path), page, "page")
+    sharp, plain, mine, last = page.findall(nodes.image)
+    assert (sharp["alt"], sharp["width"]) == ("Figure. two lines", "320px")
+    assert (plain["alt"], plain["width"]) == ("Figure. two lines", "640px")
+    assert (mine["alt"], mine["width"]) == ("mine", "7px") and "width" not in last
+    assert last["alt"] == "Figure. " + " ".join(["letters"] * 37 + ["..."])
+    assert house.said(last["alt"]) == " ".join(["letters"] * 17 + ["..."])
+    assert house.said("Figure. A\nB") == "A B"
+
+
+@pytest.mark.parametrize("address", ["", "https://example.org/me/irann"])
+def test_the_site_has_a_button_for_binder_if_it_is_told_where_its_notebooks_are(
+    address, monkeypatch
+):
+    monkeypatch.setenv("IRANN_REPOSITORY", address)
+    config = SimpleNamespace(html_theme_options={"kept": 1})
+
+    def init_thebe_core():
+        pass
+
+    listeners = {"event": [SimpleNamespace(handler=f) for f in (init_thebe_core, print)]}
+    app = SimpleNamespace(events=SimpleNamespace(listeners=listeners))
+    load("extension/house.py").configure(app, config)
+    assert [one.handler for one in listeners["event"]] == [print]
+    options = config.html_theme_options
+    assert options["kept"] == 1 and options.get("repository_url", "") == address
+    assert ("binderhub_url" in options.get("launch_buttons", {})) == bool(address)
+
+
+def test_a_chapter_with_a_cell_that_failed_or_never_ran_is_not_shown(tmp_path):
+    house, page = load("extension/house.py"), tmp_path / "page.ipynb"
+    cells = [nbformat.v4.new_markdown_cell("words"), nbformat.v4.new_code_cell("1")]
+    cells += [nbformat.v4.new_code_cell("2")]
+    env = SimpleNamespace(doc2path=lambda name: tmp_path / name)
+
+    def refused():
+        nbformat.write(nbformat.v4.new_notebook(cells=cells), page)
+        try:
+            house.refuse_failures(None, env, ["words.md", "page.ipynb"])
+        except house.ExtensionError as error:
+            return str(error).partition(": ")[2]
+
+    cells[1].execution_count = 1
+    assert refused() == "code cell 2 never ran; run it anew"
+    cells[2].execution_count = 2
+    assert refused() is None
+    cells[1].outputs = [nbformat.v4.new_output("error", ename="E", evalue="no", traceback=[])]
+    assert refused() == "code cell 1 failed (no); run it anew"
+
+
+def chapter(*titles):
+    page = new_document("page")
+    page += nodes.section("", nodes.title("", "A chapter"), nodes.paragraph("", "words"))
+    page[0] += [nodes.section("", nodes.title("", title)) for title in titles]
+    return page
+
+
+@pytest.mark.parametrize(
+    "titles, place", [(("One", "4.2 Exercises", "Further"), 3), (("One", "An exercise"), 4)]
+)
+def test_a_live_piece_stands_before_a_chapter_s_exercises_or_at_its_end(titles, place):
+    live, html = load("extension/live.py"), SimpleNamespace(builder=SimpleNamespace(format="html"))
+    page = chapter(*titles)
+    live.add_to_chapter(html, page, "notebooks/04_mamba")
+    heading, piece = page[0][place : place + 2]
+    assert heading.astext() == "Live in this page: what the state still remembers"
+    assert 'data-piece="forget"' in piece.astext() and len(page[0]) == 4 + len(titles)
+    latex = SimpleNamespace(builder=SimpleNamespace(format="latex"))
+    for app, name in ((html, "notebooks/04b_other"), (latex, "notebooks/04_mamba")):
+        page = chapter(*titles)
+        live.add_to_chapter(app, page, name)
+        assert len(page[0]) == 2 + len(titles)
+
+
+def test_only_a_page_with_a_live_piece_loads_its_script():
+    live, loaded = load("extension/live.py"), []
+    app = SimpleNamespace(
+        add_css_file=loaded.append, add_js_file=lambda name, **_: loaded.append(name)
+    )
+    for body in ("<p>irann-live</p>", ""):
+        live.add_scripts(app, "", "", {"body": body}, None)
+    assert loaded == []
+    live.add_scripts(app, "", "", {"body": '<div class="irann-live">'}, None)
+    assert loaded == ["live/live.css", "live/stills.css", "live/live.js"]
+
+
+def test_a_build_that_failed_is_given_no_files(tmp_path):
+    app = SimpleNamespace(outdir=tmp_path, builder=SimpleNamespace(format="html"))
+    for module, write in (("live", "write_files"), ("house", "bring_mathjax")):
+        getattr(load(f"extension/{module}.py"), write)(app, ValueError("no"))
+    app.builder.format = "latex"
+    for module, write in (("live", "write_files"), ("house", "bring_mathjax")):
+        getattr(load(f"extension/{module}.py"), write)(app, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_in_the_moving_picture_ink_has_settled_and_grey_is_a_guess():
+    """Newlines before the text are not drawn, but count; a long line is broken and none is lost."""
+    moving = load("moving.py")
+    drawn = []
+    pen = SimpleNamespace(text=lambda at, sign, colour, font: drawn.append((at, sign, colour)))
+    text = "\n\nab\n\n" + "c" * 30 + " " + "d" * 20
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moving.ImageDraw, "Draw", lambda picture: pen)
+        shown = moving.draw({"gpt": SimpleNamespace(text=text, settled=7)})
+    assert (shown.height, drawn[0][1:]) == (6 * 20 + 28, ("gpt", figures.HUES["gpt"]))
+    signs = "".join(sign for _, sign, _ in drawn[1:])
+    assert signs == text.replace("\n", "")
+    settled = [sign for _, sign, colour in drawn[1:] if colour == figures.INK]
+    assert settled == ["a", "b", "c"]  # of seven, four are newlines
+    rows = [(y - 14) // 20 for (_, y), *_ in drawn[1:]]
+    assert rows == [1] * 2 + [3] * 31 + [4] * 20

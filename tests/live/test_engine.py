@@ -17,8 +17,9 @@ from conftest import excite
 
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
-from irann.export import LIVE, counts_script, model_script, weights_file
+from irann.export import LIVE, PIECES, box, counts_script, model_script, weights_file
 from irann.export import page as exported
+from irann.lm import LanguageModel
 from irann.settings import InputError
 from irann.text import Text, Vocabulary
 
@@ -127,6 +128,10 @@ def test_options_that_the_engine_lacks_are_named():
         weights_file(tiny("mamba", layers=65))
     with pytest.raises(InputError, match="activation=silu"):
         weights_file(tiny("mamba", activation="relu"))
+    with pytest.raises(InputError, match="a multiple of 4; got d_state=6"):
+        weights_file(tiny("mamba", d_state=6))
+    with pytest.raises(InputError, match="run gpt, thinker, mamba, .*-page; got LanguageModel"):
+        exported(LanguageModel(tiny("gpt").config))
     with pytest.raises(InputError, match="half precision"):
         model = tiny("gpt")
         model.wte.weight.data[0, 0] = 1e6
@@ -334,3 +339,23 @@ def test_an_exported_page_calls_a_bound_a_bound(name):
     model = zoo.load(name)
     nats = f"{model.card['validation']:.3f} nats per character"
     assert (f"at most {nats}" in exported(model)) == (not model.exact) and nats in exported(model)
+
+
+def test_an_exported_page_writes_first_and_its_signs_end_no_script():
+    model = tiny("gpt")
+    model.vocabulary = Vocabulary("\n</script>&abc")
+    page = exported(model)
+    pieces = re.findall(r'data-piece="(\w+)" data-models="(\S+)"', page)
+    assert pieces == [(piece, "gpt") for piece in ("write", "cost", "attention", "chat")]
+    assert "data-counts" not in page and page.index("<h2>It writes</h2>") < page.index("cost")
+    assert page.count("</script>") == page.count("<script>") == 4
+    assert f"{model.num_parameters:,} parameters, 13 characters. Everything" in page
+    assert page.count("A gpt that runs in this page</") == 2  # the title, and the heading
+
+
+def test_a_piece_says_before_its_script_begins_what_it_is():
+    live = box("gaps")
+    assert 'data-piece="gaps" data-models="thinker-page diffusion"' in live
+    assert f'data-title="{PIECES["gaps"]}" data-counts="yes"' in live
+    assert 'aria-label="A picture of the live piece: gaps, filled from both sides."' in live
+    assert "without them there is only a picture" in live
