@@ -170,8 +170,12 @@ def test_a_race_that_is_told_to_end_says_how_to_go_on(
             yield tick
 
     monkeypatch.setattr(races, "progress", interrupting)
-    with pytest.raises(end) as ended:
-        races.run("models", seeds=1, quick=True, out=tmp_path)
+    before = signal.signal(number, signal.default_int_handler)  # a shell's & would have it ignored
+    try:
+        with pytest.raises(end) as ended:
+            races.run("models", seeds=1, quick=True, out=tmp_path)
+    finally:
+        signal.signal(number, before)
     assert getattr(ended.value, "code", 143) == 143
     assert "step-00000004; the same command goes on from there" in capsys.readouterr().err
 
