@@ -105,7 +105,7 @@ def test_speed_is_counted_from_the_first_draft_beyond_the_prompt(clock):
 
 
 def test_every_round_of_writing_has_a_seed_of_its_own(monkeypatch):
-    seeds = []
+    seeds, loaded = [], []
 
     class Fast:
         def eval(self):
@@ -117,12 +117,13 @@ def test_every_round_of_writing_has_a_seed_of_its_own(monkeypatch):
 
     monkeypatch.setattr(zoo, "build", lambda *_: Fast())
     monkeypatch.setattr(zoo, "shipped", lambda: ["gpt"])
-    monkeypatch.setattr(zoo, "load", lambda name: Fast())
+    monkeypatch.setattr(zoo, "load", lambda name: loaded.append(name) or Fast())
     rows = speed.writing_by_length(quick=False)
     assert [(one["prompt"], one["reply"]) for one in rows["gpt"]] == [
         (prompt, reply) for prompt in (100, 1000, 10_000) for reply in (50, 250)
     ]
     assert seeds == [0, *[0, 1, 2] * 6] * len(zoo.MODELS)  # the first does not count
+    assert loaded == ["gpt"]
 
 
 def test_the_first_character_does_not_count_where_only_further_ones_are_asked_for(clock):
@@ -168,6 +169,9 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
     ways = list(waiting.WAYS.values())
     assert asked == [[way] for way in ways] * 2 + [[way, way] for way in ways]
     assert measured["another training"] == {"as it is": [7], "passive": [8], "one thread": [9]}
+    asked.clear()
+    waiting.waiting(quick=False)
+    assert asked[:6] == [[way] for way in ways] * 2
     page = (tmp_path / "waiting.md").read_text()
     assert "| quiet | 1.0 (1.0, 1.0) | 2.0 (2.0, 2.0) | 3.0 (3.0, 3.0) |" in page
 
@@ -210,10 +214,15 @@ def test_what_became_slower_than_in_the_stored_report_is_named(tmp_path, monkeyp
         return {"rows": {name: {"times": {"median": time}} for name, time in times.items()}}
 
     parts = {
-        "cache": lambda quick: rows(**{"with": 1.0, "without": 2.0, "new": 2.0}),
+        "cache": lambda quick: rows(
+            **{"with": 1.0, "without": 2.0 if quick else 4.0, "new": 2.0, "busy": 0.7}
+        ),
         "gpt": lambda quick: {"rounds": 3, "step": rows(irann=1.0, transformers=4.0)},
     }
-    stored = {"cache": rows(**{"with": 1.0, "without": 4.0}), "gpt": parts["gpt"](True)}
+    stored = {
+        "cache": rows(**{"with": 1.0, "without": 4.0, "busy": 1.0}),
+        "gpt": parts["gpt"](True),
+    }
     (tmp_path / "all.json").write_text(json.dumps(stored))
     monkeypatch.setattr(regressions, "STORED", tmp_path / "all.json")
     monkeypatch.setattr(regressions, "PARTS", parts)
@@ -221,7 +230,10 @@ def test_what_became_slower_than_in_the_stored_report_is_named(tmp_path, monkeyp
     page = (tmp_path / "regressions.md").read_text()
     assert "| cache: with, over without | 0.250 | 0.500 | 2.00 **slower** |" in page
     assert "| gpt, step: irann, over transformers | 0.250 | 0.250 | 1.00 |" in page
+    assert "| cache: busy, over without | 0.250 | 0.350 | 1.40 |" in page
     assert "cache: new" not in page  # there is nothing to compare it with
+    now = regressions.regressions(quick=False)["rows"]["cache: with, over without"]
+    assert now == {"then": 0.25, "now": 0.25}
     monkeypatch.setattr(regressions, "STORED", tmp_path / "none.json")
     with refuses("clone of the repository"):
         suite.main("regressions", quick=True, out=tmp_path / "other")
