@@ -346,7 +346,13 @@ def test_no_windows_are_measured_with_the_same_noise():
 
 def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch, clock):
     rates = iter([1, 1, 100, 10, 200, 20])  # after 100 and after 1,000, three rounds
-    monkeypatch.setattr(scan, "write_on", lambda model, prompt, n: next(rates))
+    prompts = []
+
+    def write_on(model, prompt, n):
+        prompts.append(prompt.shape[1])
+        return next(rates)
+
+    monkeypatch.setattr(scan, "write_on", write_on)
 
     class Theirs:
         started = False
@@ -362,6 +368,7 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
     peer = SimpleNamespace(MambaConfig=dict, MambaForCausalLM=lambda config: Theirs())
     monkeypatch.setitem(sys.modules, "transformers", peer)
     measured = scan.writing(quick=True)
+    assert prompts == [100, 1000] * 3
     assert measured["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
     assert measured["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
     assert measured["transformers, cached, after 100"] == pytest.approx(speed.summary([5.0, 5.0]))
