@@ -349,6 +349,7 @@ def test_an_exported_page_writes_first_and_its_signs_end_no_script():
     assert pieces == [(piece, "gpt") for piece in ("write", "cost", "attention", "chat")]
     assert "data-counts" not in page and page.index("<h2>It writes</h2>") < page.index("cost")
     assert page.count("</script>") == page.count("<script>") == 4
+    assert '"characters":"\\n&/\\u003c>abciprst"' in page
     assert f"{model.num_parameters:,} parameters, 13 characters. Everything" in page
     assert page.count("A gpt that runs in this page</") == 2  # the title, and the heading
 
