@@ -256,9 +256,10 @@ def test_a_race_says_what_it_ran_on_and_that_is_written_down_first(idle, tmp_pat
 
 def test_what_a_log_says_is_entered_under_its_seed_by_hand(short, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(races, "train", lambda *_, **how: asked.append(how) or iter(()))
+    monkeypatch.setattr(races, "train", lambda *what, **how: asked.append((what, how)) or iter(()))
     arm = races.nanogpt_arms(quick=True)["ours, short"]
-    arm = replace(arm, recipe=replace(arm.recipe, steps=4), measure=lambda model, text: {"a": 3})
+    recipe = replace(arm.recipe, steps=4)
+    arm = replace(arm, recipe=recipe, measure=lambda model, text: {"trained": model})
     log = [{"step": 1, "seconds": 1.0}, {"step": 2, "seconds": 9.0, "validation": 1.5}]
     log += [{"step": 3, "seconds": 10.0}, {"step": 4, "seconds": 20.0, "validation": 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
@@ -272,12 +273,12 @@ def test_what_a_log_says_is_entered_under_its_seed_by_hand(short, tmp_path, monk
         "seconds": ["first", 4.0, "third"],
         "clock": ["first", 20.0, "third"],  # with validation
         "curves": ["first", curve, "third"],
-        "measured": ["first", {"a": 3}],
+        "measured": ["first", {"trained": asked[0][0][0]}],
         "parameters": size(arm),
         "characters": 4 * a_step,
         "exact": True,
     }
-    assert asked[0]["resume"] and asked[0]["run"] == tmp_path
+    assert asked[0][1]["resume"] and asked[0][1]["run"] == tmp_path
 
 
 def test_what_is_done_is_kept_when_a_later_arm_fails(idle, tmp_path, monkeypatch):
