@@ -173,6 +173,7 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
     waiting.waiting(quick=False)
     assert asked[:6] == [[way] for way in ways] * 2
     page = (tmp_path / "waiting.md").read_text()
+    assert page.startswith("## Seconds of 40 training steps of the tiny GPT")
     assert "| quiet | 1.0 (1.0, 1.0) | 2.0 (2.0, 2.0) | 3.0 (3.0, 3.0) |" in page
 
 
