@@ -144,6 +144,23 @@ def test_models_without_weights_are_named(tmp_path, monkeypatch):
         suite.main("mamba", quick=True, out=tmp_path)
 
 
+def test_a_table_of_models_has_a_cell_for_what_is_not_known():
+    rate = speed.summary([10.0])
+    row = {"parameters": 1234, "exact": False, "chars_per_second": rate}
+    row["chars_per_second_of_a_batch"] = rate
+    rows = {
+        "gpt": row | {"nats_per_char": 1.5, "by_position": [[0, 2.0], [4, 1.0]]},
+        "mamba": row | {"nats_per_char": None, "by_position": [[4, 3.0]]},
+        "thinker": {"missing": "none yet"},
+    }
+    page = report.markdown({"models": rows})
+    assert "| gpt | 1,234 | at most 1.5000 | at most 2.164 | 10 (10, 10) | 10 (10, 10) |" in page
+    assert "| mamba | 1,234 | not measured |  | 10 (10, 10) | 10 (10, 10) |" in page
+    assert "| thinker | none yet |  |  |  |  |" in page
+    assert "| model | from position 1 | 5 |" in page
+    assert "| gpt | 2.000 | 1.000 |\n| mamba |  | 3.000 |" in page
+
+
 # ----------------------------------------------------------------------------- what is gone on with
 
 

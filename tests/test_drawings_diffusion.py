@@ -23,6 +23,8 @@ def test_the_forward_process_shows_every_level_with_its_number():
     seen = letters(ax)
     for part in ("+1.00", "+0.25", "-0.50", "x_{300}", "= 0.80"):
         assert part in seen
+    ways = [(text.xy[0] > text.xyann[0]) for text in ax.texts if getattr(text, "arrow_patch", None)]
+    assert ways == [True, False] * 2  # there and back, between neighbours
     plt.close()
 
 
