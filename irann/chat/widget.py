@@ -322,8 +322,11 @@ class Chat(w.VBox):
         if self.session is None:
             settings = self.settings
             self.settings = {}  # refused ones are not tried again
-            scene = {name: settings.pop(name) for name in SCENE.keys() & settings.keys()}
+            named = SCENE.keys() & settings.keys()
+            scene = {name: SCENE[name].read(name, settings[name]) for name in named}
+            self.settings = settings  # until a model could be loaded
             session = Session(model, device=self.device, say=self.heard.append, **scene)
+            self.settings = {}
             self.heard += session.set_all(settings)
             self.session = session
         elif note := self.session.use(model):
