@@ -23,7 +23,7 @@ from conftest import PROGRAMS
 
 import irann
 import irann.__main__ as main_module
-from irann import book, checkpoint, runs, zoo
+from irann import book, checkpoint, doctor, runs, zoo
 from irann.__main__ import _again, main
 from irann.chat.session import Session
 from irann.chat.widget import Chat
@@ -306,6 +306,70 @@ def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch
         assert words in line
 
 
+@pytest.fixture
+def healthy(tmp_path, monkeypatch):
+    """A machine of which the doctor has nothing to say; home is where the work is."""
+    for name in (*doctor.VARIABLES, *doctor.OURS):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "weights").mkdir()
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.0, 0, 0))
+    monkeypatch.setattr(doctor.machine, "cores", lambda: 2)
+    monkeypatch.setattr(doctor.machine, "waits_politely", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    usage = types.SimpleNamespace(free=1e9)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: usage)
+    return usage
+
+
+def test_the_doctor_has_nothing_to_say_of_a_machine_that_is_well(run, healthy, monkeypatch):
+    lines = run("doctor")[1].splitlines()
+    assert lines[-1] == "wrong    nothing that shows from here"
+    assert {"weights  none", "runs     none in ~/runs", "torch    no variables are set"} < {*lines}
+    assert lines.count("disk     1.0 GB free at ~") == 2
+    monkeypatch.setenv("HOME", "/")
+    assert any(line.startswith("runs     none in /") for line in doctor.report())
+
+
+def test_the_doctor_finds_each_trouble(run, healthy, tmp_path, monkeypatch):
+    for name in ("gpt.json", "gpt.safetensors", "runs/old/checkpoints/step-00000001/odd"):
+        file = tmp_path / ("runs" if "/" in name else "weights") / name.removeprefix("runs/")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    version, usage = doctor.importlib.metadata.version, doctor.shutil.disk_usage
+
+    def installed(name):
+        if name == "ipywidgets":
+            raise doctor.importlib.metadata.PackageNotFoundError
+        return version(name)
+
+    def disk(folder):
+        if folder == tmp_path / "gone":
+            raise FileNotFoundError
+        return usage(folder)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", installed)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", disk)
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.1, 0, 0))
+    monkeypatch.setenv("HOME", str(tmp_path / "gone"))
+    healthy.free = 9e8
+    out = run("doctor")[1]
+    wrong = [line for line in out.splitlines() if line.startswith("wrong ")]
+    said = (
+        "the chat of the notebooks is missing: pip install 'irann[book]'",
+        "other work keeps 1.1 of 2 cores busy",
+        "the weights of gpt that came with this package cannot be used",
+        "step-00000001",
+        f"the disk of {tmp_path} is nearly full",
+    )
+    for line, words in zip(wrong, said, strict=True):
+        assert words in line
+    assert "no ipywidgets, " in out and "weights  none" in out and out.count(" GB free") == 1
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert "other work" not in run("doctor")[1]
+
+
 def test_sample_and_eval(run, trained, corpus):
     code, out, err = run("sample", trained, "--prompt", "ROMEO:", "--length", 30, "--seed", 1)
     assert (code, err) == (0, "") and out.startswith("ROMEO:") and len(out) == len("ROMEO:") + 31
@@ -540,6 +604,16 @@ def test_a_text_of_one_s_own_from_the_first_look_to_the_last(run, tmp_path):
     assert run("eval", place)[0] == 4
 
 
+@pytest.mark.parametrize("set_to, validated", [(None, 10), (0, 1), (5, 4)])
+def test_a_text_of_ones_own_is_validated_ten_times_unless_it_is_set(run, set_to, validated):
+    Path("digits.txt").write_text("0123456789" * 60)
+    small = {"window": 32, "width": 32, "steps": 20, "evaluate_every": set_to}
+    changes = [f"--set={name}={n}" for name, n in small.items() if n is not None]
+    assert run("train", "gpt", "--corpus", "digits.txt", "--run", "mine", *changes)[0] == 0
+    rows = [json.loads(line) for line in open("mine/metrics.jsonl")]
+    assert sum(row.get("validation") is not None for row in rows) == validated
+
+
 def test_who_speaks_is_said_where_a_name_could_mean_two(run):
     assert run("train", "gpt", *TINY)[0] == 0
     code, _, err = run("sample", "gpt", "--length", 5)
@@ -691,21 +765,30 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     *words, env = seen.pop()
     assert words[4] == str(book.BESIDE) and words[-1] == "--no-browser"
     assert any("hide_globs" in word for word in words)
+    assert "--LabApp.default_url=/lab/tree/welcome.ipynb" in words
+    assert "--ServerApp.jpserver_extensions={'jupyterlab_jupytext': False}" in words
+    assert env["PATH"] == os.environ["PATH"]
     first, ours = env["JUPYTER_CONFIG_PATH"].split(os.pathsep)  # there it looks for labconfig
     page = json.loads((Path(ours) / "labconfig" / "page_config.json").read_text())
     assert first == "mine" and any("announcements" in name for name in page["disabledExtensions"])
+    monkeypatch.delenv("JUPYTER_CONFIG_PATH")
+    assert run("book")[0] == 0 and seen.pop()[-1]["JUPYTER_CONFIG_PATH"] == ours
     monkeypatch.setattr(book, "BESIDE", tmp_path / "nowhere")
     monkeypatch.setattr(book, "INSTALLED", tmp_path / "share")
     assert "get the book's folder" in run("book")[2]
     (tmp_path / "share").mkdir()
-    for name in ("welcome.ipynb", "01_gpt.ipynb"):
+    for name in ("welcome.ipynb", "01_gpt.ipynb", "01_gpt.md"):
         (tmp_path / "share" / name).write_text("{}")
     assert run("book")[0] == 0 and seen[-1][4] == "irann-book"
+    assert sorted(os.listdir("irann-book")) == ["01_gpt.ipynb", "welcome.ipynb"]
     (tmp_path / "irann-book" / "welcome.ipynb").write_text("mine")
     assert run("book")[0] == 0
     assert (tmp_path / "irann-book" / "welcome.ipynb").read_text() == "mine"
     (tmp_path / "share" / "08_new.ipynb").write_text("{}")  # a later edition
     assert run("book")[0] == 0 and (tmp_path / "irann-book" / "08_new.ipynb").exists()
+    monkeypatch.setattr(book.importlib.util, "find_spec", lambda name: None)
+    code, _, err = run("book")
+    assert code == 2 and "pip install 'irann[book]'" in err and len(seen) == 3
 
 
 def test_a_shell_completes_models_and_runs(run, trained, monkeypatch):

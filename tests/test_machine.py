@@ -1,9 +1,13 @@
 """irann.machine: threads that wait let others work, unless the reader chose otherwise."""
 
+import itertools
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import PROGRAMS
@@ -44,6 +48,72 @@ def test_where_one_thread_computes_no_pool_is_started(monkeypatch):
     monkeypatch.setattr(machine.torch, "get_num_threads", lambda: machine.MOST_CORES + 1)
     machine.share_cores()
     assert not started
+
+
+def test_the_watcher_is_for_two_threads_to_as_many_as_most_cores(monkeypatch):
+    for name in machine.CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    for threads, waits in ((1, False), (2, True), (8, True), (9, False)):
+        monkeypatch.setattr(machine.torch, "get_num_threads", lambda threads=threads: threads)
+        assert machine.waits_politely() == waits
+
+
+def test_cores_are_those_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})
+    assert machine.cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")  # not on every system
+    assert machine.cores() == 64
+
+
+def test_one_watcher_is_enough_and_it_ends_before_python_does(monkeypatch):
+    def stand_in(over, threads):
+        over.wait()
+
+    registered = []
+    monkeypatch.setattr(machine, "_watch", stand_in)
+    monkeypatch.setattr(machine, "waits_politely", lambda: True)
+    monkeypatch.setattr(machine.atexit, "register", lambda *call: registered.append(call))
+    machine.share_cores()
+    machine.share_cores()
+    [(end, over, watcher)] = registered
+    assert watcher.is_alive() and watcher.daemon
+    end(over, watcher)
+    assert not watcher.is_alive()
+
+
+def test_a_pool_stands_by_while_others_compute_and_until_four_looks_find_them_quiet(monkeypatch):
+    monkeypatch.setattr(machine, "cores", lambda: 2)
+
+    def watched(load, *others):
+        """-> what happens before and at each look at how many cores others keep, and at the end."""
+        seen = [[]]
+        clocks = iter(enumerate(itertools.accumulate(others, initial=0)))
+        over = threading.Event()
+        pool = SimpleNamespace(release=lambda: seen[-1].append("released"))
+        monkeypatch.setattr(machine, "SecondPool", lambda n: seen[-1].append(n) or pool)
+        monkeypatch.setattr(machine, "_clocks", lambda: next(clocks))
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, 0, 0))
+        monkeypatch.setattr(over, "wait", lambda _: seen.append([]) or len(seen) > 1 + len(others))
+        machine._watch(over, 3)
+        return seen
+
+    quiet = [[], [], []]
+    assert watched(1.4, 0.2, 0.25, 0, 0, 0, 0.5, 0, 0, 0, 0, 0) == [
+        *([], [], [3]), *quiet, [], *quiet, ["released"], [], [],
+    ]  # fmt: skip
+    assert watched(1.5, 0.25) == [[3], [], ["released"]]
+
+
+def test_others_are_all_that_computes_but_this_process(monkeypatch, tmp_path):
+    (tmp_path / "stat").write_text(
+        "cpu  100 20 30 4000 500 6 7 8 900 90\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
+    )
+    monkeypatch.setattr(machine, "STAT", tmp_path / "stat")
+    monkeypatch.setattr(time, "process_time", lambda: 0.25)
+    monkeypatch.setattr(time, "monotonic", lambda: 9.0)
+    ticks = 100 + 20 + 30 + 6 + 7 + 8  # neither idle nor waiting for a disk; guests are users
+    assert machine._clocks() == (9.0, ticks / os.sysconf("SC_CLK_TCK") - 0.25)
 
 
 def test_what_is_too_small_to_share_is_one_threads_work_and_the_count_is_put_back(monkeypatch):
