@@ -26,9 +26,10 @@ from conftest import excite, small_disk
 
 from irann import shakespeare, zoo
 from irann.__main__ import main
+from irann.chat import streams
 from irann.chat import terminal as in_terminal
-from irann.chat.html import draft_html, inspection_html, note_of, scene_html
-from irann.chat.session import Frame, Inspection, Session, _keep, _speech_end, available
+from irann.chat.html import draft_html, inspection_html, note_of, progress, scene_html, stored_html
+from irann.chat.session import WHY, Frame, Inspection, Session, _keep, _speech_end, available
 from irann.chat.streams import advance, cells, visible
 from irann.chat.terminal import Pen, Terminal
 from irann.chat.widget import Chat
@@ -585,6 +586,141 @@ def test_spaces_stay_spaces_and_controls_do_not_reach_the_terminal(typed, capsys
     terminal = Terminal(Session(talker, mode="play"))
     terminal.answer(terminal.session.reply)
     assert capsys.readouterr().out == odd + "\n\n" and terminal.session.turns[-1].ended == "speech"
+    terminal = Terminal(Session(Parrot(Vocabulary("a\x1b"), ""), mode="plain"))
+    terminal.session.say("a\x1b")
+    terminal.command("scene")
+    assert capsys.readouterr().out == "a\ufffd\n"
+
+
+def test_what_is_told_comes_after_what_was_written_and_moves_no_cursor(monkeypatch):
+    both = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(both))
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(both, "utf-8"))
+    print("a reply")
+    streams.tell("no \x1b[2J")
+    assert both.getvalue().decode() == "a reply\nirann: no \ufffd[2J\n"
+    assert streams.heard(lambda: "\ufeffROMEO:\n") == "ROMEO:\n"  # as some editors begin a file
+
+
+def test_the_command_line_sets_what_slash_commands_set(corpus, monkeypatch, capsys):
+    sessions = []
+    monkeypatch.setattr(Terminal, "run", lambda terminal: sessions.append(terminal.session))
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    words = {"temp": "0.5", "topk": "3", "to": "nurse", "as": "\u6731", "seed": "4"}
+    in_terminal.main(Parrot(corpus.vocabulary, ""), words)
+    (session,) = sessions
+    assert session.values == {"temperature": 0.5, "top_k": 3} and session.seed == 4
+    assert session.speaker == "NURSE" and "'\u6731': not among" in capsys.readouterr().err
+    with pytest.raises(InputError, match="length is a whole number"):  # before anything is loaded
+        in_terminal.main("nobody", {"length": "0"})
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    in_terminal.main(Parrot(Vocabulary("caf\u00e9"), ""), {})
+    assert "standard output is ascii" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "env, live, painted",
+    [
+        ({"TERM": "xterm"}, True, "\x1b[1mAy\x1b[0m"),
+        ({"TERM": "xterm", "NO_COLOR": ""}, True, "Ay"),
+        ({"TERM": "dumb"}, False, "Ay"),
+    ],
+)
+def test_colours_are_for_terminals_that_have_them(corpus, monkeypatch, env, live, painted):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    terminal = Terminal(parrot(corpus, ""))
+    assert terminal.live == live and terminal.paint("Ay", "1") == painted
+
+
+def test_the_prompt_is_the_reader_s_name_and_the_reply_stands_under_the_speaker_s(
+    corpus, monkeypatch, capsys
+):
+    terminal, asked = Terminal(parrot(corpus, "Ay.\n\n")), []
+    terminal.typed = terminal.live = True
+    lines = iter(["Caf\u00e9", "/as nurse", "/mode plain", "Hello", "/quit", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: asked.append(prompt) or next(lines))
+    terminal.run()
+    out, err = capsys.readouterr()
+    assert asked == ["ROMEO> ", "ROMEO> ", "NURSE> ", "> ", "> "]
+    assert out.count("JULIET:\nAy.\n") == out.count("JULIET") == 1 and WHY["play"] in out
+    assert "'\u00e9': not among" in err
+    terminal.run()
+    assert WHY["plain"] in capsys.readouterr().out
+
+
+def test_a_line_from_a_pipe_keeps_its_spaces_and_no_line_end(corpus, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\r\n  two \n\nend", newline=""))
+    terminal = Terminal(parrot(corpus, "!"))
+    terminal.session.set("mode", "plain")
+    terminal.run()
+    assert [turn.text for turn in terminal.session.turns] == [
+        "Hello",
+        "!",
+        "  two ",
+        *"!!",
+        "end",
+        "!",
+    ]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reply_that_cannot_be_is_told_to_who_types_and_ends_a_pipe(corpus, capsys):
+    terminal = Terminal(parrot(corpus, "Ay."))
+    with pytest.raises(InputError, match="no reply yet"):
+        terminal.answer(terminal.session.again)
+    terminal.typed = True
+    terminal.answer(terminal.session.again)
+    assert "no reply yet" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("typed, times", [(False, 1), (True, 1), (True, 2)])
+def test_one_interrupt_ends_the_step_a_second_ends_it_at_once(corpus, capsys, typed, times):
+    terminal, before, steps = Terminal(parrot(corpus, "")), signal.getsignal(signal.SIGINT), []
+
+    def reply():
+        for settled in (1, 2, 3):
+            steps.append(settled)
+            if settled == 2:
+                for _ in range(times):
+                    signal.raise_signal(signal.SIGINT)
+            yield Frame("Ay, ay", settled)
+
+    terminal.typed = typed
+    if typed:
+        terminal.answer(reply)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            terminal.answer(reply)
+    assert steps == [1, 2] and signal.getsignal(signal.SIGINT) is before
+    out = capsys.readouterr().out
+    assert out.startswith("Ay" if times == 1 else "A\n") and ("[stopped]" in out) == typed
+
+
+def test_a_terminal_tells_what_can_be_set_and_what_another_model_does_not_take(
+    here, monkeypatch, capsys
+):
+    terminal = Terminal(Session("diffusion", steps=3))
+    terminal.command("help")
+    assert "\n  /steps N: " in capsys.readouterr().err
+    terminal.command("mode")
+    assert capsys.readouterr().err.endswith(
+        "(a scene, or going on with the text itself; one of play, plain)\n"
+    )
+    model = terminal.session.model
+    terminal.command("model")
+    assert terminal.session.model is model
+    assert capsys.readouterr().err == f"irann: {terminal.session.describe()}\n"
+    terminal.forgetting = True
+    terminal.command("model gpt")
+    told = capsys.readouterr().err
+    assert "gpt: 28,736 parameters" in told and "cannot take what was set for steps" in told
+    assert not terminal.forgetting  # another window: what it forgets is told anew
+    monkeypatch.setenv("HOME", str(here))
+    terminal.command("save ~/scene.txt")
+    assert (here / "scene.txt").read_text() == "\n"
 
 
 def test_columns_are_those_of_the_screen():
@@ -772,6 +908,9 @@ def test_bubbles_say_which_model_wrote_them(here):
     widget.say("Hm?")
     names = re.findall("irann-name'>([^<]*)<", widget.scene.value)
     assert names == ["ROMEO", "JULIET \u00b7 gpt", "ROMEO", "JULIET \u00b7 mamba"]
+    kinds = re.findall(r"irann-turn irann-(\w+)", widget.scene.value)
+    assert kinds == ["reader", "model", "reader", "model"]
+    assert widget.scene.value.count("cut at its length") == 2
 
 
 def test_a_training_elsewhere_is_not_disturbed_by_a_chat(small):
@@ -796,9 +935,14 @@ def test_a_training_elsewhere_is_not_disturbed_by_a_chat(small):
 
 def test_a_very_long_scene_shows_its_end(chat):
     widget = chat("")
-    widget.session.say("word " * 6000 + "THE END")
+    widget.session.say("word " * 6000 + "THE & END")
     shown = scene_html(widget.session)
-    assert "... " in shown and "THE END" in shown and 20_000 < len(shown) < 21_000
+    assert "... " in shown and "THE &amp; END" in shown and 20_000 < len(shown) < 21_000
+    widget.session.clear()
+    for letter in "XYZ":
+        widget.session.say(letter * 15_000)
+    shown = scene_html(widget.session)
+    assert [shown.count(letter) for letter in "XYZ"] == [0, 5000, 15_000]
 
 
 def test_stop_works_while_the_model_writes(chat, monkeypatch):
@@ -855,6 +999,7 @@ def test_markup_stays_text_everywhere():
         )
         page = widget.scene.value + widget.drafts.value + widget.message.value
         page += inspection_html(look, "nll") + inspection_html(look, "attention", 2)
+        page += progress(EVIL) + stored_html(EVIL)
         assert "<img" not in page
         assert "<b>" not in page.lower()
         assert "&lt;img src=x onerror=alert(1)&gt;" in page
@@ -1127,6 +1272,24 @@ def test_a_map_is_coloured_by_what_comes_before_the_character():
     assert "at most" in inspection_html(
         Inspection("ab", {"nll": [0.0, 1.0]}, {}, exact=False), "nll"
     )
+
+
+def test_each_character_has_its_number_and_below_them_stand_range_and_what_may_follow():
+    likely = [[("x", 0.5)], [("y", 0.5)], [("\n", 0.254), (" ", 0.006)]]
+    look = Inspection("a\n ", {"nll": [0.0, 1.0, 4.0]}, {}, likely=likely)
+    page = inspection_html(look, "nll")
+    shown = re.findall(r"title='(.*?)' style='background:rgba\(230,159,0,(.*?)\).*?>([^<]*)<", page)
+    assert shown == [("0.000", "0.00", "a"), ("1.000", "0.25", "\u21b5\n"), ("4.000", "1.00", " ")]
+    assert "from 0.00 (plain) to 4.00 (orange)" in page and page.count("outline") == 1
+    assert "after the framed \u2423 (click another): \u21b5 25%, \u2423 1%" in page
+    level = inspection_html(Inspection("ab", {"rounds": [3.0, 3.0]}, {}), "rounds")
+    assert level.count("rgba(230,159,0,0.00)") == 2 and "outline" not in level
+
+
+def test_an_empty_stage_says_what_may_be_expected_of_the_mode(corpus):
+    for mode in ("play", "plain"):
+        page = scene_html(Session(Parrot(corpus.vocabulary, ""), mode=mode))
+        assert f"The stage is empty. {WHY[mode]}" in page
 
 
 def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_replies(
