@@ -129,6 +129,7 @@ def test_names_are_the_readers_choice(corpus):
     session.set("speaker", "Macbeth")
     talk(session, "When?")
     assert session.model.prompts[-1] == "FIRST WITCH:\nWhen?\n\nMACBETH:\n"
+    assert session.set("speaker", "x" * 40) == "" and session.speaker == "X" * 40
     for bad in ("", " : ", "X" * 41):
         with pytest.raises(ValueError, match="a character's name"):
             session.set("reader", bad)
@@ -157,6 +158,8 @@ def test_plain_mode_goes_on_with_the_text_itself_and_over_empty_lines(corpus):
     assert session.scene() == "To be, or not to be.\n\nThat is it."
     assert session.model.prompts == ["To be, or not to"]
     assert session.turns[-1].ended == "length"
+    session.say("\nAy.\n\n")  # here its line breaks are part of the text
+    assert session.scene().endswith("That is it.\nAy.\n\n")
 
 
 def test_leaving_the_frames_is_a_stop_that_keeps_what_has_settled(corpus):
@@ -222,14 +225,20 @@ def test_characters_it_does_not_know_are_named_and_replaced(corpus):
     assert session.turns[0].text == "Cafe black !"
     assert session.say("Cafe\u0301") == session.say("Caf\u00e9")
     assert session.turns.pop() == session.turns.pop()
-    assert session.say("\u2019tis <b>so</b> & ay")
-    assert session.turns[1].text == "'tis bsob & ay"
+    assert session.say("\u2019tis <b>so</b> & ay\u2014now")
+    assert session.turns[1].text == "'tis bsob & ay--now"
     finish(session.reply())
     session.clear()
     session.say("\U0001f600")
     assert session.turns == []
     finish(session.reply())
     assert session.model.prompts[-1] == "JULIET:\n"
+
+
+def test_of_many_unknown_characters_the_first_twenty_are_named(corpus):
+    session, greek = parrot(corpus, ""), "".join(map(chr, range(0x3B1, 0x3C6)))
+    assert session.say(greek).startswith(repr(greek[:20] + "...") + ": not among")
+    assert session.say(greek[:20]).startswith(repr(greek[:20]) + ": not among")
 
 
 def test_accents_are_composed_first_and_taken_apart_only_if_they_must():
@@ -448,7 +457,7 @@ def test_switching_the_model_keeps_the_scene_and_drops_what_the_new_one_does_not
         ("temperature", "nan", "temperature is a number from 0"),
         ("length", 10**9, "length is a whole number from 1"),
         ("seed", -3, "seed is a whole number"),
-        ("steps", 4, "has no setting 'steps'"),
+        ("steps", 4, "has no setting 'steps'; it has length, temperature, top_k, top_p, seed$"),
         ("mode", "opera", "mode is one of play, plain"),
     ],
 )
@@ -875,6 +884,8 @@ def test_without_a_loop_the_widget_answers_at_once_and_shows_a_transcript(chat):
     assert "Who is there?" in widget.scene.value and "Ay, madam." in widget.scene.value
     assert "Ay, madam." in widget._repr_html_() and widget.copy.value == widget.session.scene()
     widget.line.value = "And thou?"
+    widget._entered(widget.line, {"event": "focus"}, [])
+    assert len(widget.session.turns) == 2
     widget._entered(widget.line, {"event": "submit"}, [])
     assert len(widget.session.turns) == 4 and widget.line.value == ""
     widget.regenerate()
@@ -959,6 +970,9 @@ def test_stop_works_while_the_model_writes(chat, monkeypatch):
         assert widget.line.value == "later" and widget.message.value == ""
         widget.say("not now")
         assert "not heard" in widget.message.value
+        widget.regenerate()
+        widget.begin()
+        assert widget.session.turns[0].text == "Speak." and widget.names.disabled
         seen = [widget.scene.value]
         for _ in range(6):
             await asyncio.sleep(0)
@@ -971,6 +985,7 @@ def test_stop_works_while_the_model_writes(chat, monkeypatch):
     turn = widget.session.turns[-1]
     assert turn.ended == "stopped" and 0 < len(turn.text) < 20 and len(widget.session.turns) == 2
     assert not widget.submit.disabled and widget.stop.disabled and "stopped" in widget.scene.value
+    assert not widget.names.disabled
     widget.say("Go on.")
     assert len(widget.session.turns) == 4
 
@@ -1041,10 +1056,13 @@ def test_a_page_at_once_leaves_its_drafts_on_a_slider(chat):
     widget = chat("All at once.\n\nX", pages=True)
     widget.say("How?")
     assert widget.slide.max == len(widget.session.turns[-1].frames) - 1 > 3
+    assert widget.slide.value == widget.film.max == widget.slide.max  # where it ended
     widget.slide.value = 0
     assert "<span class='irann-open'>ll at once." in widget.drafts.value
     widget.slide.value = widget.slide.max
     assert "irann-open" not in widget.drafts.value and "All at once." in widget.drafts.value
+    widget.begin()
+    assert "leave their drafts here" in widget.drafts.value and widget.slide.max == 0
 
 
 def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch, capsys):
@@ -1077,6 +1095,8 @@ def test_a_knob_shows_what_is_set(chat):
         knobs[name].value = value
         assert knobs[name].value == shown and words in widget.message.value
     assert widget.session.asked == 1 and widget.session.seed == 7  # refused: the dice go on
+    knobs["seed"].value = " "
+    assert widget.session.seed is None and widget.message.value == ""
     knobs["reader"].value = "first witch: "
     assert knobs["reader"].value == widget.session.reader == "FIRST WITCH"
     assert widget.message.value == ""
@@ -1085,6 +1105,7 @@ def test_a_knob_shows_what_is_set(chat):
     bold = Chat(widget.session.model, temperature=5)
     slider = knobs_of(bold)["temperature"]
     assert slider.value == slider.max == 5 and bold.session.get("temperature") == 5
+    assert knobs["temperature"].max == 2 and knobs_of(bold)["top_p"].max == 1
 
 
 def test_a_model_that_could_not_be_loaded_hands_its_settings_to_the_one_that_can(here, monkeypatch):
@@ -1210,6 +1231,7 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
     torch.testing.assert_close(shown.map("attention"), shown.maps["attention"])
     p = session.model(ids)[0, 7].softmax(-1)
     likeliest, value = shown.likely[7][0]
+    assert widget.position.value == widget.position.max == len(shown.text) - 1
     assert likeliest == session.model.vocabulary.decode([p.argmax()])
     assert abs(value - p.max()) < 1e-6
     widget.picked.value = "7"  # what a click writes there
@@ -1219,6 +1241,9 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
     widget.kind.value = "attention"
     widget.layer.value, widget.head.value = 1, 0
     assert "layer 2, head 1" in widget.view.value
+    assert widget.position.layout.display == ""
+    widget.picked.value = "what is no number"
+    assert widget.position.value == 7 and widget.picked.value == ""
     widget.picked.value = "9999"
     assert widget.position.value == widget.position.max
 
@@ -1249,6 +1274,37 @@ def test_runs_are_among_the_models_of_the_chat(here):
     assert "runs/gpt-tiny" in [label for label, _ in Chat("gpt").names.options]
     widget = Chat("runs/gpt-tiny")
     assert widget.names.value == "runs/gpt-tiny" and widget.session.name == "runs/gpt-tiny"
+
+
+def test_of_a_model_of_ones_own_the_list_shows_its_class(chat):
+    widget = chat("Ay.")
+    assert widget.names.label == "Parrot" and widget.names.value is widget.session.model
+    assert [label for label, _ in widget.names.options][1:6] == [*zoo.MODELS]
+
+
+def test_a_model_chosen_while_a_reply_is_written_ends_it(chat, here):
+    widget = chat("A speech that never ends " * 10)
+
+    async def scene():
+        widget.say("Speak.")
+        await asyncio.sleep(0)
+        widget.names.value = "gpt"
+        await widget.task
+
+    asyncio.run(scene())
+    assert widget.session.turns[-1].ended == "stopped" and widget.session.name == "gpt"
+
+
+def test_a_page_that_is_written_after_another_begins_at_nothing(chat, monkeypatch):
+    monkeypatch.setattr("irann.chat.widget.EVERY", 0.0)
+    widget, paces = chat(""), []
+    widget.timing.observe(lambda change: paces.append(change["new"]), "value")
+    for noise in ((80, 40), (40, 10)):
+        paces.clear()
+        frames = (Frame("abcdefgh", 0, {"level": level}) for level in noise)
+        widget._answer(lambda frames=frames: frames)
+        done = [re.search("value=(.*?) ", pace) for pace in paces]
+        assert int([one for one in done if one][0][1]) == 0
 
 
 def test_a_page_shows_how_far_it_is_while_nothing_has_settled(chat):
@@ -1303,6 +1359,7 @@ def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_repli
     view = "application/vnd.jupyter.widget-view+json"
     assert view in widget._repr_mimebundle_()
     assert widget._repr_mimebundle_()["text/plain"] == "an empty stage"
+    assert "run this cell to talk" in widget._repr_mimebundle_()["text/html"]
     kernel._allow_stdin = False
 
     async def cell():
@@ -1374,6 +1431,38 @@ def test_a_reply_is_spelt_by_the_model_that_writes_it(corpus):
     reply = session.reply()
     session.use(Parrot(Vocabulary("AHello"), "A"))
     assert [frame.text for frame in reply][-1] == "Ay, madam."
+
+
+def test_what_is_likely_in_a_small_alphabet_is_all_of_it():
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=3)[0])
+    model.vocabulary = Vocabulary("abc")
+    session = Session(model.eval(), mode="plain")
+    session.say("abc")
+    for row in session.inspect().likely:
+        assert sorted(character for character, _ in row) == ["a", "b", "c"]
+        assert sum(p for _, p in row) == pytest.approx(1)
+
+
+def test_a_loss_that_is_no_number_is_not_described(corpus):
+    session = parrot(corpus, "")
+    for loss in (float("nan"), None, "low"):
+        session.model.card = {"validation": loss}
+        assert session.describe() == "Parrot: 1 parameters"
+    session.model.card = {"validation": 1.5}
+    assert session.describe().endswith(
+        "1 parameters, 1.500 nats per character of the validation part"
+    )
+
+
+def test_a_chat_computes_where_it_is_told_to(here):
+    for session in (Session("gpt", device="meta"), Chat("gpt", device="meta").session):
+        assert session.model.device.type == "meta"
+
+
+def test_a_model_that_ships_is_available_without_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "shipped", lambda: ["mamba"])
+    assert available() == ["mamba"]
 
 
 def test_a_window_of_one_character_is_not_inspected():
