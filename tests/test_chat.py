@@ -687,7 +687,8 @@ def test_a_reply_that_cannot_be_is_told_to_who_types_and_ends_a_pipe(corpus, cap
 
 @pytest.mark.parametrize("typed, times", [(False, 1), (True, 1), (True, 2)])
 def test_one_interrupt_ends_the_step_a_second_ends_it_at_once(corpus, capsys, typed, times):
-    terminal, before, steps = Terminal(parrot(corpus, "")), signal.getsignal(signal.SIGINT), []
+    terminal, steps = Terminal(parrot(corpus, "")), []
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def reply():
         for settled in (1, 2, 3):
@@ -703,7 +704,8 @@ def test_one_interrupt_ends_the_step_a_second_ends_it_at_once(corpus, capsys, ty
     else:
         with pytest.raises(KeyboardInterrupt):
             terminal.answer(reply)
-    assert steps == [1, 2] and signal.getsignal(signal.SIGINT) is before
+    assert steps == [1, 2]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # put back
     out = capsys.readouterr().out
     assert out.startswith("Ay" if times == 1 else "A\n") and ("[stopped]" in out) == typed
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from unittest.mock import Mock
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -28,6 +29,7 @@ from irann.__main__ import _again, main
 from irann.chat.session import Session
 from irann.chat.widget import Chat
 from irann.settings import InputError
+from irann.text import BOM, CRLF
 from irann.training import evaluate, train
 
 ENV = dict(os.environ)
@@ -102,6 +104,8 @@ def test_data_writes_what_it_says(run, tmp_path):
         (["train", "gpt", "--set", "lr=-1"], "lr is a number from 0 up"),
         (["train", "gpt", "--set", "steps=1.5"], "steps is a whole number"),
         (["train", "gpt", "--set", "steps"], "--set takes NAME=VALUE"),
+        (["train", "gpt", "--set", "=3"], "--set takes NAME=VALUE"),
+        (["data", "mine.txt", "--corpus", "theirs.txt"], "either FILE, a text of your own, or"),
         (["train", "gpt", "--set", "heads=3"], "width of 32 cannot be cut into 3"),
         (["train", "gpt", "--set", "tied=perhaps"], "tied is true or false"),
         (["train", "gpt", "--log", "paper"], "--log is wandb or tensorboard"),
@@ -138,6 +142,88 @@ def test_bad_input_is_one_sentence_and_exit_2(run, trained, arguments, words):
     assert code == 2 and words in err and err.count("\n") == 1 and err.startswith("irann: ")
 
 
+def test_settings_are_read_as_they_are_written():
+    assert main_module._pair(" lr = 1e-3 ") == ("lr", "1e-3")
+    assert main_module._pair("name=a=b") == ("name", "a=b")
+    words = ["--stop=", "--inner-steps", "4", "--rate=a=b"]
+    assert main_module._extra(words) == {"stop": "", "inner_steps": "4", "rate": "a=b"}
+
+
+def test_a_device_that_is_not_here_is_refused_and_of_several_each_process_has_its_own(
+    run, trained, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, _, err = run("sample", trained, "--device", "cuda")
+    assert code == 2 and "--device cuda: there is none here; use cpu or auto" in err
+    assert main_module._device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main_module._device("auto", 3) == torch.device("cuda", 1)
+
+
+def test_a_text_that_is_called_tiny_shakespeare_is_read(run):
+    Path("tiny-shakespeare").write_text("Who is there?\n" * 60)
+    assert main_module._corpus(Path("tiny-shakespeare")).source == "tiny-shakespeare"
+
+
+def test_a_bench_is_run_as_it_was_asked_for(run, monkeypatch):
+    asked = []
+    monkeypatch.setattr("irann.bench.suite.main", lambda what, **given: asked.append((what, given)))
+    run("bench", "gpt", "--quick", "--seeds", "5", "--device", "cpu")
+    run("bench", "--out", "there")
+    shared = {"device": torch.device("cpu")}
+    assert asked == [
+        ("gpt", shared | {"quick": True, "out": Path("bench-report/quick"), "seeds": 5}),
+        ("all", shared | {"quick": False, "out": Path("there"), "seeds": 3}),
+    ]
+
+
+def test_a_sample_reads_a_prompt_as_it_is_and_ends_its_line_at_ctrl_c(run, trained, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\nROMEO:\n"))
+    assert run("sample", trained, "--prompt", "-", "--length", 1)[1].startswith("\nROMEO:\n")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("irann.lm.stream", interrupted)
+    assert run("sample", trained) == (130, "\n", "")
+
+
+def test_what_a_training_tells_is_the_mean_of_its_last_twenty_steps_in_nats(capsys):
+    tick = types.SimpleNamespace(notes=("step-2 was skipped",), interrupted=0, loss=9.0)
+    ticks = (
+        types.SimpleNamespace(**vars(tick), parts={"nats_per_char": n / 10}) for n in range(24)
+    )
+    last, losses = main_module._follow(ticks, 24, False, None)
+    assert list(losses) == [n / 10 for n in range(4, 24)] and last.parts["nats_per_char"] == 2.3
+    last.validation, last.seconds, last.saved, said = 1.8, 1234.4, Path("there"), []
+    main_module._say_result(last, losses, True, said.append)
+    nats = "per character of the validation part after 1,234 s; saved in there"
+    assert said.pop(0) == f"1.8000 nats {nats}" and said.pop().startswith("on what it trained")
+    last.validation = 1.7  # the mean is 1.35
+    main_module._say_result(last, losses, False, said.append)
+    assert said == [f"1.7000 nats, a bound, {nats}"]
+    bar = types.SimpleNamespace(**vars(tick), parts={}, step=1, validation=None)
+    assert not capsys.readouterr().out
+    _, losses = main_module._follow((tick for tick in [bar]), 1, True, None)
+    assert list(losses) == [9.0] and "step-2 was skipped" in capsys.readouterr().out
+
+
+def test_the_checkpoint_that_speaks_is_named_where_it_is_not_the_newest(tmp_path):
+    def told(**validations):
+        for name, value in validations.items():
+            folder = tmp_path / "checkpoints" / f"step-0000000{name[1]}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").write_text(json.dumps({"validation": value, "model": "x"}))
+        main_module._go_on(tmp_path, said := [].append)
+        return said.__self__[1:]
+
+    (line,) = told(s1=2.5, s2=1.5, s3=1.75)
+    assert line == "what speaks is step-00000002, whose validation was the lowest, 1.5000"
+    assert told(s3=1.25) == []
+
+
 def test_corpora_that_are_not_what_they_should_be_exit_4(run, tmp_path):
     (tmp_path / "latin1.txt").write_bytes("caf\u00e9".encode("latin-1") * 100)
     (tmp_path / "empty.txt").write_bytes(b"")
@@ -170,6 +256,9 @@ def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, trained):
     monkeypatch.setattr("irann.lm.stream", lambda *_, **__: list(zip("ab", "a", strict=True)))
     with pytest.raises(ValueError, match="shorter"):
         main(["sample", str(trained)])
+    monkeypatch.setattr("irann.lm.stream", Mock(side_effect=OSError("a fault of ours")))
+    with pytest.raises(OSError, match="ours"):
+        main(["sample", str(trained)])
     monkeypatch.setattr("irann.shakespeare.load", lambda *_: irann.core.noise.Schedule("none", 3))
     with pytest.raises(ValueError, match="none"):
         main(["data"])
@@ -184,6 +273,7 @@ ODD = "ROMEO:\tA\u00a0B\u3000C caf\u00e9\n\nJULIET:\nNo\n\n"
         ((ODD * 60).encode("utf-8-sig"), 0, ""),
         ((ODD * 60).replace("\n", "\r\n").encode(), 0, "odd.txt, its line ends (CR LF) read as LF"),
         ((ODD * 60).replace("\n", "\r").encode(), 0, "read as LF"),
+        ((ODD * 60).replace("\n", "\r\n").encode("utf-8-sig"), 0, "byte order mark, its line"),
         ((ODD * 60).encode("utf-16-le"), 4, "UTF-16"),
         ((ODD * 60).encode("utf-16"), 4, "UTF-16"),
     ],
@@ -194,7 +284,8 @@ def test_a_text_from_another_system(run, tmp_path, data, code, words):
     assert done == code and words in err
     if not code:
         assert set(zoo.load("odd").vocabulary.characters) == set(ODD)
-        assert run("eval", "odd", "--corpus", "odd.txt")[0] == 0
+        assert run("eval", "odd")[:2] == run("eval", "odd", "--corpus", "odd.txt")[:2]
+        assert run("list")[1].splitlines()[-1].split()[6] == "odd.txt"
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +306,9 @@ def test_an_accent_that_is_typed_apart_is_composed(run, odd):
 def test_a_default_is_never_outside_its_own_range(run, small, tmp_path):
     (tmp_path / "short.txt").write_text(small.vocabulary.decode(small.train))
     few = ["--corpus", "short.txt", "--set", "levels=50", "--run", "few"]
-    assert run("train", "diffusion", *TINY, *few)[0] == 0
+    assert "nats, a bound, per character" in run("train", "diffusion", *TINY, *few)[1]
     assert run("sample", "few", "--length", 5)[0] == 0
+    assert run("sample", "few", "--length", 5, "--steps", "3")[0] == 0
     session = Session("few", length=5)
     *_, last = session.reply()
     assert session.get("steps") == 50 and last.text
@@ -385,16 +477,22 @@ def test_sample_and_eval(run, trained, corpus):
     assert "111,540 characters" in out and "another text than" in out
 
 
-def test_train_resume_overwrite(run, tmp_path):
-    assert run("train", "gpt", *TINY)[0] == 0
+def test_train_resume_overwrite(run, tmp_path, corpus):
+    code, out, _ = run("train", "gpt", *TINY)
+    assert code == 0 and "6 steps of 256 characters; runs/gpt-tiny\n" in out
     code, _, err = run("train", "gpt", *TINY)
     assert code == 2 and "holds another run; resume it (--resume)" in err
     code, out, _ = run("train", "gpt", *TINY, "--resume")
     assert code == 0 and "nothing left to do" in out
+    everything = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val]))
+    Path("copy.txt").write_text(everything)  # the same text is the same run
+    code, out, _ = run("train", "gpt", *TINY, "--resume", "--corpus", "copy.txt")
+    assert code == 0 and "nothing left to do: runs/gpt-tiny has reached its 6 steps" in out
     code, _, err = run("train", "gpt", "--recipe", "tiny", "--set", "steps=9", "--resume")
     assert code == 3 and "steps = 6, asked for is steps = 9" in err
     os.chdir("runs/gpt-tiny")
     assert run("export", ".")[0] == 0 and Path("gpt-tiny.html").is_file()
+    assert run("export", ".", "--out", "my.html")[0] == 0 and Path("my.html").is_file()
     os.chdir(tmp_path)
     saved, *_ = checkpoint.listed(tmp_path / "runs" / "gpt-tiny")
     checkpoint.set_aside(saved)
@@ -593,6 +691,10 @@ def test_a_text_of_one_s_own_from_the_first_look_to_the_last(run, tmp_path):
     assert code == 0 and "66 characters" in out and f"the text {place} was trained on" in out
     code, _, err = run("eval", place, "--corpus", "tiny-shakespeare")
     assert code == 2 and "not among the 11 of the model, such as" in err
+    (tmp_path / "some.txt").write_text("9876\u00fc" * 60, encoding="utf-8")
+    model = zoo.load(place)
+    some = irann.Text.of("9876\u00fc" * 60, vocabulary=model.vocabulary)
+    assert str(evaluate(model, some)) in run("eval", place, "--corpus", "some.txt")[1]
     code, _, err = run("train", "gpt", *TINY, "--run", place, "--resume")
     assert code == 3 and "vocabulary = " in err
     (tmp_path / "digits.txt").write_text(digits * 61, encoding="utf-8")
@@ -614,7 +716,7 @@ def test_a_text_of_ones_own_is_validated_ten_times_unless_it_is_set(run, set_to,
     assert sum(row.get("validation") is not None for row in rows) == validated
 
 
-def test_who_speaks_is_said_where_a_name_could_mean_two(run):
+def test_who_speaks_is_said_where_a_name_could_mean_two(run, monkeypatch):
     assert run("train", "gpt", *TINY)[0] == 0
     code, _, err = run("sample", "gpt", "--length", 5)
     place = os.path.join("runs", "gpt-tiny")
@@ -624,6 +726,8 @@ def test_who_speaks_is_said_where_a_name_could_mean_two(run):
     )
     assert run("sample", place, "--length", 5)[2] == ""
     assert run("sample", "mamba", "--length", 5)[2] == ""
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    assert f"the one that you trained last is {place}" in run("chat", "gpt")[2]
 
 
 def test_list_and_plot_show_the_runs(run, tmp_path):
@@ -639,6 +743,7 @@ def test_list_and_plot_show_the_runs(run, tmp_path):
     assert max(map(len, out.splitlines())) <= 80
     code, out, _ = run("plot", "runs/gpt-tiny", "--out", "curve.png")
     assert code == 0 and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not plt.get_fignums()  # nothing stays in memory
     assert "cannot be drawn" in run("plot", "runs/gpt-tiny", "--out", "curve.xyz")[2]
     with open("runs/gpt-tiny/metrics.jsonl", "a") as file:
         file.write('{"step": 7, "loss": 2.0, "validation": null}\n')
@@ -664,6 +769,34 @@ def test_a_curve_is_drawn_where_its_numbers_are(tmp_path):
     assert caption.endswith("last 1.000; o validation, lowest 1.500")
 
 
+def test_a_column_of_a_curve_is_the_mean_of_its_steps(tmp_path):
+    losses = {1: 4.0, 2: 2.0, 7: 1.0, 8: 0.0}
+    rows = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in losses.items()]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    assert [line[8:] for line in runs.plot(tmp_path, width=4, height=6)][:6] == [
+        "*",
+        *[""] * 4,
+        "   *",
+    ]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 2}\n')
+    assert [line[8:] for line in runs.plot(tmp_path, height=3)][:3] == ["**", "", ""]
+
+
+def test_a_run_is_listed_with_what_its_newest_checkpoint_says(run):
+    about = {"model": "Diffusion", "step": 3, "recipe": {"steps": 9}, "exact": False}
+    source = "/home/me/my play.txt" + BOM + CRLF
+    about |= {"corpus": {"source": source, "sha256": "0"}}
+    for name, more in (("a", {"validation": 2.5}), ("b", {"exact": True})):
+        folder = Path("runs", name, "checkpoints", "step-00000003")
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(about | more))
+        os.utime(folder, (0, time.mktime((2024, 5, 6, 7, 8, ord("c") - ord(name), 0, 0, -1))))
+    rows = [re.split("  +", line) for line in runs.listing()][-2:]
+    rest = ["my play.txt", "2024-05-06 07:08"]
+    assert rows[0] == [os.path.join("runs", "a"), "diffusion", "3 of 9", "at most 2.500", *rest]
+    assert rows[1] == [os.path.join("runs", "b"), "diffusion", "3 of 9", "not yet measured", *rest]
+
+
 def test_a_text_is_looked_at_before_it_is_trained_on(run, tmp_path):
     (tmp_path / "play one.txt").write_text("Who is there?\n" * 40 + "\x0c\ufffd" + "abc" * 30)
     code, out, _ = run("data", "play one.txt")
@@ -680,11 +813,21 @@ def test_a_text_is_told_what_a_recipe_does_with_it():
     text = irann.Text.of("abcdefgh\n" * 3000)
     config, recipe = zoo.recipe("gpt", "full")
     lines = list(runs.advice(text, "full", config, recipe))
-    assert "learn the text by heart" in lines[1] and "--set steps=" in lines[1]
+    assert lines[0].endswith("the training part 842.8 times, an hour or more of two cores")
+    assert "learn the text by heart" in lines[1] and lines[1].endswith("--set steps=356")
+    config, recipe = zoo.recipe("gpt", "demo", steps=350)
+    (line,) = runs.advice(text, "demo", config, recipe)  # read 22 times
+    assert "two idle cores" in line
     assert runs.evaluations(text, *zoo.recipe("gpt", "demo")) == 40
     assert runs.by_heart(1.0, 1.2) == "" and "overfitting" in runs.by_heart(0.98, 2.07)
+    assert "it is at 0.98: it knows" in runs.by_heart(0.98, 2.07)
+    for size, little in ((19_999, True), (20_000, False)):
+        said = " ".join(runs.advice(irann.Text.of("a" * size), "demo", config, recipe))
+        assert ("little text" in said) == little
     large = irann.Text.of("abcdefgh\n" * 200_000)
     assert "--recipe full" in list(runs.advice(large, "demo", *zoo.recipe("gpt", "demo")))[-1]
+    assert len(list(runs.advice(large, "gpu", *zoo.recipe("gpt", "demo")))) == 1
+    assert runs.evaluations(large, *zoo.recipe("gpt", "demo")) == 0  # two would take too long
     assert runs.evaluations(large, *zoo.recipe("gpt", "tiny")) == 0
 
 

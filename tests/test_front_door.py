@@ -155,3 +155,4 @@ def test_training_ends_with_commands_that_there_are():
     told = [line.split()[1] for line in runs.nexts(Path("runs/mine"))]
     assert told == ["sample", "chat", "eval", "plot", "export"]
     assert all("runs/mine" in line for line in runs.nexts(Path("runs/mine")))
+    assert all(" 'my runs/mine' " in line for line in runs.nexts(Path("my runs/mine")))
