@@ -972,9 +972,11 @@ def test_stop_works_while_the_model_writes(chat, monkeypatch):
         assert widget.line.value == "later" and widget.message.value == ""
         widget.say("not now")
         assert "not heard" in widget.message.value
+        task = widget.task
         widget.regenerate()
         widget.begin()
         assert widget.session.turns[0].text == "Speak." and widget.names.disabled
+        assert widget.task is task
         seen = [widget.scene.value]
         for _ in range(6):
             await asyncio.sleep(0)
