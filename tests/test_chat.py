@@ -1236,6 +1236,7 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
     p = session.model(ids)[0, 7].softmax(-1)
     likeliest, value = shown.likely[7][0]
     assert widget.position.value == widget.position.max == len(shown.text) - 1
+    assert widget.position.layout.display == ""
     assert likeliest == session.model.vocabulary.decode([p.argmax()])
     assert abs(value - p.max()) < 1e-6
     widget.picked.value = "7"  # what a click writes there
@@ -1245,7 +1246,6 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
     widget.kind.value = "attention"
     widget.layer.value, widget.head.value = 1, 0
     assert "layer 2, head 1" in widget.view.value
-    assert widget.position.layout.display == ""
     widget.picked.value = "what is no number"
     assert widget.position.value == 7 and widget.picked.value == ""
     widget.picked.value = "9999"

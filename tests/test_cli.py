@@ -475,7 +475,8 @@ def test_sample_and_eval(run, trained, corpus):
 
 def test_train_resume_overwrite(run, tmp_path, corpus):
     code, out, _ = run("train", "gpt", *TINY)
-    assert code == 0 and "6 steps of 256 characters; runs/gpt-tiny\n" in out
+    place = os.path.join("runs", "gpt-tiny")
+    assert code == 0 and f"6 steps of 256 characters; {place}\n" in out
     code, _, err = run("train", "gpt", *TINY)
     assert code == 2 and "holds another run; resume it (--resume)" in err
     code, out, _ = run("train", "gpt", *TINY, "--resume")
@@ -483,7 +484,7 @@ def test_train_resume_overwrite(run, tmp_path, corpus):
     everything = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val]))
     Path("copy.txt").write_text(everything)  # the same text is the same run
     code, out, _ = run("train", "gpt", *TINY, "--resume", "--corpus", "copy.txt")
-    assert code == 0 and "nothing left to do: runs/gpt-tiny has reached its 6 steps" in out
+    assert code == 0 and f"nothing left to do: {place} has reached its 6 steps" in out
     code, _, err = run("train", "gpt", "--recipe", "tiny", "--set", "steps=9", "--resume")
     assert code == 3 and "steps = 6, asked for is steps = 9" in err
     os.chdir("runs/gpt-tiny")
@@ -766,16 +767,16 @@ def test_a_curve_is_drawn_where_its_numbers_are(tmp_path):
 
 
 def test_a_column_of_a_curve_is_the_mean_of_its_steps(tmp_path):
-    losses = {1: 4.0, 2: 2.0, 7: 1.0, 8: 0.0}
-    rows = [json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in losses.items()]
-    (tmp_path / "metrics.jsonl").write_text("".join(rows))
-    assert [line[8:] for line in runs.plot(tmp_path, width=4, height=6)][:6] == [
-        "*",
-        *[""] * 4,
-        "   *",
-    ]
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 2}\n')
-    assert [line[8:] for line in runs.plot(tmp_path, height=3)][:3] == ["**", "", ""]
+    def drawn(height, **losses):
+        rows = [{"step": int(step[1:]), "loss": loss} for step, loss in losses.items()]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / "metrics.jsonl").write_text(lines)
+        return list(runs.plot(tmp_path, width=4, height=height))[:height]
+
+    empty = ["       |"] * 4
+    curve = drawn(6, s1=4.0, s2=2.0, s7=1.0, s8=0.0)  # between them the steps are missing
+    assert curve == ["  3.00 |*", *empty, "  0.50 |   *"]
+    assert drawn(3, s1=2.0, s2=2.0) == ["  2.00 |**", empty[0], "  0.00 |"]
 
 
 def test_a_run_is_listed_with_what_its_newest_checkpoint_says(run):
