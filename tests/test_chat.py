@@ -1127,10 +1127,11 @@ def test_a_model_that_could_not_be_loaded_hands_its_settings_to_the_one_that_can
     monkeypatch.chdir(here)
     widget.names.value = "gpt"  # trained meanwhile
     assert widget.session.get("length") == 7 and widget.names.value == "gpt"
-    widget = Chat("gpt", temperature=-1)
-    assert "temperature is a number" in widget.message.value and widget.session is None
-    widget.names.value = "gpt"
-    assert widget.session.get("temperature") == 1 and widget.message.value == ""
+    for refused, words in (({"temperature": -1}, "temperature is a"), ({"seed": -1}, "seed is a")):
+        widget = Chat("gpt", **refused)
+        assert words in widget.message.value and widget.session is None
+        widget.names.value = "gpt"
+        assert widget.session.get("temperature") == 1 and widget.message.value == ""
     widget = Chat("x" * 300)
     assert "cannot be read (File name too long)" in widget.message.value and widget.session is None
 
