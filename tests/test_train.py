@@ -27,6 +27,7 @@ from irann.settings import InputError
 from irann.text import Text, Vocabulary
 from irann.training import (
     InUse,
+    Likelihood,
     NotFinite,
     Recipe,
     RunError,
@@ -97,6 +98,34 @@ def test_steps_that_take_the_same_time_have_the_same_speed(small, monkeypatch):
     assert speeds == pytest.approx([8 * 32.0] * 40)  # a step is one look at the clock long
 
 
+def test_seconds_are_those_of_every_sitting_and_of_validating_too(small, tmp_path, monkeypatch):
+    now = itertools.count()  # a step is one look at the clock long, and so is a validation
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
+    seconds = []
+    for resume in (False, True):
+        model, recipe = tiny(steps=4, evaluate_every=2)
+        ticks = train(model, small, recipe, run=tmp_path, resume=resume)
+        seconds += [tick.seconds for tick in itertools.islice(ticks, 3)]
+        ticks.close()
+    assert seconds == [1, 3, 4, 6]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["seconds"] for line in lines] == seconds
+    assert checkpoint.newest(tmp_path)[1].config["seconds"] == 6
+
+
+def test_the_bar_says_the_loss_of_now_and_what_was_validated_last(monkeypatch):
+    drawn, made = [], bars.bar
+    monkeypatch.setattr(bars, "bar", lambda **how: drawn.append(made(**how)) or drawn[-1])
+    measured = [(1, 2.5, None), (2, 2.25, 2.375), (3, 2.0, None)]
+    ticks = [Tick(step, loss, {}, 0.1, 1.0, 1234.4, validation=v) for step, loss, v in measured]
+    shown = [drawn[0].postfix for _ in progress(ticks, 3, file=io.StringIO())]
+    assert shown == [
+        "loss 2.500, 1,234 chars/s",
+        "loss 2.250, val 2.3750, 1,234 chars/s",
+        "loss 2.000, val 2.3750, 1,234 chars/s",
+    ]
+
+
 def test_the_bar_of_a_resumed_run_begins_where_it_stood(monkeypatch):
     """So that its rate, and the time left, are those of this sitting."""
     drawn, made = [], bars.bar
@@ -137,6 +166,18 @@ def test_in_a_notebook_the_curve_grows_and_at_last_holds_every_step(monkeypatch)
     assert pictures[0].format == "png" and len({picture.data for picture in pictures}) > 1
 
 
+def test_the_growing_curve_takes_looks_and_leaves_no_trace_in_matplotlib():
+    import matplotlib.pyplot as plt
+
+    ticks = [Tick(step, 3.0, {}, 0.1, step, 10.0) for step in (1, 2)]
+    before, opened = dict(plt.rcParams), plt.get_fignums()
+    plain, again, beside = (
+        bars._curve(ticks, looks).data for looks in ({}, {}, {"references": {"even": 4.0}})
+    )
+    assert plain == again != beside
+    assert dict(plt.rcParams) == before and plt.get_fignums() == opened
+
+
 def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
     model, recipe = tiny(steps=2)
     assert bars.bar([1], disable=True).disable  # options are tqdm's
@@ -145,11 +186,16 @@ def test_the_bar_is_silent_without_a_standard_error(small, monkeypatch):
 
 
 def test_the_rate_warms_up_and_falls():
-    for schedule, middle in (("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)):
+    for schedule, quarter, middle in (
+        ("linear", 0.75, 0.5),
+        ("cosine", 0.5 + 0.25 * math.sqrt(2), 0.5),
+        ("constant", 1.0, 1.0),
+    ):
         recipe = Recipe(steps=110, warmup=10, lr_schedule=schedule)
         assert [recipe.lr_factor(s) for s in (0, 4, 9)] == [0.1, 0.5, 1.0] and recipe.lr_factor(
             10
         ) == 1.0
+        assert recipe.lr_factor(35) == pytest.approx(quarter)
         assert recipe.lr_factor(60) == pytest.approx(middle)
     assert Recipe(steps=110, warmup=10, final_lr_factor=0.1).lr_factor(109) == pytest.approx(
         0.1 + 0.9 * 0.01
@@ -251,6 +297,15 @@ def test_muon_takes_a_closure_as_every_optimizer_of_torch_does():
     assert torch.equal(ours, other) and not torch.equal(ours, torch.ones(3, 2))
 
 
+def test_muon_leaves_alone_what_has_no_gradient():
+    idle, busy = (nn.Parameter(torch.ones(3, 2)) for _ in range(2))
+    busy.grad = torch.ones(3, 2)
+    muon = Muon([idle, busy], weight_decay=0.5)
+    muon.step()
+    assert torch.equal(idle, torch.ones(3, 2)) and not torch.equal(busy, idle)
+    assert idle not in muon.state
+
+
 def test_draws_are_made_once_for_the_whole_batch_and_cut_with_it(small, monkeypatch):
     model, recipe = tiny(batch=8, accumulate=4, steps=1)
     seen, loss, absorbed = [], model.loss, []
@@ -327,6 +382,27 @@ def test_averaged_weights_are_what_is_measured_loaded_and_left_in_the_model(smal
     model, recipe = tiny(steps=6, ema_decay=0.5)
     *_, tick = train(model, small, recipe, run=tmp_path / "stopped", stop=lambda: signal.SIGTERM)
     assert tick.step == 1 and equal(weights(model), weights(zoo.load(tmp_path / "stopped")))
+
+
+def test_whoever_leaves_the_loop_has_the_weights_of_the_last_step_in_training_mode(small, tmp_path):
+    model, recipe = tiny(steps=4, ema_decay=0.9)
+    stream = train(model, small, recipe, run=tmp_path)
+    next(stream), next(stream)
+    before = weights(model)
+    stream.close()
+    assert equal(weights(model), before) and model.training
+    list(train(model, small, recipe, run=tmp_path, resume=True))
+    assert not equal(weights(model), before) and model.training
+
+
+def test_without_a_run_nothing_is_written(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, recipe = tiny(steps=4, save_every=1)
+    stream = train(model, small, recipe)
+    assert next(stream).saved is None
+    stream.close()
+    assert all(tick.saved is None for tick in train(model, small, recipe))
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_average_by_hand(small, states):
@@ -489,11 +565,26 @@ def test_evaluate_equals_a_plain_sum_and_disturbs_nothing(small):
 
 def test_the_standard_error_is_that_of_a_mean_over_windows(corpus):
     """Windows whose nll is 1, 2, 3 and 4: a variance of 1.25, and three windows beside the one that
-    fixes the mean.
+    fixes the mean. A fifth of two characters weighs two fifths of the others.
     """
-    text = Text(torch.tensor([0]), torch.arange(20), corpus.vocabulary)
-    score = evaluate(Stub(5, lambda ids: ids[:, 1:] // 5 + 1.0, exact=False), text, batch=3)
-    assert score.standard_error == pytest.approx(math.sqrt(1.25 / 3)) and "bound" in str(score)
+
+    def error(length, exact=False, nll=lambda ids: ids[:, 1:] // 5 + 1.0):
+        text = Text(torch.tensor([0]), torch.arange(length), corpus.vocabulary)
+        return evaluate(Stub(5, nll, exact), text, batch=3).standard_error
+
+    assert error(20) == pytest.approx(math.sqrt(1.25 / 3))
+    assert error(22) == pytest.approx(math.sqrt((200 / 22 - (60 / 22) ** 2) / 4))
+    assert error(20, exact=True) == 0 == error(5)
+    for nats in (0.1, 0.3, 0.7, 1.1):  # all alike: what rounding leaves may be below nothing
+        alike = error(22, nll=lambda ids, nats=nats: torch.full_like(ids[:, 1:], nats, dtype=float))
+        assert alike == pytest.approx(0, abs=1e-7)
+
+
+def test_a_likelihood_is_told_in_nats_and_bits_and_a_bound_as_one():
+    told = f"{math.log(2):.4f} nats per character (1.0000 bits) over 1,234 characters"
+    assert str(Likelihood(math.log(2), 0.0, 1234, True)) == told
+    bound = str(Likelihood(math.log(2), 0.02, 1234, False))
+    assert bound == f"at most, a bound (standard error 0.0200), {told}"
 
 
 # ------------------------------------------------------------------------------------------ signals
@@ -725,6 +816,24 @@ def test_a_step_is_told_before_it_is_saved(small, tmp_path, monkeypatch):
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("fault", [ZeroDivisionError, KeyboardInterrupt])
+def test_a_step_that_broke_off_halfway_is_not_saved(small, tmp_path, monkeypatch, fault):
+    """Some of its weights would be those of the step after."""
+    model, recipe = tiny(steps=9, evaluate_every=0)
+    stream = train(model, small, recipe, run=tmp_path)
+    next(stream), next(stream)
+    before = weights(model)
+
+    def broken(self, closure=None):
+        raise fault
+
+    with monkeypatch.context() as patch, pytest.raises(fault):
+        patch.setattr(Muon, "step", broken)
+        next(stream)
+    assert not equal(weights(model), before)
+    assert not checkpoint.listed(tmp_path)
+
+
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_not_finite_stops_before_the_update(small, tmp_path, where):
     model, recipe = tiny(steps=9, save_every=1)
@@ -763,8 +872,10 @@ def test_what_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, what):
 def test_a_run_directory_holds_one_run(small, tmp_path):
     model, recipe = tiny(steps=2)
     list(train(model, small, recipe, run=tmp_path))
+    other = tiny()[0]
     with pytest.raises(RunError, match="holds another run; resume it"):
-        list(train(model, small, recipe, run=tmp_path))
+        list(train(other, small, recipe, run=tmp_path))
+    assert other.card is None and other.vocabulary is None
     before = checkpoint.listed(tmp_path)
     frozen = zoo.build("gpt", model.config).requires_grad_(False)
     with pytest.raises(InputError, match="frozen"):  # what is refused costs nothing
@@ -1057,7 +1168,7 @@ def test_recipes_out_of_range(name, values):
             Recipe(**{name: value})
 
 
-def test_texts_and_batches_that_do_not_fit(small):
+def test_texts_and_batches_that_do_not_fit(small, monkeypatch):
     model, recipe = tiny()
     with pytest.raises(InputError, match="3 different characters, the model was made for 65"):
         train(model, Text.of("abc" * 100), recipe)
@@ -1065,8 +1176,16 @@ def test_texts_and_batches_that_do_not_fit(small):
         train(model, dataclasses.replace(small, train=small.train[:20]), recipe)
     with pytest.raises(InputError, match="validation part is empty"):
         train(model, dataclasses.replace(small, val=small.val[:0]), recipe)
+    with pytest.raises(InputError, match="training part has 32 characters.* take 33"):
+        train(model, dataclasses.replace(small, train=small.train[:32]), recipe)
+    least = dataclasses.replace(small, train=small.train[:33], val=small.val[:1])
+    assert len(list(train(model, least, tiny(steps=1)[1]))) == 1
     with pytest.raises(InputError, match="batch of 8 .* 3 equal parts"):
         Recipe(batch=8, accumulate=3)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "rank_and_world", lambda: (1, 3))
+        with pytest.raises(InputError, match="batch of 8 .* 3 processes in 1 pieces"):
+            train(model, small, recipe)
     with pytest.raises(InputError, match="every parameter of the model is frozen"):
         train(model.requires_grad_(False), small, recipe)
 
@@ -1171,11 +1290,13 @@ def test_the_averaged_model_is_measured_with_the_buffers_of_now(small):
     assert tick.validation == evaluate(model, short).nats_per_char
 
 
-def test_windows_noise_and_dropout_have_streams_of_their_own(small):
-    model, recipe = tiny()
-    state = State(model, small, recipe)
-    streams = [state.order.get_state(), state.draws.get_state(), state.dropout.states["cpu"]]
-    assert len({tuple(stream.tolist()) for stream in streams}) == 3
+def test_windows_noise_and_dropout_have_streams_of_their_own_by_the_seed(small):
+    streams = []
+    for seed in (1, 5):
+        model, recipe = tiny(seed=seed)
+        state = State(model, small, recipe)
+        streams += [state.order.get_state(), state.draws.get_state(), state.dropout.states["cpu"]]
+    assert len({tuple(stream.tolist()) for stream in streams}) == 6
 
 
 def test_nothing_of_a_recipe_may_change_on_the_way_but_how_often_it_is_looked_at(small, tmp_path):
@@ -1237,7 +1358,9 @@ def test_what_two_processes_have_seen_of_the_noise_levels_is_added(small, monkey
 
 def test_an_orthogonal_update_does_not_depend_on_the_size_of_the_gradient():
     g = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(orthogonalise(1e-4 * g), orthogonalise(g), rtol=0, atol=4e-3)
+    sizes = torch.tensor([1e-4, 1.0])[:, None, None]  # nor on that of another matrix beside it
+    for size in (1e-4, sizes):
+        torch.testing.assert_close(orthogonalise(size * g), orthogonalise(g), rtol=0, atol=4e-3)
 
 
 def test_a_bound_that_processes_measure_in_shares_is_the_same_bound(small, monkeypatch):
@@ -1249,6 +1372,10 @@ def test_a_bound_that_processes_measure_in_shares_is_the_same_bound(small, monke
         evaluate(model, small, batch=4, share=True)
     (a, _, n), (b, _, m) = parts
     assert (a + b) / (n + m) == pytest.approx(whole.nats_per_char, rel=1e-9)
+    together = [sum(pair) for pair in zip(*parts, strict=True)]
+    monkeypatch.setattr(evaluation, "summed", lambda _: together)
+    shared = evaluate(model, small, batch=4, share=True)
+    assert shared.standard_error == pytest.approx(whole.standard_error, rel=1e-9)
 
 
 def test_overwriting_begins_the_metrics_anew_even_where_nothing_was_saved(small, tmp_path):
