@@ -1,6 +1,7 @@
 """irann.checkpoint: whole or not there. Every fault here is caused on real files."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -330,7 +331,33 @@ def test_a_new_checkpoint_survives_older_damaged_ones_with_higher_numbers(run_of
         checkpoint.set_aside(run / "checkpoints" / "step-00000099")
 
 
+def test_a_checkpoint_may_be_set_aside_a_second_time(tmp_path, saved):
+    for step in (1, 2):
+        name = checkpoint.set_aside(checkpoint.save(saved, snapshot(step)))
+    assert os.listdir(saved.parent) == [name] == ["skipped-step-00000001"]
+    assert checkpoint.load(saved.parent / name).config["step"] == 2
+
+
+def test_only_nothing_and_a_checkpoint_may_be_replaced(tmp_path, saved):
+    for name in ("empty", "full", "versioned"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "notes.txt").touch()
+    (tmp_path / "versioned" / "manifest.json").write_text('{"format": "2", "files": {}}')
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("nowhere", "empty", saved):
+        assert checkpoint.replaceable(tmp_path / name)
+    for name in ("full", "versioned", "link"):
+        assert not checkpoint.replaceable(tmp_path / name)
+
+
 # ---------------------------------------------------------------------------------- disks and kills
+
+
+def test_the_reason_of_a_failed_write_is_told_in_words():
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        assert checkpoint.why(OSError(number, "x")) == "the disk is full: free some space"
+    assert checkpoint.why(PermissionError(13, "Permission denied", "a")) == "Permission denied"
+    assert checkpoint.why(OSError("no reason")) == "no reason"
 
 
 def test_all_that_is_written_is_flushed_to_the_disk(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import PROGRAMS, refuses
+from conftest import PROGRAMS, refuses, small_disk
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -43,6 +44,7 @@ from irann.training import (
     train,
 )
 from irann.training.muon import Muon, orthogonalise
+from irann.training.run import Metrics
 from irann.training.state import State
 
 ROOT = PROGRAMS.parents[1]
@@ -110,7 +112,9 @@ def test_seconds_are_those_of_every_sitting_and_of_validating_too(small, tmp_pat
     assert seconds == [1, 3, 4, 6]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["seconds"] for line in lines] == seconds
-    assert checkpoint.newest(tmp_path)[1].config["seconds"] == 6
+    told = checkpoint.newest(tmp_path)[1].config
+    assert (told["seconds"], told["characters"], told["exact"]) == (6, 4 * 8 * 32, True)
+    assert not State(*tiny("diffusion")[:1], small, recipe).describe()["exact"]
 
 
 def test_the_bar_says_the_loss_of_now_and_what_was_validated_last(monkeypatch):
@@ -659,6 +663,34 @@ def test_a_signal_that_nobody_asked_for_is_raised_again_at_the_end():
         assert stop() == 0  # what came in an earlier block is over
 
 
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_first_signal_counts_and_of_a_second_only_sigint_quits(first):
+    before = signal.signal(first, signal.SIG_DFL)
+    try:
+        with Signals() as stop:
+            signal.raise_signal(first)
+            signal.raise_signal(signal.SIGTERM)
+            assert stop() == first
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            assert stop() == first
+    finally:
+        signal.signal(first, before)
+
+
+def test_a_handler_that_was_set_inside_the_block_stays():
+    def mine(*_):
+        pass
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with Signals():
+            signal.signal(signal.SIGTERM, mine)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_signals_that_others_handle_or_ignore_stay_theirs(small):
     """As SIGHUP under nohup."""
     heard = []
@@ -886,6 +918,85 @@ def test_a_run_directory_holds_one_run(small, tmp_path):
         train(model, small, recipe, run=tmp_path, resume=True, overwrite=True)
 
 
+def test_a_run_that_was_refused_holds_no_lock(small, tmp_path):
+    model, recipe = tiny(steps=1)
+    list(train(model, small, recipe, run=tmp_path))
+    with pytest.raises(RunError) as refused:
+        list(train(model, small, recipe, run=tmp_path))
+    assert refused.tb  # as in a debugger, its frames and all that they hold are alive
+    assert list(train(model, small, recipe, run=tmp_path, overwrite=True))
+
+
+def test_overwriting_a_run_spares_what_is_not_of_it(small, tmp_path):
+    model, recipe = tiny(steps=1)
+    *_, tick = train(model, small, recipe, run=tmp_path)
+    for name in ("step-00000009", "skipped-step-00000009", "step-00000009-mine", "my-step-9"):
+        (tick.saved.parent / name).mkdir()
+    list(train(model, small, recipe, run=tmp_path, overwrite=True))
+    left = sorted(os.listdir(tick.saved.parent))
+    assert left == ["my-step-9", "step-00000001", "step-00000009-mine"]
+
+
+def test_a_run_that_its_disk_has_no_room_for_is_not_begun(small, tmp_path, monkeypatch):
+    model, recipe = tiny(steps=1)
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    free = [size, 2 * size]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
+    with pytest.raises(DiskError, match=r"a checkpoint of [\d,]+ bytes in .*the disk is full"):
+        next(train(model, small, recipe, run=tmp_path))
+    assert next(train(model, small, recipe, run=tmp_path)).step == 1
+
+
+def test_resuming_where_nothing_was_saved_begins_and_says_so(small, tmp_path):
+    model, recipe = tiny(steps=2)
+    first, second = train(model, small, recipe, run=tmp_path, resume=True)
+    assert first.notes == (f"there is no checkpoint in {tmp_path} yet: beginning with step 1",)
+    assert first.step == 1 and not second.notes
+
+
+def test_metrics_tell_what_the_ticks_told(small, tmp_path):
+    model, recipe = tiny("thinker", steps=4, evaluate_every=2)
+    ticks = list(train(model, small, recipe, run=tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(ticks) == len(rows) and len(ticks[0].parts) > 1
+    for tick, row in zip(ticks, rows, strict=True):
+        told = {name: getattr(tick, name) for name in ("step", "loss", "lr", "grad_norm")}
+        told |= tick.parts | ({} if tick.validation is None else {"validation": tick.validation})
+        about = {
+            "seconds": pytest.approx(tick.seconds, abs=6e-4),
+            "chars_per_second": pytest.approx(tick.chars_per_second, abs=0.6),
+        }
+        assert row == told | about
+    assert [row["step"] for row in rows if "validation" in row] == [2, 4]
+
+
+def test_lines_that_a_kill_cut_off_are_written_anew(small, tmp_path):
+    ticks = []
+    for resume in (False, True):
+        model, recipe = tiny(steps=4)
+        stream = train(model, small, recipe, run=tmp_path, resume=resume)
+        ticks += itertools.islice(stream, 2)
+        stream.close()
+        if not resume:
+            with open(tmp_path / "metrics.jsonl", "ab") as file:
+                file.write(b'{"step": 3, "loss": 9.0}\n\xff\0\0\n[]\n{"step": 4, "lo')
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    told = [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+    assert told == [(tick.step, tick.loss) for tick in ticks] and len(told) == 4
+
+
+def test_metrics_are_rewritten_whole_or_not_at_all(tmp_path):
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    lines = "".join(json.dumps({"step": step, "loss": 2.0}) + "\n" for step in range(9))
+    metrics.path.write_text(lines)
+    words = r"metrics\.jsonl could not be written \(the disk is full.*the checkpoints are intact"
+    with small_disk(50), pytest.raises(DiskError, match=words):
+        metrics.keep(7)
+    assert metrics.path.read_text() == lines
+    metrics.keep(7)
+    assert metrics.path.read_text() == "".join(lines.splitlines(keepends=True)[:8])
+
+
 def test_a_run_that_failed_before_its_first_step_is_no_run(small, tmp_path):
     model, recipe = tiny(steps=1)
     loss, model.loss = model.loss, lambda ids, draws: 1 / 0
@@ -909,6 +1020,10 @@ def test_two_trainers_one_directory(small, tmp_path):
     with pytest.raises(InUse, match=f"in use by process {os.getpid()} on "):
         next(train(tiny()[0], small, recipe, run=tmp_path))
     assert (tmp_path / "owner.txt").exists()
+    (tmp_path / "owner.txt").unlink()
+    with pytest.raises(InUse, match="in use by another process; wait for it"):
+        next(train(tiny()[0], small, recipe, run=tmp_path))
+    (tmp_path / "owner.txt").touch()
     first.close()
     assert not (tmp_path / "owner.txt").exists()
     assert list(train(model, small, recipe, run=tmp_path, resume=True))
@@ -933,12 +1048,12 @@ def test_resume_refuses_what_does_not_fit_and_names_both(small, tmp_path):
     both = torch.cat([small.train, small.val])
     longer = dataclasses.replace(small, train=both)
     assert f"training characters = {len(small.train)}, asked for" in refused(model, longer, recipe)
-    nameless = [
-        Text(ids, small.val, small.vocabulary) for ids in (small.train, small.train.flip(0))
-    ]
-    list(train(tiny(steps=2)[0], nameless[0], recipe, run=tmp_path / "ids"))
-    with pytest.raises(CheckpointError, match="text of SHA-256 = "):  # equal lengths, no hash
-        list(train(tiny(steps=2)[0], nameless[1], recipe, run=tmp_path / "ids", resume=True))
+    nameless = Text(small.train, small.val, small.vocabulary)
+    list(train(tiny(steps=2)[0], nameless, recipe, run=tmp_path / "ids"))
+    for part in ("train", "val"):
+        turned = dataclasses.replace(nameless, **{part: getattr(small, part).flip(0)})
+        with pytest.raises(CheckpointError, match="text of SHA-256 = "):  # equal lengths, no hash
+            list(train(tiny(steps=2)[0], turned, recipe, run=tmp_path / "ids", resume=True))
     shuffled = Vocabulary("".join(chr(200 + i) for i in range(65)))
     cyrillic = dataclasses.replace(small, vocabulary=shuffled)
     assert "characters = " in refused(model, cyrillic, recipe)
@@ -970,8 +1085,9 @@ def test_resume_falls_back_and_says_so_even_if_no_step_follows(small, tmp_path):
     (checkpoint.listed(tmp_path)[0] / "rng.safetensors").unlink()
     model.loss = lambda ids, draws: 1 / 0
     message = r"set aside as skipped-step-00000006: .*rng\.safetensors is missing"
-    with pytest.warns(UserWarning, match=message), pytest.raises(ZeroDivisionError):
+    with pytest.warns(UserWarning, match=message) as told, pytest.raises(ZeroDivisionError):
         next(train(model, small, recipe, run=tmp_path, resume=True))
+    assert len(told) == 1  # that it was resumed is no cause for alarm
 
 
 @pytest.mark.parametrize(
