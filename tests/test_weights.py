@@ -2,11 +2,13 @@
 
 import json
 import os
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import excite
+from safetensors.torch import load_file
 
 from irann import checkpoint, lm, runs, shakespeare, zoo
 from irann.checkpoint import CheckpointError
@@ -134,6 +136,43 @@ def test_of_a_run_the_best_is_loaded_and_not_the_newest(tmp_path, small):
     assert zoo.load(tmp_path).card["step"] == 2
 
 
+def test_what_is_loaded_of_a_run_has_its_card_and_is_ready_to_write(tmp_path, small):
+    config, recipe = zoo.recipe("gpt", "tiny", steps=4, evaluate_every=2)
+    *_, tick = train(zoo.build("gpt", config), small, recipe, run=tmp_path)
+    saved, said = checkpoint.load(tick.saved), []
+    model = zoo.load(tmp_path, say=said.append)
+    assert not model.training and said == []
+    names = "model config recipe step characters seconds validation exact corpus".split()
+    assert model.card == {name: saved.config[name] for name in names}
+    assert zoo.load(tmp_path, device="meta").device.type == "meta"
+    (tick.saved / "rng.safetensors").unlink()
+    with warnings.catch_warnings(action="error"):  # whoever listens is not warned
+        assert zoo.load(tmp_path, say=said.append).card["step"] == 2
+    (reason,) = said
+    assert reason.startswith("skipped: ") and reason.endswith("rng.safetensors is missing")
+
+
+def test_a_vocabulary_of_another_size_is_not_taken_for_the_model_s(tmp_path, small):
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    model.vocabulary = small.vocabulary
+    saved = checkpoint.load(zoo.save(model, tmp_path / "mine"))
+    checkpoint.save(tmp_path / "mine", replace(saved, vocabulary="ab"))
+    with pytest.raises(CheckpointError, match="has 2 characters in its vocabulary.* made for 65"):
+        zoo.load(tmp_path / "mine")
+
+
+def test_weights_are_drawn_by_the_seed_and_from_nobody_else_s_generator():
+    config, recipe = zoo.recipe("gpt", "tiny")
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    plain, same, other = (
+        zoo.build("gpt", config, **seed).wte.weight for seed in ({}, {"seed": 1337}, {"seed": 1})
+    )
+    assert torch.equal(torch.rand(2), expected)
+    assert torch.equal(plain, same) and not torch.equal(plain, other) and recipe.seed == 1337
+
+
 def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
     for age, name in enumerate(("b", "c", "a")):
         saved = checkpoint.Snapshot({}, {}, {}, {"model": "GPT"}, "ab")
@@ -142,6 +181,15 @@ def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
             (100 - age, 100 - age),
         )
     assert zoo.newest_run("gpt", tmp_path).name == "b"
+    for name in ("d", "e"):
+        other = checkpoint.Snapshot({}, {}, {}, {"model": "Mamba"}, "ab")
+        made = checkpoint.save(tmp_path / name / "checkpoints" / "step-00000001", other)
+        os.utime(made, (200, 200) if name == "e" else (99.5, 99.5))
+    (tmp_path / "f").mkdir()
+    assert [run.name for run in zoo.runs(tmp_path)] == ["e", "b", "d", "c", "a"]
+    assert zoo.newest_run("gpt", tmp_path).name == "b"
+    assert zoo.newest_run("mamba", tmp_path).name == "e"
+    assert zoo.newest_run("thinker", tmp_path) is None
 
 
 def test_what_a_buffer_counts_ships_whole(tmp_path, monkeypatch, text):
@@ -171,7 +219,12 @@ def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     again = zoo.load("gpt")
     assert again.card == told and told["hardware"] == "a slate"
-    assert evaluate(again, small).nats_per_char == told["validation"]
+    measured = evaluate(again, small)
+    assert measured.nats_per_char == told["validation"] and told["exact"]
+    assert measured.standard_error == told["standard_error"]
+    assert told["parameters"] == sum(p.numel() for p in model.parameters())
+    file = load_file(tmp_path / "gpt.safetensors")
+    assert {tensor.dtype for tensor in file.values()} == {torch.float16}
 
 
 def test_the_sample_on_a_card_is_the_one_it_describes(tmp_path, monkeypatch, small):
