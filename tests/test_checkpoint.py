@@ -293,6 +293,13 @@ def test_only_steps_count_and_by_their_numbers(tmp_path):
     assert [p.name for p in checkpoint.listed(tmp_path)] == wanted
 
 
+def test_what_is_no_loss_is_not_the_best(tmp_path):
+    save_run(tmp_path, 2, *(wrong for wrong in ("1.0", [], {}, None)), 3.0)
+    assert checkpoint.best(tmp_path)[1].config["validation"] == 2
+    scored = checkpoint.by_validation(checkpoint.listed(tmp_path))
+    assert [int(folder.name[5:]) for folder in scored] == [1, 6]
+
+
 def test_a_damaged_best_does_not_push_out_the_next_best(tmp_path):
     save_run(tmp_path, 2.0, 1.0, 3.0, 3.0, 3.0)
     (tmp_path / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"")

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -168,6 +169,34 @@ def test_in_a_notebook_the_curve_grows_and_at_last_holds_every_step(monkeypatch)
             break  # a reader who stops sees what there is
     assert drawn[-1] == (5, "mine", 5) and len(pictures) == len(drawn) > 1
     assert pictures[0].format == "png" and len({picture.data for picture in pictures}) > 1
+
+
+def test_a_curve_takes_a_tenth_of_the_time_at_most(monkeypatch):
+    now, drawn = [0.0], []
+
+    def draw(seen, looks):
+        drawn.append(now[0])
+        now[0] += 2
+
+    def ticks():
+        for step in range(1, 51):
+            now[0] += 1
+            yield Tick(step, 2.0, {}, 0.1, 1.0, 10.0)
+
+    monkeypatch.setattr(bars, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(bars, "_curve", draw)
+    monkeypatch.setattr(bars, "_place", lambda: SimpleNamespace(update=lambda picture: None))
+    assert len(list(bars.watch(ticks(), 50))) == 50
+    # two seconds each, of 20 that follow; and one at the end in any case
+    assert drawn == [2, 25, 48, 56]
+
+
+def test_only_a_notebook_has_a_place_for_a_curve(monkeypatch):
+    import IPython.core.getipython as ipython
+
+    for shell in (None, SimpleNamespace(), SimpleNamespace(kernel=None)):  # the last: a terminal's
+        monkeypatch.setattr(ipython, "get_ipython", lambda shell=shell: shell)
+        assert bars._place() is None
 
 
 def test_the_growing_curve_takes_looks_and_leaves_no_trace_in_matplotlib():
@@ -466,6 +495,30 @@ def test_a_training_whose_model_another_one_changed_is_refused_and_saves_nothing
         assert not checkpoint.listed(tmp_path / name)  # its weights would be another one's
     assert [tick.step for tick in second] == [2, 3, 4, 5, 6]
     assert len(list(train(model, small, recipe))) == 6  # one after the other is nobody's harm
+
+
+def test_what_the_caller_draws_is_not_moved_by_training(small):
+    torch.manual_seed(3)
+    expected = torch.rand(4).tolist()
+    model, recipe = tiny(steps=3, dropout=0.5)
+    torch.manual_seed(3)
+    drawn = [torch.rand(()).item() for _ in train(model, small, recipe)]
+    model.loss = lambda ids, draws: torch.rand(9) / "a fault halfway"
+    with pytest.raises(TypeError):
+        next(train(model, small, recipe))
+    assert [*drawn, torch.rand(()).item()] == expected
+
+
+def test_of_a_training_that_was_begun_nobody_says_that_nothing_was_trained(small):
+    model, recipe = tiny(steps=2)
+    for begun in (True, False):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            ticks = train(model, small, recipe)
+            if begun:
+                next(ticks)
+            del ticks
+        assert any("nothing was trained" in str(one.message) for one in told) != begun
 
 
 def test_another_thread_that_writes_leaves_training_undisturbed(small):
@@ -879,7 +932,8 @@ def test_not_finite_stops_before_the_update(small, tmp_path, where):
         return loss * math.nan if where == "loss" else loss + root, parts
 
     model.loss = broken
-    message = r"at step 3 the loss is .* gradient's norm nan, learning rate .* newest checkpoint"
+    rate = f"{recipe.lr * 3 / recipe.warmup:g}"
+    message = rf"at step 3 the loss .* gradient's norm nan, learning rate {rate}: .* newest check"
     with pytest.raises(NotFinite, match=message):
         next(stream)
     assert equal(before, weights(model)) and checkpoint.newest(tmp_path)[1].config["step"] == 2
@@ -1126,6 +1180,20 @@ def test_resuming_in_another_precision_is_warned_of_and_goes_on(small, tmp_path)
     stream.close()
     with pytest.warns(UserWarning, match="saved with weights float64, here it is float32"):
         assert len(list(train(tiny()[0], small, recipe, run=tmp_path, resume=True))) == 3
+
+
+def test_the_streams_of_another_device_are_begun_anew(small, tmp_path):
+    model, recipe = tiny("diffusion", steps=3, dropout=0.1)
+    stream = train(model, small, recipe, run=tmp_path)
+    next(stream)
+    stream.close()
+    (folder,) = checkpoint.listed(tmp_path)
+    saved = checkpoint.load(folder)
+    gpu = torch.zeros(16, dtype=torch.uint8)
+    rng = {"order": saved.rng["order"], "draws": gpu, "cuda.0": gpu}
+    checkpoint.save(folder, dataclasses.replace(saved, rng=rng))
+    again = train(tiny("diffusion", dropout=0.1)[0], small, recipe, run=tmp_path, resume=True)
+    assert [tick.step for tick in again] == [2, 3]
 
 
 def test_a_checkpoint_tells_only_the_loss_it_was_measured_at(small, tmp_path):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from irann import checkpoint, lm, runs, shakespeare, zoo
 from irann.checkpoint import CheckpointError
+from irann.settings import InputError
 from irann.text import Text
 from irann.training import evaluate, train
 
@@ -150,6 +151,25 @@ def test_what_is_loaded_of_a_run_has_its_card_and_is_ready_to_write(tmp_path, sm
         assert zoo.load(tmp_path, say=said.append).card["step"] == 2
     (reason,) = said
     assert reason.startswith("skipped: ") and reason.endswith("rng.safetensors is missing")
+
+
+def test_what_is_not_there_is_told_with_a_way_out(tmp_path, monkeypatch):
+    saved = checkpoint.Snapshot({}, {}, {}, {"model": "Mamba"}, "ab")
+    checkpoint.save(tmp_path / "runs" / "sonnets" / "checkpoints" / "step-00000001", saved)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    with pytest.raises(
+        InputError, match=r"'runs/sonets' is neither .*; did you mean runs/sonnets\?"
+    ):
+        zoo.load("runs/sonets")
+    with pytest.raises(InputError, match="nor a run or checkpoint on this disk$"):
+        zoo.load("elsewhere")
+    with pytest.raises(CheckpointError, match="no trained weights for gpt yet; .*irann train gpt"):
+        zoo.load("gpt")
+    with pytest.raises(
+        InputError, match="no recipe 'huge' for gpt; there are tiny, demo, full, gpu"
+    ):
+        zoo.recipe("gpt", "huge")
 
 
 def test_a_vocabulary_of_another_size_is_not_taken_for_the_model_s(tmp_path, small):
