@@ -972,15 +972,6 @@ def test_a_run_directory_holds_one_run(small, tmp_path):
         train(model, small, recipe, run=tmp_path, resume=True, overwrite=True)
 
 
-def test_a_run_that_was_refused_holds_no_lock(small, tmp_path):
-    model, recipe = tiny(steps=1)
-    list(train(model, small, recipe, run=tmp_path))
-    with pytest.raises(RunError) as refused:
-        list(train(model, small, recipe, run=tmp_path))
-    assert refused.tb  # as in a debugger, its frames and all that they hold are alive
-    assert list(train(model, small, recipe, run=tmp_path, overwrite=True))
-
-
 def test_overwriting_a_run_spares_what_is_not_of_it(small, tmp_path):
     model, recipe = tiny(steps=1)
     *_, tick = train(model, small, recipe, run=tmp_path)
