@@ -198,6 +198,15 @@ def run_of_gpt(small, tmp_path):
     return tmp_path, checkpoint.listed(tmp_path)[0], go_on
 
 
+def test_a_run_of_damaged_checkpoints_only_is_refused_and_stays_as_it_is(run_of_gpt):
+    run, folder, go_on = run_of_gpt
+    (folder / "model.safetensors").write_bytes(b"")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match="no valid checkpoint in .*has 0 bytes.*--overwrite"):
+        go_on()
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_whose_recipe_has_an_older_edition_s_names_is_gone_on_with(small, tmp_path):
     how = dict(save_every=1, ema_decay=0.5, lr_schedule="constant", final_lr_factor=0.1)
     config, recipe = zoo.recipe("gpt", "tiny", steps=2, **how)

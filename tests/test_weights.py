@@ -135,6 +135,7 @@ def test_of_a_run_the_best_is_loaded_and_not_the_newest(tmp_path, small):
     newest = checkpoint.load(tick.saved)
     checkpoint.save(tick.saved, replace(newest, config=newest.config | {"validation": 9.0}))
     assert zoo.load(tmp_path).card["step"] == 2
+    assert zoo.load(tick.saved).card["step"] == 4  # which was asked for by its own path
 
 
 def test_what_is_loaded_of_a_run_has_its_card_and_is_ready_to_write(tmp_path, small):
