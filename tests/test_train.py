@@ -192,11 +192,16 @@ def test_a_curve_takes_a_tenth_of_the_time_at_most(monkeypatch):
 
 
 def test_only_a_notebook_has_a_place_for_a_curve(monkeypatch):
-    import IPython.core.getipython as ipython
+    import IPython
 
-    for shell in (None, SimpleNamespace(), SimpleNamespace(kernel=None)):  # the last: a terminal's
-        monkeypatch.setattr(ipython, "get_ipython", lambda shell=shell: shell)
-        assert bars._place() is None
+    monkeypatch.setattr(IPython.display, "display", lambda *_, **how: how["display_id"])
+    for shell, place in (
+        (None, None),
+        (SimpleNamespace(), None),
+        (SimpleNamespace(kernel=1), True),
+    ):
+        monkeypatch.setattr(IPython.core.getipython, "get_ipython", lambda shell=shell: shell)
+        assert bars._place() is place
 
 
 def test_the_growing_curve_takes_looks_and_leaves_no_trace_in_matplotlib():
