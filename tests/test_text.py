@@ -334,10 +334,10 @@ def test_write(corpus, tmp_path):
     assert "".join(json.loads(paths[2].read_text())) == corpus.vocabulary.characters
     assert np.load(paths[0]).dtype == np.load(paths[1]).dtype == np.uint16
     paths[1].unlink()
-    paths[1].mkdir()
-    with pytest.raises(IsADirectoryError, match=r"val_encoded\.npy"):
+    paths[1].symlink_to(tmp_path / "unplugged" / "val.npy")
+    with pytest.raises(FileNotFoundError, match=r"val_encoded\.npy"):
         corpus.write(tmp_path / "encoded")
-    assert paths[1].is_dir()  # what is not ours is not removed
+    assert paths[1].is_symlink()  # what is not ours is not removed
 
 
 def test_a_full_disk_is_named_and_leaves_no_half_file(corpus, tmp_path):
