@@ -1,6 +1,7 @@
 """irann.core.attention against torch's own attention and against closed forms."""
 
 import math
+from inspect import unwrap
 
 import pytest
 import torch
@@ -52,8 +53,13 @@ def test_weights_sum_to_one_and_heads_lie_side_by_side():
 
 
 def test_shapes_that_do_not_fit_are_named():
-    with refuses("got"):
-        attention(draw(1, 2, 3, 4), draw(1, 2, 3, 5), draw(1, 2, 3, 5))
+    q, k = draw(2, 2, 3, 4), draw(2, 2, 5, 4)
+    for wrong in (
+        *((q[0], k, k), (q[:1], k, k), (q[:, :1], k, k), (q, k, k[:, :, :3]), (q, k, k[..., :3])),
+        *((q[..., :3], k, k), (q, k[:1], k[:1]), (q, k[:, :1], k[:, :1])),
+    ):
+        with pytest.raises(ValueError, match="attention wants q .* and k, v .*; got"):
+            unwrap(attention)(*wrong)  # without the type checker
     with refuses("last of only 3"):
         attention(draw(1, 2, 4, 4), draw(1, 2, 3, 4), draw(1, 2, 3, 4))
 
@@ -62,3 +68,9 @@ def test_what_is_masked_weighs_nothing_however_large_the_scores():
     q = torch.full((1, 1, 2, 1), 200.0)
     k = torch.tensor([-100.0, 100.0]).view(1, 1, 2, 1)
     assert attention_weights(q, k)[0, 0, 0].tolist() == [1, 0]
+
+
+def test_the_mask_lies_where_the_scores_do():
+    q = draw(1, 1, 3, 2)
+    with torch.device("meta"):
+        assert attention_weights(q, q).device == q.device

@@ -78,6 +78,7 @@ def test_an_untrained_network_answers_with_bayes_rule_alone():
     tau, x = torch.tensor([50, 80]), torch.randn(2, 16, 4, dtype=torch.float64, generator=seeded())
     mask = torch.ones(2, 16, dtype=torch.bool)
     torch.testing.assert_close(model(x, tau, ids, mask), model.log_likelihood(x, tau))
+    assert not tiny(excited=False, bayes=False)(x, tau, ids, mask).any()
 
 
 def test_every_position_sees_both_sides_and_the_noise_level():
@@ -181,6 +182,23 @@ def test_the_loss_of_each_level_is_remembered_once_per_step():
     model.absorb()
     assert torch.equal(model.level_loss, before), "nothing was observed since"
     assert tiny(adaptive=False).level_probabilities()[1:].diff().abs().max() < 1e-12
+
+
+def test_what_is_remembered_of_a_level_is_a_mean_that_forgets_slowly():
+    model, dark = tiny(), torch.tensor([100])
+    for seen, remembered in ((3.0, 3.0), (1.0, 2.0), *[(2.0, 2.0)] * 98, (7.0, 2.1)):
+        model._observe(dark, torch.tensor([seen]))
+        model.absorb()
+        assert model.level_loss[-1].item() == pytest.approx(remembered)
+
+
+def test_levels_are_visited_by_the_smoothed_rise_of_the_loss_and_a_fall_takes_nothing_back():
+    model = tiny()
+    model.level_loss.copy_(torch.tensor([0.0] * 20 + [1.0] * 10 + [0.0] * 5 + [1.0] * 15))
+    wanted = torch.full((100,), 0.1 / 100).double()
+    wanted[2 * 18 : 2 * 23] += 0.9 / 10  # a step up, smoothed over five bins of two levels
+    wanted[0] = 0
+    torch.testing.assert_close(model.level_probabilities(), wanted / wanted.sum())
 
 
 @pytest.mark.parametrize("steps", (1, 2, 7, 64, 100))
@@ -349,6 +367,10 @@ def test_dropout_is_active_in_training():
         torch.manual_seed(0)
         losses.append(model.loss(text(8, 17))[1]["cross_entropy"])
     assert not torch.equal(*losses)
+    nothing = tiny(dropout=1.0, bayes=False).train()  # the residual stream stays at zero
+    x, mask = torch.randn(2, 9, 4).double(), torch.ones(2, 9, dtype=torch.bool)
+    logits = nothing(x, torch.tensor([50]), text(2, 9), mask)
+    assert torch.equal(logits, nothing.lm_head.bias.expand(2, 9, 7))
 
 
 def test_rounding_reads_the_least_noise():
@@ -639,6 +661,7 @@ def test_gaps_in_a_text_are_filled_and_the_rest_stays():
     assert texts[-1] == model.vocabulary.decode(
         list(model.fill("abc__fg_", seed=3, steps=4))[-1].ids[0]
     )
+    assert [d.settled for d in model.fill("ab#d", gap="#", seed=3, steps=1)] == [2, 4]
     for wrong, how, word in [
         ("abc", {}, "no gap"),
         ("ab", {"gap": "a"}, "one sign"),
@@ -685,8 +708,9 @@ def test_clamping_rounds_every_guess_to_the_likeliest_character(monkeypatch):
 
     model.forward = read
     monkeypatch.setattr(noise, "step", watched)
-    list(model.generate(text(2, 4), 8, steps=5, clamp="on", generator=seeded()))
+    drafts = list(model.generate(text(2, 4), 8, steps=5, clamp="on", generator=seeded()))
     assert len(guesses) == 5
+    assert [draft.note["level"] for draft in drafts[1:]] == model.timesteps(5)
     levels = model.schedule.alpha_bar[torch.tensor(model.timesteps(5)) - 1].tolist()
     assert signal[::2] == levels and signal[1::2] == [*levels[1:], 1.0]
     for guess, seen in zip(guesses, logits, strict=True):
@@ -817,6 +841,19 @@ def test_a_guide_sees_what_is_known_without_its_noise():
     for x, tau in seen:
         clean = model.schedule.noise(model.embeddings[ids], tau, torch.zeros_like(x))
         torch.testing.assert_close(x[:, ~gap], clean[:, ~gap])
+
+
+def test_a_guide_steers_as_strongly_as_it_is_asked_to():
+    model, ids, gap = tiny(page=8), text(1, 12), torch.arange(12) > 3
+
+    def written(**how):
+        return list(model.infill(ids, gap, steps=9, generator=seeded(), **how))[-1].ids
+
+    def wish(x, tau):
+        return (x @ model.embeddings[6]).sum(1)
+
+    assert torch.equal(written(guide=wish, strength=0), written())
+    assert (written(guide=wish, strength=100)[:, 4:] == 6).all()
 
 
 def test_the_exact_posterior_is_computed_in_full_precision():

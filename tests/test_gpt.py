@@ -129,8 +129,22 @@ def test_the_way_back_to_transformers(options, bias, tmp_path):
 
 
 def test_what_gpt2_does_not_have_cannot_go_back():
-    with refuses("positions 'learned' only; this model has 'rotary'"):
-        GPT(GPTConfig.fast(window=8, layers=1, heads=1, width=16)).to_transformers()
+    for name, only, own in (
+        ("positions", "learned", "rotary"),
+        ("qk_norm", False, True),
+        ("norm", "layer", "rms"),
+    ):
+        model = GPT(GPTConfig(window=8, layers=1, heads=1, width=16, **{name: own}))
+        with refuses(f"{name} {only!r} only; this model has {own!r}"):
+            model.to_transformers()
+
+
+@torch.no_grad()
+def test_activations_go_back_by_the_names_they_have_there():
+    for activation in ("gelu_tanh", "squared_relu", "relu"):
+        config = GPTConfig(window=8, layers=1, heads=1, width=16, activation=activation)
+        ours = excite(GPT(config)).double().eval()
+        torch.testing.assert_close(ours.to_transformers()(ids(2, 8)).logits, ours(ids(2, 8)))
 
 
 def gradients(model, page, target):
@@ -194,6 +208,7 @@ def test_variants_that_compute_something_else_are_refused():
         {"scale_attn_by_inverse_layer_idx": True},
         {"scale_attn_weights": False},
         {"embd_pdrop": 0.3},
+        {"add_cross_attention": True},
     ):
         with pytest.raises(InputError, match="activation is one of|scaled|embd_pdrop"):
             GPT.from_transformers(oracle(**{**SHAPES[1], **options}))
@@ -361,3 +376,24 @@ def test_the_mode_goes_over_to_transformers_and_back(training):
     """Else a model that is ready to write would answer with dropout."""
     ours = GPT.from_transformers(oracle(**SHAPES[1]).train(training))
     assert ours.training == training and ours.to_transformers().training == training
+
+
+def test_norms_by_hand():
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    apart = x - x.mean(-1, keepdim=True)
+    plain, rms = (z / (z.square().mean(-1, keepdim=True) + 0.5).sqrt() for z in (apart, x))
+    for norm, wanted, learned in (
+        (make_norm("layer", 8, eps=0.5), plain, ["weight", "bias"]),
+        (make_norm("layer", 8, eps=0.5, bias=False), plain, ["weight"]),
+        (make_norm("plain", 8, eps=0.5), plain, []),
+        (make_norm("rms", 8, eps=0.5), rms, ["weight"]),
+    ):
+        torch.testing.assert_close(norm(x), wanted)
+        assert [name for name, _ in norm.named_parameters()] == learned
+
+
+def test_a_piece_is_masked_on_the_device_it_lies_on():
+    layer, x = Attention(8, 2), torch.ones(1, 5, 8)
+    _, cache = layer(x[:, :2])
+    with torch.device("meta"):
+        assert layer(x[:, 2:], cache)[0].device == x.device

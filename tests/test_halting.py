@@ -2,6 +2,7 @@
 known."""
 
 import math
+from inspect import unwrap
 from itertools import product
 
 import pytest
@@ -129,6 +130,8 @@ def test_gradients_are_the_finite_differences():
 def test_what_makes_no_sense_is_named():
     with refuses(r"lie in \[0, 1\]; got 0 to 1.5"):
         halting_distribution(torch.tensor([0.0, 1.5]))
+    with refuses(r"lie in \[0, 1\]; got -0.5 to 1"):
+        halting_distribution(torch.tensor([1.0, -0.5]))
     for ask in (halting_distribution, expected_rounds, kl):
         with refuses("last axis"):
             ask(torch.zeros(3, 0))
@@ -229,6 +232,9 @@ def test_bad_calls_of_the_fixed_point_are_named():
     for rounds in (0, 2.5, math.nan):
         with refuses("max_rounds"):
             fixed_point(lambda x: x, x, tolerance=0.1, max_rounds=rounds)
+    for start in (x.long(), x[0, 0]):
+        with pytest.raises(ValueError, match="x0 has a batch axis and real numbers; got"):
+            unwrap(fixed_point)(lambda x: x, start, tolerance=0.1, max_rounds=3)
     with refuses("keep the shape"):
         fixed_point(lambda x: x[:, :1], x, tolerance=0.1, max_rounds=3)
 
@@ -238,3 +244,10 @@ def test_a_state_may_be_one_number_a_row():
         lambda x: x / 2 + 1, torch.zeros(3, dtype=torch.float64), tolerance=1e-9, max_rounds=99
     )
     torch.testing.assert_close(found.x, torch.full((3,), 2.0, dtype=torch.float64))
+
+
+def test_a_row_of_a_state_may_have_axes_of_its_own():
+    shrink = torch.tensor([0.1, 0.5]).view(2, 1, 1)
+    end = fixed_point(lambda x: x * shrink, torch.ones(2, 2, 3), tolerance=0.23, max_rounds=9)
+    assert end.rounds.tolist() == [2, 4]  # the changes are sqrt(6) (1 - shrink) shrink^(k-1)
+    close(end.x, torch.tensor([0.01, 0.0625]).view(2, 1, 1).expand(2, 2, 3), 1e-7)

@@ -37,6 +37,7 @@ def test_auto_takes_the_c_kernel_exactly_when_it_can(monkeypatch):
     assert kernels.fastest("cpu", 16, torch.float32) == best
     assert kernels.fastest("cpu", 65, torch.float32) == "chunked"
     assert kernels.describe().startswith(f"cpu: {best}")
+    assert "cpu: chunked (no C kernel: it is for 1 to 64 states; got 65)" in kernels.describe(65)
     monkeypatch.setenv("IRANN_KERNEL", "0")
     assert kernels.fastest("cpu", 16, torch.float32) == "chunked"
     assert "IRANN_KERNEL is 0" in kernels.describe()
@@ -93,21 +94,43 @@ def test_a_damaged_kernel_is_built_again(fresh, monkeypatch, tmp_path):
 
 @needs_compiler
 @pytest.mark.skipif(os.name != "posix", reason="modes of files are POSIX's")
-def test_a_kernel_that_others_may_write_is_built_again(fresh, monkeypatch, tmp_path):
-    one = torch.ones(1, 1, 1)
-    selective_scan(one, one, 0 * one[0], one, one, method="native")
-    (tmp_path / "shared").mkdir()
-    for path in fresh.iterdir():
-        shutil.copy(path, tmp_path / "shared")
-    (theirs,) = (tmp_path / "shared").glob("*.so")
-    theirs.chmod(0o775)
-    monkeypatch.setenv("IRANN_CACHE", str(tmp_path / "shared"))
-    before = os.umask(0o002)
+def test_a_kernel_that_others_may_write_or_own_is_built_again(fresh, monkeypatch, tmp_path):
+    one, owner, mask = torch.ones(1, 1, 1), os.getuid(), os.umask(0o002)
     try:
         selective_scan(one, one, 0 * one[0], one, one, method="native")
+        (theirs,) = fresh.glob("*.so")
+        for mode, me in ((0o775, owner), (0o757, owner), (0o755, owner + 1)):
+            theirs.chmod(mode)
+            before = theirs.stat().st_ino
+            monkeypatch.setattr(os, "getuid", lambda me=me: me)
+            selective_scan(one, one, 0 * one[0], one, one, method="native")
+            assert theirs.stat().st_mode & 0o777 == 0o755
+            assert theirs.stat().st_ino != before
     finally:
-        os.umask(before)
-    assert theirs.stat().st_mode & 0o777 == 0o755
+        os.umask(mask)
+
+
+@needs_compiler
+def test_a_compiler_without_openmp_will_do(fresh, monkeypatch, tmp_path):
+    cc = tmp_path / "cc"
+    cc.write_text('#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1; esac\nexec cc "$@"\n')
+    cc.chmod(0o755)
+    monkeypatch.setenv("CC", str(cc))
+    one = torch.ones(1, 1, 1)
+    assert selective_scan(one, one, 0 * one[0], one, one, method="native")[0].item() == 1
+    assert f"built by {cc} without OpenMP, {fresh}" in native.built(1, torch.float32)
+
+
+def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
+    for chosen, xdg, folder in (
+        ("/a", "/b", "/a"),
+        ("", "/b", "/b/irann"),
+        ("", "", "/home/will/.cache/irann"),
+    ):
+        monkeypatch.setenv("IRANN_CACHE", chosen)
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+        monkeypatch.setenv("HOME", "/home/will")
+        assert native._cache() == Path(folder)
 
 
 @needs_compiler

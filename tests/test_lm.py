@@ -366,6 +366,8 @@ def test_without_a_prompt_a_text_begins_after_a_line_break():
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=4)[0])
     model.vocabulary = Vocabulary("\t\nab")
     assert next(lm.stream(model, "", 1, seed=0)).ids.tolist() == [[1]]
+    model.vocabulary = Vocabulary("abcd")  # a text without lines
+    assert next(lm.stream(model, "", 1, seed=0)).ids.tolist() == [[0]]
 
 
 def test_a_prompt_read_in_pieces_fills_the_window_as_one_read_at_once_does(monkeypatch):
@@ -374,3 +376,11 @@ def test_a_prompt_read_in_pieces_fills_the_window_as_one_read_at_once_does(monke
     *_, draft = model.generate(torch.arange(6)[None], 3)
     assert draft.ids[0].tolist() == list(range(9))
     assert model.asked == [(0, 2), (2, 2), (4, 2), (0, 2), (2, 1), (3, 1)]
+
+
+def test_an_error_in_the_middle_of_writing_leaves_the_model_training():
+    model = Counting()
+    with pytest.raises(KeyError), lm.evaluating(model):
+        assert not model.training
+        raise KeyError
+    assert model.training

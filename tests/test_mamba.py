@@ -154,6 +154,7 @@ def test_a_double_model_computes_in_double():
     with torch.no_grad():
         exact, rounded = double(ids(2, 40)), single(ids(2, 40))
         assert exact.dtype == torch.float64
+        assert {p.dtype for p in double.to_transformers().parameters()} == {torch.float64}
         close(rounded.double(), exact, 5e-6)
         logits, state = double.read(ids(2, 20))
         rest, _ = double.read(ids(2, 40)[:, 20:], double.read(ids(2, 40)[:, :20])[1])
@@ -180,7 +181,12 @@ def chunks_of(sizes, model, page):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"d_conv": 1}, {"d_conv": 2, "conv_bias": False}, {"d_state": 1, "bias": True}],
+    [
+        {},
+        {"d_conv": 1, "activation": "tanh"},
+        {"d_conv": 2, "conv_bias": False},
+        {"d_state": 1, "bias": True},
+    ],
     ids=str,
 )
 @settings(max_examples=12, deadline=None)
@@ -344,6 +350,8 @@ def test_what_cannot_be_copied_or_built_is_named():
     ):
         with refuses(words):
             MambaConfig(**change)
+    with refuses("a multiple of the width; this model has 25 and 24"):
+        Mamba(dataclasses.replace(SMALL, d_inner=25)).to_transformers()
     with refuses("activation"):
         Mamba.from_transformers(theirs(hidden_act="gelu_10"))
     small = dict(vocab_size=11, hidden_size=24, num_hidden_layers=1, state_size=5)

@@ -2,6 +2,7 @@
 answers are known in closed form."""
 
 import math
+from inspect import unwrap
 from itertools import pairwise, product
 
 import diffusers
@@ -302,8 +303,11 @@ def test_what_makes_no_sense_is_named():
     for tau in (0, 11):
         with refuses(rf"1\.\.10; got {tau}"):
             schedule.noise(x, tau, x)
-    with refuses("whole number or a tensor"):
-        schedule.noise(x, torch.tensor([0.5, 1.0]), x)
+    for tau in (torch.tensor([0.5, 1.0]), torch.ones(2, 1, dtype=torch.long)):
+        with refuses("whole number or a tensor"):
+            schedule.noise(x, tau, x)
+    with pytest.raises(ValueError, match="real numbers; got torch.int64"):
+        unwrap(Schedule.at)(schedule, schedule.betas, 1, x.long())  # without the type checker
     with refuses("one tau for all rows or one for each"):
         schedule.noise(draw(4, 3), torch.arange(1, 4), draw(4, 3))
     for ask in (schedule.noise, schedule.posterior, schedule.to_x0):
@@ -339,6 +343,8 @@ def test_guidance_on_a_gaussian_is_conditioning():
     want = (plain(x, tau) / s2 + y / r2) / (1 / s2 + 1 / r2)
     got = noise.guided(plain, condition, schedule)(x, tau)
     torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-10)
+    further = noise.guided(plain, condition, schedule, 3)(x, tau)
+    torch.testing.assert_close(further - plain(x, tau), 3 * (got - plain(x, tau)))
 
 
 # --- the bound ------------------------------------------------------------------------------------

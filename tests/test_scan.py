@@ -312,3 +312,11 @@ def test_a_step_never_stretches_what_does_not_fit():
         words = "wants a state" if wrong is None else f"^{'.*' if name in 'uA' else name} should be"
         with pytest.raises(ValueError, match=words):
             unwrap(step)(**inputs | {name: wrong})  # without the type checker
+
+
+@methods
+@pytest.mark.parametrize("finest", range(6))
+def test_a_mixture_is_computed_in_its_finest_precision(method, finest):
+    *inputs, _ = draw(2, 3, 3, 2)
+    y, h = scan(*(v if i == finest else v.float() for i, v in enumerate(inputs)), method=method)
+    assert y.dtype == h.dtype == torch.float64

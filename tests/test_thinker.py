@@ -14,6 +14,7 @@ from scipy.stats import chisquare
 
 from irann import lm, zoo
 from irann.core.halting import expected_rounds, halting_distribution, kl_to_geometric
+from irann.models.recurrent import round_weights
 from irann.models.thinker import Thinker, ThinkerConfig
 from irann.models.thinker_page import PageThinker
 
@@ -482,6 +483,13 @@ def test_the_inside_is_that_of_the_rule_that_is_asked_for():
     for rounds in (1, 2):
         found = model.inspect(text, stop="fixed", rounds=rounds)
         assert set(found["rounds"].tolist()) == {rounds}
+        go_on = 1 - model.every_round(text, 1)[1][0, :, 0]
+        close(found["expected_rounds"], 1 + (rounds - 1) * go_on)
+    drawn = model.read(text, stop="sampled", generator=rng())[1].rounds[0]
+    assert len(drawn.unique()) > 1
+    assert torch.equal(
+        model.inspect(text, stop="sampled", generator=rng())["rounds"], drawn.float()
+    )
 
 
 @torch.no_grad()
@@ -503,3 +511,9 @@ def test_how_likely_it_has_halted_does_not_depend_on_who_thinks_on(packed):
     for t in (1, 7, 20):
         alone = model.read(text[:1, :t], packed=packed, threshold=0.8)[1]
         close(alone.halted, state.halted[:1, :t])
+
+
+def test_late_rounds_count_from_the_middle_one_on():
+    for weights in ([1], [1, 2], [0, 1, 2], [0, 1, 2, 3], [0, 0, 1, 2, 3]):
+        wanted = torch.tensor(weights) / sum(weights)
+        torch.testing.assert_close(round_weights("late", torch.zeros(2, 3, len(weights))), wanted)

@@ -1,7 +1,7 @@
 """irann.models.thinker_page against enumeration, a refinement by hand, and its own rows."""
 
 import math
-from itertools import combinations
+from itertools import combinations, islice, pairwise
 
 import pytest
 import torch
@@ -264,3 +264,15 @@ def test_the_hidden_state_that_is_carried_has_no_gradient(monkeypatch):
     monkeypatch.setattr(model, "every_round", look)
     model.loss(text, model.draw(text, generator=rng()) | {"carried": True})
     assert given[0] is None and given[1].any() and not given[1].requires_grad
+
+
+@torch.no_grad()
+def test_only_what_is_to_be_guessed_has_to_rest():
+    model, page = page_thinker(0.1, rounds=9), ids(1, 12)
+    states = [torch.zeros(1, 12, 32).double(), *(r.hidden for r in islice(model.ponder(page), 9))]
+    moved = torch.stack([(b - a).square().mean(-1)[0].sqrt() for a, b in pairwise(states)])
+    rule, taken = model.rule({"stop": "state", "tolerance": 0.05}), []
+    for i in range(12):
+        taken.append(model.think(page, masked_at([i], 12), None, None, rule)[2])
+        assert taken[-1] == 1 + (moved[:, i] <= 0.05).tolist().index(True)
+    assert len(set(taken)) > 1, taken
