@@ -4,6 +4,7 @@ promise.
 
 import math
 from functools import lru_cache
+from inspect import unwrap
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from irann import lm
 from irann.core import noise
 from irann.models import denoiser
 from irann.models.diffusion import Diffusion, DiffusionConfig
+from irann.settings import InputError
 from irann.text import Vocabulary
 
 TINY = {
@@ -209,6 +211,8 @@ def test_timesteps_fall_from_the_darkest_level(steps):
         taus = model.timesteps(steps)
         assert len(taus) == steps and taus[0] == 100 and taus[-1] >= 1
         assert all(a > b for a, b in zip(taus, taus[1:], strict=False))
+    # the middle of each quarter of the levels 2 to 100, but begun at the last
+    assert tiny(adaptive=False).timesteps(4) == [100, 63, 39, 14]
 
 
 # --- the loss and the bound
@@ -662,6 +666,9 @@ def test_gaps_in_a_text_are_filled_and_the_rest_stays():
         list(model.fill("abc__fg_", seed=3, steps=4))[-1].ids[0]
     )
     assert [d.settled for d in model.fill("ab#d", gap="#", seed=3, steps=1)] == [2, 4]
+    *_, one = model.fill("a_______", steps=4)
+    *_, other = model.fill("a_______", steps=4)
+    assert not torch.equal(one.ids, other.ids)  # without a seed
     for wrong, how, word in [
         ("abc", {}, "no gap"),
         ("ab", {"gap": "a"}, "one sign"),
@@ -793,8 +800,9 @@ def test_what_cannot_be_is_refused_before_any_work():
             model.infill(ids, torch.ones(4, dtype=torch.bool), **dials)
     with refuses("length"):
         model.generate(ids, -1)
-    with refuses(r"mask is bool of shape \(4,\)"):
-        model.infill(ids, torch.ones(3, dtype=torch.bool))
+    for mask in (torch.ones(3, dtype=torch.bool), torch.ones(4)):
+        with pytest.raises(InputError, match=r"mask is bool of shape \(4,\)"):
+            unwrap(Diffusion.infill)(model, ids, mask)  # without the type checker
     with refuses(r"ids lie in 0\.\.6"):
         model.generate(ids + 7, 4)
     for changes, word in [
@@ -862,3 +870,15 @@ def test_the_exact_posterior_is_computed_in_full_precision():
     exact = model.log_likelihood(x, 1)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.log_likelihood(x, 1), exact)
+
+
+@pytest.mark.parametrize(
+    "lead, temperature, known",
+    [(12, 1.0, 11), (12, 2.0, 3), (10, 1.0, 3), (10, 0.5, 11), (10, 0.0, 11), (4, 0.0, 3)],
+)
+def test_what_is_sure_at_the_temperature_in_use_is_known_at_once(lead, temperature, known):
+    """One of seven characters is ahead by so many nats: p = 1 / (1 + 6 exp(-lead / temperature))."""
+    model = tiny()
+    model.forward = lambda x, tau, ids, *_: lead * F.one_hot(torch.full_like(ids, 3), 7).double()
+    how = dict(steps=2, temperature=temperature, generator=seeded())
+    assert [d.settled for d in model.generate(text(1, 3), 8, **how)] == [3, known, 11]

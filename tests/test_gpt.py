@@ -398,3 +398,8 @@ def test_a_piece_is_masked_on_the_device_it_lies_on():
     with torch.device("meta"):
         found, _ = layer(x[:, 2:], cache)
     torch.testing.assert_close(found, layer(x)[0][:, 2:])
+
+
+def test_what_is_asked_for_goes_before_what_is_fast():
+    fast = GPTConfig.fast(norm="rms", tied=True, width=64)
+    assert (fast.norm, fast.tied, fast.width, fast.positions) == ("rms", True, 64, "rotary")

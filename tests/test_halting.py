@@ -2,6 +2,7 @@
 known."""
 
 import math
+from functools import partial
 from inspect import unwrap
 from itertools import product
 
@@ -135,8 +136,9 @@ def test_what_makes_no_sense_is_named():
     for ask in (halting_distribution, expected_rounds, kl):
         with refuses("last axis"):
             ask(torch.zeros(3, 0))
-    with refuses("int64"):
-        halting_distribution(torch.ones(3, dtype=torch.long))
+    for ask in (survival, expected_rounds, partial(unwrap(kl_to_geometric), prior=0.2)):
+        with pytest.raises(ValueError, match="int64"):
+            unwrap(ask)(torch.ones(3, dtype=torch.long))  # without the type checker
     for prior in (0, 1, -0.1, math.nan):
         with refuses("prior"):
             kl_to_geometric(torch.tensor([0.5, 0.5]), prior)

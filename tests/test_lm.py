@@ -27,7 +27,7 @@ from transformers import (
 from irann import lm, zoo
 from irann.lm import Draft, Reader, filter_logits
 from irann.sampling import SAMPLING, Sampling, sample
-from irann.settings import Setting
+from irann.settings import InputError, Setting
 from irann.text import Vocabulary
 
 
@@ -329,6 +329,13 @@ def test_ids_are_checked():
     ):
         with refuses("ids"):
             model.generate(wrong, 1)
+    for wrong, words in (
+        (torch.zeros(3, dtype=torch.long), r"\(b, t\); got torch.int64 of shape \(3,\)"),
+        (torch.zeros(1, 3), "whole numbers .*; got torch.float32"),
+        ([[1, 2]], "ids are a tensor .*; got a list"),
+    ):
+        with pytest.raises(InputError, match=words):
+            model.check_ids(wrong)
 
 
 @pytest.mark.parametrize(
@@ -384,3 +391,20 @@ def test_an_error_in_the_middle_of_writing_leaves_the_model_training():
         assert not model.training
         raise KeyError
     assert model.training
+
+
+def test_an_interrupt_before_anything_is_written_is_an_interrupt(monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    model = Counting()
+    model.vocabulary = Vocabulary("0123456789")
+    monkeypatch.setattr(model, "generate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lm.generate(model, "0")
+
+
+def test_without_a_seed_each_text_is_another_one():
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=4)[0])
+    model.vocabulary = Vocabulary("\nabc")
+    assert lm.generate(model, "a", 40) != lm.generate(model, "a", 40)

@@ -340,6 +340,8 @@ def test_dropout_reaches_the_input_and_every_block():
         Mamba(dataclasses.replace(SMALL, bias=True, dropout=1.0))
     )  # all is dropped: nothing is added to the stream
     assert model(ids(1, 9)).any() and not model.train()(ids(1, 9)).any()
+    with torch.no_grad():
+        assert not chunks_of([5, 1, 1], model, ids(1, 7))[0].any()
 
 
 def test_what_cannot_be_copied_or_built_is_named():
@@ -465,3 +467,7 @@ def test_the_window_is_the_one_that_is_asked_for():
 def test_the_mode_goes_over_to_transformers_and_back(training):
     ours = Mamba.from_transformers(theirs().train(training))
     assert ours.training == training and ours.to_transformers().training == training
+
+
+def test_what_is_asked_for_goes_before_what_is_fast():
+    assert MambaConfig.fast(tied=True, width=16) == MambaConfig(tied=True, init="fan_in", width=16)

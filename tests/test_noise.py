@@ -327,6 +327,7 @@ def test_levels_evenly_spaced_reach_both_ends(data, steps):
     gaps = {high - low for high, low in pairwise(levels)}
     assert len(levels) == count and levels[0] == steps and levels[-1] == 1
     assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
+    assert Schedule("linear", steps).evenly(1) == [steps]
 
 
 def test_guidance_on_a_gaussian_is_conditioning():

@@ -436,6 +436,8 @@ def test_dropout_is_active_in_training(kind):
 def test_random_rounds_are_drawn_while_training_only():
     model = Thinker(ThinkerConfig(window=8, width=16, rounds=5, random_rounds=True))
     text, generator = ids(1, 9), rng()
+    series = [[model.draw(text, generator=g)["rounds"] for _ in range(20)] for g in (rng(), rng())]
+    assert series[0] == series[1]
     drawn = {model.draw(text, generator=generator)["rounds"] for _ in range(200)}
     assert drawn == {3, 4, 5, 6, 7}
     assert {model.draw(text)["rounds"] for _ in range(200)} == drawn  # torch's own generator

@@ -276,3 +276,11 @@ def test_only_what_is_to_be_guessed_has_to_rest():
         taken.append(model.think(page, masked_at([i], 12), None, None, rule)[2])
         assert taken[-1] == 1 + (moved[:, i] <= 0.05).tolist().index(True)
     assert len(set(taken)) > 1, taken
+
+
+@torch.no_grad()
+def test_not_even_a_certain_guess_is_kept_at_once_unless_it_is_asked_for():
+    model = page_thinker(0.1)
+    model.lm_head.weight *= 1e4  # a softmax of exactly one
+    for keep, drafts in ((1.0, 5), (0.999, 2)):
+        assert len(list(model.generate(ids(1, 5), 8, steps=4, keep=keep))) == drafts
