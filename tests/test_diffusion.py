@@ -666,9 +666,11 @@ def test_gaps_in_a_text_are_filled_and_the_rest_stays():
         list(model.fill("abc__fg_", seed=3, steps=4))[-1].ids[0]
     )
     assert [d.settled for d in model.fill("ab#d", gap="#", seed=3, steps=1)] == [2, 4]
-    *_, one = model.fill("a_______", steps=4)
-    *_, other = model.fill("a_______", steps=4)
-    assert not torch.equal(one.ids, other.ids)  # without a seed
+    unseeded = set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        unseeded.add(str(list(model.fill("a_______", steps=4))[-1].ids))
+    assert len(unseeded) > 1
     for wrong, how, word in [
         ("abc", {}, "no gap"),
         ("ab", {"gap": "a"}, "one sign"),
