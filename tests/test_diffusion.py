@@ -96,6 +96,21 @@ def test_every_position_sees_both_sides_and_the_noise_level():
         other[:, position] += 1
         assert ((model(other, tau, ids, mask) - before).abs().amax(-1) > 1e-6).all(), position
     assert ((model(x, tau + 5, ids, mask) - before).abs() > 1e-6).all()
+    turned = model(x[:, [0, *range(8, 0, -1)]], tau, ids, mask)  # the same in another order
+    assert ((turned - before)[:, 0].abs() > 1e-6).all()
+
+
+def test_what_is_known_is_shown_as_certain_and_what_is_masked_as_far_as_it_is_known():
+    model, ids, shown = tiny(neighbours=0), text(1, 5), []
+    model.input_proj.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0][0]))
+    mask = torch.tensor([False, True, True, False, True])[:, None]
+    x, hint = (torch.randn(1, 5, c, dtype=torch.float64, generator=seeded()) for c in (4, 7))
+    model(x, torch.tensor([60]), ids, mask.T, hint)
+    point, posterior, guess = shown[0].split([4, 7, 7], -1)
+    torch.testing.assert_close(point, torch.where(mask, x[0], model.embeddings[ids[0]]))
+    certain = F.one_hot(ids[0], 7).double()
+    for part, own in ((posterior, model.log_likelihood(x, 60)[0].softmax(-1)), (guess, hint[0])):
+        torch.testing.assert_close(part, math.sqrt(7) * torch.where(mask, own, certain))
 
 
 def test_clean_positions_ignore_the_noise_and_masked_ones_ignore_the_answer():

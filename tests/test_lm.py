@@ -408,3 +408,10 @@ def test_without_a_seed_each_text_is_another_one():
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=4)[0])
     model.vocabulary = Vocabulary("\nabc")
     assert lm.generate(model, "a", 40) != lm.generate(model, "a", 40)
+
+
+def test_who_names_no_length_gets_two_hundred_characters():
+    model = Counting()
+    model.vocabulary = Vocabulary("0123456789")
+    *_, last = lm.stream(model, "0")
+    assert last.ids.shape == (1, 201) and len(lm.generate(model, "0")) == 201
