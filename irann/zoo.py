@@ -322,8 +322,10 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
     return checkpoint.save(folder, Snapshot(model.state_dict(), {}, {}, card, characters))
 
 
-ON_A_CARD = ("model", "config", "recipe", "step", "characters", "seconds", "validation", "exact")
-ON_A_CARD += ("corpus",)
+ON_A_CARD = (
+    *("model", "config", "recipe", "step", "characters", "seconds", "validation", "exact"),
+    "corpus",
+)
 
 
 def restore(saved: Snapshot, path: Path) -> LanguageModel:

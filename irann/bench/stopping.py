@@ -1,8 +1,8 @@
 """What a rule of stopping is worth: nats against the line that mixes fixed rounds at the same mean.
 
 Whoever may choose between two whole numbers of rounds can also let a coin choose, window by window,
-and so pays what lies on the line between them. A rule that knows where thinking helps
-pays less. Three rules, each with a limit that says how long it thinks:
+and so pays what lies on the line between them. A rule that knows where thinking helps pays less.
+Three rules, each with a limit that says how long it thinks:
 
 | rule     | a position stops                                                                  |
 |----------|-----------------------------------------------------------------------------------|
