@@ -18,16 +18,15 @@ import jaxtyping
 import pytest
 import torch
 from filelock import FileLock
-from jaxtyping import TypeCheckError, install_import_hook
+from jaxtyping import TypeCheckError
+from typechecker import checking
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
         "1"  # before anything imports triton: its interpreter stands in for the GPU
     )
 
-with install_import_hook(
-    "irann", "typechecker.checked"
-):  # every call of the package is held to its types
+with checking("irann"):  # every call of the package is held to its types
     import irann  # noqa: F401
 
 from irann import shakespeare
