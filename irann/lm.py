@@ -143,6 +143,16 @@ class LanguageModel(nn.Module):
         return ids.long()
 
 
+def check_pairs(ids: Ids) -> Ids:
+    """-> ids. Raises InputError if none of their characters is to be predicted."""
+    if not ids[:, 1:].numel():
+        raise InputError(
+            "a loss is of characters that others come before, (b, t) from (1, 2) on; got ids of "
+            f"shape {tuple(ids.shape)}"
+        )
+    return ids
+
+
 class Reader(LanguageModel):
     """A model that reads from left to right: subclasses write `read`; all else follows from it."""
 
@@ -171,7 +181,9 @@ class Reader(LanguageModel):
         return cross_entropy(self.read(ids[:, :-1])[0], ids[:, 1:])
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
-        loss = self.nll(ids).mean()
+        loss = self.nll(ids)
+        check_pairs(ids)
+        loss = loss.mean()
         return loss, {"nats_per_char": loss.detach()}
 
     def generate(
@@ -318,7 +330,9 @@ def exclusive(model: LanguageModel, characters: float = math.inf) -> Iterator[No
 
 @contextmanager
 def evaluating(model: LanguageModel, characters: float = math.inf) -> Iterator[None]:
-    """Eval mode inside the block, undisturbed; after it every module, and training, as before."""
+    """A model that is in training is in eval mode inside the block, undisturbed; after it every
+    module is as before.
+    """
     with exclusive(model, characters):
         training = [m for m in model.modules() if m.training] if model.training else []
         for module in training:

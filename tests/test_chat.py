@@ -550,6 +550,16 @@ def test_slash_commands(typed, capsys, tmp_path):
     assert "neither a model" in err
 
 
+def test_a_reply_that_cannot_be_has_no_heading(typed, capsys, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    typed("/to JULIET", "/again")
+    out, err = capsys.readouterr()
+    assert "there is no reply yet" in err and "JULIET:" not in out
+    typed("/to JULIET", "Hello", "/again")
+    assert capsys.readouterr().out.count("JULIET:") == 2
+
+
 def test_an_interrupt_at_the_prompt_is_no_end_and_a_broken_file_name_neither(typed, capsys):
     broken = ("/save /nowhere/at/all", "/save ~nobody-lives-here/scene", f"/model {'m' * 300}")
     lines = (KeyboardInterrupt, *broken, "/mode plain", "Hello", "/clear", "/mode opera")
@@ -1069,6 +1079,15 @@ def test_a_page_at_once_leaves_its_drafts_on_a_slider(chat):
     assert "leave their drafts here" in widget.drafts.value and widget.slide.max == 0
 
 
+def test_a_model_that_refuses_before_it_writes_leaves_the_buttons_alive(chat, monkeypatch, capsys):
+    widget = chat("Some words.\n\n")
+    monkeypatch.setattr(Parrot, "generate", LanguageModel.generate)
+    widget.say("Hm?")
+    assert "NotImplementedError" in widget.message.value and widget.stop.disabled
+    assert not widget.submit.disabled and widget.timing.value == ""
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch, capsys):
     widget = chat("Some words.\n\n", fails=3)
     widget.say("Hm?")
@@ -1221,6 +1240,23 @@ def test_an_open_inside_keeps_up_with_the_scene_and_the_model(here):
     stale = widget.view.value
     widget.say("And then?")
     assert widget.view.value == stale  # nobody looks: nothing is computed
+    widget.more.selected_index = 1
+    assert "And then?" in widget.session.scene() and widget.inspected is not None
+    widget.begin()
+    assert "say something first" in widget.view.value and widget.inspected is None
+
+
+def test_an_open_inside_keeps_up_with_the_settings_of_the_model(here):
+    widget = Chat("thinker", length=4, seed=1)
+    widget.say("Hello there")
+    widget.more.selected_index = 1
+    widget.kind.value = "rounds"
+    before = widget.inspected.values["rounds"]
+    knobs_of(widget)["threshold"].value = 0.0
+    assert widget.inspected.values["rounds"] != before == [*before]
+    seen = widget.inspected
+    knobs_of(widget)["temperature"].value = 0.5  # the draw's: nothing is computed
+    assert widget.inspected is seen
 
 
 def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):

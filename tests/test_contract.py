@@ -360,6 +360,13 @@ def test_compiled_exported_and_shared_out_they_compute_the_same(what):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_loss_of_no_character_is_refused(name):
+    for b, t in ((2, 1), (2, 0), (0, 5)):
+        with refuses(rf"from \(1, 2\) on; got ids of shape \({b}, {t}\)"):
+            tiny(name).loss(ids(b, t))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_precisions_write_score_and_are_kept(name, kind, small, tmp_path):
     model = excite(tiny(name), 0.1).eval().to(kind)
@@ -389,11 +396,13 @@ def test_another_default_device_changes_nothing(name, small):
     assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_mixed_precision_loses_little_and_nothing_in_the_parts(name):
+@pytest.mark.parametrize(
+    "name, more", [*((name, {}) for name in NAMES), ("diffusion", {"bayes": False})], ids=str
+)
+def test_mixed_precision_loses_little_and_nothing_in_the_parts(name, more):
     parts_of = {}
     for mixed in (False, True):
-        model = excite(tiny(name), 0.2)
+        model = excite(tiny(name, **more), 0.2)
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss, parts = model.loss(ids(4, 33))

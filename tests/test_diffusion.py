@@ -696,17 +696,38 @@ def test_gaps_in_a_text_are_filled_and_the_rest_stays():
             model.fill(wrong, **how)
 
 
-def test_a_long_text_is_filled_with_as_much_before_the_page_as_after_it():
-    model, read = tiny(page=4), []
+@pytest.mark.parametrize("page, span", [(4, 1), (4, 3), (4, 9), (16, 1), (16, 16), (16, 20)])
+def test_a_long_text_is_filled_with_as_much_before_the_gap_as_after_it(page, span):
+    """Of a gap longer than a page, a page's worth; a character before it there is always."""
+    model, read = tiny(window=16, page=page), []
     room, inner = model.config.window + 1, model.forward
     model.forward = lambda x, tau, ids, *rest: read.append(ids[0]) or inner(x, tau, ids, *rest)
     ids = text(1, 5 * room)
-    gap = torch.arange(5 * room) == 2 * room
+    gap = torch.zeros(5 * room, dtype=torch.bool)
+    gap[2 * room : 2 * room + span] = True
     list(model.infill(ids, gap, steps=1, generator=seeded()))
-    begin = 2 * room - (room - 4) // 2
-    seen, want = read[0], ids[0, begin : begin + room]
-    (at,) = (seen != want[: len(seen)]).nonzero()[:, 0].tolist() or [2 * room - begin]
-    assert at == 2 * room - begin and len(seen) == room
+    before = max(1, (room - min(span, page)) // 2)
+    begin = 2 * room - before
+    end = begin + room if span <= page else 2 * room + page  # what is not written yet is not read
+    assert torch.equal(read[0][:before], ids[0, begin : 2 * room])
+    assert len(read[0]) == end - begin
+    assert torch.equal(read[0][before + span :], ids[0, 2 * room + span : end])
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_in_half_precision_a_character_s_likelihood_is_what_it_is_in_whole(kind):
+    """At little noise the exponents are in the hundred thousands, beyond what float16 holds."""
+    model = tiny(levels=1000, channels=16, vocabulary=65).to(kind)
+    one = torch.ones(1, dtype=torch.long)
+    x = model.embeddings[None, :20].detach()
+    log_p = model.log_likelihood(x, one)
+    assert log_p.dtype == kind and log_p.isfinite().all()
+    whole = model.float()
+    exactly = whole.log_likelihood(x.float(), one).log_softmax(-1)
+    likely = exactly > -100  # bfloat16 has three digits, float16 no number below -65,504
+    torch.testing.assert_close(log_p.float()[likely], exactly[likely], rtol=0.01, atol=0.01)
+    assert (log_p[~likely] < -90).all()
+    assert torch.equal(log_p.argmax(-1)[0], torch.arange(20))
 
 
 def test_infilling_reads_what_comes_after_the_gap():

@@ -123,6 +123,8 @@ def test_the_way_back_to_transformers(options, bias, tmp_path):
     page = ids(2, options["n_positions"])
     theirs = ours.to_transformers()
     torch.testing.assert_close(theirs(page).logits, ours(page), atol=1e-10, rtol=1e-10)
+    assert theirs.config.eos_token_id is theirs.config.bos_token_id is None
+    assert theirs.generation_config.eos_token_id is theirs.generation_config.pad_token_id is None
     theirs.save_pretrained(tmp_path)
     again = GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64).eval()
     torch.testing.assert_close(again(page).logits, ours(page), atol=1e-10, rtol=1e-10)

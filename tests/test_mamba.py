@@ -114,9 +114,18 @@ def test_the_way_back_to_transformers(changes, tmp_path):
 
 @torch.no_grad()
 def test_the_mamba_that_ships_goes_to_transformers(corpus):
+    """And writes there what it writes here: no character is a token that ends or pads a text."""
     ours = zoo.load("mamba")
     page = corpus.val[None, :100]
-    close(ours(page), ours.to_transformers()(page).logits, 1e-5)
+    theirs = ours.to_transformers()
+    close(ours(page), theirs(page).logits, 1e-5)
+    *_, last = ours.generate(page[:, :20], 60, temperature=0)
+    assert 0 in last.ids[0, 20:]  # a line's end, character 0
+    assert torch.equal(theirs.generate(page[:, :20], max_new_tokens=60, do_sample=False), last.ids)
+
+
+def test_of_an_empty_text_there_is_nothing_to_inspect():
+    assert zoo.load("mamba").inspect(ids(1, 0))["delta"].shape == (0,)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)

@@ -104,13 +104,15 @@ class Terminal:
 
     def answer(self, reply: Callable[[], Iterator[Frame]]) -> None:
         """Write a reply while it comes; Ctrl-C stops it."""
-        if self.live and self.session.mode == "play":
-            print(self.paint(f"{self.session.speaker}:", "1"))
         pen = Pen(self.live, self.colours)
+        heading = f"{self.session.speaker}:" if self.live and self.session.mode == "play" else ""
         with _interrupts(self.typed) as stopped:
             try:
                 frames = reply()
                 for frame in frames:
+                    if heading:
+                        print(self.paint(heading, "1"))
+                        heading = ""
                     pen.write(frame)
                     if stopped:
                         break

@@ -179,6 +179,7 @@ class Chat(w.VBox):
             self.session.clear()
             self._tell("")
             self._draw()
+            self._refresh()
 
     def halt(self) -> None:
         """End the reply after the model's next step."""
@@ -225,6 +226,8 @@ class Chat(w.VBox):
         knob.unobserve(self._turned, "value")
         knob.value = self._shown(name)
         knob.observe(self._turned, "value")
+        if not self.busy and name in self._talking().model.settings:
+            self._refresh()
 
     # -------------------------------------------------------------------------------------- a reply
 
@@ -256,8 +259,9 @@ class Chat(w.VBox):
         self.began = time.monotonic()
         self.first = None
         last = None
-        frames = reply()
+        frames = None
         try:
+            frames = reply()
             for last in frames:
                 self.frame = last
                 if self.stopping:
@@ -268,7 +272,8 @@ class Chat(w.VBox):
         except Exception as error:
             self._fail(error)
         finally:
-            frames.close()  # pyright: ignore[reportAttributeAccessIssue]
+            if frames is not None:
+                frames.close()  # pyright: ignore[reportAttributeAccessIssue]
             self._ended(last)
 
     def _ended(self, last: Frame | None) -> None:
@@ -280,8 +285,7 @@ class Chat(w.VBox):
             self.timing.value = html.small(f"{last.settled:,} characters in {seconds:.1f} s")
         if forgot := self._talking().forgot():
             self.message.value += html.small(forgot)
-        if self.more.selected_index == INSIDE:
-            self._inspect()
+        self._refresh()
         self._enable(True)
         self._draw()
 
@@ -315,8 +319,7 @@ class Chat(w.VBox):
         self.timing.value = ""
         self._enable(True)
         self._fill_knobs()
-        if self.session is not None and self.more.selected_index == INSIDE:
-            self._inspect()
+        self._refresh()
 
     def _load(self, model: LanguageModel | str) -> None:
         if self.session is None:
@@ -404,6 +407,11 @@ class Chat(w.VBox):
         else:
             frame = turn.frames[min(self.slide.value, len(turn.frames) - 1)]
             self.drafts.value = html.draft_view(frame)
+
+    def _refresh(self) -> None:
+        """An open panel shows what is so now."""
+        if self.session is not None and self.more.selected_index == INSIDE:
+            self._inspect()
 
     def _inspect(self) -> None:
         try:

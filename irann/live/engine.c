@@ -280,7 +280,8 @@ EXPORT int open_model(int bytes) {
       rotary[i * c + j] = (float)cos(angle), rotary[i * c + j + 1] = (float)sin(angle);
     }
   } else deltas = numbers((size_t)depth * t * e), sums = numbers((size_t)depth * e);
-  x = numbers(many * d), y = numbers(many * (d + 2 * e)), z = numbers(many * (d + 2 * e)), wide = numbers(many * (3 * d + 2 * e));
+  size_t most = 3 * d + 2 * e + m.rank + 2 * m.state, in_page = page_model() && v > most ? v : most;
+  x = numbers(many * d), y = numbers(many * most), z = numbers(many * most), wide = numbers(many * in_page);
   scores = numbers((size_t)depth * (m.kind == MAMBA ? 1 : m.heads) * t);
   hidden = numbers(many * d), before = numbers(many * d), injected = numbers(many * d);
   logits = numbers(many * v), p = numbers(v), sure = numbers(t), answer = numbers((size_t)depth * t);
@@ -425,7 +426,7 @@ EXPORT void set_rule(float limit, int rounds) {
 }
 
 static void inject(int n, int first) {  // what every round sees of the characters: norm(prelude(wte))
-  int d = m.width, size = (m.window + 1) * d;
+  int d = m.width, size = page_model() ? 0 : (m.window + 1) * d;  // nobody comes back to a page's keys
   for (int i = 0; i < m.prelude; i++) block(blocks + i, injected, n, first, keys + i * size, values + i * size, 0, scores);
   for (int i = 0; i < n; i++) layer_norm(injected + i * d, injected + i * d, 0, d);
 }

@@ -378,10 +378,13 @@ class Piece {
   }
   slider(name, label, low, high, step, value, show = x => x) {
     const shown = h("output", {}, show(value)), input = h("input", { type: "range", min: low, max: high, step, value });
+    let wanted = value;  // a link may want more than `high`, before the model has said how much there is
     const tell = () => { shown.textContent = show(+input.value); input.setAttribute("aria-valuetext", shown.textContent); };
-    input.addEventListener("input", () => { tell(); this.changed(); });
+    const set = value => { wanted = value; input.value = value; tell(); };
+    input.addEventListener("input", () => { set(input.value); this.changed(); });
     tell();
-    this.add(name, label, h("span", { class: "irann-slide" }, input, shown), () => input.value, value => { input.value = value; tell(); });
+    this.add(name, label, h("span", { class: "irann-slide" }, input, shown), () => input.value, set);
+    this.controls[name].most = high => { input.max = high; set(wanted); };
     return input;
   }
   choice(name, label, options) {
@@ -437,9 +440,10 @@ function bars(model, logits, temperature, most = 8) {
 // Fill the gaps of a text, or write all of it, step by step.
 async function fill(piece, whole) {
   const model = await piece.model(piece.controls.model ? piece.get("model") : undefined), kept = [model.newline], mask = [0];
-  piece.encode(model, piece.get("text").replaceAll("_", ""), 128);
+  const most = Math.min(128, model.config.window);
+  piece.encode(model, piece.get("text").replaceAll("_", model.characters[0]), most);
   for (const sign of piece.get("text").replaceAll("\r", "")) {
-    if (kept.length > 128 || sign != "_" && !model.ids.has(sign)) continue;
+    if (kept.length > most || sign != "_" && !model.ids.has(sign)) continue;
     kept.push(sign == "_" ? model.newline : model.ids.get(sign));
     mask.push(sign == "_" || whole ? 1 : 0);
   }
@@ -502,11 +506,13 @@ const pieces = {
       piece.slider("temperature", "temperature of the next character", 0.1, 2, 0.05, 1, x => x.toFixed(2));
     },
     async update(piece) {
-      const model = await piece.model(), read = piece.some(model, piece.get("text"), 100);
+      const model = await piece.model(), { layers, heads, window } = model.config;
+      piece.controls.layer.most(layers);
+      piece.controls.head.most(heads);
+      piece.keep();
+      const read = piece.some(model, piece.get("text"), Math.min(100, window));
       if (!read) return;
-      const { ids, signs } = read, { layers, heads } = model.config, key = ids.join();
-      piece.tools.querySelector(".irann-layer input").max = layers;
-      piece.tools.querySelector(".irann-head input").max = heads;
+      const { ids, signs } = read, key = ids.join();
       const show = () => {
         const t = ids.length, rows = layers * heads;
         const at = Math.min(piece.number("position"), t) - 1, head = (piece.number("layer") - 1) * heads + piece.number("head") - 1;
@@ -564,7 +570,8 @@ const pieces = {
       piece.button("all from noise", () => fill(piece, true));
     },
     async update(piece) {
-      const model = await piece.model(), read = piece.some(model, piece.get("text").replaceAll("_", ""), 64);
+      const model = await piece.model(), most = Math.min(64, model.config.window + 1);
+      const read = piece.some(model, piece.get("text").replaceAll("_", ""), most);
       if (!read) return;
       const { ids, signs } = read;
       await model.ask(piece, "level", { ids, part: piece.number("noise"), seed: piece.number("seed") }, part => {
@@ -596,7 +603,8 @@ const pieces = {
   forget: {
     build(piece) { piece.text("text", "your text", "ROMEO:\nBut soft, what light through yonder window"); },
     async update(piece) {
-      const model = await piece.model(), read = piece.some(model, piece.get("text"), 120);
+      const model = await piece.model(), most = Math.min(120, model.config.window + 1);
+      const read = piece.some(model, piece.get("text"), most);
       if (!read) return;
       const { ids, signs } = read, t = ids.length;
       await model.ask(piece, "forget", { ids }, part => {
@@ -637,8 +645,10 @@ const pieces = {
       await Promise.all(names.map(async (name, at) => {
         const [, rate, text] = panels[at].children;
         try {
-          const model = await piece.model(name), { ids } = piece.encode(model, piece.get("text"), 1000);
-          if (piece.turn == turn) piece.say("Writing ...");
+          const model = await piece.model(name);
+          if (piece.turn != turn) return;  // stopped while the weights came
+          const { ids } = piece.encode(model, piece.get("text"), 1000);
+          piece.say("Writing ...");
           const given = { ids: ids.length ? ids : [model.newline], n: piece.number("length"), seed: piece.number("seed") };
           given.temperature = piece.number("temperature");
           await model.ask(piece, "write", given, part => {
@@ -666,25 +676,39 @@ const pieces = {
         piece.attempt(() => pieces.chat.answer(piece));
       });
       piece.button("say it", () => pieces.chat.answer(piece));
-      piece.button("begin anew", () => { piece.history = ""; piece.out.replaceChildren(); piece.say(this.idle); });
+      piece.button("begin anew", () => {
+        pieces.chat.settle(piece);
+        piece.history = "";
+        piece.out.replaceChildren();
+        piece.say(this.idle);
+      });
       piece.out.setAttribute("role", "log");
     },
+    // -> the number of the next turn. What was answered by now stays, and is part of the conversation.
+    settle(piece) {
+      for (const name of piece.models) Model.named(name).cancel(piece);
+      if (piece.answer) piece.history += piece.answer.trimEnd() + "\n\n";
+      piece.answer = "";
+      return piece.turn = (piece.turn || 0) + 1;
+    },
     async answer(piece) {
-      const model = await piece.model(piece.get("model")), said = piece.get("text").trim();
+      const said = piece.get("text").trim();
       if (!said) return piece.say("Say something first.");
+      const turn = this.settle(piece), model = await piece.model(piece.get("model"));
+      if (piece.turn != turn) return;
       piece.encode(model, said, 500);
       piece.say(`${model.name} writes ...${piece.left}`);
       const speech = h("p", { class: "irann-speech" });
       piece.out.append(h("p", { class: "irann-yours" }, said), speech);
       piece.history += `FIRST CITIZEN:\n${said}\n\n`;
       const { ids } = model.encode(piece.history.slice(-400)), until = model.encode("\n\n").ids;
-      let answer = "";
       const given = { ids, n: 400, temperature: piece.number("temperature"), seed: any(), until };
       await model.ask(piece, "write", given, part => {
-        answer = model.decode(part.ids.slice(ids.length));
-        speech.textContent = answer.trim();
+        piece.answer = model.decode(part.ids.slice(ids.length));
+        speech.textContent = piece.answer.trim();
       });
-      piece.history += answer;
+      if (piece.turn != turn) return;
+      this.settle(piece);
       piece.say(`${model.name} has answered.${piece.left}`);
     },
   },

@@ -101,8 +101,13 @@ class Denoiser(LanguageModel):
         alpha_bar = self.schedule.alpha_bar
         # Not in half precision: the factor, and errors with it, grow beyond all bounds.
         with torch.autocast(x.device.type, enabled=False):
-            factor = self.schedule.at(alpha_bar.sqrt() / (1 - alpha_bar), tau, x)
-            return factor * (x @ self.embeddings.T)
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            factor = self.schedule.at(alpha_bar.sqrt() / (1 - alpha_bar), tau, wide)
+            log_p = factor * (wide @ self.embeddings.to(wide).T)
+            if wide.dtype == x.dtype:
+                return log_p
+            log_p = log_p - log_p.amax(-1, keepdim=True)  # what half precision has room for
+            return log_p.clamp(min=torch.finfo(x.dtype).min).to(x.dtype)
 
     def forward(
         self,

@@ -38,6 +38,7 @@ from ..lm import (
     Ids,
     Loss,
     Nats,
+    check_pairs,
     cross_entropy,
     evaluating,
     leading,
@@ -124,7 +125,7 @@ class Diffusion(Denoiser):
         A surrogate, not a likelihood. `bound_nats_per_char` among the parts is an unbiased one-draw
         estimate of the bound.
         """
-        ids = self.check_ids(ids)
+        ids = check_pairs(self.check_ids(ids))
         draws = self.draw(ids) if draws is None else draws
         mask, tau, weight = draws["mask"], draws["tau"], draws["weight"]
         x0 = self.embeddings[ids]
@@ -137,7 +138,7 @@ class Diffusion(Denoiser):
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if self.training:
                 self._observe(tau, (nll * mask).sum(1) / mask.sum(1))
-            guess = logits.softmax(-1) @ self.embeddings
+            guess = logits.softmax(-1).to(x0.dtype) @ self.embeddings
             step = noise.step_kl(self.schedule, x0, guess, tau).sum(-1) / draws["p"][:, None]
             bound = step + noise.prior_kl(self.schedule, x0).sum(-1)
             parts = {
@@ -258,7 +259,9 @@ class Diffusion(Denoiser):
         yield Draft(text.clone(), first_gap(mask))
         while mask.any():
             start = first_gap(mask)
-            begin = max(0, min(start - (room - page) // 2, len(mask) - room))
+            span = int(mask[start : start + page].nonzero().max()) + 1
+            before = max(1, (room - span) // 2)  # as much is seen on either side
+            begin = max(0, min(start - before, len(mask) - room))
             now = mask[begin : begin + room].clone()
             now[start - begin + page :] = False  # what a later page is to write
             end = begin + first_gap(mask[begin : begin + room] & ~now)  # it must not be read before

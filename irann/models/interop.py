@@ -16,6 +16,8 @@ RENAMED = {  # activations
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "squared_relu",
 }
+# Ours have no tokens with a meaning of their own; theirs, by default, end a text at character 0
+NO_TOKENS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 GPT2_NAMES = {  # of the settings, ours and theirs
     "vocabulary": "vocab_size",
     "window": "n_positions",
@@ -100,8 +102,7 @@ def gpt_to_transformers(ours: GPT) -> Any:
         embd_pdrop=c.dropout,
         activation_function=_their_activation(c.activation),
         tie_word_embeddings=c.tied,
-        bos_token_id=0,
-        eos_token_id=0,
+        **NO_TOKENS,
     )
     theirs: Any = GPT2LMHeadModel(config)
     theirs.to(ours.wte.weight)
@@ -126,6 +127,7 @@ def mamba_to_transformers(ours: Mamba) -> Any:
         time_step_rank=dt_rank,
         hidden_act=_their_activation(c.activation),
         tie_word_embeddings=c.tied,
+        **NO_TOKENS,
     )
     theirs: Any = MambaForCausalLM(config)
     theirs.to(ours.embeddings.weight)

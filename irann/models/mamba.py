@@ -235,6 +235,8 @@ class Mamba(Reader):
         """`delta` (t): the mean step size of each character, how much of the state it rewrites."""
         check_settings(self, settings, sampling=False)
         x = self.embeddings(self.check_ids(ids))
+        if not x.shape[1]:
+            return {"delta": x.new_zeros(0)}
         deltas = []
         for block in self.blocks:
             delta, _, _ = block.mixer.select(block.mixer.convolve(block.norm(x))[0])

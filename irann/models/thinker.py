@@ -16,7 +16,17 @@ from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution
 from ..layers import Block, KeyValue, check_window, scale
-from ..lm import Draft, Ids, Loss, Nats, Reader, cross_entropy, left_to_right, split_settings
+from ..lm import (
+    Draft,
+    Ids,
+    Loss,
+    Nats,
+    Reader,
+    check_pairs,
+    cross_entropy,
+    left_to_right,
+    split_settings,
+)
 from ..settings import InputError, Setting
 from .recurrent import (
     STOPPING,
@@ -81,7 +91,7 @@ class Thinker(RecurrentDepth, Reader):
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         """`rounds_loss` of every round's nats; `nats_per_char` is what the last round pays."""
-        ids = self.check_ids(ids)
+        ids = check_pairs(self.check_ids(ids))
         draws = self.draw(ids) if draws is None else draws
         logits, halt, _ = self.every_round(ids[:, :-1], draws["rounds"])
         nats = round_nats(logits, ids[:, 1:])

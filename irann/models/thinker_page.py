@@ -18,6 +18,7 @@ from ..lm import (
     Ids,
     Loss,
     Nats,
+    check_pairs,
     cross_entropy,
     evaluating,
     leading,
@@ -97,7 +98,7 @@ class PageThinker(RecurrentDepth):
 
         `bound_nats_per_char` is a one-draw estimate by the last round, from rows without a prompt.
         """
-        ids = self.check_ids(ids)
+        ids = check_pairs(self.check_ids(ids))
         draws = self.draw(ids) if draws is None else draws
         hidden = None
         if draws["carried"]:

@@ -43,7 +43,7 @@ def one_thread():
 
 def tiny(name, seed=0, std=0.4, **changes):
     """A small model with excited weights, as half precision holds them."""
-    config, _ = zoo.recipe(name, "tiny", vocabulary=13, **changes)
+    config, _ = zoo.recipe(name, "tiny", **{"vocabulary": 13} | changes)
     model = excite(zoo.build(name, config, seed=seed), std, seed).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -157,6 +157,7 @@ READERS = {
     "thinker, gains and a prelude": {"round_gains": True, "prelude": 1, "core": 2, "rounds": 5},
     "mamba": {},
     "mamba, other sizes": {"d_state": 8, "d_conv": 3, "dt_rank": 3, "d_inner": 38},
+    "mamba, more state than width": {"width": 32, "d_inner": 24, "d_state": 64},
 }
 
 
@@ -249,11 +250,15 @@ def test_what_mamba_remembers(host):
 # -------------------------------------------------------------------------------------- whole pages
 
 
-@pytest.mark.parametrize("options", [{}, {"bayes": False}, {"self_condition": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bayes": False}, {"self_condition": False}, {"vocabulary": 300, "width": 16}],
+    ids=str,
+)
 def test_the_denoiser_of_excited_weights(host, options):
     model = tiny("diffusion", std=0.3, **options)
-    t, v, channels = 21, 13, model.config.channels
-    engine, ids = Engine(host, model), some_ids(t)
+    t, v, channels = 21, model.config.vocabulary, model.config.channels
+    engine, ids = Engine(host, model), some_ids(t, vocabulary=v)
     generator = torch.Generator().manual_seed(1)
     mask = torch.rand(t, generator=generator) < 0.7
     x = torch.randn(t, channels, generator=generator)
@@ -289,12 +294,13 @@ def test_the_same_noise_settles_the_same_page(eta, temperature):
     assert pages == [(draft.settled, draft.ids[0].tolist()) for draft in drafts]
 
 
-@pytest.mark.parametrize("case", ["thinker-page", "tiny", "tiny with gains"])
+@pytest.mark.parametrize("case", ["thinker-page", "tiny", "tiny with gains", "tiny, prelude of 2"])
 def test_the_same_noise_refines_the_same_page(case):
     if case == "thinker-page":
         model, t, start = zoo.load(case), 50, 10
     else:
-        model, t, start = tiny("thinker-page", std=0.3, round_gains="gains" in case), 20, 4
+        more = {"round_gains": "gains" in case, "prelude": 2 if "prelude" in case else 1}
+        model, t, start = tiny("thinker-page", std=0.3, **more), 20, 4
     v = model.config.vocabulary
     ids = torch.tensor(some_ids(t, vocabulary=v))
     mask = torch.arange(t) >= start

@@ -301,6 +301,88 @@ def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
     reader.close()
 
 
+@pytest.mark.parametrize("name", ["gpt", "mamba", "diffusion", "thinker-page"])
+def test_a_piece_reads_no_more_than_the_window_holds(browser, tmp_path, name):
+    """A longer text would run over the engine's own weights."""
+    vocabulary = Vocabulary("\nabcdefgh")
+    sizes = {"gpt": {"heads": 4}, "diffusion": {"page": 8}}.get(name, {})
+    config, _ = zoo.recipe(name, "tiny", vocabulary=len(vocabulary), window=12, **sizes)
+    model = zoo.build(name, config, seed=0)
+    model.vocabulary = vocabulary
+    path = tmp_path / "page.html"
+    path.write_text(export.page(model))
+    reader = Reader(browser, path, "#live-attention?head=4" if name == "gpt" else "")
+    if name in ("gpt", "mamba"):
+        piece, most = ("attention", 12) if name == "gpt" else ("forget", 13)
+        reader.at(piece, "textarea").fill("abcdefgh" * 3)
+        assert f"Only the first {most} characters are read." in reader.says(piece, "Only")
+        assert reader.at(piece, ".irann-letters").first.locator("> span").count() == most
+    else:
+        piece = "denoise" if name == "diffusion" else "gaps"
+        reader.at(piece, "textarea").fill("ab__" + "cdefgh" * 3)
+        reader.at(piece, "button:has-text('fill')").click()
+        assert "Only the first 12 characters are read." in reader.says(piece, "Written in")
+        filled = reader.at(piece, ".irann-words").inner_text()
+        assert len(filled) == 12 and filled.startswith("ab") and filled.endswith("cdefghcd")
+    if name == "gpt":  # a link's head, which the sliders were too short for before the model came
+        assert reader.at("attention", ".irann-head input").input_value() == "4"
+        assert reader.at("attention", ".irann-head output").inner_text() == "4"
+        layers = model.config.layers
+        assert reader.at("attention", ".irann-layer output").inner_text() == str(layers)
+        assert "head=4" in reader.at("attention", ".irann-link").get_attribute("href")
+    reader.close()
+
+
+def test_stop_counts_while_the_weights_are_still_on_their_way(site, browser):
+    reader = Reader(browser, site / "book/live.html")
+    reader.page.evaluate(
+        """() => { for (const word of ["write", "stop"])
+            [...document.querySelectorAll("#live-write button")].find(b => b.innerText == word).click() }"""
+    )
+    reader.says("write", "Stopped.")
+    reader.page.wait_for_function("Object.keys(irannLive.models).length == 5", timeout=WAIT)
+    reader.page.wait_for_timeout(1000)
+    assert reader.at("write", ".irann-status").inner_text() == "Stopped."
+    assert set(reader.at("write", "pre").all_inner_texts()) == {""}
+    reader.close()
+
+
+def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_order(page):
+    """Said twice at once, and begun anew while it writes."""
+    page.at("chat", "select").select_option("thinker")  # it is the slowest
+    page.at("chat", "button:has-text('begin anew')").click()
+    page.page.evaluate(
+        """() => { window.asked = []; const post = Worker.prototype.postMessage;
+            Worker.prototype.postMessage = function (data) {
+                if (data.job == "write") window.asked.push(data.given.ids); post.call(this, data) } }"""
+    )
+    say = page.at("chat", "button:has-text('say it')")
+    page.at("chat", "textarea").fill("What news?")
+    say.click()
+    page.wait("chat", ".irann-speech:not(:empty)")
+    page.at("chat", "textarea").fill("Is it so?")
+    say.click()
+    page.says("chat", "has answered")
+    shown = page.at("chat", ".irann-speech").all_inner_texts()
+    first, second = map(zoo.load("gpt").vocabulary.decode, page.page.evaluate("window.asked"))
+    assert first == "FIRST CITIZEN:\nWhat news?\n\n" and len(shown) == 2
+    assert second == (first + shown[0].rstrip() + "\n\nFIRST CITIZEN:\nIs it so?\n\n")[-400:]
+    say.click()
+    page.page.wait_for_function("window.asked.length == 3", timeout=WAIT)
+    page.at("chat", "button:has-text('begin anew')").click()
+    page.page.wait_for_timeout(500)
+    assert (
+        page.at("chat", ".irann-status").inner_text()
+        == "Say something: the weights are loaded then."
+    )
+    assert page.at("chat", ".irann-out").inner_text() == ""
+    page.at("chat", "textarea").fill("And now?")
+    say.click()
+    page.says("chat", "has answered")
+    fourth = page.page.evaluate("window.asked[3]")
+    assert zoo.load("gpt").vocabulary.decode(fourth) == "FIRST CITIZEN:\nAnd now?\n\n"
+
+
 @pytest.mark.parametrize(
     "arguments, code, words",
     [(["nothing"], 2, "neither a model"), (["gpt", "--out", "missing/page.html"], 1, "missing")],
