@@ -9,7 +9,6 @@ the program, and keeps its traceback.
 
 import contextlib
 import dataclasses
-import functools
 import os
 import shlex
 import sys
@@ -105,7 +104,7 @@ Picture = _option("write a picture instead, such as curve.png", metavar="FILE")
 What = typer.Argument(
     help="scan: the scan against others; engine: what runs in a page against PyTorch; waiting: "
     "training beside other work; stopping: what the thinker's rule is worth; regressions: what "
-    f"became slower; all: trained models too; {NAMES}: that one alone; "
+    "became slower; all: trained models too; gpt, thinker-page, diffusion, mamba: that one alone; "
     "models, models-long, thinker, thinker-long, nanogpt, speedrun: races, trained side by side"
 )
 Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
@@ -188,12 +187,13 @@ def train_command(
         plan = dataclasses.replace(plan, evaluate_every=runs.evaluations(text, config, plan))
     place = f"{model}-{recipe}-{slug(corpus)}" if own and corpus else f"{model}-{recipe}"
     run = run or Path("runs") / place
-    with _processes() as rank:
+    with _processes(device) as rank:
         network = zoo.build(model, config, seed=plan.seed)
         network = network.to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
         characters = plan.batch * network.config.window
         say: Callable[[str], Any] = str if rank else print  # one of several tells
-        for line in runs.look(text, config, plan, recipe) if own else ():
+        changed = bool(pairs.keys() - {"seed", "evaluate_every", "save_every"})
+        for line in runs.look(text, config, plan, recipe, changed=changed) if own else ():
             say(streams.visible(line))
         say(
             f"{model}, {network.num_parameters:,} parameters, recipe {recipe}: "
@@ -209,14 +209,17 @@ def train_command(
                 say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
             else:
                 _say_result(last, losses, network.exact, say)
+            if last is not None and last.interrupted:
+                _say_who_speaks(run, say)
+                raise typer.Exit(128 + last.interrupted)
             _go_on(run, say)
 
 
 def _say_result(last: Tick, losses: deque[float], exact: bool, say: Callable[[str], Any]) -> None:
-    """Say how a training ended. Raises typer.Exit for one that a signal stopped."""
+    """Say how a training ended."""
     if last.interrupted:
         say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
-        raise typer.Exit(128 + last.interrupted)
+        return
     nats = "nats" if exact else "nats, a bound,"
     say(
         f"{last.validation:.4f} {nats} per character of the validation part "
@@ -229,15 +232,21 @@ def _say_result(last: Tick, losses: deque[float], exact: bool, say: Callable[[st
 def _go_on(run: Path, say: Callable[[str], Any]) -> None:
     """Say what can be done with a run, and which of its checkpoints and which name speaks."""
     say("\n".join(["go on with:", *runs.nexts(run)]))
+    _say_who_speaks(run, say)
+    saved = checkpoint.listed(run)
+    kind = checkpoint.config_of(saved[0]).get("model") if saved else None
+    name = next((name for name, entry in zoo.MODELS.items() if entry.model.__name__ == kind), "")
+    if name in zoo.shipped():
+        say(f"(irann chat {name} talks with the model that ships, as the notebooks do)")
+
+
+def _say_who_speaks(run: Path, say: Callable[[str], Any]) -> None:
+    """Say which checkpoint `load` takes, where it is not the newest."""
     saved = checkpoint.listed(run)
     best = checkpoint.by_validation(saved)
     if best and best[0] != saved[0]:
         lowest = checkpoint.validation_of(best[0])
         say(f"what speaks is {best[0].name}, whose validation was the lowest, {lowest:.4f}")
-    kind = checkpoint.config_of(saved[0]).get("model") if saved else None
-    name = next((name for name, entry in zoo.MODELS.items() if entry.model.__name__ == kind), "")
-    if name in zoo.shipped():
-        say(f"(irann chat {name} talks with the model that ships, as the notebooks do)")
 
 
 def _follow(
@@ -279,7 +288,7 @@ def sample(
     own = _extra(context.args)
     network = _load(model, device)
     for name, value in own.items():
-        known = network.settings.get(name)
+        known = (SAMPLING | network.settings).get(name)
         settings[name] = known.read(name, value) if known else value
     lm.check_settings(network, settings)
     vocabulary = lm.vocabulary_of(network)
@@ -351,8 +360,7 @@ def plot(run: Annotated[Path, Trainings], out: Annotated[Path | None, Picture] =
         for line in runs.plot(run):
             print(line)
         return
-    runs.picture(run, out)
-    print(f"wrote {out}")
+    print(f"wrote {runs.picture(run, out)}")
 
 
 @app.command()
@@ -465,6 +473,10 @@ def _measured(network: lm.LanguageModel, name: str, given: Path | None) -> tuple
         text = read_text(path)
         if text.sha256 != corpus["sha256"]:
             raise CorpusError(f"{path} is not any more what {name} was trained on; {way_out}")
+    cut = corpus.get("training_characters", len(text.train))
+    if cut != len(text.train):  # it was split elsewhere for the training
+        whole = torch.cat([text.train, text.val])
+        text = dataclasses.replace(text, train=whole[:cut], val=whole[cut:])
     return (
         text,
         f"the text {name} was trained on: the last part, which it has not been trained with",
@@ -486,16 +498,17 @@ def _device(name: str, rank: int = 0) -> torch.device:
 
 
 @contextlib.contextmanager
-def _processes() -> Iterator[int]:
-    """Under torchrun, join the other processes -> this one's rank."""
+def _processes(device: str) -> Iterator[int]:
+    """Under torchrun, join the other processes, which compute on `device` -> this one's rank."""
     if "LOCAL_RANK" not in os.environ:
         yield 0
         return
     import torch.distributed as dist
 
-    if torch.cuda.is_available():  # NCCL talks from the current GPU: the first one, unless told so
-        torch.cuda.set_device(_device("cuda", int(os.environ["LOCAL_RANK"])))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    own = _device(device, int(os.environ["LOCAL_RANK"]))
+    if own.type == "cuda":  # NCCL talks from the current GPU: the first one, unless told so
+        torch.cuda.set_device(own)
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
         yield dist.get_rank()
     finally:
@@ -506,16 +519,18 @@ def _logger(
     tool: str | None, run: Path, stack: contextlib.ExitStack
 ) -> Callable[[Tick], None] | None:
     """-> what writes ticks to the tool, opened at the first. Raises InputError if it is missing."""
-    opened: Any  # a writer, or a session
+    opened: list[Any] = []
     try:
         if tool == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
-            opened = functools.cache(lambda: stack.enter_context(SummaryWriter(run)))
+            def start(step: int) -> Any:  # what a kill left of later steps is not shown
+                return stack.enter_context(SummaryWriter(run, purge_step=step))
         elif tool == "wandb":
             import wandb  # pyright: ignore[reportMissingImports]
 
-            opened = functools.cache(lambda: wandb.init(project="irann", name=run.name, dir=run))
+            def start(step: int) -> Any:
+                return wandb.init(project="irann", name=run.name, dir=run)
         else:
             return None
     except ImportError:
@@ -526,11 +541,13 @@ def _logger(
         if tick.validation is not None:
             row["validation"] = tick.validation
         row |= tick.parts
+        if not opened:
+            opened.append(start(tick.step))
         if tool == "wandb":
-            opened().log(row, step=tick.step)
+            opened[0].log(row, step=tick.step)
             return
         for name, value in row.items():
-            opened().add_scalar(name, value, tick.step)
+            opened[0].add_scalar(name, value, tick.step)
 
     return log
 

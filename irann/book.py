@@ -3,13 +3,20 @@
 import importlib.util
 import os
 import shutil
+import site
+import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from .settings import InputError
 
 BESIDE = Path(__file__).parents[1] / "notebooks"  # in the book's own folder
-INSTALLED = Path(sys.prefix) / "share" / "irann" / "notebooks"  # beside an installed package
+# Beside an installed package, wherever pip put its data: as it does by default, or for one user
+INSTALLED = [
+    Path(place) / "share" / "irann" / "notebooks"
+    for place in (sys.prefix, sysconfig.get_path("data"), site.getuserbase())
+]
 COPY = Path("irann-book")
 WELCOME = "welcome.ipynb"
 # A chapter is a pair, and a reader wants its notebook: the .md is neither shown nor written.
@@ -26,16 +33,19 @@ def folder() -> Path:
     """
     if (BESIDE / WELCOME).is_file():
         return BESIDE
-    if not (INSTALLED / WELCOME).is_file():
+    installed = next((place for place in INSTALLED if (place / WELCOME).is_file()), None)
+    if installed is None:
         raise InputError(
             "the chapters are not on this machine: get the book's folder, and in it "
             "pip install -e '.[book]'"
         )
-    for chapter in sorted(INSTALLED.glob("*.ipynb")):  # what the reader has changed stays
-        if not (COPY / chapter.name).exists():
-            COPY.mkdir(exist_ok=True)
-            shutil.copy(chapter, COPY / chapter.name)
-    return COPY
+    inside = Path.cwd().name == COPY.name and Path(WELCOME).is_file()
+    copy = Path() if inside else COPY
+    for chapter in sorted(installed.glob("*.ipynb")):  # what the reader has changed stays
+        if not (copy / chapter.name).exists():
+            copy.mkdir(exist_ok=True)
+            shutil.copy(chapter, copy / chapter.name)
+    return copy
 
 
 def command(*more: str) -> list[str]:
@@ -52,4 +62,7 @@ def main(*more: str) -> None:
     # the labconfig beside this file: a first start does not ask whether it may fetch news
     known = os.environ.get("JUPYTER_CONFIG_PATH")
     paths = os.pathsep.join(filter(None, [known, str(Path(__file__).parent)]))
-    os.execve(words[0], words, os.environ | {"JUPYTER_CONFIG_PATH": paths})
+    environment = os.environ | {"JUPYTER_CONFIG_PATH": paths}
+    if os.name == "nt":  # no program takes another's place there
+        sys.exit(subprocess.call(words, env=environment))
+    os.execve(words[0], words, environment)

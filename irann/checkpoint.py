@@ -19,9 +19,9 @@ import hashlib
 import json
 import os
 import platform
+import secrets
 import shlex
 import shutil
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +103,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     aside = before = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+        aside = _folder_beside(folder)
         for name, data in files.items():
             with open(aside / name, "wb") as file:
                 file.write(data)
@@ -111,7 +111,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
                 os.fsync(file.fileno())
         _fsync(aside)
         if folder.exists():  # out of the way, put back below unless the new one takes its place
-            before = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=folder.parent))
+            before = _folder_beside(folder)
             os.rename(folder, before / folder.name)
         os.rename(aside, folder)
         _fsync(folder.parent)
@@ -125,6 +125,13 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
             if unfinished is not None:
                 _put_back_and_remove(unfinished)
     return folder
+
+
+def _folder_beside(folder: Path) -> Path:
+    """-> a new folder, which others may read as the umask has it; tempfile's are for us alone."""
+    made = folder.parent / f"{UNFINISHED}{secrets.token_hex(8)}"
+    made.mkdir()
+    return made
 
 
 def _put_back_and_remove(unfinished: Path) -> None:
@@ -238,7 +245,9 @@ def _first_whole(run: Path, folders: list[Path]) -> tuple[Path, Snapshot, list[s
             return folder, load(folder), skipped
         except CheckpointError as error:
             skipped.append(str(error))
-    reasons = "; ".join(skipped) or "it has none yet"
+    if not skipped:
+        raise CheckpointError(f"{run} has no checkpoint yet; wait for it, or go on (--resume)")
+    reasons = "; ".join(skipped)
     raise CheckpointError(f"no valid checkpoint in {run}: {reasons}; train it anew (--overwrite)")
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import shakespeare, zoo
+from . import checkpoint, shakespeare, zoo
 from .checkpoint import CheckpointError
 from .settings import InputError
 from .text import BOM, CRLF, Text, describe
@@ -24,11 +24,15 @@ PASSES = 30  # a text that is read more often is learned by heart
 GAP = 0.4  # nats that a training loss may lie below the validation without a word
 
 
-def advice(text: Text, name: str, config, recipe: Recipe) -> Iterator[str]:
-    """What to expect of a recipe on a text: yields lines."""
+def advice(
+    text: Text, name: str, config, recipe: Recipe, *, changed: bool = False
+) -> Iterator[str]:
+    """What to expect of a recipe on a text: yields lines. How long it lasts is known of a recipe
+    that was not `changed`.
+    """
     characters = recipe.steps * recipe.batch * config.window
     passes = characters / len(text.train)
-    lasts = f", {LASTS[name]}" if name in LASTS else ""
+    lasts = f", {LASTS[name]}" if name in LASTS and not changed else ""
     read = f"recipe {name} reads {characters:,} characters"
     yield f"{read}, the training part {passes:.1f} times{lasts}"
     size = len(text.train) + len(text.val)
@@ -44,10 +48,10 @@ def advice(text: Text, name: str, config, recipe: Recipe) -> Iterator[str]:
         yield f"enough text for more: --recipe full, {LASTS['full']}"
 
 
-def look(text: Text, config, recipe: Recipe, name: str) -> Iterator[str]:
+def look(text: Text, config, recipe: Recipe, name: str, *, changed: bool = False) -> Iterator[str]:
     """Yields what to know of a text, and what to expect of a recipe on it."""
     yield from describe(text)
-    yield from advice(text, name, config, recipe)
+    yield from advice(text, name, config, recipe, changed=changed)
 
 
 def evaluations(text: Text, config, recipe: Recipe) -> int:
@@ -109,7 +113,9 @@ def listing() -> Iterator[str]:
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
         model = names.get(str(config.get("model")), "?")
         progress = f"{config.get('step')} of {steps}"
-        rows.append((str(run), model, progress, _nats(config), text[:40], date))
+        best = checkpoint.by_validation(checkpoint.listed(run))  # the first of them speaks
+        nats = _nats(checkpoint.config_of(best[0]) if best else config)
+        rows.append((str(run), model, progress, nats, text[:40], date))
     yield from _table(rows)
 
 
@@ -194,8 +200,11 @@ def plot(run: Path, width: int = 72, height: int = 16) -> Iterator[str]:
     yield caption
 
 
-def picture(run: Path, path: Path) -> None:
-    """Write a run's curve as a picture of matplotlib. Raises InputError where there is none."""
+def picture(run: Path, path: Path) -> Path:
+    """Write a run's curve as a picture of matplotlib, a PNG unless the name says another -> its
+    path. Raises InputError where there is no matplotlib.
+    """
+    path = path if path.suffix else path.with_suffix(".png")
     try:
         import matplotlib
     except ImportError:
@@ -222,3 +231,4 @@ def picture(run: Path, path: Path) -> None:
         raise InputError(f"{path} cannot be drawn: {error}") from None
     finally:
         plt.close(figure)
+    return path

@@ -10,6 +10,7 @@ import hashlib
 import importlib.metadata
 import os
 import re
+import secrets
 import string
 import tempfile
 from contextlib import suppress
@@ -84,13 +85,13 @@ def checked(data: bytes, source: str) -> bytes:
 def write_atomically(path: Path, data: bytes) -> None:
     """Write beside `path` and rename: whoever looks sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(aside, "xb") as file:  # to be read by whom the umask lets
             file.write(data)
-        os.replace(name, path)
+        os.replace(aside, path)
     except BaseException:
-        os.unlink(name)
+        aside.unlink(missing_ok=True)
         raise
 
 

@@ -201,7 +201,7 @@ def load(
                 f"{name} --recipe demo"
             )
         model = _load_run(run, say)
-    elif (path / "checkpoints").is_dir():
+    elif (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
         model = _load_run(path, say)
     elif path.exists():
         try:

@@ -295,6 +295,21 @@ def test_time_that_grows_with_the_square_of_the_length_is_said_to(monkeypatch, c
     assert scan.growth(quick=True)["exponents"] == pytest.approx({"auto": 2, "chunked": 2})
 
 
+@pytest.mark.parametrize("subject", [*scan.contestants(), "mamba tiny"])
+def test_the_memory_of_gradients_is_there_before_the_pass_that_is_measured(subject, monkeypatch):
+    """What every way needs is not charged to any."""
+    leaves = []
+    inputs, build = scan.inputs_of, zoo.build
+    monkeypatch.setattr(scan, "inputs_of", lambda *b: leaves.append(inputs(*b)) or leaves[-1])
+    monkeypatch.setattr(
+        zoo, "build", lambda *a: leaves.append([*(m := build(*a)).parameters()]) or m
+    )
+    run = scan.prepared(subject, 1, 12, 8)
+    before = [(x.grad.data_ptr(), x.grad.shape) for x in leaves[-1]]
+    run()
+    assert [(x.grad.data_ptr(), x.grad.shape) for x in leaves[-1]] == before
+
+
 def test_memory_is_asked_for_at_every_length_and_of_every_model_in_its_window(monkeypatch):
     asked = []
     monkeypatch.setattr(scan, "memory_of", lambda *what: asked.append(what) or what[2])

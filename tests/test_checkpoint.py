@@ -19,7 +19,7 @@ from conftest import PROGRAMS, small_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from irann import checkpoint, zoo
+from irann import checkpoint, shakespeare, zoo
 from irann.checkpoint import CheckpointError, DiskError, Snapshot
 from irann.training import train
 
@@ -325,9 +325,30 @@ def test_damaged_ones_are_skipped_and_named(tmp_path):
     assert len(skipped) == 1 and "rng.safetensors is missing" in skipped[0]
     assert checkpoint.best(tmp_path)[0].name == "step-00000002"
     shutil.rmtree(tmp_path / "checkpoints")
-    message = r"no valid checkpoint in .*; train it anew \(--overwrite\)"
+    with pytest.raises(CheckpointError, match=r"has no checkpoint yet; wait .* \(--resume\)"):
+        checkpoint.newest(tmp_path)
+
+
+def test_where_all_are_damaged_the_way_out_is_to_begin_anew(tmp_path):
+    save_run(tmp_path, 3.0)
+    (tmp_path / "checkpoints" / "step-00000001" / "rng.safetensors").unlink()
+    message = r"no valid checkpoint in .*rng.safetensors is missing; train it anew \(--overwrite\)"
     with pytest.raises(CheckpointError, match=message):
         checkpoint.newest(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+def test_others_may_read_a_checkpoint_as_the_umask_has_it(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_run(tmp_path, 3.0)
+        shakespeare.write_atomically(tmp_path / "corpus.txt", b"text")
+    finally:
+        os.umask(before)
+    (folder,) = checkpoint.listed(tmp_path)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert (tmp_path / "corpus.txt").stat().st_mode & 0o777 == 0o640
+    assert sorted(os.listdir(tmp_path)) == ["checkpoints", "corpus.txt"]
 
 
 def test_a_new_checkpoint_survives_older_damaged_ones_with_higher_numbers(run_of_gpt, small):

@@ -8,9 +8,11 @@ import pickle
 import re
 import select
 import signal
+import site
 import struct
 import subprocess
 import sys
+import sysconfig
 import time
 import types
 from contextlib import suppress
@@ -505,8 +507,8 @@ def test_each_step_is_logged_as_the_tools_ask_for_it(run, monkeypatch):
     seen = []
 
     class SummaryWriter:
-        def __init__(self, log_dir=None):
-            assert log_dir.is_dir()
+        def __init__(self, log_dir=None, purge_step=None):
+            assert log_dir.is_dir() and purge_step == 1
 
         def __enter__(self):
             return self
@@ -542,6 +544,100 @@ def test_each_step_is_logged_as_the_tools_ask_for_it(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     code, _, err = run("train", "gpt", *TINY, "--overwrite", "--log", "wandb")
     assert code == 2 and "--log wandb needs wandb: pip install" in err
+
+
+def test_what_is_written_over_leaves_no_curve_of_tensorboard_s(run):
+    assert run("train", "gpt", *TINY)[0] == 0
+    for name in ("events.out.tfevents.1.here.2.0", "mine.txt"):
+        Path("runs/gpt-tiny", name).write_text("")
+    assert run("train", "gpt", *TINY, "--overwrite")[0] == 0
+    assert (
+        not list(Path("runs/gpt-tiny").glob("events*")) and Path("runs/gpt-tiny/mine.txt").exists()
+    )
+
+
+def test_a_run_that_has_no_checkpoint_yet_says_so(run, tmp_path):
+    model, recipe = zoo.recipe("gpt", "tiny")
+    text = irann.Text.of("abcdefgh\n" * 900)
+    ticks = train(zoo.build("gpt", dataclasses.replace(model, vocabulary=9)), text, recipe, run="r")
+    next(ticks)
+    for command in ("sample", "chat", "eval", "export"):
+        code, _, err = run(command, "r")
+        assert code == 3 and "r has no checkpoint yet; wait for it, or go on (--resume)" in err
+    ticks.close()
+
+
+def test_the_list_shows_the_loss_of_the_checkpoint_that_speaks(run, small):
+    config, recipe = zoo.recipe("gpt", "tiny", steps=4, evaluate_every=2)
+    ticks = train(zoo.build("gpt", config), small, recipe, run="runs/mine")
+    found = [tick.validation for tick in ticks]
+    newest, older = checkpoint.listed(Path("runs/mine"))
+    for folder, value in ((newest, 9.5), (older, 1.25)):
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"validation": value}))
+    out = run("list")[1]
+    assert found[1] is not None and "4 of 4" in out and "1.250" in out and "9.500" not in out
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"validation": None}))
+    assert "9.500" in run("list")[1]
+
+
+def test_after_a_stop_it_is_said_who_speaks(run, monkeypatch, capsys):
+    """An older checkpoint of a lower validation."""
+    inner = main_module.train
+
+    def stopped(*given, **how):
+        for tick in inner(*given, **how):
+            if tick.step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield tick
+
+    monkeypatch.setattr(main_module, "train", stopped)
+    values = iter((1.5, 2.5))
+    measure = main_module.evaluate
+    monkeypatch.setattr(
+        "irann.training.loop.evaluate",
+        lambda *given, **how: dataclasses.replace(
+            measure(*given, **how), nats_per_char=next(values)
+        ),
+    )
+    code, out, _ = run("train", "gpt", *TINY, "--set", "steps=9", "--set", "evaluate_every=2")
+    assert code == 130 and "stopped at step" in out
+    assert "what speaks is step-00000002, whose validation was the lowest, 1.5000" in out
+
+
+@pytest.mark.parametrize("option", ["--top_k", "--top-k"])
+def test_a_setting_may_be_written_as_the_messages_write_it(run, trained, option):
+    code, out, _ = run("sample", trained, option, "1", "--length", "5", "--seed", "1")
+    assert code == 0 and out == run("sample", trained, "--temperature", "0", "--length", "5")[1]
+    assert "top_k is a whole number" in run("sample", trained, option, "-1")[2]
+
+
+def test_what_is_measured_was_not_trained_with_wherever_the_text_was_split(run, tmp_path):
+    said = "abcdefgh\n" * 100 + "hgfedcba\n" * 100
+    Path("play.txt").write_text(said)
+    text = irann.text.read_text("play.txt")
+    whole = torch.cat([text.train, text.val])
+    text = dataclasses.replace(text, train=whole[:1750], val=whole[1750:])
+    config, recipe = zoo.recipe("gpt", "tiny", steps=2, vocabulary=9)
+    list(train(zoo.build("gpt", config), text, recipe, run="mine"))
+    for more in ((), ("--corpus", "play.txt")):
+        code, out, _ = run("eval", "mine", *more)
+        assert code == 0 and "over 50 characters" in out and "has not been trained with" in out
+
+
+def test_the_losses_that_are_compared_with_a_bound_are_bounds():
+    """Not the surrogate that diffusion minimises."""
+    parts = {"cross_entropy": 0.3, "bound_nats_per_char": 2.25}
+    tick = Tick(1, 5.5, parts, 1e-3, 1.0, 1.0, 1.0, 10)
+    assert list(main_module._follow((t for t in [tick]), 1, False, None)[1]) == [2.25]
+    plain = dataclasses.replace(tick, parts={"nats_per_char": 1.75, "rounds": 3.0})
+    assert list(main_module._follow((t for t in [plain]), 1, False, None)[1]) == [1.75]
+
+
+def test_a_curve_without_an_ending_is_a_png(run, trained):
+    code, out, _ = run("plot", trained, "--out", "curve")
+    assert code == 0 and out == "wrote curve.png\n"
+    assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_not_finite_exits_5(run, tmp_path, monkeypatch):
@@ -815,6 +911,7 @@ def test_a_text_is_told_what_a_recipe_does_with_it():
     config, recipe = zoo.recipe("gpt", "demo", steps=350)
     (line,) = runs.advice(text, "demo", config, recipe)  # read 22 times
     assert "two idle cores" in line
+    assert "two idle cores" not in next(runs.advice(text, "demo", config, recipe, changed=True))
     assert runs.evaluations(text, *zoo.recipe("gpt", "demo")) == 40
     assert runs.by_heart(1.0, 1.2) == "" and "overfitting" in runs.by_heart(0.98, 2.07)
     assert "it is at 0.98: it knows" in runs.by_heart(0.98, 2.07)
@@ -914,7 +1011,7 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     monkeypatch.delenv("JUPYTER_CONFIG_PATH")
     assert run("book")[0] == 0 and seen.pop()[-1]["JUPYTER_CONFIG_PATH"] == ours
     monkeypatch.setattr(book, "BESIDE", tmp_path / "nowhere")
-    monkeypatch.setattr(book, "INSTALLED", tmp_path / "share")
+    monkeypatch.setattr(book, "INSTALLED", [tmp_path / "nowhere", tmp_path / "share"])
     assert "get the book's folder" in run("book")[2]
     (tmp_path / "share").mkdir()
     for name in ("welcome.ipynb", "01_gpt.ipynb", "01_gpt.md"):
@@ -926,9 +1023,20 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     assert (tmp_path / "irann-book" / "welcome.ipynb").read_text() == "mine"
     (tmp_path / "share" / "08_new.ipynb").write_text("{}")  # a later edition
     assert run("book")[0] == 0 and (tmp_path / "irann-book" / "08_new.ipynb").exists()
+    monkeypatch.chdir("irann-book")  # there it opens, and makes no copy of the copy
+    assert run("book")[0] == 0 and seen[-1][4] == "." and not Path("irann-book").exists()
+    with monkeypatch.context() as patch:  # Windows, where no program takes another's place
+        patch.setattr(book, "os", types.SimpleNamespace(**vars(os) | {"name": "nt"}))
+        patch.setattr(book.subprocess, "call", lambda words, env: seen.append([*words, env]) or 7)
+        assert run("book", "--no-browser")[0] == 7 and seen[-1][-2] == "--no-browser"
     monkeypatch.setattr(book.importlib.util, "find_spec", lambda name: None)
     code, _, err = run("book")
-    assert code == 2 and "pip install 'irann[book]'" in err and len(seen) == 3
+    assert code == 2 and "pip install 'irann[book]'" in err and len(seen) == 5
+
+
+def test_chapters_are_looked_for_wherever_pip_puts_data():
+    places = (sys.prefix, sysconfig.get_path("data"), site.getuserbase())
+    assert {str(place.parents[2]) for place in book.INSTALLED} == {*places}
 
 
 def test_a_shell_completes_models_and_runs(run, trained, monkeypatch):

@@ -135,9 +135,15 @@ def test_what_is_too_small_to_share_is_one_threads_work_and_the_count_is_put_bac
 
 @pytest.mark.parametrize("name", [*machine.CHOSEN, *machine.THREADS])
 def test_a_thread_count_that_the_reader_set_is_kept(name, monkeypatch):
-    monkeypatch.setenv(name, "2")
+    for other in (*machine.CHOSEN, *machine.THREADS):
+        monkeypatch.delenv(other, raising=False)
     counts = []
+    monkeypatch.setattr(machine.torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(machine.torch, "set_num_threads", counts.append)
+    with machine.threads_for(1):
+        assert counts == [1]
+    counts.clear()
+    monkeypatch.setenv(name, "2")
     with machine.threads_for(1):
         assert not counts
 

@@ -468,7 +468,16 @@ def test_where_each_was_lowest_by_hand():
 def test_a_speedrun_is_judged_by_its_mean_in_the_windows_of_the_other_by_hand():
     row = {"seconds": [10.0, 20.0, 60.0], "clock": [11.0, 22.0, 99.0], "nats": [1.3] * 3}
     row["measured"] = [{"windows of 256": nats} for nats in (1.46, 1.47, 1.48)]
+    row |= {"parameters": 9, "characters": 9, "exact": True}
     page = report.of_speedrun({"one GPU": row})
+    begun = {"arm": {}, "nats": [], "seconds": [], "curves": []}  # and left before its first seed
+    stored = {
+        "race": "speedrun",
+        "threads": 2,
+        "torch": "2",
+        "rows": {"one GPU": row, "two cores": begun},
+    }
+    assert "two cores" not in str(report._race(stored))
     assert "| 1 | 20 | 22 | 1.4700 |" in page and page[0] == "## one GPU"
     words = "The mean, 1.4700, is above nanoGPT's 1.4697, after 22 s by the clock (median)."
     assert page[-1].startswith(words)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -178,12 +179,13 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
 
 
 def test_trainings_side_by_side_last_as_long_as_the_longest_and_only_in_their_own_way(monkeypatch):
-    began, ended = [], []
+    began, ended, fails = [], [], 0
 
     class Process:
         def __init__(self, command, env=None, **_):
             began.append((command[1:], env))
             self.said = f"a warning\n{len(began)}.5\n"
+            self.returncode = fails
 
         def communicate(self):
             assert len(began) == 2  # nobody is waited for before all run
@@ -203,6 +205,10 @@ def test_trainings_side_by_side_last_as_long_as_the_longest_and_only_in_their_ow
     assert [command for command, _ in began] == [["-m", "irann.bench.waiting", "40"]] * 2
     chosen = [(env.get("OMP_NUM_THREADS"), env.get("OMP_WAIT_POLICY")) for _, env in began]
     assert chosen == [("1", None), (None, None)] and "PATH" in began[0][1]
+    began.clear()
+    fails = 4
+    with pytest.raises(subprocess.CalledProcessError, match="exit status 4"):
+        waiting.seconds([way, {}], 40)
     began.clear()
     monkeypatch.setattr(waiting, "seconds", lambda ways, steps: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -248,11 +254,12 @@ def test_the_stored_report_has_what_is_watched():
     assert len(watched) == 12 and sum("transformers" in key for key in watched) == 2
 
 
+@pytest.mark.parametrize("compiler", ["no-such-compiler", 'gcc "'])  # a quote is left open
 def test_the_engine_is_timed_beside_pytorch_and_what_cannot_run_it_is_named(
-    tmp_path, monkeypatch, clock
+    tmp_path, monkeypatch, clock, compiler
 ):
     engine.library.cache_clear()
-    monkeypatch.setenv("CC", "no-such-compiler")
+    monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(zoo, "shipped", lambda: ["gpt"])
     monkeypatch.setattr(engine, "greedy", lambda model, ids, n: lambda: clock(n / 10))
     monkeypatch.setattr(engine, "greedy_engine", lambda opened, ids, n: lambda: clock(n / 40))

@@ -941,7 +941,7 @@ def test_not_finite_stops_before_the_update(small, tmp_path, where):
 
     model.loss = broken
     rate = f"{recipe.lr * 3 / recipe.warmup:g}"
-    message = rf"at step 3 the loss .* gradient's norm nan, learning rate {rate}: .* newest check"
+    message = rf"at step 3 the loss .* gradient's norm nan, learning rate {rate}: .* a check"
     with pytest.raises(NotFinite, match=message):
         next(stream)
     assert equal(before, weights(model)) and checkpoint.newest(tmp_path)[1].config["step"] == 2
@@ -992,12 +992,32 @@ def test_overwriting_a_run_spares_what_is_not_of_it(small, tmp_path):
 
 def test_a_run_that_its_disk_has_no_room_for_is_not_begun(small, tmp_path, monkeypatch):
     model, recipe = tiny(steps=1)
-    size = sum(tensor.nbytes for tensor in model.state_dict().values())
-    free = [size, 2 * size]
+    *_, tick = train(copy.deepcopy(model), small, recipe, run=tmp_path / "first")
+    size = sum(path.stat().st_size for path in tick.saved.iterdir())  # with the optimizer's memory
+    assert size > 2 * sum(tensor.nbytes for tensor in model.state_dict().values())
+    free = [0.9 * size, 1.1 * size]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
     with pytest.raises(DiskError, match=r"a checkpoint of [\d,]+ bytes in .*the disk is full"):
         next(train(model, small, recipe, run=tmp_path))
     assert next(train(model, small, recipe, run=tmp_path)).step == 1
+
+
+def test_to_resume_or_overwrite_takes_a_run(small):
+    for wish in ("resume", "overwrite"):
+        with pytest.raises(InputError, match="about a run: say which, with run="):
+            train(*tiny()[:1], small, tiny()[1], **{wish: True})
+
+
+def test_averaged_weights_of_a_model_of_other_letters_are_measured_on_the_run_s(small, tmp_path):
+    """The letters of a run that is gone on with are its own, whatever the model came with."""
+    model, recipe = tiny(steps=4, evaluate_every=2, ema_decay=0.9)
+    stream = train(model, small, recipe, run=tmp_path)
+    next(stream), next(stream)
+    stream.close()
+    other, _ = tiny()
+    other.vocabulary = Vocabulary("".join(chr(ord(c) + 400) for c in small.vocabulary.characters))
+    *_, last = train(other, small, recipe, run=tmp_path, resume=True)
+    assert last.step == 4 and last.validation is not None
 
 
 def test_resuming_where_nothing_was_saved_begins_and_says_so(small, tmp_path):

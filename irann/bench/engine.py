@@ -184,7 +184,7 @@ def hosts() -> tuple[dict[str, Callable], list[str]]:
     try:
         library()
         able["native"] = Native
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         missing.append(f"no C compiler built the engine ({error}): set CC, or install one")
     try:
         module()

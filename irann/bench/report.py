@@ -287,7 +287,7 @@ def _measure(value: dict | float) -> str:
 
 def _race(report: dict) -> list[str]:
     """Every arm's losses, and what the question's answer comes to."""
-    rows = report["rows"]
+    rows = {name: row for name, row in report["rows"].items() if row["nats"]}
     counts = sorted({len(row["nats"]) for row in rows.values()})
     seeds = " to ".join(map(str, counts[:1] + counts[1:][-1:]))
     words = "seed" if seeds == "1" else "seeds"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from .. import machine
+from .. import machine, shakespeare
 
 WAYS = {
     "as it is": {},
@@ -21,6 +21,7 @@ BUSY = [sys.executable, "-c", "while True: pass"]
 
 def waiting(quick: bool) -> dict:
     """Seconds of training, by what else runs and by way of waiting; the ways take turns."""
+    shakespeare.load()  # or it is said here, and not in each of the processes
     steps, rounds = (40, 1) if quick else (400, 5)
     conditions: dict[str, Callable[[dict], float]] = {
         "quiet": lambda way: seconds([way], steps),
@@ -43,7 +44,11 @@ def seconds(ways: list[dict], steps: int) -> float:
     running = [
         subprocess.Popen(command, env=free | way, stdout=subprocess.PIPE, text=True) for way in ways
     ]
-    return max(float(process.communicate()[0].split()[-1]) for process in running)
+    said = [process.communicate()[0] for process in running]
+    for process in running:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+    return max(float(one.split()[-1]) for one in said)
 
 
 def beside_a_busy_one(way: dict, steps: int) -> float:

@@ -92,6 +92,8 @@ def train(
     _check(model, text, recipe)
     if resume and overwrite:
         raise InputError("resume and overwrite exclude each other")
+    if folder is None and (resume or overwrite):
+        raise InputError("resume and overwrite are about a run: say which, with run=...")
     begun: list[bool] = []
     ticks = _train(model, text, recipe, folder, resume, overwrite, stop, begun)
     ticks.__qualname__ = TRAINS  # pyright: ignore  (what a notebook shows of it)
@@ -113,7 +115,8 @@ def _train(
     characters = recipe.batch * model.config.window
     speed = 0.0
     with Run(folder, state, resume=resume, overwrite=overwrite) as run:
-        model.vocabulary = text.vocabulary
+        for trained in filter(None, (model, state.average)):
+            trained.vocabulary = text.vocabulary
         model.card = {"corpus": state.corpus()}  # a card of other weights says nothing of these
         if state.step and state.validation is None and _validates(recipe, state.step):
             _validate(state)  # the run was stopped before it

@@ -59,7 +59,7 @@ class Run:
     def __enter__(self) -> "Run":
         if not self.kept:
             return self
-        size = _check_saveable(self.state.snapshot())
+        size = _check_saveable(self.state.snapshot()) + self.state.memory_to_come()
         if self.writes:
             self._claim()
         try:
@@ -140,7 +140,8 @@ class Run:
             for name in os.listdir(checkpoints) if checkpoints.exists() else ():
                 if re.fullmatch(r"(skipped-)?step-\d+", name):  # others' files are not ours
                     shutil.rmtree(checkpoints / name)
-            metrics.unlink(missing_ok=True)
+            for log in (metrics, *self.folder.glob("events.out.tfevents.*")):  # tensorboard's
+                log.unlink(missing_ok=True)
         has_metrics = metrics.exists() and metrics.stat().st_size > 0
         if not self.resume and (checkpoint.listed(self.folder) or has_metrics):
             raise RunError(

@@ -30,7 +30,7 @@ class NotFinite(Exception):
 
     def __init__(self, what: str):
         way_out = "try a lower lr, a longer warmup or a smaller clip"
-        super().__init__(f"{what}; the newest checkpoint is from before; {way_out}")
+        super().__init__(f"{what}; a checkpoint, if there is one, is from before; {way_out}")
 
 
 class State:
@@ -211,6 +211,14 @@ class State:
             for p in group["params"]
             for key in REMEMBERED[type(optimizer).__name__]
         }
+
+    def memory_to_come(self) -> int:
+        """-> bytes that the optimizers are to remember and, before their first step, do not yet."""
+        return sum(
+            4 if key == "step" else p.nbytes
+            for optimizer, p, key in self._memory().values()
+            if p not in optimizer.state
+        )
 
     def _checked(self, memory: dict[str, Tensor]) -> dict[str, Tensor]:
         """-> optimizers' memory, every name and shape checked: their kernels check nothing."""
