@@ -259,7 +259,7 @@ def _follow(
         for last in progress(ticks, steps, mininterval=0.5) if shown else ticks:
             named = (v for name, v in last.parts.items() if name.endswith("nats_per_char"))
             losses.append(next(named, last.loss))
-            if shown and last.notes:
+            if shown and last.notes and sys.stdout is not None:
                 tqdm.write("\n".join(last.notes))  # above the bar
             if logger:
                 logger(last)
@@ -337,7 +337,9 @@ def eval_command(
                 f"model, such as {vocabulary.unknown(everything)[:20]!r}; without --corpus it is "
                 "measured on the text it was trained on"
             )
-        text = Text.of(everything, vocabulary=vocabulary, source=text.source, sha256=text.sha256)
+        cut = len(text.train)
+        ids = vocabulary.encode(everything)
+        text = dataclasses.replace(text, train=ids[:cut], val=ids[cut:], vocabulary=vocabulary)
     print(evaluate(network, text))
     print(
         f"windows of {network.config.window} characters that do not overlap, "

@@ -304,10 +304,20 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
     """Write a model and its vocabulary to a folder, from which `load` makes it again -> the folder.
 
     An older model there is replaced. Raises InputError for a link or a folder that holds anything
-    else, for a name by which `load` finds another model, and for a model without a vocabulary;
-    DiskError.
+    else, for a name by which `load` finds another model, and for a model without a vocabulary, with
+    one of another size, or of a class that `load` does not know; DiskError.
     """
     characters = vocabulary_of(model).characters
+    if len(characters) != model.config.vocabulary:
+        raise InputError(
+            f"the model was made for {model.config.vocabulary} characters, its vocabulary has "
+            f"{len(characters)}"
+        )
+    if type(model) not in (known.model for known in MODELS.values()):
+        raise InputError(
+            f"a {type(model).__name__} is none of {', '.join(MODELS)}, and could not be loaded "
+            "again: keep its state_dict()"
+        )
     if isinstance(folder, str) and folder in MODELS:
         raise InputError(f"{folder} is a model of the book: give another name, such as my-{folder}")
     folder = Path(folder)

@@ -623,6 +623,14 @@ def test_what_is_measured_was_not_trained_with_wherever_the_text_was_split(run, 
     for more in ((), ("--corpus", "play.txt")):
         code, out, _ = run("eval", "mine", *more)
         assert code == 0 and "over 50 characters" in out and "has not been trained with" in out
+    letters = irann.Vocabulary("abcdefghxyz\n")  # a model that knows more characters than the text
+    ids = letters.encode(said)
+    wider = dataclasses.replace(text, train=ids[:1750], val=ids[1750:], vocabulary=letters)
+    config = dataclasses.replace(config, vocabulary=len(letters))
+    list(train(zoo.build("gpt", config), wider, recipe, run="wider"))
+    measured = str(evaluate(zoo.load("wider"), wider))
+    assert "over 50 characters" in measured
+    assert measured in run("eval", "wider", "--corpus", "play.txt")[1]
 
 
 def test_the_losses_that_are_compared_with_a_bound_are_bounds():
@@ -981,6 +989,22 @@ def test_only_a_model_is_replaced_by_a_model(tmp_path, small):
         with pytest.raises(InputError, match="holds something else"):
             irann.save(model, tmp_path / name)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, small):
+    class Mine(irann.models.gpt.GPT):
+        pass
+
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    other = Mine(model.config)
+    model.vocabulary, other.vocabulary = irann.Vocabulary("abc"), small.vocabulary
+    for wrong, words in (
+        (model, "made for 65 characters, .* has 3"),
+        (other, "a Mine is none of gpt, "),
+    ):
+        with pytest.raises(InputError, match=words):
+            irann.save(wrong, tmp_path / "mine")
+    assert not (tmp_path / "mine").exists()
 
 
 def test_a_name_of_the_book_means_the_model_of_the_book(tmp_path, monkeypatch, small):

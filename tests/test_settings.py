@@ -81,6 +81,15 @@ def test_a_text_that_is_no_such_value_is_refused_in_the_same_words(setting, text
         setting.read("x", text)
 
 
+@pytest.mark.parametrize("value", [0, 1, 1.0, np.bool_(True), torch.tensor(True), "true", None])
+def test_true_and_false_are_themselves_alone(value):
+    """1 equals True, and would stay a 1 in a config that is compared and stored."""
+    with refuses("x is true or false; got "):
+        Setting(True, "").check("x", value)
+    with refuses("x is one of "):
+        Setting("1", "", choices=("1", "2")).check("x", 1)
+
+
 @given(st.one_of(st.integers(), st.floats(), st.text(), st.booleans(), st.none()))
 def test_whatever_comes_is_in_range_or_refused(value):
     for read in (STEPS.check, STEPS.read):

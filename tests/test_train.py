@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,7 @@ from irann.training import (
     loop,
     optimizers,
     progress,
+    run,
     state,
     train,
 )
@@ -864,7 +866,7 @@ def test_resuming_after_a_break_is_bitwise_with_dropout_and_average(small, tmp_p
         torch.rand(tick.step)  # what the caller draws changes nothing
         if tick.step == 5:
             break
-    stream.close()  # which leaving a notebook's cell does
+    stream.close()  # which leaving a notebook's cell does, where it has no name
     assert checkpoint.listed(tmp_path)[0].name == "step-00000005"
     third = zoo.build("gpt", model.config, seed=3)
     rest = list(train(third, small, recipe, run=tmp_path, resume=True))
@@ -1000,6 +1002,42 @@ def test_a_run_that_its_disk_has_no_room_for_is_not_begun(small, tmp_path, monke
     with pytest.raises(DiskError, match=r"a checkpoint of [\d,]+ bytes in .*the disk is full"):
         next(train(model, small, recipe, run=tmp_path))
     assert next(train(model, small, recipe, run=tmp_path)).step == 1
+
+
+@pytest.mark.parametrize("looked", [irann.watch, progress])
+@pytest.mark.parametrize("how", ["break", "error"])
+def test_who_leaves_a_loop_that_is_watched_loses_nothing_although_the_ticks_have_a_name(
+    small, tmp_path, looked, how
+):
+    model, recipe = tiny(steps=9)
+    ticks = train(model, small, recipe, run=tmp_path)
+    with suppress(KeyboardInterrupt):
+        for tick in looked(ticks, recipe.steps):
+            if tick.step == 3 and how == "break":
+                break
+            if tick.step == 3:
+                raise KeyboardInterrupt
+    assert checkpoint.newest(tmp_path)[1].config["step"] == 3
+    assert len(list(train(model, small, recipe, run=tmp_path, resume=True))) == 6
+    some = train(model, small, recipe)
+    for _ in looked(itertools.islice(some, 2), 2):  # part of it: the rest may follow
+        pass
+    assert next(some).step == 3
+
+
+@pytest.mark.parametrize("rank, wanted", [(0, ["clear", "wait", "go on"]), (1, ["wait", "go on"])])
+def test_all_processes_look_at_a_run_after_the_first_has_swept_it(
+    small, tmp_path, monkeypatch, rank, wanted
+):
+    order = []
+    whole = state.State(*tiny()[:1], small, tiny()[1])
+    whole.rank, whole.world = rank, 2
+    monkeypatch.setattr(run.dist, "barrier", lambda: order.append("wait"))
+    monkeypatch.setattr(run.Run, "_clear", lambda self, size: order.append("clear"))
+    monkeypatch.setattr(run.Run, "_go_on", lambda self: order.append("go on") or ())
+    monkeypatch.setattr(state, "gathered", lambda mine: [mine, mine])
+    with run.Run(tmp_path, whole, resume=True):
+        assert order == wanted
 
 
 def test_to_resume_or_overwrite_takes_a_run(small):

@@ -64,7 +64,7 @@ def model(*, b: int, t: int, d: int, h: int, layers: int, v: int) -> Any:
     c = d // h
     stream = 8.8
     hue = HUES["gpt"]
-    ax.plot([3.2, 20.8], [stream, stream], color=hue, lw=5, alpha=0.35, zorder=0)
+    ax.plot([4.4, 20.8], [stream, stream], color=hue, lw=5, alpha=0.35, zorder=0)
     box(ax, 1.8, stream, 2.8, 1.9, f"ids\n({b} {t})")
     box(ax, 2.6, stream - 4, 3.4, 2.2, f"E: {v} × {d}\nP: {t} × {d}")
     arrow(ax, (1.8, stream - 0.95), (1.8, stream - 2.9))

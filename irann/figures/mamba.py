@@ -119,7 +119,7 @@ def block(*, d: int, e: int, n: int, k: int, rank: int) -> Any:
     arrow(ax, (46, chosen - 2.5), (52.2, signal + 2.5))
     arrow(ax, (55, chosen - 2.5), (55, signal + 2.5))
     _label(ax, 48.6, chosen + 1.6, f"{rank}")
-    _label(ax, 39.5, 17.6, f"$B$, $C$:\n2 × {n}")
+    _label(ax, 45.6, 16.2, f"$B$, $C$:\n2×{n}")
     ax.text(55.8, 17, f"$\\delta$: {e}", va="center", fontsize=SMALL, color=INK)
     _label(ax, 30, gate - 1.5, f"gate: {e}")
     _label(ax, 40, stream - 1.5, f"residual stream: {d}")

@@ -249,6 +249,10 @@ class Model {
     const address = URL.createObjectURL(new Blob([`"use strict";(${worker})()`], { type: "text/javascript" }));
     if (this.thread) this.thread.terminate();  // of an attempt that failed
     this.thread = new Worker(address);
+    this.thread.onerror = () => {  // as where a site's own rules forbid it
+      for (const { reject } of this.listeners.values()) reject(Error("this page may not start a worker"));
+      this.listeners.clear();
+    };
     this.thread.onmessage = ({ data }) => {
       const { resolve, reject, heard } = this.listeners.get(data.id);
       if (data.part && heard) heard(data.part);
@@ -322,7 +326,7 @@ class Piece {
   restore() {  // the state that the address keeps
     if (!location.hash.startsWith(`#${this.box.id}?`)) return;
     for (const [name, value] of new URLSearchParams(location.hash.slice(this.box.id.length + 2)))
-      if (this.controls[name]) this.controls[name].set(value);
+      if (Object.hasOwn(this.controls, name)) this.controls[name].set(value);
     this.box.scrollIntoView();
     this.started = true;
     this.changed();
@@ -407,7 +411,8 @@ class Piece {
 
 // Letters in a line, each shaded by a number from 0 to 1, with words for who points at it.
 function letters(signs, shade, words, options = {}) {
-  const line = h("span", { class: "irann-letters", role: "img", "aria-label": signs.join("") });
+  const aloud = options.below ? signs.map((sign, i) => `${spoken(sign)} ${options.below(i)}`).join(", ") : signs.join("");
+  const line = h("span", { class: "irann-letters", role: "img", "aria-label": aloud });
   signs.forEach((sign, i) => {
     const letter = h("span", { title: words(i) }, seen(sign));
     letter.style.setProperty("--shade", Math.min(1, Math.max(0, shade(i))).toFixed(3));
@@ -482,7 +487,12 @@ const pieces = {
         if (name == "counts") {
           if (!irannLive.counts) await load("counts");
           const { characters, pairs } = irannLive.counts;
-          const known = [...piece.get("text")].filter(sign => characters.includes(sign)).slice(0, 200);
+          const typed = [...piece.get("text")], known = typed.filter(sign => characters.includes(sign)).slice(0, 200);
+          const strange = [...new Set(typed.filter(sign => !characters.includes(sign)))];
+          if (names.length == 1) {
+            const left = strange.length ? ` Left out, for the counts do not know them: ${strange.map(spoken).join(" ")}.` : "";
+            piece.say(`A dark letter was a surprise.${left}`);
+          }
           const total = pairs.map(line => line.reduce((a, b) => a + b, 0));
           return show(known, known.map((sign, i) => {
             const before = characters.indexOf(i ? known[i - 1] : "\n"), count = pairs[before][characters.indexOf(sign)];
@@ -527,7 +537,10 @@ const pieces = {
         piece.say(`Layer ${piece.get("layer")}, head ${piece.get("head")}: the darker, the more is looked at. ` +
           `Below: what may come after the line.${piece.left}`);
       };
-      if (piece.seenOf == key) return show();
+      if (piece.seenOf == key) {
+        model.cancel(piece);  // a text that is no longer there
+        return show();
+      }
       await model.ask(piece, "attention", { ids }, part => {
         if (piece.position.max == piece.position.value || piece.number("position") > ids.length) piece.controls.position.set(ids.length);
         piece.position.max = ids.length;
@@ -701,7 +714,8 @@ const pieces = {
       const speech = h("p", { class: "irann-speech" });
       piece.out.append(h("p", { class: "irann-yours" }, said), speech);
       piece.history += `FIRST CITIZEN:\n${said}\n\n`;
-      const { ids } = model.encode(piece.history.slice(-400)), until = model.encode("\n\n").ids;
+      const read = model.encode(piece.history.slice(-400)).ids, until = model.encode("\n\n").ids;
+      const ids = read.length ? read : [model.newline];
       const given = { ids, n: 400, temperature: piece.number("temperature"), seed: any(), until };
       await model.ask(piece, "write", given, part => {
         piece.answer = model.decode(part.ids.slice(ids.length));

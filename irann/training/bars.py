@@ -3,7 +3,8 @@
 import io
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from .. import figures
@@ -24,9 +25,22 @@ def bar(items: Iterable | None = None, **options: Any) -> Any:
     return tqdm(items, **options)
 
 
+@contextmanager
+def closing(ticks: "Iterable[Tick]") -> Iterator[None]:
+    """A generator ends with the block, although it may have a name elsewhere; a list does not."""
+    try:
+        yield
+    finally:
+        if isinstance(ticks, Generator):
+            ticks.close()
+
+
 def progress(ticks: "Iterable[Tick]", steps: int, **options: Any) -> "Iterator[Tick]":
-    """Pass the ticks on and draw a bar: loss, validation, characters per second, time left."""
-    with bar(total=steps, unit="step", **options) as drawn:
+    """Pass the ticks on and draw a bar: loss, validation, characters per second, time left.
+
+    Who leaves the loop ends the training, which then saves what it has.
+    """
+    with closing(ticks), bar(total=steps, unit="step", **options) as drawn:
         validation = ""
         for tick in ticks:
             if tick.validation is not None:

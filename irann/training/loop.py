@@ -73,7 +73,8 @@ def train(
     `Signals` does), a checkpoint is saved and the ticks end, the last one with `interrupted`. A
     SIGINT, SIGTERM or SIGHUP that comes while a step runs does the same where its handler is the
     default one; a second SIGINT quits at once. Between two steps the generator holds no handler;
-    whatever else ends the loop there, a checkpoint is saved too. The model stays in training mode,
+    whatever else ends the loop there, a checkpoint is saved too: at once in `watch` and `progress`
+    or where the generator has no name, else at its `close()`. The model stays in training mode,
     with its averaged weights if the recipe keeps them, or after a `break` with the raw ones.
 
     Raises NotFinite; InputError for what cannot be trained; CheckpointError when the run's

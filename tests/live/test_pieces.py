@@ -82,6 +82,7 @@ def test_weights_are_loaded_when_a_piece_is_touched_by_keyboard_alone(page):
     assert weights(page) == ["thinker"]
     page.page.keyboard.press("Home")  # a threshold of 0: one round each
     page.wait("rounds", ".irann-words:has-text('1.00 rounds')")
+    page.wait("rounds", "[aria-label^='T 1, o 1, space 1, b 1']")  # the numbers are read aloud too
     page.page.keyboard.press("End")
     page.wait("rounds", ".irann-words:has-text('6.00 rounds')")
     page.wait("rounds", "[aria-label='To be, or not to be, that is the question']")  # read aloud
@@ -134,6 +135,12 @@ def test_nats_of_a_text_are_the_models_own(page):
         nats = model.nll(ids).mean().item()
     page.wait("cost", f".irann-words:has-text('{nats:.3f} nats')")
     page.wait("cost", ".irann-row:has-text('counts') .irann-words:has-text('nats')")
+    for box in page.at("cost", "[type=checkbox]").all():
+        box.set_checked(box.get_attribute("value") == "counts")
+    page.at("cost", "textarea").fill("To be\u00e9")
+    assert "\u00e9" in page.says("cost", "Left out, for the counts do not know them")
+    assert page.at("cost", ".irann-letters").count() == 1
+    page.at("cost", "[value=gpt]").check()
 
 
 def test_attention_the_next_character_and_its_temperature(page):
@@ -331,6 +338,48 @@ def test_a_piece_reads_no_more_than_the_window_holds(browser, tmp_path, name):
         assert reader.at("attention", ".irann-layer output").inner_text() == str(layers)
         assert "head=4" in reader.at("attention", ".irann-link").get_attribute("href")
     reader.close()
+
+
+def test_a_chat_that_knows_no_character_of_what_is_said_begins_with_its_own_first(
+    browser, tmp_path
+):
+    """And a page that may start no worker says so; a link with odd names changes nothing."""
+    config, _ = zoo.recipe("gpt", "tiny", vocabulary=3)
+    model = zoo.build("gpt", config, seed=0)
+    model.vocabulary = Vocabulary("\u00e4\u00f6\u00fc")
+    path = tmp_path / "page.html"
+    path.write_text(export.page(model))
+    reader = Reader(browser, path, "#live-write?constructor=1&toString=2")
+    reader.page.evaluate(
+        """() => { const post = Worker.prototype.postMessage
+            Worker.prototype.postMessage = function (data) {
+                if (data.job == "write") window.asked = data.given.ids
+                post.call(this, data) } }"""
+    )
+    reader.at("chat", "button:has-text('say it')").click()
+    reader.says("chat", "has answered")
+    assert reader.page.evaluate("window.asked") == [0]
+    reader.close()
+    rule = '<meta http-equiv="Content-Security-Policy" content="worker-src \'none\'">'
+    path.write_text(export.page(model).replace("<meta charset", rule + "<meta charset", 1))
+    refused = Reader(browser, path)
+    refused.at("chat", "button:has-text('say it')").click()
+    assert "gpt: " in refused.says("chat", "This cannot run here")
+    refused.page.close()
+
+
+def test_a_text_that_was_typed_and_taken_back_leaves_nothing(page):
+    """The answer to what stood there for a moment comes too late."""
+    page.at("attention", "textarea").fill("To be or not")
+    page.wait("attention", "[aria-label='To be or not']")
+    page.page.evaluate(
+        """() => { const box = document.querySelector("#live-attention textarea")
+            for (const text of ["To be or not, that is the question", "To be or not"]) {
+                box.value = text
+                box.dispatchEvent(new Event("input")) } }"""
+    )
+    page.page.wait_for_timeout(1000)
+    assert page.at("attention", ".irann-letters").get_attribute("aria-label") == "To be or not"
 
 
 def test_stop_counts_while_the_weights_are_still_on_their_way(site, browser):
