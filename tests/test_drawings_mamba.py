@@ -43,6 +43,4 @@ def test_the_tree_shows_every_pair_of_every_level():
 
 def test_the_block_shows_its_sizes():
     said = words(mamba.block(d=48, e=96, n=5, k=3, rank=2))
-    assert {"48", "96", "2", "$B$, $C$:\n2×5", "$\\delta$: 96", "conv1d\n3 positions"} <= set(
-        said
-    )
+    assert {"48", "96", "2", "$B$, $C$:\n2×5", "$\\delta$: 96", "conv1d\n3 positions"} <= set(said)

@@ -140,7 +140,9 @@ def test_nats_of_a_text_are_the_models_own(page):
     page.at("cost", "textarea").fill("To be\u00e9")
     assert "\u00e9" in page.says("cost", "Left out, for the counts do not know them")
     assert page.at("cost", ".irann-letters").count() == 1
+    page.at("cost", "textarea").fill(text)
     page.at("cost", "[value=gpt]").check()
+    page.says("cost", "blind guess")
 
 
 def test_attention_the_next_character_and_its_temperature(page):
