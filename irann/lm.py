@@ -181,9 +181,9 @@ class Reader(LanguageModel):
         return cross_entropy(self.read(ids[:, :-1])[0], ids[:, 1:])
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
-        loss = self.nll(ids)
+        nats = self.nll(ids)
         check_pairs(ids)
-        loss = loss.mean()
+        loss = nats.mean()
         return loss, {"nats_per_char": loss.detach()}
 
     def generate(

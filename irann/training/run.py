@@ -145,8 +145,8 @@ class Run:
         has_metrics = metrics.exists() and metrics.stat().st_size > 0
         if not self.resume and (checkpoint.listed(self.folder) or has_metrics):
             raise RunError(
-                f"{self.folder} holds another run; resume it (--resume, in Python resume=True), "
-                "start it anew (--overwrite, overwrite=True) or choose another --run"
+                f"{self.folder} holds another run; resume it (--resume), start it anew "
+                "(--overwrite) or choose another --run; in Python: resume=True, overwrite=True"
             )
         if shutil.disk_usage(self.folder).free < size:
             raise DiskError(
