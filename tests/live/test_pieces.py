@@ -413,6 +413,7 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     page.wait("chat", ".irann-speech:not(:empty)")
     page.at("chat", "textarea").fill("Is it so?")
     say.click()
+    page.page.wait_for_function("window.asked.length == 2", timeout=WAIT)
     page.says("chat", "has answered")
     shown = page.at("chat", ".irann-speech").all_inner_texts()
     first, second = map(zoo.load("gpt").vocabulary.decode, page.page.evaluate("window.asked"))
