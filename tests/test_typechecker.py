@@ -34,6 +34,18 @@ def test_what_comes_back_is_looked_at_although_what_went_in_is_known():
                 outer(two, three, cut)
 
 
+def test_a_shape_may_name_a_number_that_was_given():
+    @checked(typechecker=None)
+    def zeros(rows: int, said: int) -> Float[Tensor, "{rows} 3"]:
+        return torch.zeros(said, 3)
+
+    for _ in range(2):
+        assert len(zeros(2, 2)) == 2 and len(zeros(5, 5)) == 5
+        for rows, said in ((5, 2), (2, 5)):
+            with pytest.raises(TypeCheckError, match="the return value"):
+                zeros(rows, said)
+
+
 @checked(typechecker=None)
 @dataclasses.dataclass
 class Pair:

@@ -1,12 +1,13 @@
 """How the tests hold every call of the package to its types: jaxtyping for the shapes, beartype for
 the rest.
 
-Whether a call fits is decided by the types, dtypes and shapes of what goes in and comes out. Each
-kind of call is looked at once; the thousand like it in a training or a text are let through.
+Whether a call fits is decided by the types, dtypes and shapes of what goes in and comes out, and by
+whole numbers where a shape names one ("{rows} t"). Each kind of call is looked at once; the thousand like it in a training or a text are let through.
 """
 
 import dataclasses
 import inspect
+import types
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -49,7 +50,7 @@ def checked(what: Any = None, *, typechecker: None = None) -> Any:
 
 
 def _has_shape(hint: Any) -> bool:
-    if inspect.isclass(hint) and not isinstance(hint, typing.GenericAlias):
+    if inspect.isclass(hint) and not isinstance(hint, types.GenericAlias):
         return issubclass(hint, AbstractArray)
     return any(map(_has_shape, typing.get_args(hint)))
 
@@ -75,12 +76,13 @@ def _by_kind(function: Callable) -> Callable:
     careful = _jaxtyped(function, typechecker=_once)
     returns = _jaxtyped(wraps(function)(lambda *_, **__: returned.pop()), typechecker=_once)
     seen = set()
+    numbers = any("{" in str(hint) for hint in function.__annotations__.values())
 
     @wraps(function)
     def call(*args, **kwargs):
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        kind = _kind(args), _kind(kwargs)
+        kind = _kind(args, numbers), _kind(kwargs, numbers)
         if kind not in seen:
             result = careful(*args, **kwargs)
             seen.update((kind, (kind, _kind(result))))
@@ -95,14 +97,14 @@ def _by_kind(function: Callable) -> Callable:
     return call
 
 
-def _kind(value: Any) -> Any:
+def _kind(value: Any, numbers: bool = False) -> Any:
     if isinstance(value, Tensor):
         return type(value), value.dtype, value.shape
     if isinstance(value, tuple | list):
-        return type(value), *map(_kind, value)
+        return type(value), *(_kind(entry, numbers) for entry in value)
     if isinstance(value, dict):
-        return dict, *((name, _kind(entry)) for name, entry in value.items())
-    return type(value)
+        return dict, *((name, _kind(entry, numbers)) for name, entry in value.items())
+    return (int, value) if numbers and isinstance(value, int) else type(value)
 
 
 def _once(function: Callable) -> Callable:
