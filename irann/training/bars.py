@@ -4,7 +4,7 @@ import io
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from .. import figures
@@ -25,22 +25,14 @@ def bar(items: Iterable | None = None, **options: Any) -> Any:
     return tqdm(items, **options)
 
 
-@contextmanager
-def closing(ticks: "Iterable[Tick]") -> Iterator[None]:
-    """A generator ends with the block, although it may have a name elsewhere; a list does not."""
-    try:
-        yield
-    finally:
-        if isinstance(ticks, Generator):
-            ticks.close()
-
-
 def progress(ticks: "Iterable[Tick]", steps: int, **options: Any) -> "Iterator[Tick]":
     """Pass the ticks on and draw a bar: loss, validation, characters per second, time left.
 
     Who leaves the loop ends the training, which then saves what it has.
     """
-    with closing(ticks), bar(total=steps, unit="step", **options) as drawn:
+    # although the generator may have a name elsewhere
+    ending = closing(ticks) if isinstance(ticks, Generator) else nullcontext()
+    with ending, bar(total=steps, unit="step", **options) as drawn:
         validation = ""
         for tick in ticks:
             if tick.validation is not None:

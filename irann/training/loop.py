@@ -116,8 +116,9 @@ def _train(
     characters = recipe.batch * model.config.window
     speed = 0.0
     with Run(folder, state, resume=resume, overwrite=overwrite) as run:
-        for trained in filter(None, (model, state.average)):
-            trained.vocabulary = text.vocabulary
+        model.vocabulary = text.vocabulary
+        if state.average is not None:
+            state.average.vocabulary = text.vocabulary
         model.card = {"corpus": state.corpus()}  # a card of other weights says nothing of these
         if state.step and state.validation is None and _validates(recipe, state.step):
             _validate(state)  # the run was stopped before it
