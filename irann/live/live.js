@@ -491,7 +491,7 @@ const pieces = {
           const strange = [...new Set(typed.filter(sign => !characters.includes(sign)))];
           if (names.length == 1) {
             const left = strange.length ? ` Left out, for the counts do not know them: ${strange.map(spoken).join(" ")}.` : "";
-            piece.say(`A dark letter was a surprise.${left}`);
+            piece.say(`The darker a letter, the more nats it cost.${left}`);
           }
           const total = pairs.map(line => line.reduce((a, b) => a + b, 0));
           return show(known, known.map((sign, i) => {
@@ -502,7 +502,7 @@ const pieces = {
         const model = await piece.model(name), { ids, signs } = piece.encode(model, piece.get("text"), 200);
         await model.ask(piece, "score", { ids, before: model.newline }, part => show(signs, part.cost));
         const v = model.config.vocabulary;
-        piece.say(`A dark letter was a surprise; a blind guess costs log ${v} = ${Math.log(v).toFixed(2)} nats.${piece.left}`);
+        piece.say(`The darker a letter, the more nats it cost; a blind guess costs log ${v} = ${Math.log(v).toFixed(2)} nats.${piece.left}`);
       }));
     },
   },
