@@ -181,10 +181,13 @@ class Reader(LanguageModel):
         return cross_entropy(self.read(ids[:, :-1])[0], ids[:, 1:])
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
-        nats = self.nll(ids)
-        check_pairs(ids)
-        loss = nats.mean()
-        return loss, {"nats_per_char": loss.detach()}
+        """`nats_per_char`; with `targets` (b t v) among the draws, cross-entropy with those."""
+        ids = check_pairs(self.check_ids(ids))
+        logits, _ = self.read(ids[:, :-1])
+        nats = cross_entropy(logits, ids[:, 1:]).mean()
+        targets = (draws or {}).get("targets")
+        loss = nats if targets is None else cross_entropy(logits, targets[:, 1:]).mean()
+        return loss, {"nats_per_char": nats.detach()}
 
     def generate(
         self, prompt: Ids, n: int, *, generator: Generator | None = None, **settings: Any
@@ -196,11 +199,16 @@ class Reader(LanguageModel):
 
 
 def cross_entropy(
-    logits: Float[Tensor, "b t v *more"], ids: Integer[Tensor, "b t *more"]
+    logits: Float[Tensor, "b t v *more"],
+    targets: Integer[Tensor, "b t *more"] | Float[Tensor, "b t v *more"],
 ) -> Float[Tensor, "b t *more"]:
-    """Nats of each character, in float32 at least."""
+    """Nats of each character, in float32 at least: of the one that `targets` says, or on average by
+    the probabilities that it gives.
+    """
     logits = logits.transpose(1, 2).to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(logits, ids, reduction="none")
+    if targets.is_floating_point():
+        targets = targets.transpose(1, 2).to(logits)
+    return F.cross_entropy(logits, targets, reduction="none")
 
 
 # ------------------------------------------------------------------------------------------ writing

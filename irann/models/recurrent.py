@@ -252,10 +252,11 @@ def entropy(logits: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def round_nats(logits: Float[Tensor, "b t v r"], ids: Ids) -> Float[Tensor, "b t r"]:
-    """What the prediction of every round pays for the characters."""
-    targets = ids[..., None].expand(*ids.shape, logits.shape[-1])
-    return cross_entropy(logits, targets)
+def round_nats(
+    logits: Float[Tensor, "b t v r"], targets: Ids | Float[Tensor, "b t v"]
+) -> Float[Tensor, "b t r"]:
+    """What the prediction of every round pays for the characters, or by their probabilities."""
+    return cross_entropy(logits, targets[..., None].expand(*targets.shape, logits.shape[-1]))
 
 
 def round_weights(supervision: str, nats: Float[Tensor, "b t r"]) -> Float[Tensor, " r"]:

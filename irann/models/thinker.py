@@ -90,12 +90,17 @@ class Thinker(RecurrentDepth, Reader):
         return {"rounds": self.draw_rounds(generator)}
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
-        """`rounds_loss` of every round's nats; `nats_per_char` is what the last round pays."""
+        """`rounds_loss` of every round's nats; `nats_per_char` is what the last round pays.
+
+        With `targets` (b t v) among the draws, every round learns those probabilities.
+        """
         ids = check_pairs(self.check_ids(ids))
         draws = self.draw(ids) if draws is None else draws
         logits, halt, _ = self.every_round(ids[:, :-1], draws["rounds"])
         nats = round_nats(logits, ids[:, 1:])
-        loss, parts = self.rounds_loss(nats, halt)
+        targets = draws.get("targets")
+        learnt = nats if targets is None else round_nats(logits, targets[:, 1:])
+        loss, parts = self.rounds_loss(learnt, halt)
         return loss, {"nats_per_char": nats[..., -1].mean().detach()} | parts
 
     def nll(self, ids: Ids, *, generator: Generator | None = None, **settings: Any) -> Nats:

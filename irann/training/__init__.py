@@ -5,6 +5,7 @@ by name.
 """
 
 from .bars import progress, watch
+from .distillation import soft_targets
 from .evaluation import Likelihood, evaluate
 from .loop import Tick, train
 from .recipe import Recipe, optimizers
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "optimizers",
     "progress",
+    "soft_targets",
     "train",
     "watch",
 ]

@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import checkpoint
 from ..lm import LanguageModel
 from ..settings import InputError
 from ..text import Text, windows
+from .distillation import check_targets
 from .evaluation import check_kinds, check_vocabulary, evaluate
 from .processes import gathered, rank_and_world, summed
 from .recipe import Recipe
@@ -64,8 +66,12 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     stop: Callable[[], int | None] | None = None,
+    targets: Float[Tensor, "t v"] | None = None,
 ) -> Generator[Tick, None, None]:
     """Train `model` in place, yielding a Tick per step.
+
+    `targets`, as `soft_targets` gives them, are probabilities of every character of the training
+    part, which a model that reads from left to right learns in place of the characters themselves.
 
     With `run`, a directory, checkpoints and metrics.jsonl are kept there; `resume` goes on from its
     newest valid checkpoint, bitwise as if never stopped; `overwrite` starts it anew. Without `run`
@@ -91,12 +97,14 @@ def train(
     if not (resume and folder is not None and checkpoint.listed(folder)):
         check_vocabulary(model, text)  # otherwise the run's checkpoints say what fits
     _check(model, text, recipe)
+    if targets is not None:
+        check_targets(targets, model, text)
     if resume and overwrite:
         raise InputError("resume and overwrite exclude each other")
     if folder is None and (resume or overwrite):
         raise InputError("resume and overwrite are about a run: say which, with run=...")
     begun: list[bool] = []
-    ticks = _train(model, text, recipe, folder, resume, overwrite, stop, begun)
+    ticks = _train(model, text, recipe, targets, folder, resume, overwrite, stop, begun)
     ticks.__qualname__ = TRAINS  # pyright: ignore  (what a notebook shows of it)
     weakref.finalize(ticks, _check_begun, begun).atexit = False
     return ticks
@@ -108,10 +116,10 @@ def _check_begun(begun: list[bool]) -> None:
 
 
 def _train(
-    model, text, recipe, folder, resume, overwrite, stop, begun
+    model, text, recipe, targets, folder, resume, overwrite, stop, begun
 ) -> Generator[Tick, None, None]:
     begun.append(True)
-    state = State(model, text, recipe)
+    state = State(model, text, recipe, targets)
     loss_of = _loss_of(model, recipe, state.world)
     characters = recipe.batch * model.config.window
     speed = 0.0
@@ -149,9 +157,11 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
     model.train()
     # Every process draws the whole batch, windows and noise, and takes its rows: the objective of a
     # step does not depend on how a batch is cut into pieces.
-    ids = windows(state.text.train, model.config.window, recipe.batch, state.order)
-    ids = ids.to(state.device)
+    where = windows(state.positions, model.config.window, recipe.batch, state.order)
+    ids = state.text.train[where].to(state.device)
     draws = model.draw(ids, generator=state.draws)
+    if state.targets is not None:
+        draws["targets"] = state.targets[where].to(state.device)
     model.zero_grad(set_to_none=True)  # a notebook may have called backward itself
     loss, parts = _gradients(loss_of, state, ids, draws)
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf).item()

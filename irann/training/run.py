@@ -234,6 +234,7 @@ def _identity(config: dict[str, Any], vocabulary: str) -> dict[str, Any]:
         **config["config"],
         **config["recipe"],
         "frozen parameters": config["frozen"],
+        "targets of SHA-256": (config.get("targets") or "none")[:16],
         "characters": vocabulary,
         "text of SHA-256": corpus["sha256"][:16],
         "training characters": corpus["training_characters"],

@@ -36,9 +36,13 @@ class NotFinite(Exception):
 class State:
     """One training: model, optimizers, random streams, averaged weights, and how far it is."""
 
-    def __init__(self, model: LanguageModel, text: Text, recipe: Recipe):
+    def __init__(
+        self, model: LanguageModel, text: Text, recipe: Recipe, targets: Tensor | None = None
+    ):
         self.model = model
         self.text = text
+        self.positions = torch.arange(len(text.train), device="cpu")
+        self.targets = targets
         self.recipe = recipe
         self.rank, self.world = rank_and_world()
         self.device = model.device
@@ -133,6 +137,7 @@ class State:
             "config": dataclasses.asdict(self.model.config),
             "recipe": dataclasses.asdict(self.recipe),
             "frozen": frozen,
+            "targets": None if self.targets is None else _sha256(self.targets),
             "step": self.step,
             "characters": self.characters,
             "seconds": self.seconds,
@@ -151,10 +156,11 @@ class State:
 
     def corpus(self) -> dict[str, Any]:
         """What a card says of the text."""
+        ids = torch.cat([self.text.train, self.text.val])
         return {
             # a file's name may hold bytes that are no text
             "source": self.text.source.encode("utf-8", "backslashreplace").decode(),
-            "sha256": self.text.sha256 or _sha256(self.text),
+            "sha256": self.text.sha256 or _sha256(ids),
             "training_characters": len(self.text.train),
         }
 
@@ -269,5 +275,5 @@ class PrivateStream:
         return before
 
 
-def _sha256(text: Text) -> str:
-    return hashlib.sha256(torch.cat([text.train, text.val]).cpu().numpy().tobytes()).hexdigest()
+def _sha256(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()

@@ -1,0 +1,63 @@
+"""Knowledge distillation: a model learns what others expect, not only which character came.
+
+A character says one thing: it was this one. The probabilities that trained models give to all
+characters say what else could have come, and how likely. One model can so learn much of what
+several know together. Hinton, Vinyals and Dean 2015 (arXiv 1503.02531).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ..lm import Ids, LanguageModel, Reader
+from ..settings import InputError
+from ..text import Text
+from .bars import bar
+
+Read = Callable[[Ids], tuple[Float[Tensor, "b t v"], Any]]
+
+
+@torch.no_grad()
+def soft_targets(
+    reads: Sequence[Read], text: Text, window: int, *, batch: int = 32
+) -> Float[Tensor, "t v"]:
+    """-> what teachers expect at each position of the training part: the mean of the probabilities
+    that each gives to each character, in half precision.
+
+    `reads` are the teachers' `read`, in eval mode and on the CPU, with settings bound as by
+    `functools.partial`. A position is predicted from at least half a `window` before it; at the
+    beginning of the text from all that is there, and the very first, from nothing, is uniform.
+    """
+    half = window // 2
+    last = len(text.train) - window - 1
+    if last < 0 or not half:
+        raise InputError(
+            f"a window is of 2 to {len(text.train) - 1:,} characters of this training part; "
+            f"got {window}"
+        )
+    starts = torch.tensor([*range(0, last, half), last])
+    targets = torch.full((len(text.train), len(text.vocabulary)), 1 / len(text.vocabulary))
+    targets = targets.half()
+    for first in bar(starts.split(batch), desc="teachers read"):
+        where = first[:, None] + torch.arange(window)
+        ids = text.train[where]
+        p = torch.stack([read(ids)[0].softmax(-1) for read in reads]).mean(0).half()
+        late = (first[:, None] == 0) | (torch.arange(window) >= half)
+        targets[where[late] + 1] = p[late]
+    return targets
+
+
+def check_targets(targets: Any, model: LanguageModel, text: Text) -> None:
+    """Raises InputError for targets that are none of this text, or that the model cannot learn."""
+    if not isinstance(model, Reader):
+        raise InputError("targets are for models that read from left to right")
+    shape = (len(text.train), len(text.vocabulary))
+    fits = isinstance(targets, Tensor) and targets.is_floating_point()
+    if not fits or tuple(targets.shape) != shape:
+        raise InputError(
+            f"targets are probabilities of shape {shape}, for each character of the training part "
+            "one of every character, as irann.training.soft_targets gives them"
+        )

@@ -1,0 +1,135 @@
+"""Soft targets: what teachers expect at each position, and a student that learns it."""
+
+from functools import partial
+
+import pytest
+import torch
+
+import irann
+from irann.settings import InputError
+from irann.training import Recipe, soft_targets, train
+
+READERS = ("gpt", "mamba", "thinker")
+TEXT = irann.Text.of("to be or not to be, that is the question\n" * 12)
+VOCABULARY = len(TEXT.vocabulary)
+RECIPE = Recipe(steps=3, batch=4, optimizer="muon", seed=5)
+
+
+def tiny(name, seed=1):
+    config, _ = irann.recipe(name, "tiny", window=16, vocabulary=VOCABULARY)
+    return irann.build(name, config, seed=seed)
+
+
+def teacher(seed):
+    """A reader with an opinion: a GPT whose weights are large."""
+    model = tiny("gpt", seed).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
+    return model
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_targets_that_are_sure_of_the_text_train_as_the_text_does(name):
+    sure = torch.nn.functional.one_hot(TEXT.train.long(), VOCABULARY).float()
+    plain, taught = tiny(name), tiny(name)
+    without = list(train(plain, TEXT, RECIPE))
+    ticks = list(train(taught, TEXT, RECIPE, targets=sure))
+    assert [t.loss for t in ticks] == pytest.approx([t.loss for t in without], abs=1e-5)
+    for ours, theirs in zip(taught.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_student_comes_to_expect_what_the_targets_say_whatever_the_text_is(name):
+    p = torch.arange(1, VOCABULARY + 1).float() ** 2
+    p /= p.sum()
+    student = tiny(name)
+    recipe = Recipe(steps=40, batch=4, lr=5e-2, seed=1)
+    *_, last = train(student, TEXT, recipe, targets=p.expand(len(TEXT.train), -1))
+    entropy = -(p * p.log()).sum().item()
+    assert entropy <= last.loss < entropy + 0.02
+    assert last.parts["nats_per_char"] > entropy + 0.3  # of the text, which is told as it is
+
+
+def test_soft_targets_are_the_teachers_mean_each_position_from_half_a_window_at_least():
+    teachers = [teacher(1), teacher(2)]
+    targets = soft_targets([model.read for model in teachers], TEXT, 16, batch=3)
+    assert targets.shape == (len(TEXT.train), VOCABULARY) and targets.dtype == torch.float16
+    ids = TEXT.train
+    last = len(ids) - 17
+    starts = [*range(0, last, 8), last]
+    for position in (1, 5, 8, 9, 16, 17, 100, len(ids) - 9, len(ids) - 1):
+        covering = [s for s in starts if s < position <= s + 16 and (s == 0 or position - s > 8)]
+        wanted = [
+            torch.stack([m(ids[None, s:position])[0, -1].softmax(-1) for m in teachers]).mean(0)
+            for s in covering
+        ]
+        assert min((targets[position] - w).abs().max().item() for w in wanted) < 2e-3, position
+    torch.testing.assert_close(
+        targets[0].float(), torch.full((VOCABULARY,), 1 / VOCABULARY), atol=1e-3, rtol=0
+    )
+    torch.testing.assert_close(targets.float().sum(-1), torch.ones(len(ids)), atol=5e-3, rtol=0)
+
+
+def test_a_reading_brings_its_settings():
+    model = tiny("thinker").eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+    one, three = (
+        soft_targets([partial(model.read, stop="fixed", rounds=r)], TEXT, 16) for r in (1, 3)
+    )
+    assert (one - three).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("pieces", [2, 4])
+def test_a_batch_in_pieces_has_the_same_objective(pieces):
+    targets = soft_targets([teacher(1).read], TEXT, 16)
+    whole, cut = (
+        [tick.loss for tick in train(tiny("gpt"), TEXT, recipe, targets=targets)]
+        for recipe in (RECIPE, Recipe(**vars(RECIPE) | {"accumulate": pieces}))
+    )
+    assert whole == pytest.approx(cut, abs=1e-5)
+
+
+def test_a_run_goes_on_with_its_targets_only(tmp_path):
+    targets = soft_targets([teacher(1).read], TEXT, 16)
+    run = tmp_path / "run"
+    ticks = train(tiny("gpt"), TEXT, RECIPE, run=run, targets=targets)
+    next(ticks)
+    ticks.close()
+    for other in (None, soft_targets([teacher(2).read], TEXT, 16)):
+        with pytest.raises(irann.checkpoint.CheckpointError, match="targets of SHA-256"):
+            list(train(tiny("gpt"), TEXT, RECIPE, run=run, resume=True, targets=other))
+    resumed, straight = tiny("gpt"), tiny("gpt")
+    list(train(resumed, TEXT, RECIPE, run=run, resume=True, targets=targets))
+    list(train(straight, TEXT, RECIPE, targets=targets))
+    for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "name, targets, said",
+    [
+        ("gpt", torch.ones(3, VOCABULARY), "probabilities of shape"),
+        (
+            "gpt",
+            torch.ones(len(TEXT.train), VOCABULARY, dtype=torch.long),
+            "probabilities of shape",
+        ),
+        ("gpt", [1.0], "probabilities of shape"),
+        ("diffusion", torch.ones(len(TEXT.train), VOCABULARY), "from left to right"),
+    ],
+)
+def test_targets_that_cannot_be_learnt_are_refused(name, targets, said):
+    model = tiny(name) if name != "diffusion" else irann.build("diffusion", vocabulary=VOCABULARY)
+    with pytest.raises(InputError, match=said):
+        train(model, TEXT, RECIPE, targets=targets)
+
+
+@pytest.mark.parametrize("window", [1, 10_000])
+def test_a_window_that_the_text_does_not_hold_is_refused(window):
+    with pytest.raises(InputError, match="a window is of 2 to"):
+        soft_targets([teacher(1).read], TEXT, window)
