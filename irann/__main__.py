@@ -73,7 +73,7 @@ def _names(incomplete: str) -> list[str]:
 def _speakers(incomplete: str) -> list[str]:
     """What completes the name of a model that has been trained."""
     runs = [str(run) for run in zoo.runs() if str(run).startswith(incomplete)]
-    return _names(incomplete) + runs
+    return [name for name in zoo.names() if name.startswith(incomplete)] + runs
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES, autocompletion=_names)]

@@ -90,7 +90,7 @@ def nexts(run: Path) -> Iterator[str]:
 def listing() -> Iterator[str]:
     """Yields the models and what ships of each, then the runs under runs/."""
     rows = [("model", "ships with", "nats per character", "talk with it")]
-    for name in zoo.MODELS:
+    for name in zoo.names():
         row = (name, "no weights", "", "")
         if name in zoo.shipped():
             card = zoo.card(name)

@@ -213,10 +213,10 @@ def load(
             raise CheckpointError(f"{error}; {way_out}") from None
         model = restore(saved, path)
     else:
-        meant = difflib.get_close_matches(str(name), [*MODELS, *map(str, runs())], 1)
+        meant = difflib.get_close_matches(str(name), [*names(), *map(str, runs())], 1)
         hint = f"; did you mean {meant[0]}?" if meant else ""
         raise InputError(
-            f"{str(name)!r} is neither a model ({', '.join(MODELS)}) nor a run or checkpoint "
+            f"{str(name)!r} is neither a model ({', '.join(names())}) nor a run or checkpoint "
             f"on this disk{hint}"
         )
     return model.to(device).eval()
@@ -225,6 +225,11 @@ def load(
 def shipped() -> list[str]:
     """-> the names whose weights come with the package."""
     return sorted(path.stem for path in WEIGHTS.glob("*.safetensors"))
+
+
+def names() -> list[str]:
+    """-> the models, and other weights that ship: all that `load` may know by a name."""
+    return [*MODELS, *(name for name in shipped() if name not in MODELS)]
 
 
 def ship(
@@ -318,7 +323,7 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
             f"a {type(model).__name__} is none of {', '.join(MODELS)}, and could not be loaded "
             "again: keep its state_dict()"
         )
-    if isinstance(folder, str) and folder in MODELS:
+    if isinstance(folder, str) and folder in names():
         raise InputError(f"{folder} is a model of the book: give another name, such as my-{folder}")
     folder = Path(folder)
     if not checkpoint.replaceable(folder):

@@ -1,9 +1,13 @@
 """Soft targets: what teachers expect at each position, and a student that learns it."""
 
+import importlib.util
+import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import irann
 from irann.settings import InputError
@@ -133,3 +137,33 @@ def test_targets_that_cannot_be_learnt_are_refused(name, targets, said):
 def test_a_window_that_the_text_does_not_hold_is_refused(window):
     with pytest.raises(InputError, match="a window is of 2 to"):
         soft_targets([teacher(1).read], TEXT, window)
+
+
+def test_the_script_teaches_measures_and_ships(tmp_path, monkeypatch):
+    path = Path(__file__).parent.parent / "book" / "distil.py"
+    spec = importlib.util.spec_from_file_location("distil", path)
+    distil = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(distil)
+    trained = {name: tiny(name).eval() for name in READERS}
+    for model in trained.values():
+        model.vocabulary = TEXT.vocabulary
+    load = irann.load
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(irann, "load", lambda name: trained.get(name) or load(name))
+    monkeypatch.setattr(irann.shakespeare, "load", lambda: TEXT)
+    monkeypatch.setattr(irann.zoo, "WEIGHTS", tmp_path / "weights")
+    monkeypatch.setattr(distil, "REPORT", tmp_path / "report.json")
+    monkeypatch.setattr(distil, "WRITTEN", 1)
+    monkeypatch.setattr(distil, "PROMPT", 4)
+    monkeypatch.setattr(distil, "RECIPE", RECIPE)
+
+    distil.main()
+    lesson = load_file(distil.RUN / "lesson.safetensors")
+    assert len(lesson["train"]) == len(lesson["targets"]) == len(TEXT.train) + 256 * 16
+    nats = json.loads((tmp_path / "report.json").read_text())["nats"]
+    assert list(nats)[:4] == ["gpt", "mamba", "thinker", "gpt, mamba"]
+    assert nats["gpt"] == pytest.approx(irann.evaluate(trained["gpt"], TEXT).nats_per_char)
+    assert nats["gpt, mamba"] < (nats["gpt"] + nats["mamba"]) / 2
+    student = irann.load("gpt-distilled")
+    assert student.card["teachers"] == list(READERS) and student.config.dropout == 0.05
+    assert irann.evaluate(student, TEXT).nats_per_char == pytest.approx(nats["gpt-distilled"])

@@ -74,7 +74,7 @@ def write_files(app, problem):
     for file in [*export.LIVE.glob("live.*"), *HERE.glob("still*")]:
         shutil.copyfile(file, to / file.name)
     scripts = {"engine": export.engine_script(), "counts": export.counts_script(shakespeare.load())}
-    for name in zoo.shipped():
+    for name in zoo.MODELS:
         scripts[name] = export.model_script(zoo.load(name), name)
     for name, script in scripts.items():
         (to / f"{name}.js").write_text(script, encoding="utf-8")

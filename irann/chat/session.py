@@ -449,5 +449,5 @@ def _name(value: Any) -> str:
 
 
 def available() -> list[str]:
-    """-> the models that can be loaded: with weights in the package, or with a run of their own."""
-    return [name for name in zoo.MODELS if name in zoo.shipped() or zoo.newest_run(name)]
+    """-> the names that can be loaded: with weights in the package, or with a run of their own."""
+    return [name for name in zoo.names() if name in zoo.shipped() or zoo.newest_run(name)]

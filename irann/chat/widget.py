@@ -85,7 +85,7 @@ class Chat(w.VBox):
         )
         self.add_class("irann-chat")
         first = model if model is not None else next(iter(available()), next(iter(zoo.MODELS)))
-        names = [*zoo.MODELS, *map(str, zoo.runs())]
+        names = [*zoo.names(), *map(str, zoo.runs())]
         label = first if isinstance(first, str) else type(first).__name__
         known = [] if isinstance(first, str) and first in names else [(label, first)]
         self.names.options = [*known, *((name, name) for name in names)]
@@ -95,7 +95,7 @@ class Chat(w.VBox):
         self._draw()
 
     def _build_controls(self) -> None:
-        self.names = _narrow(options=list(zoo.MODELS), description="model")
+        self.names = _narrow(options=zoo.names(), description="model")
         self.about = w.HTML()
         self.scene = w.HTML()
         self.message = w.HTML()
