@@ -1,6 +1,7 @@
 """What the command line says around a training: the text before it, models, runs, a run's curve."""
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -77,6 +78,7 @@ def by_heart(training: float, validation: float) -> str:
 
 def nexts(run: Path) -> Iterator[str]:
     """Yields the commands that go on with a run."""
+    place = f".{os.sep}{run}" if str(run) in zoo.MODELS else str(run)  # a plain name is the book's
     for command, what in (
         ("sample", "it writes"),
         ("chat", "it answers"),
@@ -84,7 +86,7 @@ def nexts(run: Path) -> Iterator[str]:
         ("plot", "how it learned"),
         ("export", "a page to give away, in which it is live"),
     ):
-        yield f"  irann {command} {shlex.quote(str(run))}".ljust(44) + f"  # {what}"
+        yield f"  irann {command} {shlex.quote(place)}".ljust(44) + f"  # {what}"
 
 
 def listing() -> Iterator[str]:
