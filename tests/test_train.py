@@ -310,10 +310,12 @@ def test_the_gradient_is_that_of_the_mean_over_the_batch(small, states, monkeypa
             torch.testing.assert_close(found[name], p.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_gradients_that_somebody_else_left_are_no_part_of_a_step(small):
+@pytest.mark.parametrize("name", ["gpt", "diffusion"])
+def test_what_the_loss_of_somebody_else_left_is_no_part_of_a_step(small, name):
+    """Neither gradients nor what diffusion has seen of its noise levels."""
     after = []
     for leaves in (False, True):
-        model, recipe = tiny(steps=3)
+        model, recipe = tiny(name, steps=3)
         ticks = train(model, small, recipe)
         for _ in range(3):
             if leaves:

@@ -155,6 +155,8 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
     """One update of the weights -> the loss, its parts, and the gradient's norm before clipping."""
     model, recipe = state.model, state.recipe
     model.train()
+    for total in model.observed():  # a step that broke off, or a loss in a notebook, adds to it
+        total.zero_()
     # Every process draws the whole batch, windows and noise, and takes its rows: the objective of a
     # step does not depend on how a batch is cut into pieces.
     where = windows(state.positions, model.config.window, recipe.batch, state.order)
