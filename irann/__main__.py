@@ -183,7 +183,7 @@ def train_command(
     sizes = {"vocabulary": len(text.vocabulary)} | pairs
     config, plan = zoo.recipe(model, recipe, **sizes)
     own = text.sha256 != shakespeare.SHA256
-    if own and not plan.evaluate_every and "evaluate_every" not in pairs:
+    if own and "evaluate_every" not in pairs and not 0 < plan.evaluate_every < plan.steps:
         plan = dataclasses.replace(plan, evaluate_every=runs.evaluations(text, config, plan))
     place = f"{model}-{recipe}-{slug(corpus)}" if own and corpus else f"{model}-{recipe}"
     run = run or Path("runs") / place

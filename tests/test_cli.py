@@ -807,12 +807,17 @@ def test_a_text_of_one_s_own_from_the_first_look_to_the_last(run, tmp_path):
     assert run("eval", place)[0] == 4
 
 
-@pytest.mark.parametrize("set_to, validated", [(None, 10), (0, 1), (5, 4)])
-def test_a_text_of_ones_own_is_validated_ten_times_unless_it_is_set(run, set_to, validated):
+@pytest.mark.parametrize(
+    "recipe, set_to, validated",
+    [("demo", None, 10), ("demo", 0, 1), ("demo", 5, 4), ("full", None, 10)],
+)
+def test_a_text_of_ones_own_is_validated_ten_times_unless_it_is_set(run, recipe, set_to, validated):
+    """Also where the recipe would do so only after more steps than there are."""
     Path("digits.txt").write_text("0123456789" * 60)
-    small = {"window": 32, "width": 32, "steps": 20, "evaluate_every": set_to}
+    small = {"window": 32, "width": 32, "heads": 2, "steps": 20, "evaluate_every": set_to}
     changes = [f"--set={name}={n}" for name, n in small.items() if n is not None]
-    assert run("train", "gpt", "--corpus", "digits.txt", "--run", "mine", *changes)[0] == 0
+    where = ("--corpus", "digits.txt", "--run", "mine", "--recipe", recipe)
+    assert run("train", "gpt", *where, *changes)[0] == 0
     rows = [json.loads(line) for line in open("mine/metrics.jsonl")]
     assert sum(row.get("validation") is not None for row in rows) == validated
 
