@@ -334,8 +334,8 @@ def eval_command(
         if vocabulary.unknown(everything):
             raise InputError(
                 f"{text.source} has characters that are not among the {len(vocabulary)} of the "
-                f"model, such as {vocabulary.unknown(everything)[:20]!r}; without --corpus it is "
-                "measured on the text it was trained on"
+                f"model, such as {vocabulary.unknown(everything)[:20]!r}: measure it on a text of "
+                "its own characters, such as the one it was trained on"
             )
         cut = len(text.train)
         ids = vocabulary.encode(everything)
@@ -454,10 +454,15 @@ def _load(model: str, device: str) -> lm.LanguageModel:
 
 def _measured(network: lm.LanguageModel, name: str, given: Path | None) -> tuple[Text, str]:
     """-> the text to measure a model on, the one it was trained on unless another is given, and a
-    sentence that says which. Raises CorpusError if it is not what it was.
+    sentence that says which. Raises CorpusError if it is not known or not what it was.
     """
     corpus = (network.card or {}).get("corpus")
-    if not isinstance(corpus, dict):  # what ships, and what was saved without a training
+    if corpus is None:  # saved without a training
+        unknown = f"what {name} was trained on is not known"
+        if given is None:
+            raise CorpusError(f"{unknown}; give the text to measure on: --corpus FILE")
+        return _corpus(given), unknown
+    if not isinstance(corpus, dict):  # what ships
         corpus = {"sha256": shakespeare.SHA256}
     of_shakespeare = corpus["sha256"] == shakespeare.SHA256
     source = SHAKESPEARE if of_shakespeare else corpus.get("source", "a string")

@@ -633,6 +633,18 @@ def test_what_is_measured_was_not_trained_with_wherever_the_text_was_split(run, 
     assert measured in run("eval", "wider", "--corpus", "play.txt")[1]
 
 
+def test_a_model_whose_text_is_not_known_is_measured_on_none_but_a_given_one(run):
+    Path("play.txt").write_text("abcdefgh\n" * 100)
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=9)[0])
+    model.vocabulary = irann.Vocabulary("abcdefgh\n")
+    irann.save(model, "mine")
+    unknown = "what mine was trained on is not known"
+    code, _, err = run("eval", "mine")
+    assert code == 4 and f"{unknown}; give the text to measure on: --corpus FILE" in err
+    code, out, _ = run("eval", "mine", "--corpus", "play.txt")
+    assert code == 0 and "over 90 characters" in out and out.endswith(f"{unknown}\n")
+
+
 def test_the_losses_that_are_compared_with_a_bound_are_bounds():
     """Not the surrogate that diffusion minimises."""
     parts = {"cross_entropy": 0.3, "bound_nats_per_char": 2.25}
