@@ -212,7 +212,7 @@ def train_command(
             if last is not None and last.interrupted:
                 _say_who_speaks(run, say)
                 raise typer.Exit(128 + last.interrupted)
-            _go_on(run, say)
+            _go_on(run, model, say)
 
 
 def _say_result(last: Tick, losses: deque[float], exact: bool, say: Callable[[str], Any]) -> None:
@@ -229,13 +229,10 @@ def _say_result(last: Tick, losses: deque[float], exact: bool, say: Callable[[st
         say(learned)
 
 
-def _go_on(run: Path, say: Callable[[str], Any]) -> None:
+def _go_on(run: Path, name: str, say: Callable[[str], Any]) -> None:
     """Say what can be done with a run, and which of its checkpoints and which name speaks."""
     say("\n".join(["go on with:", *runs.nexts(run)]))
     _say_who_speaks(run, say)
-    saved = checkpoint.listed(run)
-    kind = checkpoint.config_of(saved[0]).get("model") if saved else None
-    name = next((name for name, entry in zoo.MODELS.items() if entry.model.__name__ == kind), "")
     if name in zoo.shipped():
         say(f"(irann chat {name} talks with the model that ships, as the notebooks do)")
 

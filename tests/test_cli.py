@@ -214,8 +214,8 @@ def test_the_checkpoint_that_speaks_is_named_where_it_is_not_the_newest(tmp_path
         for name, value in validations.items():
             folder = tmp_path / "checkpoints" / f"step-0000000{name[1]}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.json").write_text(json.dumps({"validation": value, "model": "x"}))
-        main_module._go_on(tmp_path, said := [].append)
+            (folder / "config.json").write_text(json.dumps({"validation": value}))
+        main_module._go_on(tmp_path, "mine", said := [].append)
         return said.__self__[1:]
 
     (line,) = told(s1=2.5, s2=1.5, s3=1.75)
