@@ -206,25 +206,29 @@ def train_command(
             )
             last, losses = _follow(ticks, plan.steps, rank == 0, logger)
             if last is None:
+                nats = checkpoint.validation_of(checkpoint.listed(run)[0])
                 say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
+                say(f"{_likelihood(nats, network.exact)} after the last of them")
+            elif last.step < plan.steps:
+                say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
+                _say_who_speaks(run, say)
             else:
                 _say_result(last, losses, network.exact, say)
+            if last is None or last.step == plan.steps:
+                _go_on(run, model, say)
             if last is not None and last.interrupted:
-                _say_who_speaks(run, say)
                 raise typer.Exit(128 + last.interrupted)
-            _go_on(run, model, say)
+
+
+def _likelihood(validation: float | None, exact: bool) -> str:
+    nats = "nats" if exact else "nats, a bound,"
+    return f"{validation or 0.0:.4f} {nats} per character of the validation part"
 
 
 def _say_result(last: Tick, losses: deque[float], exact: bool, say: Callable[[str], Any]) -> None:
     """Say how a training ended."""
-    if last.interrupted:
-        say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
-        return
-    nats = "nats" if exact else "nats, a bound,"
-    say(
-        f"{last.validation:.4f} {nats} per character of the validation part "
-        f"after {last.seconds:,.0f} s; saved in {last.saved}"
-    )
+    nats = _likelihood(last.validation, exact)
+    say(f"{nats} after {last.seconds:,.0f} s; saved in {last.saved}")
     if learned := runs.by_heart(sum(losses) / len(losses), last.validation or 0.0):
         say(learned)
 

@@ -605,6 +605,18 @@ def test_after_a_stop_it_is_said_who_speaks(run, monkeypatch, capsys):
     assert "what speaks is step-00000002, whose validation was the lowest, 1.5000" in out
 
 
+def test_a_signal_in_the_last_step_keeps_no_result_back(run, monkeypatch):
+    def log(tick):
+        if tick.step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(main_module, "_logger", lambda *_: log)
+    code, out, _ = run("train", "gpt", *TINY)
+    assert code == 130 and "stopped" not in out and "go on with:\n  irann sample" in out
+    told = re.search(r"^\d\.\d{4} nats per character of the validation part", out, re.M)[0]
+    assert told in run("train", "gpt", *TINY, "--resume")[1]
+
+
 @pytest.mark.parametrize("option", ["--top_k", "--top-k"])
 def test_a_setting_may_be_written_as_the_messages_write_it(run, trained, option):
     code, out, _ = run("sample", trained, option, "1", "--length", "5", "--seed", "1")
