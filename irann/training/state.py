@@ -29,7 +29,7 @@ class NotFinite(Exception):
     """Infinite or NaN loss, gradient or weights; training stopped before using or saving them."""
 
     def __init__(self, what: str):
-        way_out = "try a lower lr, a longer warmup or a smaller clip"
+        way_out = "try a lower lr (of Muon's matrices: muon_lr), a longer warmup or a smaller clip"
         super().__init__(f"{what}; a checkpoint, if there is one, is from before; {way_out}")
 
 
