@@ -503,7 +503,13 @@ def test_a_training_whose_model_another_one_changed_is_refused_and_saves_nothing
     for name in ("first", "left"):
         assert not checkpoint.listed(tmp_path / name)  # its weights would be another one's
     assert [tick.step for tick in second] == [2, 3, 4, 5, 6]
-    assert len(list(train(model, small, recipe))) == 6  # one after the other is nobody's harm
+    done = tmp_path / "done"  # one after the other is nobody's harm
+    assert len(list(train(model, small, recipe, run=done))) == 6
+    next(third := train(model, small, recipe, run=tmp_path / "third"))
+    assert not list(train(model, small, recipe, run=done, resume=True))  # no step, other weights
+    with pytest.raises(InputError, match="another training of this model"):
+        next(third)
+    assert not checkpoint.listed(tmp_path / "third")
 
 
 def test_what_the_caller_draws_is_not_moved_by_training(small):

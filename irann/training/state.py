@@ -183,6 +183,7 @@ class State:
         does not fit.
         """
         memory = self._checked(saved.optimizer)
+        self.mark = LAST_TRAINED[self.model] = object()
         self.model.load_state_dict(saved.model)
         for optimizer in self.optimizers:
             optimizer.state.clear()
