@@ -218,7 +218,9 @@ def test_a_run_whose_recipe_has_an_older_edition_s_names_is_gone_on_with(small, 
     for now, then in dict(ema_decay="average", final_lr_factor="final_lr").items():
         older[then] = older.pop(now)
     older["decay"] = "none" if older.pop("lr_schedule") == "constant" else None
-    rewrite(folder, config={"recipe": older})
+    corpus = checkpoint.config_of(folder)["corpus"]
+    assert len(corpus.pop("ids")) == 64
+    rewrite(folder, config={"recipe": older, "corpus": corpus})
     assert zoo.load(tmp_path / "old").card["recipe"] == dataclasses.asdict(recipe)
     *_, tick = train(zoo.build("gpt", config), small, recipe, run=tmp_path / "old", resume=True)
     assert (tick.step, tick.loss) == (whole.step, whole.loss) and first.step == 1

@@ -1167,6 +1167,8 @@ def test_resume_refuses_what_does_not_fit_and_names_both(small, tmp_path):
     both = torch.cat([small.train, small.val])
     longer = dataclasses.replace(small, train=both)
     assert f"training characters = {len(small.train)}, asked for" in refused(model, longer, recipe)
+    shorter = dataclasses.replace(small, val=small.val[:500])
+    assert "train and val of SHA-256 = '" in refused(model, shorter, recipe)
     nameless = Text(small.train, small.val, small.vocabulary)
     list(train(tiny(steps=2)[0], nameless, recipe, run=tmp_path / "ids"))
     for part in ("train", "val"):

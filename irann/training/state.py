@@ -43,6 +43,9 @@ class State:
         self.text = text
         self.positions = torch.arange(len(text.train), device="cpu")
         self.targets = targets
+        self.sha256 = {"ids": _sha256(text.train, text.val)}
+        if targets is not None:
+            self.sha256["targets"] = _sha256(targets)
         self.recipe = recipe
         self.rank, self.world = rank_and_world()
         self.device = model.device
@@ -137,7 +140,7 @@ class State:
             "config": dataclasses.asdict(self.model.config),
             "recipe": dataclasses.asdict(self.recipe),
             "frozen": frozen,
-            "targets": None if self.targets is None else _sha256(self.targets),
+            "targets": self.sha256.get("targets"),
             "step": self.step,
             "characters": self.characters,
             "seconds": self.seconds,
@@ -156,11 +159,11 @@ class State:
 
     def corpus(self) -> dict[str, Any]:
         """What a card says of the text."""
-        ids = torch.cat([self.text.train, self.text.val])
         return {
             # a file's name may hold bytes that are no text
             "source": self.text.source.encode("utf-8", "backslashreplace").decode(),
-            "sha256": self.text.sha256 or _sha256(ids),
+            "sha256": self.text.sha256 or self.sha256["ids"],
+            "ids": self.sha256["ids"],  # a text may have been cut after it was read
             "training_characters": len(self.text.train),
         }
 
@@ -276,5 +279,8 @@ class PrivateStream:
         return before
 
 
-def _sha256(tensor: Tensor) -> str:
-    return hashlib.sha256(tensor.cpu().numpy().tobytes()).hexdigest()
+def _sha256(*parts: Tensor) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.cpu().contiguous().numpy().data)
+    return digest.hexdigest()
