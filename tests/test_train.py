@@ -1343,6 +1343,23 @@ def test_weights_that_do_not_fit_are_one_line(small, tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "words", ["CUDA out of memory. Tried to allocate", "can't allocate memory"]
+)
+def test_too_little_memory_to_resume_is_no_fault_of_the_checkpoint(
+    small, tmp_path, monkeypatch, words
+):
+    model, recipe = tiny(steps=1)
+    list(train(model, small, recipe, run=tmp_path))
+
+    def full(self, saved):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(State, "restore", full)
+    with pytest.raises(RuntimeError, match=words):
+        next(train(model, small, recipe, run=tmp_path, resume=True))
+
+
 @pytest.mark.parametrize("name", ["gpt", "mamba", "thinker"])
 def test_a_copy_trains_as_the_original(small, name):
     """deepcopy, state_dict with assign, and a model from the meta device."""

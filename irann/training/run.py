@@ -189,6 +189,8 @@ class Run:
             self._warn_of_differences(folder, saved)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
+            if "allocate" in reason and "memory" in reason:  # which is no fault of the checkpoint
+                raise
             raise CheckpointError(f"{folder} does not fit: {reason}") from None
         notes = [f"resumed from {folder} at step {self.state.step}"]
         newer = zip(found, skipped if self.writes else (), strict=False)
