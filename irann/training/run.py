@@ -128,9 +128,10 @@ class Run:
             owner = "another process"
             with suppress(OSError):
                 owner = (self.folder / "owner.txt").read_text().strip()
-            raise InUse(
-                f"{self.folder} is in use by {owner}; wait for it, stop it, or choose another --run"
-            ) from None
+            way_out = "wait for it, stop it, or choose another --run"
+            if owner.startswith(f"process {os.getpid()} on {platform.node()},"):
+                way_out = "that is this one: close() its ticks that are still open"
+            raise InUse(f"{self.folder} is in use by {owner}; {way_out}") from None
 
     def _clear(self, size: int) -> None:
         """Make room for this run, or refuse it; sweep what a kill left; say who we are."""
