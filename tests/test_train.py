@@ -1010,6 +1010,12 @@ def test_a_run_that_its_disk_has_no_room_for_is_not_begun(small, tmp_path, monke
     with pytest.raises(DiskError, match=r"a checkpoint of [\d,]+ bytes in .*the disk is full"):
         next(train(model, small, recipe, run=tmp_path))
     assert next(train(model, small, recipe, run=tmp_path)).step == 1
+    free = [0, 0]  # what is overwritten makes room, but not for a model that is larger
+    larger, anew = tiny(width=64)[0], {"run": tmp_path / "first", "overwrite": True}
+    with pytest.raises(DiskError, match="what is there is intact"):
+        next(train(larger, small, recipe, **anew))
+    assert checkpoint.listed(tmp_path / "first") == [tick.saved]
+    assert next(train(model, small, recipe, **anew)).step == 1
 
 
 @pytest.mark.parametrize("looked", [irann.watch, progress])

@@ -136,25 +136,29 @@ class Run:
     def _clear(self, size: int) -> None:
         """Make room for this run, or refuse it; sweep what a kill left; say who we are."""
         metrics = self.metrics.path
+        checkpoints = self.folder / "checkpoints"
         checkpoint.sweep(self.folder)
-        if self.overwrite:
-            checkpoints = self.folder / "checkpoints"
-            for name in os.listdir(checkpoints) if checkpoints.exists() else ():
-                if re.fullmatch(r"(skipped-)?step-\d+", name):  # others' files are not ours
-                    shutil.rmtree(checkpoints / name)
-            for log in (metrics, *self.folder.glob("events.out.tfevents.*")):  # tensorboard's
-                log.unlink(missing_ok=True)
         has_metrics = metrics.exists() and metrics.stat().st_size > 0
-        if not self.resume and (checkpoint.listed(self.folder) or has_metrics):
+        another = bool(checkpoint.listed(self.folder)) or has_metrics
+        if another and not self.resume and not self.overwrite:
             raise RunError(
                 f"{self.folder} holds another run; resume it (--resume), start it anew "
                 "(--overwrite) or choose another --run; in Python: resume=True, overwrite=True"
             )
-        if shutil.disk_usage(self.folder).free < size:
+        names = os.listdir(checkpoints) if self.overwrite and checkpoints.exists() else ()
+        # others' files are not ours
+        old = [checkpoints / name for name in names if re.fullmatch(r"(skipped-)?step-\d+", name)]
+        freed = sum(path.stat().st_size for folder in old for path in folder.glob("*"))
+        if shutil.disk_usage(self.folder).free + freed < size:
             raise DiskError(
                 f"a checkpoint of {size:,} bytes in {self.folder} could not be written "
                 "(the disk is full: free some space); what is there is intact"
             )
+        for folder in old:
+            shutil.rmtree(folder)
+        logs = (metrics, *self.folder.glob("events.out.tfevents.*"))  # tensorboard's
+        for log in logs if self.overwrite else ():
+            log.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {platform.node()}, since {since}\n"
         (self.folder / "owner.txt").write_text(owner)
