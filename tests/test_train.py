@@ -1046,12 +1046,25 @@ def test_all_processes_look_at_a_run_after_the_first_has_swept_it(
     order = []
     whole = state.State(*tiny()[:1], small, tiny()[1])
     whole.rank, whole.world = rank, 2
-    monkeypatch.setattr(run.dist, "barrier", lambda: order.append("wait"))
+    monkeypatch.setattr(run, "gathered", lambda mine: order.append("wait") or [mine, *others])
     monkeypatch.setattr(run.Run, "_clear", lambda self, size: order.append("clear"))
     monkeypatch.setattr(run.Run, "_go_on", lambda self: order.append("go on") or ())
     monkeypatch.setattr(state, "gathered", lambda mine: [mine, mine])
+    others = [None]
     with run.Run(tmp_path, whole, resume=True):
         assert order == wanted
+    others = [RunError("it holds another run")]  # each of them ends in the sentence of the first
+    with pytest.raises(RunError, match="holds another"), run.Run(tmp_path, whole, resume=True):
+        pass
+
+
+def test_a_process_that_is_refused_tells_the_others(small, tmp_path, monkeypatch):
+    list(train(*tiny()[:1], small, tiny(steps=1)[1], run=tmp_path))
+    told = []
+    monkeypatch.setattr(run, "gathered", lambda mine: told.append(mine) or [mine])
+    with pytest.raises(RunError, match="holds another run; resume it") as refused:
+        next(train(*tiny()[:1], small, tiny()[1], run=tmp_path))
+    assert told == [refused.value] and not (tmp_path / "owner.txt").exists()
 
 
 def test_to_resume_or_overwrite_takes_a_run(small):

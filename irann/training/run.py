@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import filelock
-import torch.distributed as dist
 
 from .. import checkpoint
 from ..checkpoint import CheckpointError, DiskError, Snapshot
 from ..settings import InputError
+from .processes import gathered
 from .state import NotFinite, State
 
 if TYPE_CHECKING:
@@ -61,14 +61,10 @@ class Run:
         if not self.kept:
             return self
         size = _check_saveable(self.state.snapshot()) + self.state.memory_to_come()
-        if self.writes:
-            self._claim()
         try:
-            if self.writes:
-                with _disk(f"the run directory {self.folder} cannot be written"):
-                    self._clear(size)
-            if self.state.world > 1:
-                dist.barrier()  # what the first process swept or put back, all must see
+            # all wait for the first one, see what it swept or put back, and are refused with it
+            for refusal in filter(None, gathered(self._begin(size))):
+                raise refusal
             if self.resume:
                 self.notes = self._go_on()
             self.saved_at = self.state.step
@@ -117,6 +113,18 @@ class Run:
         self.save()
 
     # ---------------------------------------------------------------------------- beginning and end
+
+    def _begin(self, size: int) -> Exception | None:
+        """Take the folder, in the process that writes -> why that is refused."""
+        if not self.writes:
+            return None
+        try:
+            self._claim()
+            with _disk(f"the run directory {self.folder} cannot be written"):
+                self._clear(size)
+        except (InputError, InUse, DiskError) as refusal:
+            return refusal
+        return None
 
     def _claim(self) -> None:
         """Take the lock. Raises InUse that names who has it."""
