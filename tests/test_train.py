@@ -861,6 +861,20 @@ def test_a_signal_during_the_last_validation_is_passed_on(small, tmp_path, monke
     assert last.validation is not None
 
 
+def test_a_signal_while_a_step_is_saved_ends_training_too(small, tmp_path, monkeypatch):
+    model, recipe = tiny(steps=9, save_every=2, ema_decay=0.9)
+    save = checkpoint.save
+
+    def late(*given):
+        os.kill(os.getpid(), signal.SIGINT)
+        return save(*given)
+
+    monkeypatch.setattr(checkpoint, "save", late)
+    *_, last = train(model, small, recipe, run=tmp_path)
+    assert (last.step, last.interrupted, last.saved.name) == (2, signal.SIGINT, "step-00000002")
+    assert equal(weights(model), weights(zoo.load(tmp_path)))  # the averaged ones
+
+
 # -------------------------------------------------------------------------------- a run's directory
 
 

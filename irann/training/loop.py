@@ -205,7 +205,9 @@ def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick
     # the line before the checkpoint: resuming drops a line too many, but cannot write a missing one
     run.write(tick)
     if saves:
-        tick = replace(tick, saved=run.save())
+        saved = run.save()
+        interrupted = interrupted or asked()
+        tick = replace(tick, saved=saved, interrupted=interrupted)
     if last or interrupted:
         state.use_average()
     return tick
