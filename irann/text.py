@@ -125,7 +125,9 @@ class Text:
             raise InputError(f"a text is a string; got a {type(text).__name__}")
         if len(text) < 300 and os.path.isfile(text):
             raise InputError(f"{text!r} is the name of a file: irann.text.read_text reads it")
-        split = Setting(0.9, "", low=0.0, high=1.0).check("split", split)
+        split = Setting(0.9, "", above=0.0, below=1.0).check("split", split)
+        if not isinstance(vocabulary, Vocabulary | None):
+            raise InputError(f"a vocabulary is one such as model.vocabulary; got {vocabulary!r}")
         vocabulary = vocabulary or Vocabulary(text)
         ids = vocabulary.encode(text)
         cut = int(split * len(ids))

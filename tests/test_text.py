@@ -314,12 +314,13 @@ def test_a_folder_is_no_text_and_its_names_are_read_only_for_a_hint(tmp_path, mo
 
 
 def test_a_split_is_a_part_and_texts_can_be_compared():
-    with pytest.raises(InputError, match="split is a number from 0 to 1; got nan"):
-        Text.of("some text", split=math.nan)
+    for split in (math.nan, 0.0, 1.0):
+        with pytest.raises(InputError, match="split is a number above 0 to below 1; got"):
+            Text.of("some text", split=split)
     assert Text.of("some text") != Text.of("some text")
     half, least = Text.of("abcdefgh", split=0.5), Text.of("abc", split=0.7)
     assert (len(half.train), len(half.val), len(least.train), len(least.val)) == (4, 4, 2, 1)
-    for text, split in (("abcdefgh", 1.0), ("abc", 0.5)):
+    for text, split in (("abcdefgh", 0.2), ("abc", 0.5)):
         with pytest.raises(InputError, match="a string has . characters: too few to train on"):
             Text.of(text, split=split)
 
@@ -376,6 +377,8 @@ def test_a_text_is_spelt_as_its_vocabulary_has_it(form, other):
 def test_what_is_no_text_is_refused_in_a_sentence_without_a_type_checker():
     with pytest.raises(InputError, match="a text is wanted, such as 'ROMEO:'; got 7"):
         unwrap(Vocabulary.encode)(Vocabulary("ab"), 7)
+    with pytest.raises(InputError, match="such as model.vocabulary; got 'ab'"):
+        unwrap(Text.of)(Text, "abab", vocabulary="ab")
 
 
 def test_what_is_told_of_a_text_counts_as_by_hand():
