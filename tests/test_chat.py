@@ -1350,10 +1350,15 @@ def test_a_page_that_is_written_after_another_begins_at_nothing(chat, monkeypatc
 
 def test_a_page_shows_how_far_it_is_while_nothing_has_settled(chat):
     widget = chat("x")
-    noise = [Frame("abcdefghij", 0, {"level": level}) for level in (80, 40, 8)]
-    assert [widget._done(frame) for frame in noise] == [0, 5, 9]
-    masked = [Frame("abcdefghij", 4, {"masked": count}) for count in (6, 3)]
-    assert [widget._done(frame) for frame in masked] == [4, 7]
+    prompt = Frame("", 0)
+    first = [Frame("abcdefghij", 0, {"level": level}) for level in (80, 40, 8)]
+    assert [widget._done(frame) for frame in (prompt, *first)] == [0, 0, 5, 9]
+    second = [Frame("abcdefghij" * 2, 10, {"level": level}) for level in (80, 40)]
+    assert [widget._done(frame) for frame in second] == [10, 15]
+    widget.first = None
+    masked = [Frame("abcdefghij", *seen) for seen in ((4, {"masked": 6}), (5, {"masked": 3}))]
+    assert [widget._done(frame) for frame in (prompt, *masked)] == [0, 4, 7]
+    assert widget._done(Frame("abcdefghij", 9, {"masked": 2})) == 9
     assert widget._done(Frame("abc", 3)) == 3
 
 

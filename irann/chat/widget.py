@@ -388,13 +388,13 @@ class Chat(w.VBox):
         part by which its noise, or what is masked, has become less.
         """
         first = self.first
-        if first is None or first.settled != frame.settled:
+        if first is None or len(first.text) != len(frame.text):
             self.first = first = frame
         for name in ("level", "masked"):
             most = first.note.get(name)
             if most:
-                done = 1 - frame.note.get(name, 0) / most
-                return frame.settled + int(done * (len(frame.text) - frame.settled))
+                done = int((1 - frame.note.get(name, 0) / most) * (len(frame.text) - first.settled))
+                return max(frame.settled, first.settled + done)
         return frame.settled
 
     def _last_turn(self) -> Turn | None:
