@@ -1088,6 +1088,15 @@ def test_a_model_that_refuses_before_it_writes_leaves_the_buttons_alive(chat, mo
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_an_inside_that_fails_leaves_the_buttons_alive(chat, capsys):
+    widget = chat("Ay.\n\n")  # a parrot has no nll
+    widget.more.selected_index = 1
+    widget.say("Hm?")
+    assert "Ay." in widget.scene.value and not widget.submit.disabled and widget.stop.disabled
+    assert "NotImplementedError" in widget.message.value and widget.view.value == ""
+    assert "Traceback" in capsys.readouterr().err
+
+
 def test_errors_are_shown_in_the_widget(chat, tmp_path, monkeypatch, capsys):
     widget = chat("Some words.\n\n", fails=3)
     widget.say("Hm?")

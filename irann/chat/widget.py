@@ -285,9 +285,9 @@ class Chat(w.VBox):
             self.timing.value = html.small(f"{last.settled:,} characters in {seconds:.1f} s")
         if forgot := self._talking().forgot():
             self.message.value += html.small(forgot)
-        self._refresh()
         self._enable(True)
         self._draw()
+        self._refresh()
 
     def _fail(self, error: Exception) -> None:
         """Say what went wrong; a fault of the program, not the input, also logs its traceback."""
@@ -414,11 +414,15 @@ class Chat(w.VBox):
             self._inspect()
 
     def _inspect(self) -> None:
+        self.inspected = None
         try:
             self.inspected = self._talking().inspect()
         except InputError as error:
-            self.inspected = None
             self.view.value = html.small(str(error))
+            return
+        except Exception as error:
+            self.view.value = ""
+            self._fail(error)
             return
         self.position.max = len(self.inspected.text) - 1
         self.position.value = self.position.max
