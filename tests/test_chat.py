@@ -1140,6 +1140,21 @@ def test_a_knob_shows_what_is_set(chat):
     assert knobs["temperature"].max == 2 and knobs_of(bold)["top_p"].max == 1
 
 
+def test_an_empty_stage_keeps_up_with_model_and_mode(here):
+    widget = Chat("runs/nope")
+    assert widget.scene.value == ""
+    widget.names.value = "gpt"
+    assert WHY["play"] in widget.scene.value
+    other = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
+    other.vocabulary = Vocabulary("abc \n")
+    widget = Chat(other)
+    for model, mode in (("gpt", "play"), (other, "plain")):
+        widget.names.value = model
+        assert WHY[mode] in widget.scene.value
+    knobs_of(widget)["mode"].value = "play"
+    assert WHY["play"] in widget.scene.value
+
+
 def test_a_model_that_could_not_be_loaded_hands_its_settings_to_the_one_that_can(here, monkeypatch):
     widget = Chat("runs/nope", seed=5, temperature=0.7)
     assert "neither a model" in widget.message.value and widget.session is None

@@ -92,7 +92,6 @@ class Chat(w.VBox):
         self.names.value = first
         self._use(first)
         self.names.observe(self._chosen, "value")
-        self._draw()
 
     def _build_controls(self) -> None:
         self.names = _narrow(options=zoo.names(), description="model")
@@ -226,6 +225,8 @@ class Chat(w.VBox):
         knob.unobserve(self._turned, "value")
         knob.value = self._shown(name)
         knob.observe(self._turned, "value")
+        if name == "mode":
+            self._draw()
         if not self.busy and name in self._talking().model.settings:
             self._refresh()
 
@@ -319,6 +320,7 @@ class Chat(w.VBox):
         self.timing.value = ""
         self._enable(True)
         self._fill_knobs()
+        self._draw()
         self._refresh()
 
     def _load(self, model: LanguageModel | str) -> None:
