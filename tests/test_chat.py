@@ -1238,8 +1238,15 @@ def test_loading_and_writing_show_how_far_they_are(here, monkeypatch):
 
 
 def test_the_note_beside_a_draft_is_its_numbers():
-    note = {"level": 412, "sure": 0.91666, "rounds": [3], "many": [0.5, 0.2], "word": "<b>", "x": 2}
-    words = "noise level 412, mean probability of its guesses 0.917, rounds of thinking 3, x 2"
+    note = {
+        "level": 1000,
+        "sure": 0.91666,
+        "rounds": [3],
+        "many": [0.5, 0.2],
+        "word": "<b>",
+        "x": 2,
+    }
+    words = "noise level 1,000, mean probability of its guesses 0.917, rounds of thinking 3, x 2"
     assert note_of(Frame("Ay", 1, note)) == words
 
 

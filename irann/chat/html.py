@@ -73,7 +73,8 @@ def note_of(frame: Frame) -> str:
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if isinstance(value, int | float):
-            words.append(f"{NOTES.get(name, name)} {value:.3g}")
+            number = f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+            words.append(f"{NOTES.get(name, name)} {number}")
     return ", ".join(words)
 
 
