@@ -966,6 +966,12 @@ def test_a_very_long_scene_shows_its_end(chat):
         widget.session.say(letter * 15_000)
     shown = scene_html(widget.session)
     assert [shown.count(letter) for letter in "XYZ"] == [0, 5000, 15_000]
+    for size, settled in ((15_000, 14_000), (30_000, 29_000), (30_000, 1)):
+        shown = scene_html(widget.session, Frame("V" * settled + "W" * (size - settled), settled))
+        open_part = shown.split("<span class='irann-open'>")[1]
+        assert open_part.count("W") == shown.count("W") == min(20_000, size - settled)
+        assert shown.count("V") + shown.count("W") + shown.count("Z") == 20_000
+        assert shown.count("...") == 1 and not shown.count("Y")
 
 
 def test_stop_works_while_the_model_writes(chat, monkeypatch):

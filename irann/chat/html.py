@@ -1,5 +1,6 @@
 """A scene, a draft and an inspection as HTML. What a reader or a model wrote is escaped here."""
 
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
@@ -95,12 +96,16 @@ def scene_html(session: Session, frame: Frame | None = None) -> str:
     parts = []
     room = SHOWN
     if frame is not None:
-        parts.append(_bubble(frame.speaker, draft_html(frame), frame.model))
+        cut = max(0, len(frame.text) - room)
+        end = replace(frame, text=frame.text[cut:], settled=max(0, frame.settled - cut))
+        before = "... " if cut else ""
+        parts.append(_bubble(frame.speaker, before + draft_html(end), frame.model))
+        room -= len(frame.text)
     for turn in reversed(session.turns):
-        parts.append(_turn_html(turn, room))
-        room -= len(turn.text)
         if room <= 0:
             break
+        parts.append(_turn_html(turn, room))
+        room -= len(turn.text)
     inner = "".join(reversed(parts)) or small(f"The stage is empty. {WHY[session.mode]}")
     # the outer box runs upwards, so that it stays at its end
     return f"<div class='irann-scene'><div>{inner}</div></div>"
