@@ -34,7 +34,7 @@ from irann.chat.streams import advance, cells, visible
 from irann.chat.terminal import Pen, Terminal
 from irann.chat.widget import Chat
 from irann.lm import Draft, LanguageModel
-from irann.settings import InputError
+from irann.settings import InputError, Setting
 from irann.text import Text, Vocabulary
 from irann.training import train
 
@@ -1144,6 +1144,17 @@ def test_a_knob_shows_what_is_set(chat):
     slider = knobs_of(bold)["temperature"]
     assert slider.value == slider.max == 5 and bold.session.get("temperature") == 5
     assert knobs["temperature"].max == 2 and knobs_of(bold)["top_p"].max == 1
+
+
+def test_a_setting_that_may_be_none_has_a_line_of_text(chat, monkeypatch):
+    monkeypatch.setattr(Parrot, "settings", {"beam": Setting(None, "how wide", low=1, kind=int)})
+    widget = chat("Ay.")
+    knob = knobs_of(widget)["beam"]
+    for said, beam in (("5", 5), (" 6 ", 6), ("", None), ("7", 7)):
+        knob.value = said
+        assert widget.session.get("beam") == beam and widget.message.value == ""
+        assert knob.value == said.strip()
+    assert knobs_of(Chat(widget.session.model, beam=5))["beam"].value == "5"
 
 
 def test_an_empty_stage_keeps_up_with_model_and_mode(here):

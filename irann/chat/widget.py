@@ -216,7 +216,7 @@ class Chat(w.VBox):
         knob = change["owner"]
         name = knob.description
         value = change["new"]
-        if name == "seed":
+        if isinstance(value, str) and self._talking().option(name).default is None:
             value = value.strip() or None
         try:
             self._tell(self._talking().set(name, value))
@@ -349,7 +349,9 @@ class Chat(w.VBox):
     def _shown(self, name: str) -> Any:
         """-> what is set, as its knob shows it."""
         value = self._talking().get(name)
-        return "" if value is None else str(value) if name == "seed" else value
+        if self._talking().option(name).default is None:  # its knob is a line of text
+            return "" if value is None else str(value)
+        return value
 
     # ----------------------------------------------------------------------------------- the screen
 
