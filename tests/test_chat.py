@@ -466,6 +466,12 @@ def test_settings_out_of_range_are_named(corpus, name, value, words):
         parrot(corpus, "Ay.").set(name, value)
 
 
+def test_none_means_the_default_here_too(corpus):
+    session = Session(Parrot(corpus.vocabulary, ""), top_k=None, temperature=0.5)
+    session.set("temperature", None)
+    assert session.get("top_k") == 0 and session.get("temperature") == 1 and not session.values
+
+
 def test_a_model_without_a_vocabulary_is_refused_and_seeds_never_run_out(corpus):
     with pytest.raises(ValueError, match="no vocabulary yet"):
         Session(zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]))

@@ -199,11 +199,15 @@ class Session:
         """Set an option, `seed`, `mode`, `reader` or `speaker` -> a note on unknown characters, or
         ''.
 
-        A value may be text. Raises InputError that names what was set and its range.
+        A value may be text; None means an option's default. Raises InputError that names what was
+        set and its range.
         """
         if name in NAMES:
             setattr(self, name, _name(value))
             return self.clean(self.get(name))[1]
+        if value is None and name in self.options:
+            self.values.pop(name, None)
+            return ""
         value = self.option(name).read(name, value)
         if name in SCENE:
             setattr(self, name, value)
