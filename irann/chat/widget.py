@@ -15,12 +15,13 @@ from typing import Any
 
 import ipywidgets as w
 from IPython.core.getipython import get_ipython
-from IPython.display import DisplayHandle, display
+from IPython.display import DisplayHandle
 
 from .. import zoo
 from ..checkpoint import CheckpointError
 from ..lm import SAMPLING, LanguageModel
 from ..settings import InputError, Setting
+from ..training.bars import place
 from . import html, streams
 from .session import NAMES, SCENE, Frame, Inspection, Session, Turn, available
 
@@ -466,7 +467,7 @@ class Chat(w.VBox):
             if not scene:
                 bundle["text/html"] = html.small(EMPTY)
             bundle = (super()._repr_mimebundle_(**options) or {}) | bundle
-            self.stored = _display(self._stored())
+            self.stored = place(self._stored())
         return bundle
 
     def _stored(self) -> dict:
@@ -493,13 +494,6 @@ def _static() -> bool:
     kernel = getattr(get_ipython(), "kernel", None)  # plain Python has none
     voila = "voila" in os.environ.get("SERVER_SOFTWARE", "")
     return kernel is not None and not getattr(kernel, "_allow_stdin", True) and not voila
-
-
-def _display(bundle: dict) -> DisplayHandle | None:
-    """Show an output that can be changed later, where there is a notebook."""
-    if getattr(get_ipython(), "kernel", None) is None:
-        return None
-    return display(bundle, raw=True, display_id=True)
 
 
 def _narrow(**options: Any) -> w.Dropdown:

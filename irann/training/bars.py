@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from .. import figures
@@ -50,7 +51,7 @@ def watch(ticks: "Iterable[Tick]", steps: int, **looks: Any) -> "Iterator[Tick]"
 
     `looks` are for `figures.learning_curve`, such as name="mamba" or against="step".
     """
-    handle = _place()
+    handle = place({"text/plain": "the curve follows"}) if find_spec("matplotlib") else None
     seen: list[Tick] = []
     due = time.monotonic() + EVERY
     try:
@@ -67,17 +68,16 @@ def watch(ticks: "Iterable[Tick]", steps: int, **looks: Any) -> "Iterator[Tick]"
             handle.update(_curve(seen, looks))
 
 
-def _place() -> Any:
-    """-> an output that can be changed, where there is a notebook and matplotlib; else None."""
+def place(bundle: dict[str, str]) -> Any:
+    """-> an output that can be changed, where there is a notebook; else None."""
     try:
-        import matplotlib  # noqa: F401
         from IPython.core.getipython import get_ipython
         from IPython.display import display
     except ImportError:
         return None
     if getattr(get_ipython(), "kernel", None) is None:
         return None
-    return display({"text/plain": "the curve follows"}, raw=True, display_id=True)
+    return display(bundle, raw=True, display_id=True)
 
 
 def _curve(seen: "list[Tick]", looks: dict[str, Any]) -> Any:
