@@ -150,26 +150,15 @@ def _check_options(config: Any, known: dict[str, Any]) -> None:
 
 # ----------------------------------------------------------------- what live.js reads, and a page
 
-PIECES = {
-    "cost": "What each character costs",
-    "attention": "Attention on your line, and the next character",
-    "rounds": "Rounds of thinking for each character",
-    "denoise": "Text out of noise",
-    "gaps": "Gaps, filled from both sides",
-    "forget": "What the state still remembers",
-    "write": "All models write at once",
-    "chat": "Talk with a model",
-}
-# Which models a piece can be about
-ABOUT = {
-    "cost": ("gpt", "thinker", "mamba"),
-    "attention": ("gpt",),
-    "rounds": ("thinker",),
-    "denoise": ("diffusion",),
-    "gaps": ("thinker-page", "diffusion"),
-    "forget": ("mamba",),
-    "write": ("gpt", "thinker", "thinker-page", "diffusion", "mamba"),
-    "chat": ("gpt", "thinker", "mamba"),
+PIECES = {  # a title, and the models that the piece can be about
+    "cost": ("What each character costs", ("gpt", "thinker", "mamba")),
+    "attention": ("Attention on your line, and the next character", ("gpt",)),
+    "rounds": ("Rounds of thinking for each character", ("thinker",)),
+    "denoise": ("Text out of noise", ("diffusion",)),
+    "gaps": ("Gaps, filled from both sides", ("thinker-page", "diffusion")),
+    "forget": ("What the state still remembers", ("mamba",)),
+    "write": ("All models write at once", ("gpt", "thinker", "thinker-page", "diffusion", "mamba")),
+    "chat": ("Talk with a model", ("gpt", "thinker", "mamba")),
 }
 STILL = (
     "Here a model runs in the page, in a browser that has JavaScript and WebAssembly; "
@@ -206,8 +195,8 @@ def box(piece: str, models: Sequence[str] = (), *, counts: bool = True) -> str:
 
     `counts`: whether counts.js stands beside it.
     """
-    title = PIECES[piece]
-    data = {"piece": piece, "models": " ".join(models or ABOUT[piece]), "title": title}
+    title, about = PIECES[piece]
+    data = {"piece": piece, "models": " ".join(models or about), "title": title}
     if counts:
         data["counts"] = "yes"
     marks = " ".join(f'data-{name}="{value}"' for name, value in data.items())
@@ -220,13 +209,11 @@ def page(model: LanguageModel) -> str:
     """-> one HTML file in which the model is live: what is to be seen of it, and what it writes."""
     name = KINDS[type(model)] if type(model) in KINDS else ""
     model_js = model_script(model, name)
-    about = [piece for piece in PIECES if name in ABOUT[piece]]
-    about.sort(key=lambda piece: piece != "write")
+    titles = {piece: title for piece, (title, models) in PIECES.items() if name in models}
+    titles["write"] = "It writes"
+    about = sorted(titles, key=lambda piece: piece != "write")
     title = f"A {name} that runs in this page"
-    parts = [
-        f"<h2>{'It writes' if p == 'write' else PIECES[p]}</h2>{box(p, [name], counts=False)}"
-        for p in about
-    ]
+    parts = [f"<h2>{titles[piece]}</h2>{box(piece, [name], counts=False)}" for piece in about]
     scripts = ["window.irannLive = { models: {}, engine: null, counts: null };"]
     scripts += [engine_script(), model_js, (LIVE / "live.js").read_text(encoding="utf-8")]
     card = f"{model.num_parameters:,} parameters, {len(vocabulary_of(model))} characters"

@@ -55,7 +55,7 @@ def add_to_chapter(app, doctree, page):
     ]
     at = exercises[0] if exercises else len(chapter)
     piece = CHAPTERS[page]
-    heading = nodes.rubric("", f"Live in this page: {export.PIECES[piece].lower()}")
+    heading = nodes.rubric("", f"Live in this page: {export.PIECES[piece][0].lower()}")
     chapter[at:at] = [heading, nodes.raw("", export.box(piece), format="html")]
 
 

@@ -363,6 +363,6 @@ def test_an_exported_page_writes_first_and_its_signs_end_no_script():
 def test_a_piece_says_before_its_script_begins_what_it_is():
     live = box("gaps")
     assert 'data-piece="gaps" data-models="thinker-page diffusion"' in live
-    assert f'data-title="{PIECES["gaps"]}" data-counts="yes"' in live
+    assert f'data-title="{PIECES["gaps"][0]}" data-counts="yes"' in live
     assert 'aria-label="A picture of the live piece: gaps, filled from both sides."' in live
     assert "without them there is only a picture" in live
