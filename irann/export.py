@@ -172,9 +172,16 @@ def engine_script() -> str:
 
 
 def model_script(model: LanguageModel, name: str) -> str:
-    """-> the JavaScript that hands a model to live.js: characters, weights and their SHA-256."""
+    """-> the JavaScript that hands a model to live.js: characters, weights and their SHA-256.
+
+    Raises InputError as `weights_file` does, and for a vocabulary of another size.
+    """
     data = weights_file(model)
-    about = {"characters": vocabulary_of(model).characters}
+    characters = vocabulary_of(model).characters
+    if len(characters) != model.config.vocabulary:
+        made = f"the model was made for {model.config.vocabulary} characters"
+        raise InputError(f"{made}, its vocabulary has {len(characters)}")
+    about = {"characters": characters}
     about["sha256"] = hashlib.sha256(data).hexdigest()
     if isinstance(model, Diffusion):
         about["page"] = model.config.page

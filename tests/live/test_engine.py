@@ -340,6 +340,14 @@ def test_no_option_that_the_engine_lacks_is_let_pass(name, lacks):
             weights_file(zoo.build(name, config))
 
 
+@pytest.mark.parametrize("vocabulary", [Vocabulary("abc"), Vocabulary("abcdefghijklmn")])
+def test_a_vocabulary_of_another_size_is_refused(vocabulary):
+    model = tiny("gpt")
+    model.vocabulary = vocabulary
+    with pytest.raises(InputError, match=f"made for 13 characters, its .* {len(vocabulary)}"):
+        exported(model)
+
+
 @pytest.mark.parametrize("name", zoo.shipped())
 def test_an_exported_page_calls_a_bound_a_bound(name):
     model = zoo.load(name)
