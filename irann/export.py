@@ -160,10 +160,7 @@ PIECES = {  # a title, and the models that the piece can be about
     "write": ("All models write at once", ("gpt", "thinker", "thinker-page", "diffusion", "mamba")),
     "chat": ("Talk with a model", ("gpt", "thinker", "mamba")),
 }
-STILL = (
-    "Here a model runs in the page, in a browser that has JavaScript and WebAssembly; "
-    "without them there is only a picture of it."
-)
+RUNS = "Here a model runs in the page, in a browser that has JavaScript and WebAssembly"
 
 
 def engine_script() -> str:
@@ -197,19 +194,22 @@ def counts_script(text: Text) -> str:
     return f"irannLive.counts = {_json(counts)};\n"
 
 
-def box(piece: str, models: Sequence[str] = (), *, counts: bool = True) -> str:
+def box(piece: str, models: Sequence[str] = (), *, alone: bool = False) -> str:
     """-> the HTML of a live piece before its script begins: a picture, and what it takes.
 
-    `counts`: whether counts.js stands beside it.
+    `alone`, as in an exported page, it has no picture, and no counts.js beside it.
     """
     title, about = PIECES[piece]
     data = {"piece": piece, "models": " ".join(models or about), "title": title}
-    if counts:
+    still = ""
+    words = f"{RUNS}."
+    if not alone:
         data["counts"] = "yes"
+        picture = f'role="img" aria-label="A picture of the live piece: {title.lower()}."'
+        still = f'<div class="irann-still irann-still-{piece}" {picture}></div>'
+        words = f"{RUNS}; without them there is only a picture of it."
     marks = " ".join(f'data-{name}="{value}"' for name, value in data.items())
-    picture = f'role="img" aria-label="A picture of the live piece: {title.lower()}."'
-    still = f'<div class="irann-still irann-still-{piece}" {picture}></div>'
-    return f'<div class="irann-live" {marks}>{still}<p>{STILL}</p></div>'
+    return f'<div class="irann-live" {marks}>{still}<p>{words}</p></div>'
 
 
 def page(model: LanguageModel) -> str:
@@ -220,7 +220,7 @@ def page(model: LanguageModel) -> str:
     titles["write"] = "It writes"
     about = sorted(titles, key=lambda piece: piece != "write")
     title = f"A {name} that runs in this page"
-    parts = [f"<h2>{titles[piece]}</h2>{box(piece, [name], counts=False)}" for piece in about]
+    parts = [f"<h2>{titles[piece]}</h2>{box(piece, [name], alone=True)}" for piece in about]
     scripts = ["window.irannLive = { models: {}, engine: null, counts: null };"]
     scripts += [engine_script(), model_js, (LIVE / "live.js").read_text(encoding="utf-8")]
     card = f"{model.num_parameters:,} parameters, {len(vocabulary_of(model))} characters"

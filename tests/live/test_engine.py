@@ -361,6 +361,8 @@ def test_an_exported_page_writes_first_and_its_signs_end_no_script():
     page = exported(model)
     pieces = re.findall(r'data-piece="(\w+)" data-models="(\S+)"', page)
     assert pieces == [(piece, "gpt") for piece in ("write", "cost", "attention", "chat")]
+    assert "only a picture" not in page and 'class="irann-still' not in page
+    assert page.count("a browser that has JavaScript and WebAssembly.</p>") == len(pieces)
     assert "data-counts" not in page and page.index("<h2>It writes</h2>") < page.index("cost")
     assert page.count("</script>") == page.count("<script>") == 4
     assert '"characters":"\\n&/\\u003c>abciprst"' in page
