@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from . import shakespeare
 from .lm import LanguageModel, vocabulary_of
 from .models.diffusion import Diffusion
 from .models.gpt import GPT
@@ -194,13 +195,16 @@ def counts_script(text: Text) -> str:
     return f"irannLive.counts = {_json(counts)};\n"
 
 
-def box(piece: str, models: Sequence[str] = (), *, alone: bool = False) -> str:
+def box(piece: str, models: Sequence[str] = (), *, alone: bool = False, plain: bool = False) -> str:
     """-> the HTML of a live piece before its script begins: a picture, and what it takes.
 
-    `alone`, as in an exported page, it has no picture, and no counts.js beside it.
+    `alone`, as in an exported page, it has no picture, and no counts.js beside it. A `plain` model
+    has read no plays, and goes on with what is said.
     """
     title, about = PIECES[piece]
     data = {"piece": piece, "models": " ".join(models or about), "title": title}
+    if plain:
+        data["plain"] = "yes"
     still = ""
     words = f"{RUNS}."
     if not alone:
@@ -220,7 +224,10 @@ def page(model: LanguageModel) -> str:
     titles["write"] = "It writes"
     about = sorted(titles, key=lambda piece: piece != "write")
     title = f"A {name} that runs in this page"
-    parts = [f"<h2>{titles[piece]}</h2>{box(piece, [name], alone=True)}" for piece in about]
+    plain = vocabulary_of(model).characters != shakespeare.CHARACTERS
+    parts = [
+        f"<h2>{titles[piece]}</h2>{box(piece, [name], alone=True, plain=plain)}" for piece in about
+    ]
     scripts = ["window.irannLive = { models: {}, engine: null, counts: null };"]
     scripts += [engine_script(), model_js, (LIVE / "live.js").read_text(encoding="utf-8")]
     card = f"{model.num_parameters:,} parameters, {len(vocabulary_of(model))} characters"

@@ -700,21 +700,22 @@ const pieces = {
     // -> the number of the next turn. What was answered by now stays, and is part of the conversation.
     settle(piece) {
       for (const name of piece.models) Model.named(name).cancel(piece);
-      if (piece.answer) piece.history += piece.answer.trimEnd() + "\n\n";
+      if (piece.answer) piece.history += piece.box.dataset.plain ? piece.answer : piece.answer.trimEnd() + "\n\n";
       piece.answer = "";
       return piece.turn = (piece.turn || 0) + 1;
     },
     async answer(piece) {
-      const said = piece.get("text").trim();
-      if (!said) return piece.say("Say something first.");
+      const { plain } = piece.box.dataset;  // a model of another text goes on with what is said
+      const said = plain ? piece.get("text") : piece.get("text").trim();
+      if (!said.trim()) return piece.say("Say something first.");
       const turn = this.settle(piece), model = await piece.model(piece.get("model"));
       if (piece.turn != turn) return;
       piece.encode(model, said, 500);
       piece.say(`${model.name} writes ...${piece.left}`);
       const speech = h("p", { class: "irann-speech" });
       piece.out.append(h("p", { class: "irann-yours" }, said), speech);
-      piece.history += `FIRST CITIZEN:\n${said}\n\n`;
-      const read = model.encode(piece.history.slice(-400)).ids, until = model.encode("\n\n").ids;
+      piece.history += plain ? said : `FIRST CITIZEN:\n${said}\n\n`;
+      const read = model.encode(piece.history.slice(-400)).ids, until = plain ? null : model.encode("\n\n").ids;
       const ids = read.length ? read : [model.newline];
       const given = { ids, n: 400, temperature: piece.number("temperature"), seed: any(), until };
       await model.ask(piece, "write", given, part => {

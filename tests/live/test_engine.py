@@ -352,7 +352,9 @@ def test_a_vocabulary_of_another_size_is_refused(vocabulary):
 def test_an_exported_page_calls_a_bound_a_bound(name):
     model = zoo.load(name)
     nats = f"{model.card['validation']:.3f} nats per character"
-    assert (f"at most {nats}" in exported(model)) == (not model.exact) and nats in exported(model)
+    page = exported(model)
+    assert (f"at most {nats}" in page) == (not model.exact) and nats in page
+    assert "data-plain" not in page  # it has read plays
 
 
 def test_an_exported_page_writes_first_and_its_signs_end_no_script():

@@ -26,6 +26,11 @@ TOOK = """([piece, act, shown]) => new Promise(resolve => {
     }).observe(box.querySelector(".irann-out"), { childList: true, subtree: true })
     Function("box", act)(box)
 })"""
+# What the workers are asked for from now on, kept in window.asked
+ASKED = """() => { window.asked = []; const post = Worker.prototype.postMessage
+    Worker.prototype.postMessage = function (data) {
+        if (data.job && data.job != "open") window.asked.push(data.given)
+        post.call(this, data) } }"""
 EVIL = '<img src=x onerror="window.broken=1">'
 
 
@@ -293,7 +298,7 @@ def test_an_exported_page_lives_alone(browser, tmp_path):
 
 def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
     """They may be signs of HTML; what is typed and they do not have is left out."""
-    vocabulary = Vocabulary("\n</script>&\"'abc")
+    vocabulary = Vocabulary("\n </script>&\"'abc")
     config, _ = zoo.recipe("gpt", "tiny", vocabulary=len(vocabulary))
     model = zoo.build("gpt", config, seed=0)
     model.vocabulary = vocabulary
@@ -307,6 +312,15 @@ def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
     written = reader.written("gpt")
     assert written.startswith("</script>abc\n") and len(written) == 13 + 256
     assert set(written) <= set(vocabulary.characters)
+    reader.page.evaluate(ASKED)
+    for said in ("ab ", "cab"):  # it goes on with what is said, as irann.Chat does
+        reader.at("chat", "textarea").fill(said)
+        reader.at("chat", "button:has-text('say it')").click()
+        reader.says("chat", "gpt has answered.")
+        reader.page.evaluate("document.querySelector('#live-chat .irann-status').textContent = ''")
+    first, second = reader.page.evaluate("asked")
+    assert vocabulary.decode(first["ids"]) == "ab " and first["until"] is None
+    assert vocabulary.decode(second["ids"]).endswith("cab") and len(second["ids"]) == 400
     reader.close()
 
 
@@ -352,15 +366,10 @@ def test_a_chat_that_knows_no_character_of_what_is_said_begins_with_its_own_firs
     path = tmp_path / "page.html"
     path.write_text(export.page(model))
     reader = Reader(browser, path, "#live-write?constructor=1&toString=2")
-    reader.page.evaluate(
-        """() => { const post = Worker.prototype.postMessage
-            Worker.prototype.postMessage = function (data) {
-                if (data.job == "write") window.asked = data.given.ids
-                post.call(this, data) } }"""
-    )
+    reader.page.evaluate(ASKED)
     reader.at("chat", "button:has-text('say it')").click()
     reader.says("chat", "has answered")
-    assert reader.page.evaluate("window.asked") == [0]
+    assert reader.page.evaluate("window.asked.at(-1).ids") == [0]
     reader.close()
     rule = '<meta http-equiv="Content-Security-Policy" content="worker-src \'none\'">'
     path.write_text(export.page(model).replace("<meta charset", rule + "<meta charset", 1))
@@ -402,11 +411,7 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     """Said twice at once, and begun anew while it writes."""
     page.at("chat", "select").select_option("thinker")  # it is the slowest
     page.at("chat", "button:has-text('begin anew')").click()
-    page.page.evaluate(
-        """() => { window.asked = []; const post = Worker.prototype.postMessage;
-            Worker.prototype.postMessage = function (data) {
-                if (data.job == "write") window.asked.push(data.given.ids); post.call(this, data) } }"""
-    )
+    page.page.evaluate(ASKED)
     say = page.at("chat", "button:has-text('say it')")
     page.at("chat", "textarea").fill("What news?")
     say.click()
@@ -416,7 +421,8 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     page.page.wait_for_function("window.asked.length == 2", timeout=WAIT)
     page.says("chat", "has answered")
     shown = page.at("chat", ".irann-speech").all_inner_texts()
-    first, second = map(zoo.load("gpt").vocabulary.decode, page.page.evaluate("window.asked"))
+    asked = [zoo.load("gpt").vocabulary.decode(one["ids"]) for one in page.page.evaluate("asked")]
+    first, second = asked
     assert first == "FIRST CITIZEN:\nWhat news?\n\n" and len(shown) == 2
     assert second == (first + shown[0].rstrip() + "\n\nFIRST CITIZEN:\nIs it so?\n\n")[-400:]
     say.click()
@@ -431,7 +437,7 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     page.at("chat", "textarea").fill("And now?")
     say.click()
     page.says("chat", "has answered")
-    fourth = page.page.evaluate("window.asked[3]")
+    fourth = page.page.evaluate("window.asked[3].ids")
     assert zoo.load("gpt").vocabulary.decode(fourth) == "FIRST CITIZEN:\nAnd now?\n\n"
 
 
