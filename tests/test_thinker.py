@@ -386,6 +386,15 @@ def test_gradients_pass_through_all_rounds():
         close((losses[0] - losses[1]) / (2 * step), (slope * direction).sum(), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [Thinker, PageThinker])
+def test_what_has_come_to_rest_has_finite_slopes(kind):
+    """Untrained, a block adds nothing: in half precision round 6 changes no bit any more."""
+    torch.manual_seed(0)
+    model = kind(ThinkerConfig(window=24, width=32, supervision="halting")).bfloat16()
+    model.loss(ids(2, 25))[0].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def objective(model, text, draws, pieces):
     """-> the mean of the pieces' losses, parts and gradients, each a tensor, by name."""
     model.zero_grad()

@@ -149,8 +149,11 @@ class RecurrentDepth(LanguageModel):
         if self.config.supervision != "halting":
             seen = hidden.detach()
             before = before.detach()
+        moved = mean_square(seen, before)
+        if self.config.supervision == "halting":  # at rest the slope of its root is infinite
+            moved = moved.clamp_min(torch.finfo(moved.dtype).tiny)
         uncertain = entropy(logits.detach())
-        features = torch.cat([seen, distance(seen, before)[..., None], uncertain[..., None]], -1)
+        features = torch.cat([seen, moved.sqrt()[..., None], uncertain[..., None]], -1)
         halt = self.halt_head(features).squeeze(-1)
         halt = halt.to(self.halt_head.weight)  # mixed precision ends here: products and logs follow
         if self.halt_bias is not None:
@@ -243,7 +246,12 @@ def stops(
 
 def distance(a: Hidden, b: Hidden) -> Float[Tensor, "b t"]:
     """Root mean square of the difference."""
-    return (a - b).square().mean(-1).sqrt()
+    return mean_square(a, b).sqrt()
+
+
+def mean_square(a: Hidden, b: Hidden) -> Float[Tensor, "b t"]:
+    """Of the difference."""
+    return (a - b).square().mean(-1)
 
 
 def entropy(logits: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:
