@@ -407,6 +407,7 @@ def test_mixed_precision_loses_little_and_nothing_in_the_parts(name, more):
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss, parts = model.loss(ids(4, 33))
         loss.backward()
+        assert all(p.grad is not None for p in model.parameters())
         parts_of[mixed] = {"loss": loss.detach()} | parts
         if hasattr(model, "log_likelihood"):  # a large factor at little noise
             x = torch.randn(4, 33, model.config.channels, generator=rng())

@@ -174,6 +174,7 @@ class Denoiser(LanguageModel):
         rows = self_conditioned.nonzero()[:, 0]
         guess = x.new_zeros(*ids.shape, self.config.vocabulary)
         first = self(x[rows], tau[rows], ids[rows], mask[rows]).softmax(-1)
+        torch.clear_autocast_cache()  # torch 2.10 would keep weights without gradient
         return guess.index_copy(0, rows, first.to(guess.dtype))
 
     def observed(self) -> list[Tensor]:

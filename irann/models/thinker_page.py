@@ -105,6 +105,7 @@ class PageThinker(RecurrentDepth):
             with torch.no_grad():
                 more = ids.masked_fill(draws["carried_masked"], self.mask_token)
                 hidden = self.every_round(more, draws["carried_rounds"])[2]
+                torch.clear_autocast_cache()  # torch 2.10 would keep weights without gradient
         masked = draws["masked"]
         page = ids.masked_fill(masked, self.mask_token)
         logits, halt, _ = self.every_round(page, draws["rounds"], hidden)
