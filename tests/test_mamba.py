@@ -440,6 +440,17 @@ def test_what_is_put_around_a_part_is_there_in_writing_too(change):
     close(chunks_of([5, 1, 1, 1, 1], model, page)[0], model(page), 1e-11)
 
 
+@torch.no_grad()
+def test_weights_go_to_transformers_as_they_count_or_not_at_all():
+    model = excite(Mamba(SMALL))
+    for change in (normed, pruned):
+        change(model.layers[0].mixer)
+        close(model.to_transformers()(ids(1, 9)).logits, model(ids(1, 9)), 5e-6)
+    adapt(model.layers[0].mixer)
+    with refuses("no layers.0.mixer.x_proj.weight to copy"):
+        model.to_transformers()
+
+
 def test_copies_learn_as_the_original_and_workers_can_have_one():
     model = Mamba(dataclasses.replace(SMALL, activation="squared_relu"))
     spared = {name for name, _ in model.named_parameters() if name.endswith(model.no_decay)}

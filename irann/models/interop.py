@@ -1,6 +1,7 @@
 """Models of transformers in our form, and back: with the same parameter names, nearly a copy."""
 
 import os
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -164,15 +165,24 @@ def _resolved(source: Any, kind: type, model_type: str) -> Any:
 def _copy(
     ours: nn.Module, theirs: nn.Module, prefix: str, transposed: tuple[str, ...] = (), *, back=False
 ) -> None:
-    """Copy all parameters of theirs to ours by name, or `back`: a bias that ours lacks is zero."""
-    weights = dict(ours.named_parameters())
+    """Copy all parameters of theirs to ours by name, or `back`: a bias that ours lacks is zero.
+
+    Raises InputError where something else stands in a part's place.
+    """
     for name, parameter in theirs.named_parameters():
         if name.endswith(".weight") and name.split(".")[-2] in transposed:
             parameter = parameter.T
         name = name.removeprefix(prefix)
+        try:
+            mine = attrgetter(name)(ours)  # as it counts: pruned, or computed from others
+        except AttributeError:
+            raise InputError(
+                f"there is no {name} to copy: something stands in its place, such as an adapter; "
+                "merge it into the weights first"
+            ) from None
         if not back:
-            weights[name].copy_(parameter)
-        elif name in weights:
-            parameter.copy_(weights[name])
-        else:
+            mine.copy_(parameter)
+        elif mine is None:
             parameter.zero_()
+        else:
+            parameter.copy_(mine)
