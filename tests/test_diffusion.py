@@ -207,6 +207,12 @@ def test_what_is_remembered_of_a_level_is_a_mean_that_forgets_slowly():
         model._observe(dark, torch.tensor([seen]))
         model.absorb()
         assert model.level_loss[-1].item() == pytest.approx(remembered)
+    count = model.level_count.clone()
+    for broken in (torch.nan, torch.inf):
+        model._observe(dark, torch.tensor([broken]))
+        model.absorb()
+    assert model.level_loss[-1].item() == pytest.approx(2.1)
+    assert torch.equal(model.level_count, count)
 
 
 def test_levels_are_visited_by_the_smoothed_rise_of_the_loss_and_a_fall_takes_nothing_back():

@@ -184,6 +184,8 @@ class Denoiser(LanguageModel):
     def absorb(self) -> None:
         """Move the remembered loss of each bin of levels towards what the last step has seen."""
         count, total = self.observations
+        count = count * total.isfinite()  # a step that failed leaves no trace
+        total = total.nan_to_num(0, 0, 0)
         self.level_count += count
         rate = (count / self.level_count.clamp(min=1)).clamp(min=0.02) * (count > 0)
         self.level_loss += rate * (total / count.clamp(min=1) - self.level_loss)
