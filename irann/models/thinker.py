@@ -147,7 +147,8 @@ class Thinker(RecurrentDepth, Reader):
         """`read`, with settings that `rule` has checked once for all calls."""
         if torch.compiler.is_exporting() and rule["stop"] != "fixed":
             raise InputError(
-                "how long a thinker thinks depends on the text: export cannot follow it"
+                "how long a thinker thinks depends on the text: export cannot follow it; "
+                "read with stop='fixed'"
             )
         start = state.length if state else 0
         end = check_window(self.config.window, start, ids.shape[1])
@@ -188,7 +189,7 @@ class Thinker(RecurrentDepth, Reader):
                 hidden = packing.update(thought.hidden, x)
             core.append(caches)
             thought = thought.after(self.predict(r, hidden, thought.hidden), rule, limit)
-            if not thought.thinking.any():
+            if rule["stop"] != "fixed" and not thought.thinking.any():
                 break
         for earlier in past[len(core) :]:  # rounds that only earlier positions took
             core.append(frozen(earlier, core[-1], t))

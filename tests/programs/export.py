@@ -9,6 +9,18 @@ from irann import zoo
 from irann.lm import Reader
 from irann.settings import InputError
 
+
+class Fixed(torch.nn.Module):
+    """A thinker with as many rounds for every text."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model.read(ids, stop="fixed")[0]
+
+
 ids = torch.zeros(1, 12, dtype=torch.long)
 for name, entry in zoo.MODELS.items():
     model = zoo.build(name, zoo.recipe(name, "tiny")[0]).eval()
@@ -17,13 +29,14 @@ for name, entry in zoo.MODELS.items():
             torch.export.export(model, (ids,))
         except InputError as error:
             assert "export cannot follow it" in str(error)
-            continue
+        model = Fixed(model)
     if not issubclass(entry.model, Reader):
         continue
     exported = torch.export.export(model, (ids,))
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(ids), model(ids), atol=1e-5, rtol=1e-5)
         other = zoo.build(name, zoo.recipe(name, "tiny")[0]).eval()
+        other = Fixed(other) if name == "thinker" else other
         assert torch.equal(other(ids), model(ids))
 
 model = zoo.build("mamba", zoo.recipe("mamba", "tiny")[0])
