@@ -264,6 +264,15 @@ def test_every_model_may_be_asked_for_its_inside_in_the_same_way(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_inside_of_a_model_in_training_is_shown_without_dropout(name):
+    model = excite(tiny(name, dropout=0.5), 0.3).eval()
+    wanted = model.inspect(ids(1, 20), generator=rng())
+    for what, tensor in model.train().inspect(ids(1, 20), generator=rng()).items():
+        assert torch.equal(tensor, wanted[what]), what
+    assert model.training
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_loss_in_inference_mode_does_not_forbid_training_later(name):
     model = tiny(name)
     with torch.inference_mode():

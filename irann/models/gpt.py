@@ -34,7 +34,7 @@ from ..layers import (
     make_norm,
     rotary_table,
 )
-from ..lm import Ids, Reader, check_settings
+from ..lm import Ids, Reader, check_settings, evaluating
 from ..settings import Checked, check_heads, field
 
 
@@ -145,12 +145,14 @@ class GPT(Reader):
     ) -> dict[str, Tensor]:
         """`attention` (layers h t s): the attention weights of every layer and head."""
         check_settings(self, settings, sampling=False)
-        x, rotary = self.embed(self.check_ids(ids))
+        ids = self.check_ids(ids)
         maps = []
-        block: Block
-        for block in self.h:  # pyright: ignore[reportAssignmentType]
-            maps.append(block.attn.attention_weights(block.ln_1(x), rotary)[0])
-            x, _ = block(x, None, rotary)
+        with evaluating(self, ids.numel()):
+            x, rotary = self.embed(ids)
+            block: Block
+            for block in self.h:  # pyright: ignore[reportAssignmentType]
+                maps.append(block.attn.attention_weights(block.ln_1(x), rotary)[0])
+                x, _ = block(x, None, rotary)
         return {"attention": torch.stack(maps)}
 
     @classmethod

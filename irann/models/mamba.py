@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
 from ..layers import ACTIVATIONS, StackedLinear, init_fan_in
-from ..lm import PIECE, Ids, Reader, check_settings
+from ..lm import PIECE, Ids, Reader, check_settings, evaluating
 from ..settings import Checked, field
 
 
@@ -238,10 +238,11 @@ class Mamba(Reader):
         if not x.shape[1]:
             return {"delta": x.new_zeros(0)}
         deltas = []
-        for block in self.blocks:
-            delta, _, _ = block.mixer.select(block.mixer.convolve(block.norm(x))[0])
-            deltas.append(delta[0].mean(-1))
-            x, _ = block(x)
+        with evaluating(self, ids.numel()):
+            for block in self.blocks:
+                delta, _, _ = block.mixer.select(block.mixer.convolve(block.norm(x))[0])
+                deltas.append(delta[0].mean(-1))
+                x, _ = block(x)
         return {"delta": torch.stack(deltas).mean(0)}
 
     @classmethod

@@ -24,6 +24,7 @@ from ..lm import (
     Reader,
     check_pairs,
     cross_entropy,
+    evaluating,
     left_to_right,
     split_settings,
 )
@@ -204,9 +205,11 @@ class Thinker(RecurrentDepth, Reader):
     ) -> dict[str, Tensor]:
         """`rounds` taken (t) and `expected_rounds` (t); see `read` for the settings."""
         ids = self.check_ids(ids)
-        _, halt, _ = self.every_round(ids, self.rule(settings)["rounds"])
+        with evaluating(self, ids.numel()):
+            _, halt, _ = self.every_round(ids, self.rule(settings)["rounds"])
+            _, state = self.read(ids, generator=generator, **settings)
         return {
-            "rounds": self.read(ids, generator=generator, **settings)[1].rounds[0].float(),
+            "rounds": state.rounds[0].float(),
             "expected_rounds": expected_rounds(halting_distribution(halt))[0],
         }
 
