@@ -1,18 +1,20 @@
 """The command line as a user meets it: what it prints, its exit codes, what survives a signal."""
 
 import dataclasses
+import fcntl
 import io
 import json
 import os
 import pickle
+import pty
 import re
 import select
 import signal
 import site
-import struct
 import subprocess
 import sys
 import sysconfig
+import termios
 import time
 import types
 from contextlib import suppress
@@ -332,7 +334,7 @@ def test_a_closed_stream_is_one_sentence_or_no_matter(trained, tmp_path, command
     assert done.returncode == code and words in done.stderr, done
     assert done.stderr.count("\n") == bool(words)
     if "closed" in command:  # no file was taken for a stream
-        assert checkpoint.newest(tmp_path / "closed")[1].config["step"] == 6
+        assert newest_step(tmp_path / "closed") == 6
         lines = (tmp_path / "closed" / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
@@ -704,97 +706,110 @@ def training(run, *more, **changes):
     return [*command, *more]
 
 
-def start(run, *more):
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(training(run, *more, save_every=5), env=ENV, **pipes)
-
-
 def lines_of(run):
     """-> how many steps a run has told of."""
     log = run / "metrics.jsonl"
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-def await_saves(run, process, beyond=0, patience=120.0):
-    until = time.monotonic() + patience
+def newest_step(run):
+    return checkpoint.newest(run)[1].config["step"]
+
+
+def await_saves(run, process, beyond):
+    until = time.monotonic() + 120
     while not any(int(folder.name[5:]) > beyond for folder in checkpoint.listed(run)):
         assert process.poll() is None and time.monotonic() < until, process.communicate()
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize(
-    "signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
-)
-def test_a_run_that_a_signal_ends_can_be_gone_on_with(tmp_path, signum, code):
-    process = start(tmp_path)
-    await_saves(tmp_path, process)
-    process.send_signal(signum)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code and "Traceback" not in err
-    step = checkpoint.newest(tmp_path)[1].config["step"]
-    if signum == signal.SIGKILL:
-        assert 0 <= lines_of(tmp_path) - step <= 5  # the interval of saves
-    else:
-        assert f"stopped at step {step:,}" in out and "--resume" in out
-    # the lock of a killed process holds nobody up, and its leftovers are gone
-    process = start(tmp_path, "--resume")
-    await_saves(tmp_path, process, beyond=step)
-    process.terminate()
-    assert process.wait(60) == 143 and not list((tmp_path / "checkpoints").glob(".unfinished*"))
+@pytest.fixture
+def start(tmp_path):
+    """-> what starts a training of this folder in a process, which does not outlive the test."""
+    begun = []
+
+    def start(*words, **streams):
+        command = training(tmp_path, *words, save_every=5)
+        begun.append(subprocess.Popen(command, env=ENV, **streams))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
 
 
-def test_a_closed_terminal_saves(tmp_path):
-    """The run's terminal goes away while it trains: nothing more can be told, and still nothing is
-    lost.
-    """
-    names = ("fcntl", "pty", "termios")  # Windows has no such terminals
-    fcntl, pty, termios = (pytest.importorskip(name) for name in names)
+def in_a_terminal(start, *words):
+    """-> a training that leads a terminal, and our end of the terminal."""
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 80))
 
-    # a session of its own, led from this terminal; the tests themselves may run under nohup
     def claim():
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
-    streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
-    command = training(tmp_path, save_every=0)
-    process = subprocess.Popen(
-        command, **streams, env=ENV, start_new_session=True, preexec_fn=claim
-    )
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process = start(*words, **streams, start_new_session=True, preexec_fn=claim)
     os.close(theirs)
-    until = time.monotonic() + 120
-    while lines_of(tmp_path) < 5:
-        if select.select([ours], [], [], 0.1)[0]:  # or it waits for somebody to read
-            os.read(ours, 4096)
-        assert process.poll() is None and time.monotonic() < until
-    os.close(ours)
-    try:
-        process.wait(60)
-    finally:
-        process.kill()
-    assert checkpoint.newest(tmp_path)[1].config["step"] == lines_of(tmp_path)
+    return process, ours
 
 
-def test_an_interrupt_is_told_on_a_line_of_its_own(tmp_path):
-    """In a terminal, which writes ^C into the bar."""
-    fcntl, pty, termios = (pytest.importorskip(name) for name in ("fcntl", "pty", "termios"))
-    process, ours = pty.fork()
-    if not process:
-        os.execve(sys.executable, training(tmp_path), ENV)
-    fcntl.ioctl(ours, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+def test_whatever_ends_a_run_it_is_gone_on_with(tmp_path, start):
+    """Ended by ^C, by its terminal, killed, and told to end: four times one run goes on, its lock
+    holds nobody up but who comes while it trains, and nothing is left over.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    until = time.monotonic() + 240
+
+    # ^C, which the terminal writes into the bar, is answered on a line of its own
+    process, terminal = in_a_terminal(start)
     said = b""
-    until = time.monotonic() + 120
     with suppress(OSError):  # Linux's way to say that the other side is closed
-        while (more := os.read(ours, 4096)) and time.monotonic() < until:
+        while (more := os.read(terminal, 4096)) and time.monotonic() < until:
             said += more
             if b"step/s" in more and b"^C" not in said:
-                os.write(ours, b"\x03")
-    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130
+                os.write(terminal, b"\x03")
+    assert process.wait(60) == 130
+    os.close(terminal)
     # what the screen shows: what follows a carriage return is written over what was there
     lines = [re.split(rb"\r|\x1b\[K", line.rstrip(b"\r"))[-1] for line in said.split(b"\n")]
+    step = newest_step(tmp_path)
     assert b"stopping after this step; interrupt again to quit at once" in lines
     assert not any(b"^C" in line for line in lines)
-    assert any(line.startswith(b"stopped at step") for line in lines)
+    assert any(line.startswith(f"stopped at step {step:,}".encode()) for line in lines)
+    assert b"--resume" in said
+
+    # the terminal goes away: nothing more can be told, and still nothing is lost
+    process, terminal = in_a_terminal(start, "--resume", "--set", "save_every=0")
+    while lines_of(tmp_path) < step + 5:
+        if select.select([terminal], [], [], 0.1)[0]:  # or it waits for somebody to read
+            os.read(terminal, 4096)
+        assert process.poll() is None and time.monotonic() < until
+    os.close(terminal)
+    process.wait(60)
+    assert newest_step(tmp_path) == lines_of(tmp_path) > step
+
+    # SIGKILL loses no more than the interval of saves
+    process = start("--resume", **pipes)
+    await_saves(tmp_path, process, beyond=lines_of(tmp_path))
+    process.kill()
+    assert process.wait(60) == -signal.SIGKILL
+    step = newest_step(tmp_path)
+    assert 0 <= lines_of(tmp_path) - step <= 5
+
+    # a second trainer is refused, by name
+    first = start("--resume", **pipes)
+    await_saves(tmp_path, first, beyond=step)
+    second = start("--resume", **pipes)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 6 and "Traceback" not in err
+    assert f"in use by process {first.pid} on " in err
+
+    # SIGTERM
+    first.terminate()
+    out, err = first.communicate(timeout=60)
+    assert first.returncode == 143 and "Traceback" not in err
+    assert f"stopped at step {newest_step(tmp_path):,}" in out and "--resume" in out
+    assert not list((tmp_path / "checkpoints").glob(".unfinished*"))
 
 
 def test_a_text_of_one_s_own_from_the_first_look_to_the_last(run, tmp_path):
@@ -1117,17 +1132,6 @@ def test_of_two_processes_one_tells_and_both_end_well(tmp_path):
     assert done.stdout.count("of the validation part") == done.stdout.count("irann sample") == 1
 
 
-def test_two_trainers_one_directory_exits_6(tmp_path):
-    first = start(tmp_path)
-    await_saves(tmp_path, first)
-    second = start(tmp_path, "--resume")
-    _, err = second.communicate(timeout=60)
-    assert second.returncode == 6 and "Traceback" not in err
-    assert f"in use by process {first.pid} on " in err
-    first.terminate()
-    assert first.wait(60) == 143
-
-
 def test_a_reader_who_leaves_is_no_error(trained):
     command = (
         f"set -o pipefail; {sys.executable} -m irann sample {trained} --length 3000 | head -c 20"
@@ -1145,7 +1149,7 @@ def test_a_reader_who_leaves_ends_a_training_and_loses_nothing(tmp_path):
             time.sleep(0.05)
         process.stdout.close()
         assert process.wait(60) == 141
-    assert checkpoint.newest(tmp_path)[1].config["step"] == lines_of(tmp_path) > 0
+    assert newest_step(tmp_path) == lines_of(tmp_path) > 0
 
 
 def test_what_fails_beside_the_training_loses_nothing(tmp_path, monkeypatch):
@@ -1153,4 +1157,4 @@ def test_what_fails_beside_the_training_loses_nothing(tmp_path, monkeypatch):
     # held as a debugger holds it, and with it all that was under way
     with pytest.raises(ZeroDivisionError) as _held:
         main(["train", "gpt", *TINY, "--run", str(tmp_path)])
-    assert checkpoint.newest(tmp_path)[1].config["step"] == 1
+    assert newest_step(tmp_path) == 1
