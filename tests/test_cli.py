@@ -29,7 +29,7 @@ from conftest import PROGRAMS
 
 import irann
 import irann.__main__ as main_module
-from irann import book, checkpoint, doctor, runs, zoo
+from irann import book, checkpoint, doctor, runs, shakespeare, zoo
 from irann.__main__ import _again, main
 from irann.chat.session import Session
 from irann.chat.widget import Chat
@@ -54,6 +54,18 @@ def call(*arguments, capsys=None):
 def run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return lambda *arguments: call(*arguments, capsys=capsys)
+
+
+@pytest.fixture
+def short(corpus, monkeypatch):
+    """An excerpt in the place of tiny-shakespeare, for trainings of a few steps: to validate with
+    all of it takes longer than they do.
+    """
+    letters = corpus.vocabulary.characters + corpus.vocabulary.decode(corpus.train[:6000])
+    text = irann.Text.of(letters, source="tiny-shakespeare, an excerpt")
+    monkeypatch.setattr(shakespeare, "SHA256", text.sha256)
+    monkeypatch.setattr(shakespeare, "load", lambda: text)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -368,12 +380,12 @@ def test_what_the_output_cannot_hold_becomes_a_question_mark(
     assert ("PYTHONIOENCODING=utf-8" in err) == (encoding != "utf-8")
 
 
-def test_the_seed_of_a_recipe_draws_the_first_weights(run, corpus):
+def test_the_seed_of_a_recipe_draws_the_first_weights(run, short):
     for seed in (0, 3):
         run("train", "gpt", *TINY, "--set", f"seed={seed}", "--run", f"runs/{seed}")
         config, recipe = zoo.recipe("gpt", "tiny", steps=6, seed=seed)
         model = zoo.build("gpt", config, seed=seed)
-        list(train(model, corpus, recipe))
+        list(train(model, short, recipe))
         assert torch.equal(irann.load(f"runs/{seed}").wte.weight, model.wte.weight)
 
 
@@ -477,7 +489,7 @@ def test_sample_and_eval(run, trained, corpus):
     assert "111,540 characters" in out and "another text than" in out
 
 
-def test_train_resume_overwrite(run, tmp_path, corpus):
+def test_train_resume_overwrite(run, tmp_path, short):
     code, out, _ = run("train", "gpt", *TINY)
     place = os.path.join("runs", "gpt-tiny")
     assert code == 0 and f"6 steps of 256 characters; {place}\n" in out
@@ -485,7 +497,7 @@ def test_train_resume_overwrite(run, tmp_path, corpus):
     assert code == 2 and "holds another run; resume it (--resume)" in err
     code, out, _ = run("train", "gpt", *TINY, "--resume")
     assert code == 0 and "nothing left to do" in out
-    everything = corpus.vocabulary.decode(torch.cat([corpus.train, corpus.val]))
+    everything = short.vocabulary.decode(torch.cat([short.train, short.val]))
     Path("copy.txt").write_text(everything)  # the same text is the same run
     code, out, _ = run("train", "gpt", *TINY, "--resume", "--corpus", "copy.txt")
     assert code == 0 and f"nothing left to do: {place} has reached its 6 steps" in out
@@ -504,7 +516,7 @@ def test_train_resume_overwrite(run, tmp_path, corpus):
     assert run("sample", "gpt", "--length", 5)[0] == 0
 
 
-def test_each_step_is_logged_as_the_tools_ask_for_it(run, monkeypatch):
+def test_each_step_is_logged_as_the_tools_ask_for_it(run, short, monkeypatch):
     """Stand-ins that take what the real ones take, as tried with tensorboard 2.21, wandb 0.31."""
     seen = []
 
@@ -548,7 +560,7 @@ def test_each_step_is_logged_as_the_tools_ask_for_it(run, monkeypatch):
     assert code == 2 and "--log wandb needs wandb: pip install" in err
 
 
-def test_what_is_written_over_leaves_no_curve_of_tensorboard_s(run):
+def test_what_is_written_over_leaves_no_curve_of_tensorboard_s(run, short):
     assert run("train", "gpt", *TINY)[0] == 0
     for name in ("events.out.tfevents.1.here.2.0", "mine.txt"):
         Path("runs/gpt-tiny", name).write_text("")
@@ -583,7 +595,7 @@ def test_the_list_shows_the_loss_of_the_checkpoint_that_speaks(run, small):
     assert "9.500" in run("list")[1]
 
 
-def test_after_a_stop_it_is_said_who_speaks(run, monkeypatch, capsys):
+def test_after_a_stop_it_is_said_who_speaks(run, short, monkeypatch):
     """An older checkpoint of a lower validation."""
     inner = main_module.train
 
@@ -674,7 +686,7 @@ def test_a_curve_without_an_ending_is_a_png(run, trained):
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_not_finite_exits_5(run, tmp_path, monkeypatch):
+def test_not_finite_exits_5(run, short, tmp_path, monkeypatch):
     from irann.models.gpt import GPT
 
     plain = GPT.loss
@@ -861,7 +873,7 @@ def test_a_text_of_ones_own_is_validated_ten_times_unless_it_is_set(run, recipe,
     assert sum(row.get("validation") is not None for row in rows) == validated
 
 
-def test_who_speaks_is_said_where_a_name_could_mean_two(run, monkeypatch):
+def test_who_speaks_is_said_where_a_name_could_mean_two(run, short, monkeypatch):
     assert run("train", "gpt", *TINY)[0] == 0
     code, _, err = run("sample", "gpt", "--length", 5)
     place = os.path.join("runs", "gpt-tiny")
@@ -875,7 +887,7 @@ def test_who_speaks_is_said_where_a_name_could_mean_two(run, monkeypatch):
     assert f"the one that you trained last is {place}" in run("chat", "gpt")[2]
 
 
-def test_list_and_plot_show_the_runs(run, tmp_path):
+def test_list_and_plot_show_the_runs(run, short, tmp_path):
     code, out, _ = run("list")
     assert code == 0 and "no runs in" in out
     assert all(name in out for name in zoo.MODELS) and "1,794,432 parameters" in out
@@ -1108,7 +1120,7 @@ def test_chapters_are_looked_for_wherever_pip_puts_data():
     assert {str(place.parents[2]) for place in book.INSTALLED} == {*places}
 
 
-def test_a_shell_completes_models_and_runs(run, trained, monkeypatch):
+def test_a_shell_completes_models_and_runs(run, short):
     assert "mamba" in main_module._names("m") and "gpt" not in main_module._names("m")
     run("train", "gpt", *TINY)
     assert os.path.join("runs", "gpt-tiny") in main_module._speakers("r")
@@ -1152,7 +1164,7 @@ def test_a_reader_who_leaves_ends_a_training_and_loses_nothing(tmp_path):
     assert newest_step(tmp_path) == lines_of(tmp_path) > 0
 
 
-def test_what_fails_beside_the_training_loses_nothing(tmp_path, monkeypatch):
+def test_what_fails_beside_the_training_loses_nothing(tmp_path, short, monkeypatch):
     monkeypatch.setattr("irann.__main__._logger", lambda *_: lambda tick: 1 / 0)
     # held as a debugger holds it, and with it all that was under way
     with pytest.raises(ZeroDivisionError) as _held:
