@@ -8,6 +8,7 @@ import os
 import pickle
 import pty
 import re
+import runpy
 import select
 import signal
 import site
@@ -981,14 +982,12 @@ def test_a_text_is_told_what_a_recipe_does_with_it():
     assert runs.evaluations(large, *zoo.recipe("gpt", "tiny")) == 0
 
 
-def test_mistakes_in_python_are_answered_in_a_sentence(tmp_path):
-    """In a process of its own: here the type checker would come first."""
-    command = [sys.executable, PROGRAMS / "mistakes.py"]
-    env = ENV | {"PYTHONPATH": str(PROGRAMS.parents[1])}
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=env, cwd=tmp_path, check=True
-    )
-    said = dict(line.split(": ", 1) for line in done.stdout.splitlines())
+def test_mistakes_in_python_are_answered_in_a_sentence(tmp_path, monkeypatch, capsys, unchecked):
+    """Without the type checker, which would come first."""
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(PROGRAMS / "mistakes.py"))
+    out, err = capsys.readouterr()
+    said = dict(line.split(": ", 1) for line in out.splitlines())
     for name, words in {
         "generate by name": "a model comes first",
         "generate a number": "a text is wanted, such as 'ROMEO:'; got 5",
@@ -1009,7 +1008,7 @@ def test_mistakes_in_python_are_answered_in_a_sentence(tmp_path):
         "a chat": "a chat without a model",
     }.items():
         assert words in said[name], (name, said[name])
-    assert "nothing was said" not in done.stdout and "did you mean gpt?" in done.stderr
+    assert "nothing was said" not in out and "did you mean gpt?" in err
 
 
 def test_a_model_is_saved_and_loaded_again(tmp_path, corpus):
