@@ -1,6 +1,5 @@
 """The benchmark compares what computes the same, says what it measured, and keeps it."""
 
-import itertools
 import json
 import os
 import sys
@@ -74,21 +73,12 @@ def test_every_part_is_measured_and_told(quick):
         assert f"| mamba | {one['prompt']} | {one['reply']} | {first} | {rate} |" in page
     for ms in numbers["windows"]["rows"]["attention"]:
         assert report.ranged(ms, 1) in page
-    for part in (numbers["steps"]["rows"], numbers["step_memory"]["MB"], numbers["lengths"]):
+    for part in (numbers["steps"]["rows"], numbers["lengths"]):
         assert list(part) == list(zoo.MODELS)
     assert len(numbers["parallel"]["diffusion"]) > 1
     assert "steps" not in numbers["parallel"]["gpt"][0]
     pictures = ("windows", "lengths", "parallel", "learning", "positions")
     assert {path.name for path in out.glob("*.png")} == {f"all-{name}.png" for name in pictures}
-
-
-def test_memory_is_that_of_one_pass_in_a_process_of_its_own(quick):
-    memory = quick[1]["memory"]
-    ours = memory["MB"]["irann, C kernel where there is one (auto)"]
-    assert 0 < ours < 100  # torch alone takes more
-    assert memory["MB"][scan.PEER] > ours
-    short, _, four_times = memory["grown"]
-    assert 0 < 2 * short < four_times
 
 
 def test_shipped_models_are_compared_with_the_real_thing(quick):
@@ -165,11 +155,11 @@ def test_a_table_of_models_has_a_cell_for_what_is_not_known():
 
 
 def test_what_was_measured_is_not_measured_again(quick, tmp_path, monkeypatch, capsys):
-    kept = {name: part for name, part in quick[1].items() if name != "growth"}
+    kept = {name: part for name, part in quick[1].items() if name != "step"}
     (tmp_path / "scan.json").write_text(json.dumps(kept))
     monkeypatch.setattr(scan, "times", lambda quick: pytest.fail("measured again"))
     measured = suite.main("scan", quick=True, out=tmp_path)
-    assert measured["scan"] == kept["scan"] and measured["growth"]["exponents"]["auto"]
+    assert measured["scan"] == kept["scan"] and measured["step"]["rows"]
     capsys.readouterr()
     suite.measure("scan", True, tmp_path)
     assert "all of it is measured already; to measure again, delete" in capsys.readouterr().err
@@ -217,7 +207,7 @@ def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys)
 
 
 def test_a_part_that_fails_takes_nothing_of_the_others_with_it(tmp_path, monkeypatch):
-    parts = {"scan": lambda quick: 1, "growth": lambda quick: 1 / 0}
+    parts = {"scan": lambda quick: 1, "step": lambda quick: 1 / 0}
     monkeypatch.setattr(suite, "parts_of", lambda what: parts)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -228,8 +218,8 @@ def test_a_part_that_fails_takes_nothing_of_the_others_with_it(tmp_path, monkeyp
     finally:
         torch.set_num_threads(before)
     stored = json.loads((tmp_path / "scan.json").read_text())
-    assert stored["scan"] == 1 and "growth" not in stored
-    stored |= {"growth": 2, "torch": "1.0"}  # where nothing is missing, nothing is mixed
+    assert stored["scan"] == 1 and "step" not in stored
+    stored |= {"step": 2, "torch": "1.0"}  # where nothing is missing, nothing is mixed
     (tmp_path / "scan.json").write_text(json.dumps(stored))
     assert suite.measure("scan", True, tmp_path) == stored
 
@@ -285,42 +275,6 @@ def test_another_subject_or_device_is_refused(tmp_path):
 
 
 # ----------------------------------------------------------------------------------- its arithmetic
-
-
-def test_time_that_grows_with_the_square_of_the_length_is_said_to(monkeypatch, clock):
-    assert scan.exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
-    busy = itertools.cycle([1, 9, 1, 1, *[1] * 8])  # once, at the first length
-    square = lambda _, inputs: clock(next(busy) * inputs[0].shape[1] ** 2)  # noqa: E731
-    monkeypatch.setattr(scan, "forward_backward", square)
-    assert scan.growth(quick=True)["exponents"] == pytest.approx({"auto": 2, "chunked": 2})
-
-
-@pytest.mark.parametrize("subject", [*scan.contestants(), "mamba tiny"])
-def test_the_memory_of_gradients_is_there_before_the_pass_that_is_measured(subject, monkeypatch):
-    """What every way needs is not charged to any."""
-    leaves = []
-    inputs, build = scan.inputs_of, zoo.build
-    monkeypatch.setattr(scan, "inputs_of", lambda *b: leaves.append(inputs(*b)) or leaves[-1])
-    monkeypatch.setattr(
-        zoo, "build", lambda *a: leaves.append([*(m := build(*a)).parameters()]) or m
-    )
-    run = scan.prepared(subject, 1, 12, 8)
-    before = [(x.grad.data_ptr(), x.grad.shape) for x in leaves[-1]]
-    run()
-    assert [(x.grad.data_ptr(), x.grad.shape) for x in leaves[-1]] == before
-
-
-def test_memory_is_asked_for_at_every_length_and_of_every_model_in_its_window(monkeypatch):
-    asked = []
-    monkeypatch.setattr(scan, "memory_of", lambda *what: asked.append(what) or what[2])
-    measured = scan.memory(quick=True)
-    names, (first, *_) = list(scan.contestants()), scan.contestants()
-    assert measured["MB"] == dict.fromkeys(names, 256)
-    assert measured["lengths"] == (256, 512, 1024) and measured["grown"] == [256, 512, 1024]
-    assert [what[0] for what in asked] == [*names, first, first]
-    windows = {name: zoo.recipe(name, "tiny")[0].window for name in zoo.MODELS}
-    assert scan.memory_of_steps(quick=True)["MB"] == windows
-    assert asked[-1][0] == f"{list(zoo.MODELS)[-1]} tiny"
 
 
 def test_rows_are_named_after_what_they_run(monkeypatch):

@@ -157,23 +157,12 @@ def bound(row: dict) -> str:
 
 
 def _scan(report: dict) -> list[str]:
-    scan, growth, memory, step = (report[key] for key in ("scan", "growth", "memory", "step"))
+    scan, step = report["scan"], report["step"]
     sizes = f"b {scan['b']}, t {scan['t']}, e {scan['e']}, n {scan['n']}"
     setting = f"{sizes}; one thread, {scan['rounds']} rounds, torch {report['torch']}"
     page = timed(f"Selective scan, forward and backward ({setting})", scan)
     if not any("mambapy" in name for name in scan["rows"]):
         page += ["", "mambapy is not installed, so it is not compared: pip install 'irann[test]'"]
-    exponents = ", ".join(f"{name} {value:.2f}" for name, value in growth["exponents"].items())
-    first, *_, last = growth["lengths"]
-    setting = f"t {first} to {last}, b 1, e {growth['e']}, medians of three"
-    page += ["", f"Time grows with length to the power of: {exponents} ({setting})."]
-    sizes = f"b {memory['b']}, t {memory['t']}, e {memory['e']}"
-    title = f"Memory above the inputs ({sizes}; MB, one process each)"
-    page += section(
-        title, ("implementation", "MB"), ([k, f"{mb:.0f}"] for k, mb in memory["MB"].items())
-    )
-    grown = zip(memory["lengths"], memory["grown"], strict=True)
-    page += ["", f"Of the first, by length: {', '.join(f't {t}: {mb:.0f}' for t, mb in grown)}."]
     sizes = f"{step['layers']} layers, width {step['width']}, b {step['b']}, t {step['t']}"
     page += timed(f"A training step of Mamba ({sizes})", step)
     title = "Mamba writes, batch 1 (characters per second, median, lowest, highest)"
@@ -186,8 +175,6 @@ def _speed(report: dict) -> list[str]:
     page = timed(f"GPT writes {cache['n']} characters, window {cache['window']}", cache)
     sizes = f"b {steps['b']}, t {steps['t']}"
     page += timed(f"A training step of every model, at its size ({sizes})", steps)
-    memory = ", ".join(f"{name} {mb:.0f}" for name, mb in report["step_memory"]["MB"].items())
-    page += ["", f"Memory above weights and gradients, MB: {memory}."]
     sizes = f"b {gpt['b']}, t {gpt['t']}"
     page += timed(f"GPT-2 of the same shape: a training step ({sizes})", gpt["step"])
     writing = f"{gpt['n']} characters, batch 1, with the cache"

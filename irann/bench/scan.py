@@ -1,12 +1,8 @@
-"""The selective scan and Mamba beside others: time, growth with length, memory, writing."""
+"""The selective scan and Mamba beside others: a scan, a training step, writing."""
 
 import functools
-import math
 import os
-import statistics
-from collections.abc import Callable, Sequence
-from multiprocessing import get_all_start_methods, get_context
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -14,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import zoo
 from ..core.scan import selective_scan
 from ..models.mamba import Mamba, MambaConfig
 from .speed import alternate, in_turn, random_ids, seconds, seeded, summary, write_on
@@ -71,95 +66,6 @@ def times(quick: bool) -> dict:
         for name, scan in contestants().items()
     }
     return {"b": b, "t": t, "e": e, "n": STATE, **in_turn(runners, rounds)}
-
-
-def growth(quick: bool) -> dict:
-    """-> by method, the exponent with which time grows with length."""
-    lengths, e = ((64, 128, 256), 32) if quick else ((256, 512, 1024, 2048, 4096), 256)
-    exponents = {}
-    for method in ("auto", "chunked"):
-        medians = []
-        for t in lengths:
-            run = functools.partial(forward_backward, ours(method), inputs_of(1, t, e))
-            taken = alternate({method: functools.partial(seconds, run)}, rounds=3)[method]
-            medians.append(statistics.median(taken))
-        exponents[method] = exponent(lengths, medians)
-    return {"b": 1, "e": e, "lengths": lengths, "exponents": exponents}
-
-
-def exponent(lengths: Sequence[float], taken: Sequence[float]) -> float:
-    """-> p of seconds = constant * length^p: least-squares slope of log time over log length."""
-    x, y = [math.log(v) for v in lengths], [math.log(v) for v in taken]
-    return statistics.linear_regression(x, y).slope
-
-
-def memory(quick: bool) -> dict:
-    """Peak MB above the inputs, forward and backward, each in its own process; by length too."""
-    b, t, e = (4, 256, 128) if quick else (8, 256, 256)
-    peaks = {name: memory_of(name, b, t, e) for name in contestants()}
-    lengths = (t, 2 * t, 4 * t)
-    first = next(iter(peaks))
-    grown = [peaks[first], *(memory_of(first, b, length, e) for length in lengths[1:])]
-    return {"b": b, "t": t, "e": e, "MB": peaks, "lengths": lengths, "grown": grown}
-
-
-def memory_of_steps(quick: bool) -> dict:
-    """Peak MB of a training step above weights and gradients, each model in its own process."""
-    which, b = ("tiny", 4) if quick else ("gpu", 4)
-    windows = {name: zoo.recipe(name, which)[0].window for name in zoo.MODELS}
-    peaks = {name: memory_of(f"{name} {which}", b, t, 0) for name, t in windows.items()}
-    return {"b": b, "recipe": which, "MB": peaks}
-
-
-def memory_of(subject: str, b: int, t: int, e: int) -> float:
-    """-> MB, of a contestant or of "MODEL RECIPE"."""
-    method = "forkserver" if "forkserver" in get_all_start_methods() else "spawn"  # Windows
-    context = get_context(method)
-    context.set_forkserver_preload([__name__])  # what all of them import, once
-    with context.Pool(1) as alone:
-        return alone.apply(grown_by, (subject, b, t, e)) / 1e6
-
-
-def prepared(subject: str, b: int, t: int, e: int) -> Callable:
-    """-> one pass forward and backward, with all that it starts from already in memory."""
-    if subject in (scans := contestants()):
-        forward_backward(scans[subject], inputs_of(1, 8, 8))
-        inputs = inputs_of(b, t, e)
-        for x in inputs:
-            x.grad = torch.ones_like(x)
-        return lambda: scans[subject](*inputs).sum().backward()
-    name, which = subject.split()
-    config = zoo.recipe(name, which)[0]
-    model = zoo.build(name, config).train()
-    ids = torch.zeros(b, t + 1, dtype=torch.long)
-    model.loss(ids[:1, :9])[0].backward()
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
-    return lambda: model.loss(ids)[0].backward()
-
-
-def peak() -> int:
-    """-> the largest memory of this process, in bytes, since it was last forgotten."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    except OSError:  # not Linux: since the process began
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def grown_by(subject: str, b: int, t: int, e: int) -> int:
-    """-> bytes by which the peak of this process grows in one pass."""
-    torch.set_num_threads(1)
-    run = prepared(subject, b, t, e)
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    except OSError:
-        pass
-    before = peak()
-    run()
-    return peak() - before
 
 
 def training_step(quick: bool) -> dict:

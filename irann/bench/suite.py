@@ -7,7 +7,7 @@ models side by side: `models`, `models-long`, `thinker`, `thinker-long`, `nanogp
 
 Where implementations are compared, times are ratios: every round runs all contestants one after the
 other in the same process, on one thread, and a ratio is the median over rounds, given with its
-smallest and largest value. Memory is the growth of a fresh process's peak. Of the models:
+smallest and largest value. Of the models:
 likelihood over the whole validation part, what their text looks like from outside (quality.py),
 what they cost (speed.py). What was measured is kept in `out` after each part, and a second start
 goes on from there.
@@ -82,8 +82,6 @@ def parts_of(what: str) -> dict[str, Callable[[bool], dict]]:
         return {what: ALONE[what]}
     parts: dict[str, Callable[[bool], dict]] = {
         "scan": scan.times,
-        "growth": scan.growth,
-        "memory": scan.memory,
         "step": scan.training_step,
         "writing": scan.writing,
     }
@@ -91,7 +89,6 @@ def parts_of(what: str) -> dict[str, Callable[[bool], dict]]:
         parts |= {
             "cache": speed.cache_gain,
             "steps": speed.training_steps,
-            "step_memory": scan.memory_of_steps,
             "gpt": speed.gpt_beside_transformers,
             "windows": speed.layer_against_window,
             "lengths": speed.writing_by_length,
