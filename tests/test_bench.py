@@ -6,14 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import jaxtyping
-import matplotlib.pyplot as plt
 import pytest
 import torch
 from conftest import refuses
-from matplotlib.figure import Figure
 
-from irann import figures, shakespeare, zoo
-from irann.bench import quality, races, report, scan, speed, stopping, suite
+from irann import shakespeare, zoo
+from irann.bench import quality, races, report, scan, speed, suite
 from irann.checkpoint import CheckpointError
 from irann.lm import LanguageModel
 from irann.training import Recipe, train
@@ -61,7 +59,7 @@ def quick(tmp_path_factory):
 
 
 def test_every_part_is_measured_and_told(quick):
-    out, numbers, page = quick
+    _, numbers, page = quick
     assert list(numbers) == ["torch", "threads", "quick", *suite.parts_of("all")]
     for part in (numbers["scan"], numbers["step"], numbers["cache"], numbers["gpt"]["write"]):
         for name, row in part["rows"].items():
@@ -77,8 +75,6 @@ def test_every_part_is_measured_and_told(quick):
         assert list(part) == list(zoo.MODELS)
     assert len(numbers["parallel"]["diffusion"]) > 1
     assert "steps" not in numbers["parallel"]["gpt"][0]
-    pictures = ("windows", "lengths", "parallel", "learning", "positions")
-    assert {path.name for path in out.glob("*.png")} == {f"all-{name}.png" for name in pictures}
 
 
 def test_shipped_models_are_compared_with_the_real_thing(quick):
@@ -119,8 +115,7 @@ def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, c
     rates = "10 (10, 10) | 100 (100, 100)"
     size = f"{rows['gpt']['parameters']:,}"
     assert f"| gpt | {size} | 1.5000 ± 0.1000 | 2.164 | {rates} |" in page
-    written = {"gpt.json", "gpt.md", "gpt-learning.png", "gpt-positions.png"}
-    assert {path.name for path in tmp_path.iterdir()} == written
+    assert {path.name for path in tmp_path.iterdir()} == {"gpt.json", "gpt.md"}
     timed = [(1, seed) for seed in range(3)] + [(quality.SAMPLES, seed) for seed in range(3)]
     assert asked[-6:] == [(count, 200, 1.0, seed) for count, seed in timed]
 
@@ -232,39 +227,6 @@ def test_a_race_gets_the_seeds_and_the_device_that_are_asked_for(tmp_path, monke
     how = {"quick": True, "out": tmp_path, "seeds": 5, "device": "cuda:1"}
     assert asked == [(("thinker",), how)]
     assert (tmp_path / "thinker.md").read_bytes() == b"h \xe2\x86\x92 x\n"
-
-
-def test_a_picture_is_of_what_its_name_says(tmp_path, monkeypatch, capsys):
-    drawn = {}
-
-    def drawing(name):
-        def draw(*_, ax, against="characters"):
-            ax.set_title(f"{name} {against}" if name == "race" else name)
-
-        return draw
-
-    for name in ("race", "windows", "lengths", "parallel", "learning", "positions"):
-        monkeypatch.setattr(figures, name, drawing(name))
-    monkeypatch.setattr(stopping, "draw", drawing("stopping"))
-    note = lambda figure, path: drawn.update({path.name: figure.axes[0].get_title("left")})  # noqa: E731
-    monkeypatch.setattr(Figure, "savefig", note)
-    report.draw({"race": "models"}, "models", tmp_path)
-    measured = dict.fromkeys(("windows", "lengths", "parallel", "stopping"), {})
-    report.draw(measured | {"models": {"gpt": {"curve": []}}}, "all", tmp_path)
-    assert drawn == {
-        "models-curves.png": "race characters",
-        "models-seconds.png": "race seconds",
-        "all-windows.png": "windows",
-        "all-lengths.png": "lengths",
-        "all-parallel.png": "parallel",
-        "all-learning.png": "learning",
-        "all-positions.png": "positions",
-        "all-line.png": "stopping",
-    }
-    assert not plt.get_fignums()
-    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
-    report.draw({"race": "models"}, "again", tmp_path)
-    assert "no figures without matplotlib: pip install 'irann[book]'" in capsys.readouterr().err
 
 
 def test_another_subject_or_device_is_refused(tmp_path):

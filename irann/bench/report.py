@@ -1,11 +1,8 @@
-"""A report's numbers as a page of Markdown, and as pictures."""
+"""A report's numbers as a page of Markdown."""
 
 import math
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from . import quality, races, speed, stopping
@@ -13,35 +10,6 @@ from .races import Rows
 from .regressions import WIDE
 
 TIMES = ("implementation", "ms, median (lowest, highest)", "times as long as the first")
-
-
-def draw(report: dict, what: str, out: Path) -> None:
-    """The report's figures, beside it: WHAT-NAME.png. Without matplotlib, a message instead."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        print("no figures without matplotlib: pip install 'irann[book]'", file=sys.stderr)
-        return
-    from .. import figures
-
-    figures.use()
-    plots: dict[str, Callable] = {}
-    if "race" in report:
-        plots["curves"] = partial(figures.race, report)
-        plots["seconds"] = partial(figures.race, report, against="seconds")
-    for name in ("windows", "lengths", "parallel"):
-        if name in report:
-            plots[name] = partial(getattr(figures, name), report[name])
-    if any("curve" in row for row in report.get("models", {}).values()):
-        plots["learning"] = partial(figures.learning, report["models"])
-        plots["positions"] = partial(figures.positions, report["models"])
-    if "stopping" in report:
-        plots["line"] = partial(stopping.draw, report["stopping"])
-    for name, plot in plots.items():
-        figure, ax = plt.subplots()
-        plot(ax=ax)
-        figure.savefig(out / f"{what}-{name}.png")
-        plt.close(figure)
 
 
 def markdown(report: dict) -> str:

@@ -125,21 +125,3 @@ def writing(model: Any, quick: bool) -> dict:
 
     runners = {name: partial(write, settings) for name, settings in ways.items()}
     return {"n": n, **speed.in_turn(runners, rounds)}
-
-
-def draw(measured: dict, *, ax: Any) -> Any:
-    """The fixed rounds' line, and below or above it each rule's points."""
-    from .. import figures
-
-    rounds = [int(r) for r in measured["fixed"]]
-    ax.plot(rounds, measured["fixed"].values(), ".-", color=figures.PALE, label="fixed rounds")
-    hues = (figures.colour("thinker"), figures.ACCENT, figures.INK)
-    for (rule, points), hue in zip(measured["rules"].items(), hues, strict=True):
-        nats, means = zip(*sorted(points.values(), key=lambda point: point[1]), strict=True)
-        ax.plot(means, nats, "o-", color=hue, ms=4, lw=1, label=rule)
-    lowest = min(min(nats for nats, _ in points.values()) for points in measured["rules"].values())
-    highest = measured["fixed"]["2"]
-    ax.set(xlim=(1.8, 4.5), ylim=(lowest - 0.005, highest + 0.01), ylabel=figures.NATS)
-    ax.set_xlabel("rounds for each character, mean")
-    ax.legend()
-    return ax

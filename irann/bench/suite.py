@@ -70,7 +70,6 @@ def main(
     page = report.markdown(measured)
     print(page)
     (out / f"{what}.md").write_text(page + "\n", encoding="utf-8")
-    report.draw(measured, what, out)
     return measured
 
 

@@ -8,7 +8,7 @@ import inspect
 import itertools
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -218,30 +218,17 @@ def race(report: dict, *, against: str = "characters", ax: Any = None) -> Any:
     return ax
 
 
-def learning(models: dict, *, ax: Any = None) -> Any:
-    """Draw the validation losses that the models' cards keep, against characters, bounds dashed."""
-    ax = _nats_of_models(models, "curve", lambda characters: characters / 1e6, ax)
-    ax.set(xlabel="millions of characters trained on", ylabel=f"validation, {NATS}")
-    return ax
-
-
 def positions(models: dict, *, ax: Any = None) -> Any:
     """Draw what a character costs against its position in the window, bounds dashed."""
-    ax = _nats_of_models(models, "by_position", lambda position: position + 1, ax)
-    ax.set(xlabel="position in the window", ylabel=NATS, title="What a longer past is worth")
-    return ax
-
-
-def _nats_of_models(models: dict, key: str, scaled: Callable, ax: Any) -> Any:
-    """Draw each model's nats under `key` against the numbers beside them, on a log scale."""
     ax = _axes(ax)
     for name, row in models.items():
-        if key in row:
-            points = [(scaled(x), nats) for x, nats in row[key]]
+        if "by_position" in row:
+            points = [(position + 1, nats) for position, nats in row["by_position"]]
             style = {"color": colour(name), "ls": _dashes(row), "marker": "o", "ms": 4}
             ax.plot(*zip(*points), label=name, **style)
     ax.set_xscale("log")
     _plain(ax.xaxis)
+    ax.set(xlabel="position in the window", ylabel=NATS, title="What a longer past is worth")
     ax.legend()
     return ax
 
