@@ -149,6 +149,7 @@ FORMS = """1.70 1.4796 1.4737 1.737 1.697 1.654 1.656 1.623 1.741 1.718 1.693 1.
 1.652 1.662 1.643 1.5401 1.5375 1.657 1.5027 1.5022 1.5007 1.5035 1.4969 1.4981 1.3569 1.3676 1.3565
 1.3645 1.054"""
 ELSEWHERE = {
+    "01b_recipe": dict.fromkeys("0.27 0.15 0.08 0.05 0.07".split(), "the legend of the picture"),
     "02_thinker": dict.fromkeys(("5.25", "5.625"), "sums by hand"),
     "03c_page": {"2.186": "a log of that race with the later form"},
     "02b_forms": {"0.053": "chapter 5: 0.0730 - 0.0202", "0.093": "chapter 5: 0.0730 + 0.0202"}

@@ -18,7 +18,7 @@ from irann.lm import LanguageModel
 from irann.text import Text
 
 REPORTS = Path(__file__).parents[1] / "book/report"
-TEXT = {"0.8": {"words": 0.5, "longest copy": 7}, "1.0": {"words": 0.25, "longest copy": 9}}
+TEXT = {"0.8": {"words": 0.5, "of all": 7}, "1.0": {"words": 0.25, "of all": 9}}
 
 
 @pytest.fixture
@@ -357,14 +357,14 @@ def test_nll_in_equal_windows_gives_no_character_a_longer_past(pages):
 
 
 def test_text_quality_keeps_the_means_of_what_is_written(short, monkeypatch):
-    measured = {"0.8": {"words that exist": quality.interval([0.25, 0.75]), "longest copy": 7}}
+    measured = {"0.8": {"words that exist": quality.interval([0.25, 0.75]), "of all": 7}}
 
     def written(model, text, count, n):
         assert (model, text, count, n) == ("a", short, 3, 60)
         return measured, {}
 
     monkeypatch.setattr(quality, "written", written)
-    means = {"0.8": {"words that exist": 0.5, "longest copy": 7}}
+    means = {"0.8": {"words that exist": 0.5, "of all": 7}}
     assert races.text_quality("a", short, 3, 60) == means
 
 

@@ -1,4 +1,4 @@
-"""What text looks like from outside: existing words, copies, repetition, a judge without network.
+"""What text looks like from outside: words that exist, copies, a judge without network.
 
 The measures read strings and know of no model; `samples` and `written` ask one for them. `Corpus`
 holds what is remembered of the training text. Parts of a whole are fractions from 0 to 1.
@@ -19,7 +19,6 @@ from ..text import Text, Vocabulary
 WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 ORDER = 6  # of the judge: how many characters before it sees
 COPIED = 20  # characters in a row that count as copied
-LONGEST_VERSE = 66
 SAMPLES, LENGTH = 8, 400  # texts that a model is measured by, and their characters
 TEMPERATURES = (0.8, 1.0)
 
@@ -28,7 +27,6 @@ class Corpus:
     """A training text, prepared: its words, its runs, and a judge that was counted, not trained."""
 
     def __init__(self, text: str):
-        self.text = text
         self.words = {word.lower() for word in words(text)}
         self.runs = set(runs(text, COPIED))
         self.symbols = len(set(text))
@@ -64,14 +62,6 @@ class Corpus:
         """-> the fraction of the text's runs of 20 characters that stand in the training text."""
         return fraction([run in self.runs for run in runs(text, COPIED)])
 
-    def longest_copy(self, text: str) -> int:
-        """-> the length of the longest passage that stands in the training text."""
-        best = 0
-        for i in range(len(text)):
-            while i + best < len(text) and text[i : i + best + 1] in self.text:
-                best += 1
-        return best
-
 
 @functools.lru_cache(1)
 def counted(train: str) -> Corpus:
@@ -100,36 +90,26 @@ def written(
     rows, first = {}, {}
     for temperature in TEMPERATURES:
         texts = samples(model, text.vocabulary, count, n, temperature)
-        rows[str(temperature)] = report(texts, corpus, reference(text))
+        rows[str(temperature)] = report(texts, corpus)
         first[str(temperature)] = texts[0]
     return rows, first
 
 
 def real(text: Text, count: int = SAMPLES, n: int = LENGTH) -> dict:
-    """-> what pieces of the validation part look like: a model's measures, of the real thing."""
+    """-> a model's measures, of the real thing: pieces of the validation part's first half."""
     first = text.vocabulary.decode(text.val[: len(text.val) // 2])
     pieces = [first[i * len(first) // count :][:n] for i in range(count)]
-    return report(pieces, counted(text.vocabulary.decode(text.train)), reference(text))
+    return report(pieces, counted(text.vocabulary.decode(text.train)))
 
 
-def reference(text: Text) -> str:
-    """-> the text to resemble: validation's second half, so that `real`'s pieces are not in it."""
-    return text.vocabulary.decode(text.val[len(text.val) // 2 :])
-
-
-def report(samples: list[str], corpus: Corpus, reference: str) -> dict:
-    """-> every measure, means with intervals over samples; `reference`: the text to resemble."""
+def report(samples: list[str], corpus: Corpus) -> dict:
+    """-> every measure: means with intervals over samples, and `different words` of all of them."""
     per_text = {
         "words that exist": corpus.existing,
         "judge, nats per character": corpus.judge,
         "copied runs of 20": corpus.copied,
-        "repeated runs of 4 words": repeated,
-        "lines in form": in_form,
     }
     rows: dict = {name: interval([of(text) for text in samples]) for name, of in per_text.items()}
-    rows["longest copy"] = max(corpus.longest_copy(text) for text in samples)
-    trigrams = Counter(run for text in samples for run in runs(text, 3))
-    rows["trigram divergence"] = divergence(trigrams, Counter(runs(reference, 3)))
     all_words = [word.lower() for text in samples for word in words(text)]
     rows["different words"] = len(set(all_words)) / max(1, len(all_words))
     return rows
@@ -149,29 +129,6 @@ def runs(items: Sequence, n: int) -> list:
 
 def fraction(true: list[bool]) -> float:
     return sum(true) / len(true) if true else 0.0
-
-
-def divergence(a: Counter, b: Counter) -> float:
-    """-> Jensen-Shannon divergence of counts, in nats: 0 for equal fractions, ln 2 if disjoint."""
-    n = a.total()
-    m = b.total()
-    nats = 0.0
-    for key in a.keys() | b.keys():
-        p, q = a[key] / n, b[key] / m
-        nats += sum(x * math.log(2 * x / (p + q)) for x in (p, q) if x) / 2
-    return nats
-
-
-def repeated(text: str, n: int = 4) -> float:
-    """-> the fraction of runs of n words that stood in the same text before."""
-    found = [tuple(run) for run in runs([word.lower() for word in words(text)], n)]
-    return 1 - len(set(found)) / len(found) if found else 0.0
-
-
-def in_form(text: str) -> float:
-    """-> the fraction of lines as in the plays: within the longest verse, no blank at an end."""
-    lines = text.split("\n")[1:-1]
-    return fraction([len(line) <= LONGEST_VERSE and line == line.strip() for line in lines])
 
 
 def interval(values: list[float], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
