@@ -180,16 +180,7 @@ def _models(rows: Rows) -> list[str]:
         for name, row in rows.items()
         if "missing" in row or "parameters" in row
     ]
-    trained = {name: row for name, row in rows.items() if "parameters" in row}
     page = section("Models", ["model", *header], lines)
-    page += _by_position({name: row["by_position"] for name, row in trained.items()})
-    curves = {name: row["curve"] for name, row in trained.items() if "curve" in row}
-    if curves:
-        title = "Validation while training: nats per character after millions of characters"
-        page += ["", f"## {title}", ""]
-    for name, curve in curves.items():
-        points = ", ".join(f"{nats:.3f} after {seen / 1e6:.1f}" for seen, nats in curve)
-        page.append(f"- {name}: {points}")
     for temperature in map(str, quality.TEMPERATURES):
         title = f"Text at temperature {temperature} (means, and bootstrap intervals over the texts)"
         texts = {k: row["quality"][temperature] for k, row in rows.items() if "quality" in row}
@@ -209,20 +200,6 @@ def _model(row: dict) -> list[str]:
     if not row.get("measured", True):
         nats += " (from its card)"
     return [f"{row['parameters']:,}", nats, f"{bound(row)}{nll / math.log(2):.3f}", *rates]
-
-
-def _by_position(rows: dict[str, list]) -> list[str]:
-    """What a longer past is worth: mean nats from each position in the window to the next."""
-    if not rows:
-        return []
-    positions = sorted({position for row in rows.values() for position, _ in row})
-    first, *others = (position + 1 for position in positions)
-    lines = []
-    for name, row in rows.items():
-        nats = dict(row)
-        lines.append([name, *(f"{nats[p]:.3f}" if p in nats else "" for p in positions)])
-    title = "Nats per character, by position in the window"
-    return section(title, ["model", f"from position {first}", *others], lines)
 
 
 def _texts(title: str, rows: dict[str, dict], cell: Callable[[Any], str]) -> list[str]:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ ALONE: dict[str, Callable[[bool], dict]] = {
     "stopping": stopping.stopping,
     "regressions": regressions.regressions,
 }
-EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # of the stretches of a window that are told apart
+EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # where stretches of a window begin
 
 
 def main(
@@ -175,7 +176,6 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
 def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n: int) -> dict:
     card = model.card or {}
     row = {"parameters": model.num_parameters, "exact": model.exact}
-    row |= {key: card[key] for key in ("characters", "curve") if key in card}
     row["weights"] = weights_of(card)
     if quick:
         row |= {"nats_per_char": card.get("validation"), "measured": False}
@@ -207,11 +207,13 @@ def weights_of(card: dict) -> str:
 
 
 def by_position(model: Any, text: Any, pages: int = 60) -> list[list[float]]:
-    """-> pairs: a position in the window, mean nats from there to the next; over some windows."""
+    """-> pairs: a position in the window, mean nats from there to the next (the last: to the end),
+    of each model the same first windows of the validation part.
+    """
     window = model.config.window
     ids = text.val[: pages * window + 1].unfold(0, window + 1, window)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad(), evaluating(model):
         nats = torch.cat([model.nll(part, generator=generator) for part in ids.split(20)]).mean(0)
-    stretches = zip(EDGES, EDGES[1:], strict=False)
-    return [[a, nats[a:b].mean().item()] for a, b in stretches if a < len(nats)]
+    edges = [edge for edge in EDGES if edge < window]
+    return [[a, nats[a:b].mean().item()] for a, b in pairwise([*edges, window])]
