@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from irann.text import Text
 from irann.training import evaluate, train
 
 NAMES = sorted(zoo.MODELS)
+TEACHERS = ["gpt", "mamba", "thinker"]
+BOOK = Path(__file__).parent.parent / "book"
 MADE = dict.fromkeys(NAMES, ("gpu", {}))  # by which recipe, changed how
 MADE["thinker"] = (
     "full",
@@ -35,7 +38,7 @@ def card(name):
 
 def test_every_model_ships_and_is_small():
     sizes = [path.stat().st_size for path in zoo.WEIGHTS.glob("*.safetensors")]
-    assert zoo.shipped() == NAMES
+    assert zoo.shipped() == sorted([*NAMES, "gpt-distilled"])
     assert max(sizes) <= 16e6 and sum(sizes) <= 50e6
 
 
@@ -54,6 +57,20 @@ def test_the_card_tells_how_it_was_made(name):
     assert told["hours"] > 0
     assert told["parameters"] == sum(p.numel() for p in model.parameters())
     assert told["exact"] == model.exact
+
+
+def test_what_is_learnt_from_others_ships_beside_them():
+    told, model = card("gpt-distilled"), zoo.load("gpt-distilled")
+    assert told["command"] == "python book/distil.py" and told["teachers"] == TEACHERS
+    assert model.num_parameters == zoo.load("gpt").num_parameters
+    assert told["validation"] < min(card(name)["validation"] for name in TEACHERS)
+    assert told["characters"] == told["step"] * told["recipe"]["batch"] * model.config.window
+    report = json.loads((BOOK / "report" / "distillation.json").read_text())["nats"]
+    assert report["gpt-distilled"] == told["validation"]
+    assert all(
+        report[name] == pytest.approx(card(name)["validation"], abs=1e-4)
+        for name in ("gpt", "mamba")
+    )
 
 
 def test_the_likelihood_is_the_card_s(text):
@@ -89,7 +106,7 @@ def test_the_bound_is_near_the_card_s(name, text):
     assert 0 < told["standard_error"] < 0.03
 
 
-@pytest.mark.parametrize("name", ["gpt", "mamba"])
+@pytest.mark.parametrize("name", ["gpt", "mamba", "gpt-distilled"])
 def test_the_sample_can_be_had_again(name):
     told = card(name)["sample"]
     *_, draft = lm.stream(

@@ -201,7 +201,7 @@ def beside_pytorch(quick: bool) -> dict:
     n, rounds = (8, 1) if quick else (64, 9)
     able, missing = hosts()
     rows: dict[str, dict] = {}
-    for name in zoo.shipped():
+    for name in sorted(zoo.MODELS.keys() & zoo.shipped()):
         model: Any = zoo.load(name)
         ids = model.vocabulary.encode("ROMEO:\n")
         runners = {"PyTorch": greedy(model, ids, n)}

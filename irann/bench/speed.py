@@ -223,7 +223,7 @@ def speed_against_quality(quick: bool, corpus: Corpus, vocabulary: Vocabulary) -
     """Existing words, judge and characters per second of all that ships; page models by steps."""
     counts, samples, n = ((2, 4), 1, 32) if quick else ((4, 8, 16, 32, 64), 6, 192)
     rows: dict[str, list] = {}
-    for name in zoo.shipped():
+    for name in sorted(zoo.MODELS.keys() & zoo.shipped()):
         model = zoo.load(name)
         choices = [{"steps": count} for count in counts] if "steps" in model.settings else [{}]
         given = (samples, n, corpus, vocabulary)
