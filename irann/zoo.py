@@ -171,8 +171,12 @@ def build(name: str, config: Any = None, *, seed: int = 1337, **sizes: Any) -> L
         listed = ", ".join(config.settings())
         raise InputError(f"{unknown[0]} is no size of {name}; there are {listed}")
     config = dataclasses.replace(config, **sizes)
-    with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED.check("seed", seed))
+    seed = SEED.check("seed", seed)
+    on_cpu = torch.get_default_device().type == "cpu"
+    gpus = [] if on_cpu else range(torch.cuda.device_count())
+    with GLOBAL_GENERATOR, torch.random.fork_rng(gpus):
+        drawn_from = torch.default_generator if on_cpu else torch  # which seeds all devices
+        drawn_from.manual_seed(seed)
         return entry(name).model(config)
 
 

@@ -199,11 +199,12 @@ def test_a_vocabulary_of_another_size_is_not_taken_for_the_model_s(tmp_path, sma
         zoo.load(tmp_path / "mine")
 
 
-def test_weights_are_drawn_by_the_seed_and_from_nobody_else_s_generator():
+def test_weights_are_drawn_by_the_seed_and_from_nobody_else_s_generator(monkeypatch):
     config, recipe = zoo.recipe("gpt", "tiny")
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda _: pytest.fail("GPUs are seeded"))
     plain, same, other = (
         zoo.build("gpt", config, **seed).wte.weight for seed in ({}, {"seed": 1337}, {"seed": 1})
     )
