@@ -366,7 +366,8 @@ def _assemble(
     if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(f"{path} holds a {kind!r}; this irann knows {', '.join(kinds)}")
     try:
-        model = kinds[kind].model(kinds[kind].config(**card["config"]))
+        with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):  # first weights are drawn, too
+            model = kinds[kind].model(kinds[kind].config(**card["config"]))
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in weights:
                 tensor.data = tensor.data.to(weights[name].dtype)

@@ -536,15 +536,22 @@ def test_of_a_training_that_was_begun_nobody_says_that_nothing_was_trained(small
         assert any("nothing was trained" in str(one.message) for one in told) != begun
 
 
-def test_another_thread_that_writes_leaves_training_undisturbed(small):
-    def losses(writing):
+@pytest.mark.parametrize("work", ["writes", "loads"])
+def test_another_thread_that_draws_leaves_training_undisturbed(small, tmp_path, work):
+    """From the global generator."""
+
+    def losses(disturbed):
         model, recipe = tiny(steps=30, dropout=0.2, evaluate_every=0)
         model.vocabulary = small.vocabulary
+        saved = irann.save(model, tmp_path / "saved")
         got = []
         trainer = threading.Thread(target=lambda: got.extend(train(model, small, recipe)))
         trainer.start()
-        while writing and trainer.is_alive():
-            lm.generate(model, "to", 10)  # from the global generator
+        while disturbed and trainer.is_alive():
+            if work == "loads":
+                irann.load(saved)
+            else:
+                lm.generate(model, "to", 10)
         trainer.join()
         return [tick.loss for tick in got]
 
