@@ -119,7 +119,7 @@ def test_a_compiler_without_openmp_will_do(fresh, monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(cc))
     one = torch.ones(1, 1, 1)
     assert selective_scan(one, one, 0 * one[0], one, one, method="native")[0].item() == 1
-    assert f"built by {cc} without OpenMP, {fresh}" in native.built(1, torch.float32)
+    assert f"built by {cc} without OpenMP, {fresh}" in native.kernel(1, torch.float32)[1]
 
 
 def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
@@ -141,7 +141,7 @@ def test_what_was_built_before_is_taken_as_it_is(fresh, monkeypatch):
     (built,) = fresh.glob("*.so")
     monkeypatch.setattr(native, "_compile", lambda *_: pytest.fail("built again"))
     assert selective_scan(one, one, 0 * one[0], one, one, method="native")[0].item() == 1
-    assert native.built(1, torch.float32).endswith(str(built))
+    assert native.kernel(1, torch.float32)[1].endswith(str(built))
 
 
 @needs_compiler

@@ -84,7 +84,7 @@ for _constant in (fastest, why_not):
 def describe(n: int = 16, dtype: torch.dtype = torch.float32) -> str:
     """-> the method that `auto` takes on the CPU and on the GPU here, and why no faster one."""
     reason = why_not("native", "cpu", n, dtype)
-    note = f"no C kernel: {reason}" if reason else native.built(n, dtype)
+    note = f"no C kernel: {reason}" if reason else native.kernel(n, dtype)[1]
     lines = [f"cpu: {fastest('cpu', n, dtype)} ({note})"]
     if torch.cuda.is_available():
         reason = why_not("triton", "cuda", n, dtype)

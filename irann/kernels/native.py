@@ -14,7 +14,6 @@ import shlex
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad
@@ -79,7 +78,8 @@ def _parts(u):
 
 
 def _call(name, u, n, inputs, outputs):
-    function = getattr(_kernel(n, u.dtype).library, name)
+    library, _ = kernel(n, u.dtype)
+    function = getattr(library, name)
     inputs = [x.contiguous() for x in inputs]
     sizes = (*u.shape, *_parts(u), torch.get_num_threads())
     function(*(x.data_ptr() for x in (*inputs, *outputs)), *sizes)
@@ -93,23 +93,12 @@ def why_not(n: int, dtype: torch.dtype) -> str:
         return f"it is for 1 to 64 states; got {n}"
     if dtype not in REALS:
         return f"it is for float32 and float64; got {dtype}"
-    kernel = _kernel(n, dtype)
-    return "" if kernel.library else kernel.note
+    library, note = kernel(n, dtype)
+    return "" if library else note
 
 
-def built(n: int, dtype: torch.dtype) -> str:
-    """-> where the kernel for n states of a dtype lies, and how it was built."""
-    return _kernel(n, dtype).note
-
-
-class Kernel(NamedTuple):
-    """scan.c, loaded, and how it was built; or None, and the reason."""
-
-    library: ctypes.CDLL | None
-    note: str
-
-
-def _kernel(n, dtype):
+def kernel(n: int, dtype: torch.dtype) -> tuple[ctypes.CDLL | None, str]:
+    """-> scan.c for n states of a dtype, loaded, and how it was built; or None, and the reason."""
     return _build(n, dtype, os.environ.get("CC"))
 
 
@@ -124,7 +113,7 @@ def _build(n, dtype, cc):
         for openmp in Path(torch.__file__).parent.glob("lib/lib*omp*"):
             ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's own threads, for scan.c
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
-        return Kernel(None, f"no C compiler ({error})")
+        return None, f"no C compiler ({error})"
     reason = ""
     for threads in ("-fopenmp",), ():
         options = (*OPTIONS, f"-DN={n}", f"-DSPAN={SPAN}", *REALS[dtype], *threads)
@@ -140,8 +129,8 @@ def _build(n, dtype, cc):
         library.forward.argtypes = [ctypes.c_void_p] * 9 + [ctypes.c_long] * 6
         library.backward.argtypes = [ctypes.c_void_p] * 13 + [ctypes.c_long] * 6
         with_threads = "with OpenMP" if threads else "without OpenMP"
-        return Kernel(library, f"built by {shlex.join(compiler)} {with_threads}, {path}")
-    return Kernel(None, reason)
+        return library, f"built by {shlex.join(compiler)} {with_threads}, {path}"
+    return None, reason
 
 
 def _compile(compiler, options, source, path):
