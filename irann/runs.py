@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 from . import checkpoint, shakespeare, zoo
 from .checkpoint import CheckpointError
@@ -216,21 +217,14 @@ def picture(run: Path, path: Path) -> Path:
 
     from . import figures
 
-    rows = metrics(run)
+    ticks = [SimpleNamespace(**{"validation": None} | row) for row in metrics(run)]
     figures.use()
-    figure, ax = plt.subplots()
-    ax.plot([row["step"] for row in rows], [row["loss"] for row in rows], lw=0.8, label="training")
-    validated = [
-        (row["step"], row["validation"]) for row in rows if row.get("validation") is not None
-    ]
-    if validated:
-        ax.plot(*zip(*validated), "o-", label="validation")
-    ax.set(xlabel="step", ylabel=figures.NATS, title=str(run))
-    ax.legend()
+    ax = figures.learning_curve(ticks, against="step", references={}, label="training")
+    ax.set_title(str(run))
     try:
-        figure.savefig(path)
+        ax.figure.savefig(path)
     except ValueError as error:  # an ending that is no picture's
         raise InputError(f"{path} cannot be drawn: {error}") from None
     finally:
-        plt.close(figure)
+        plt.close(ax.figure)
     return path
