@@ -319,6 +319,15 @@ def test_what_makes_no_sense_is_named():
             schedule.evenly(count)
 
 
+def test_levels_inside_vmap_are_those_outside_and_none_is_taken_for_another():
+    schedule, x, tau = Schedule("cosine", 10), draw(3, 2), torch.tensor([1, 5, 10])
+    noise_rows = torch.func.vmap(schedule.noise)
+    assert torch.equal(noise_rows(x, tau, x), schedule.noise(x, tau, x))
+    for shift in (-1, 1):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            noise_rows(x, tau + shift, x)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(2, 1000))
 def test_levels_evenly_spaced_reach_both_ends(data, steps):

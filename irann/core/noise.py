@@ -15,6 +15,7 @@ rest is free.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
@@ -93,13 +94,18 @@ class Schedule:
         if tau.ndim and x.ndim and len(tau) != len(x) and 1 not in (len(tau), len(x)):
             got = f"{len(tau)} beside x {tuple(x.shape)}"
             raise ValueError(f"there is one tau for all rows or one for each; got {got}")
-        # Looking would make a GPU wait, and it checks indices itself; a compiler cannot look.
+        # Looking would make a GPU wait, and a compiler and vmap cannot look; `index_select` refuses
+        # what is outside by itself, below too, where table[-1] would be the last level.
         look = tau.device.type == "cpu" and not torch.compiler.is_compiling()
-        if look and tau.numel() and not (tau.min() >= 1 and tau.max() <= self.steps):
-            got = f"{int(tau.min())}..{int(tau.max())}"
-            raise ValueError(f"noise levels of this schedule are 1..{self.steps}; got {got}")
-        entry = table.to(x)[tau.to(x.device, torch.long) - 1]  # uint8 would be a mask
-        return entry.reshape(entry.shape + (1,) * (x.ndim - entry.ndim))
+        if look and tau.numel():
+            with suppress(RuntimeError):
+                if not (tau.min() >= 1 and tau.max() <= self.steps):
+                    got = f"{int(tau.min())}..{int(tau.max())}"
+                    raise ValueError(
+                        f"noise levels of this schedule are 1..{self.steps}; got {got}"
+                    )
+        entry = table.to(x).index_select(0, tau.reshape(-1).to(x.device, torch.long) - 1)
+        return entry.reshape(tau.shape + (1,) * (x.ndim - tau.ndim))
 
     def noise(self, x0: Data, tau: Level, eps: Data) -> Data:
         """From clean data to noise level tau in one jump (eq. 4 of Ho et al.).
