@@ -176,9 +176,12 @@ class Reader(LanguageModel):
     def forward(self, ids: Ids) -> Float[Tensor, "b t v"]:
         return self.read(self.check_ids(ids))[0]
 
-    def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
+    def nll(self, ids: Ids, *, generator: Generator | None = None, **settings: Any) -> Nats:
+        """`settings` are those of `read`."""
         ids = self.check_ids(ids)
-        return cross_entropy(self.read(ids[:, :-1])[0], ids[:, 1:])
+        own = check_settings(self, settings, sampling=False)
+        read = partial(self.read, generator=generator, **own) if self.settings else self.read
+        return cross_entropy(read(ids[:, :-1])[0], ids[:, 1:])
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         """`nats_per_char`; with `targets` (b t v) among the draws, cross-entropy with those."""

@@ -273,6 +273,10 @@ def test_a_reader_writes_with_settings_of_its_own():
     assert plain.ids.tolist() == [[1, 2, 3, 4]] and louder.ids.tolist() == [[1, 4, 7, 0]]
     with refuses("by is a whole number from 0 to 9"):
         Louder().generate(torch.tensor([[1]]), 3, by=10)
+    text = torch.tensor([[1, 4, 7, 0]])
+    assert (Louder().nll(text, by=3) < Louder().nll(text)).all()
+    with refuses("by is a whole number from 0 to 9"):
+        Louder().nll(text, by=10)
 
 
 def test_generate_from_text(corpus):
