@@ -622,6 +622,13 @@ def test_a_row_does_not_depend_on_its_neighbours_and_a_draft_is_its_receivers(mo
     assert torch.equal(ids, text(4, 30))
 
 
+def test_no_rows_are_no_trouble():
+    model, none = tiny(), torch.zeros(0, 5, dtype=torch.long)
+    *_, written = model.generate(none, 4, steps=2)
+    *_, filled = model.infill(none, torch.arange(5) > 2, steps=2)
+    assert written.ids.shape == (0, 9) and filled.ids.shape == (0, 5)
+
+
 def test_steps_follow_the_model():
     """A default lies in its own range, however few noise levels there are; as an instance's
     settings say.

@@ -323,7 +323,8 @@ class Diffusion(Denoiser):
             mask = mask & (position >= settled[:, None])  # what has settled is known from here on
             note = {"level": tau, "sure": round(sure.mean().item(), 3)}
             if tau_next:
-                yield Draft(torch.where(mask, nearest, ids), int(settled.min()), note)
+                first = min(settled.tolist(), default=ids.shape[1])
+                yield Draft(torch.where(mask, nearest, ids), first, note)
             else:
                 yield Draft(ids, ids.shape[1], note)
 
