@@ -238,8 +238,8 @@ def guided(
     scale = (1 - schedule.alpha_bar) / schedule.alpha_bar.sqrt()
 
     def guided_denoiser(x: Tensor, tau: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x_tau = x.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            x_tau = x.detach().clone().requires_grad_()  # made in inference mode, x may not
             (slope,) = torch.autograd.grad(guide(x_tau, tau).sum(), x_tau)
         return denoiser(x, tau) + strength * schedule.at(scale, tau, x) * slope
 

@@ -331,6 +331,8 @@ class Diffusion(Denoiser):
     def _guided(self, x0, x, level, ids, mask, how):
         """The guess x0, moved by the guide, which sees known positions without their noise."""
         known = self.schedule.noise(self.embeddings[ids], level, torch.zeros_like(x))
+        with torch.inference_mode(False):  # made in inference mode, autograd would not keep them
+            mask, known = mask.clone(), known.clone()
 
         def seen(x: Tensor, level: Tensor) -> Tensor:
             return how.guide(torch.where(mask[..., None], x, known), level)
