@@ -61,6 +61,7 @@ class Schedule:
             betas = torch.linspace(
                 0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu"
             )
+            betas[-1] = 20 / steps  # also where the last step is the first
         else:
             u = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
             curve = self.curves[name](u)
