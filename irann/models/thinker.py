@@ -105,7 +105,10 @@ class Thinker(RecurrentDepth, Reader):
         return loss, {"nats_per_char": nats[..., -1].mean().detach()} | parts
 
     def nll(self, ids: Ids, *, generator: Generator | None = None, **settings: Any) -> Nats:
-        """Exact, whatever the rule of stopping; see `read` for the settings."""
+        """Exact, whatever the rule of stopping; see `read` for the settings.
+
+        With stop=sampled it is that of the rounds drawn, on average a bound of the whole.
+        """
         ids = self.check_ids(ids)
         logits, _ = self.read(ids[:, :-1], packed=True, generator=generator, **settings)
         return cross_entropy(logits, ids[:, 1:])
