@@ -287,7 +287,8 @@ def test_memory_is_flat(name, small, unchecked):
         "diffusion": {"layers": 1, "heads": 1, "page": 8, "levels": 100},
     }
     sizes = sizes.get(name, {"heads": 1, "rounds": 2}) | {"window": 8, "width": 8}
-    config, recipe = zoo.recipe(name, "tiny", steps=last + 1, batch=1, evaluate_every=0, **sizes)
+    changes = {"batch": 1, "evaluate_every": 0, "optimizer": "muon" if name == "gpt" else "adamw"}
+    config, recipe = zoo.recipe(name, "tiny", steps=last + 1, **changes, **sizes)
     pages = []
     for tick in train(
         zoo.build(name, config), Text(small.train, small.val[:50], small.vocabulary), recipe
