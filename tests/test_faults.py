@@ -422,9 +422,15 @@ print("the cell goes on")
 def test_an_interrupted_generating_cell_returns_what_there_is(name, kernel):
     settings = ", steps=2" if name == "diffusion" else ""
     code = f"""
-import threading
+from irann.chat.session import Session
 model = irann.load({name!r})
-threading.Timer(1.5, lambda: print("now", flush=True)).start()
+generate = model.generate
+def telling(*given, **how):
+    for n, draft in enumerate(generate(*given, **how)):
+        if n == 40:
+            print("now", flush=True)
+        yield draft
+model.generate = telling
 text = irann.generate(model, "ROMEO:", 200_000, seed=1{settings})
 """
     reply, _ = kernel(code, interrupt_at="now")
@@ -432,14 +438,11 @@ text = irann.generate(model, "ROMEO:", 200_000, seed=1{settings})
     reply, printed = kernel(
         f"print(len(text)); print(repr(irann.generate(model, 'ROMEO:', 5, seed=1{settings})))"
     )
-    assert (
-        reply["status"] == "ok" and 6 <= int(printed.split()[0]) < 200_006 and "'ROMEO:" in printed
-    )
+    assert reply["status"] == "ok" and "'ROMEO:" in printed
+    assert 6 <= int(printed.split()[0]) < 200_006
     code = """
-from irann.chat.session import Session
 session = Session(model, length=100_000, mode="plain")
 session.say("ROMEO:")
-threading.Timer(1.5, lambda: print("now", flush=True)).start()
 for frame in session.reply():
     pass
 """
@@ -449,7 +452,7 @@ for frame in session.reply():
         "session.set('length', 20); list(session.reply()); print(len(session.turns), "
         "session.turns[-1].ended)"
     )
-    assert reply["status"] == "ok" and printed.split()[1] == "length"
+    assert reply["status"] == "ok" and printed.split()[-1] == "length"
 
 
 def test_a_notebook_with_a_failing_cell_is_not_stored_not_passed_and_not_built(tmp_path):
