@@ -19,6 +19,7 @@ import termios
 import time
 import types
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -195,11 +196,15 @@ def test_a_sample_reads_a_prompt_as_it_is_and_ends_its_line_at_ctrl_c(run, train
     monkeypatch.setattr(sys, "stdin", io.StringIO("\nROMEO:\n"))
     assert run("sample", trained, "--prompt", "-", "--length", 1)[1].startswith("\nROMEO:\n")
 
-    def interrupted(*_, **__):
+    def interrupted(*given, **how):
+        yield from islice(stream(*given, **how), 4)
         raise KeyboardInterrupt
 
+    stream = irann.lm.stream
     monkeypatch.setattr("irann.lm.stream", interrupted)
-    assert run("sample", trained) == (130, "\n", "")
+    for model, steps in ((trained, ()), ("diffusion", ("--steps", 2))):
+        code, out, err = run("sample", model, "--prompt", "ROMEO:", *steps)
+        assert (code, err) == (130, "") and re.fullmatch(r"ROMEO:.+\n", out, re.DOTALL)
 
 
 def test_what_a_training_tells_is_the_mean_of_its_last_twenty_steps_in_nats(capsys):

@@ -300,20 +300,9 @@ def test_memory_is_flat(name, small, unchecked):
     assert sum(grown[:-1]) * resource.getpagesize() < limit * 3 * quarter
 
 
-@by_letters_and_by_pages
-def test_ctrl_c_while_sampling_keeps_what_was_written(name, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "irann",
-        "sample",
-        name,
-        "--length",
-        "1000000",
-        "--prompt",
-        "ROMEO:",
-    ]
-    command += ["--steps", "2"] if name == "diffusion" else []
+def test_ctrl_c_while_sampling_keeps_what_was_written(tmp_path):
+    command = [sys.executable, "-m", "irann", "sample", "gpt", "--length", "1000000"]
+    command += ["--prompt", "ROMEO:"]
     with (
         open(tmp_path / "out", "w") as out,
         subprocess.Popen(command, stdout=out, stderr=subprocess.PIPE, text=True, env=ENV) as writer,
