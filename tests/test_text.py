@@ -66,7 +66,7 @@ def server(monkeypatch):
     http = HTTPServer(("127.0.0.1", 0), Handler)
     http.status = 200
     http.missing = 0  # how many of the promised bytes never come
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(shakespeare, "URL", f"http://127.0.0.1:{http.server_port}/input.txt")
     yield http
     http.shutdown()
