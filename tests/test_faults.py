@@ -547,20 +547,14 @@ def test_jupyter_s_defaults_are_never_weakened():
     """No flag and no config of ours opens the server, drops its token or its origin checks, or
     trusts a notebook unseen.
     """
-    loose = (
-        "allow_origin",
-        "disable_check_xsrf",
-        "allow_remote_access",
-        "allow_root",
-        "allow-root",
-    )
-    loose += ("0.0.0.0", "IdentityProvider.", "ServerApp.", "NotebookApp.")
+    loose = "allow_origin disable_check_xsrf allow_remote_access allow_root allow-root 0.0.0.0 "
+    loose += "IdentityProvider. ServerApp. NotebookApp."
     known = "--ServerApp.jpserver_extensions={'jupyterlab_jupytext': False}"  # irann book's
     looked_at = sources()
     assert len(looked_at) > 50
     for path in looked_at:
         text = path.read_text().replace(known, "")
-        assert not [word for word in loose if word in text], path
+        assert not [word for word in loose.split() if word in text], path
         assert (
             "jupyter_server_config" not in path.name and "jupyter_notebook_config" not in path.name
         )
