@@ -111,26 +111,12 @@ def test_no_name_of_the_package_hides_a_submodule():
         assert importlib.import_module(f"irann.{name}") is getattr(irann, name)
 
 
-def test_without_widgets_all_is_there_and_the_chat_says_what_it_needs():
-    result = subprocess.run(
-        [sys.executable, PROGRAMS / "without_widgets.py"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT.parent)},
-    )
-    assert "needs ipywidgets and IPython: pip install 'irann[book]'" in result.stdout
-
-
-def test_importing_irann_loads_no_widgets_and_no_plots():
-    code = (
-        "import irann, sys; print(sorted({'ipywidgets', 'matplotlib', 'IPython', 'typer', "
-        "'transformers', 'triton'} & set(sys.modules)))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
+def test_a_newcomer_s_import_needs_no_widgets_and_no_plots_and_brings_all_that_is_told():
+    command = [sys.executable, PROGRAMS / "without_widgets.py"]
+    tree = os.environ | {"PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=tree)
+    assert done.returncode == 0, done.stderr
+    assert "needs ipywidgets and IPython: pip install 'irann[book]'" in done.stdout
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
