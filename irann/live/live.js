@@ -306,7 +306,7 @@ const spoken = sign => ({ "\n": "line end", " ": "space" })[sign] || sign;
 // A piece holds its controls by name; their values are its state, which a link keeps.
 class Piece {
   constructor(box, kind, models) {
-    Object.assign(this, { box, kind, models, controls: {}, started: false });
+    Object.assign(this, { box, kind, models, controls: {}, started: false, turn: 0 });
     this.tools = h("div", { class: "irann-tools" });
     this.out = h("div", { class: "irann-out" });
     this.status = h("p", { class: "irann-status", role: "status" });
@@ -343,7 +343,12 @@ class Piece {
   async changed() {
     this.keep();
     if (!this.started || !pieces[this.kind].update) return;
+    this.anew();
     await this.attempt(() => pieces[this.kind].update(this));
+  }
+  anew() {  // -> the number of a new turn; what was asked for before is cancelled
+    for (const name of this.models) Model.named(name).cancel(this);
+    return ++this.turn;
   }
   async attempt(action) {
     try { await action(); } catch (error) { this.say(`This cannot run here: ${error.message}.`); }
@@ -442,9 +447,19 @@ function bars(model, logits, temperature, most = 8) {
   }));
 }
 
+// Two buttons, one of which fills all: which was pressed is kept in the link, until anything else is changed.
+function fillers(piece, all) {
+  let pressed = "";
+  piece.controls.fill = { get: () => pressed, set: value => { pressed = value; } };
+  piece.box.addEventListener("input", () => { pressed = ""; }, true);
+  for (const label of ["fill the gaps", all]) piece.button(label, () => { pressed = label; return piece.changed(); });
+}
+
 // Fill the gaps of a text, or write all of it, step by step.
-async function fill(piece, whole) {
+async function fill(piece) {
+  const whole = piece.get("fill") != "fill the gaps", { turn } = piece;
   const model = await piece.model(piece.controls.model ? piece.get("model") : undefined), kept = [model.newline], mask = [0];
+  if (piece.turn != turn) return;
   const most = Math.min(128, model.config.window);
   piece.encode(model, piece.get("text").replaceAll("_", model.characters[0]), most);
   for (const sign of piece.get("text").replaceAll("\r", "")) {
@@ -462,6 +477,7 @@ async function fill(piece, whole) {
     piece.out.replaceChildren(row(`step ${++step}`, letters(signs, shade, i => mask[i + 1] ? "written" : "given"), signs.join("")));
     piece.say(`Step ${step}; what is shaded is written, and what is dark may still change.${piece.left}`);
   });
+  if (piece.turn != turn) return;
   piece.say(`Written in ${step} steps.${piece.left}`);
 }
 
@@ -545,6 +561,7 @@ const pieces = {
         if (piece.position.max == piece.position.value || piece.number("position") > ids.length) piece.controls.position.set(ids.length);
         piece.position.max = ids.length;
         piece.controls.position.set(Math.min(piece.number("position"), ids.length));
+        piece.keep();
         Object.assign(piece, { seen: part, seenOf: key });
         show();
       });
@@ -579,10 +596,10 @@ const pieces = {
       piece.slider("steps", "steps", 1, 64, 1, 16);
       piece.slider("eta", "fresh noise per step, eta", 0, 1, 0.05, 1, x => x.toFixed(2));
       piece.slider("seed", "seed", 0, 99, 1, 1);
-      piece.button("fill the gaps", () => fill(piece, false));
-      piece.button("all from noise", () => fill(piece, true));
+      fillers(piece, "all from noise");
     },
     async update(piece) {
+      if (piece.get("fill")) return fill(piece);
       const model = await piece.model(), most = Math.min(64, model.config.window + 1);
       const read = piece.some(model, piece.get("text").replaceAll("_", ""), most);
       if (!read) return;
@@ -607,10 +624,9 @@ const pieces = {
       piece.choice("model", "who fills", piece.models);
       piece.slider("steps", "steps", 1, 64, 1, 16);
       piece.slider("seed", "seed", 0, 99, 1, 1);
-      piece.button("fill the gaps", () => fill(piece, false));
-      piece.button("write all anew", () => fill(piece, true));
+      fillers(piece, "write all anew");
     },
-    run: piece => fill(piece, false),
+    update(piece) { return piece.get("fill") ? fill(piece) : piece.say(this.idle); },
   },
 
   forget: {
@@ -645,16 +661,14 @@ const pieces = {
       piece.slider("length", "characters", 64, 1024, 64, 256);
       piece.slider("seed", "seed", 0, 99, 1, 1);
       piece.button("write", () => pieces.write.run(piece));
-      piece.button("stop", () => { pieces.write.stop(piece); piece.say("Stopped."); });
+      piece.button("stop", () => { piece.anew(); piece.say("Stopped."); });
     },
     names: piece => piece.models.length > 1 ? piece.get("models").split(" ").filter(Boolean) : piece.models,
-    stop(piece) { piece.turn++; for (const name of piece.models) Model.named(name).cancel(piece); },
     async run(piece) {
       const names = this.names(piece), panels = names.map(name =>
         h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }), h("pre", { tabindex: 0 })));
-      this.stop(piece);
       piece.out.replaceChildren(...panels);
-      const failed = [], turn = piece.turn = (piece.turn || 0) + 1;
+      const failed = [], turn = piece.anew();
       await Promise.all(names.map(async (name, at) => {
         const [, rate, text] = panels[at].children;
         try {
@@ -699,10 +713,9 @@ const pieces = {
     },
     // -> the number of the next turn. What was answered by now stays, and is part of the conversation.
     settle(piece) {
-      for (const name of piece.models) Model.named(name).cancel(piece);
       if (piece.answer) piece.history += piece.box.dataset.plain ? piece.answer : piece.answer.trimEnd() + "\n\n";
       piece.answer = "";
-      return piece.turn = (piece.turn || 0) + 1;
+      return piece.anew();
     },
     async answer(piece) {
       const { plain } = piece.box.dataset;  // a model of another text goes on with what is said

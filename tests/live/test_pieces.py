@@ -153,6 +153,7 @@ def test_nats_of_a_text_are_the_models_own(page):
 def test_attention_the_next_character_and_its_temperature(page):
     page.at("attention", "textarea").fill("KING RICHARD II")
     page.wait("attention", ".irann-bars li:has-text(':')")
+    assert "position=15&" in page.at("attention", ".irann-link").get_attribute("href")
     page.slide("attention", "temperature", 0.1)
     assert "100.0 %" in page.at("attention", ".irann-bars li").first.inner_text()
     page.slide("attention", "position", 3)
@@ -181,6 +182,52 @@ def test_noise_is_dragged_and_a_gap_is_filled(page):
         assert re.fullmatch(r"What [^_]{3} through yonder [^_]{6} breaks\?", filled, re.S), filled
         page.at("gaps", "textarea").fill("What ___ through yonder ______ breaks?")
         page.page.evaluate("document.querySelector('#live-gaps .irann-status').textContent = ''")
+
+
+def test_a_link_fills_as_the_button_did(page):
+    for piece, button, idle in (
+        ("denoise", "all from noise", "Noise level"),
+        ("gaps", "write all anew", "Press fill"),
+    ):
+        page.at(piece, f"button:has-text('{button}')").click()
+        page.says(piece, "Written in")
+        written = page.at(piece, ".irann-words").inner_text()
+        link = page.at(piece, ".irann-link").get_attribute("href")
+        page.slide(piece, "seed", 7)
+        page.says(piece, idle)
+        assert page.at(piece, ".irann-link").get_attribute("href").endswith("seed=7&fill=")
+        page.page.evaluate("link => { location.hash = link }", link)
+        page.says(piece, "Written in")
+        assert page.at(piece, ".irann-words").inner_text() == written
+
+
+# Both pieces at 64 steps: the model of one is changed while it fills, the text of the other is taken away
+CHANGED = """() => {
+    window.told = []
+    const box = piece => document.querySelector("#live-" + piece), [gaps, denoise] = ["gaps", "denoise"].map(box)
+    const act = (input, value) => { input.value = value
+        for (const kind of ["input", "change"]) input.dispatchEvent(new Event(kind)) }
+    for (const piece of [gaps, denoise]) {
+        const status = piece.querySelector(".irann-status")
+        new MutationObserver(() => {
+            told.push(status.textContent)
+            if (piece == denoise && status.textContent.startsWith("Step")) act(text, "")
+        }).observe(status, { childList: true })
+        act(piece.querySelector(".irann-steps input"), 64) }
+    const text = denoise.querySelector("textarea"), select = gaps.querySelector("select")
+    for (const name of ["diffusion", "thinker-page"]) { act(select, name); gaps.querySelector("button").click() }
+    denoise.querySelector("button").click() }"""
+
+
+def test_what_was_changed_while_it_fills_fills_no_more(page):
+    page.page.evaluate(CHANGED)
+    page.says("denoise", "Write a few characters.")
+    page.at("denoise", "textarea").fill("KING")  # answered when the worker is done with the rest
+    page.says("denoise", "Noise level")
+    written = page.says("gaps", "Written in")
+    told = page.page.evaluate("told")
+    assert [words for words in told if words.startswith("Written")] == [written]
+    assert written != "Written in 64 steps."
 
 
 def test_the_state_of_mamba_and_the_chat(page):
