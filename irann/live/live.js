@@ -231,6 +231,16 @@ function load(name) {  // a script beside this one, once
   return scripts[name];
 }
 
+// The signs of a text as a model spells it that has the signs `known`: accents composed or apart, and what keyboards of
+// phones give for quotes and dashes.
+const PLAINER = { "\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "--", "\t": " " };
+function spelt(text, known) {
+  const forms = [text, text.normalize("NFC"), text.normalize("NFD")].map(form => [...form.replace(/\r\n?/g, "\n")]);
+  const lacking = form => form.filter(sign => !known.has(sign)).length;
+  const [best] = forms.sort((a, b) => lacking(a) - lacking(b));
+  return best.flatMap(sign => known.has(sign) ? sign : [...PLAINER[sign] || sign]);
+}
+
 class Model {
   static all = {};
   static named(name) { return Model.all[name] = Model.all[name] || new Model(name); }
@@ -282,7 +292,7 @@ class Model {
   }
   // Text -> ids; what the model does not know is left out, and named.
   encode(text) {
-    const signs = [...text.replace(/\r\n?/g, "\n")], known = signs.filter(sign => this.ids.has(sign));
+    const signs = spelt(text, this.ids), known = signs.filter(sign => this.ids.has(sign));
     return { ids: known.map(sign => this.ids.get(sign)), signs: known, unknown: [...new Set(signs.filter(sign => !this.ids.has(sign)))] };
   }
   decode(ids) { return ids.map(id => this.characters[id]).join(""); }
@@ -462,7 +472,7 @@ async function fill(piece) {
   if (piece.turn != turn) return;
   const most = Math.min(128, model.config.window);
   piece.encode(model, piece.get("text").replaceAll("_", model.characters[0]), most);
-  for (const sign of piece.get("text").replaceAll("\r", "")) {
+  for (const sign of spelt(piece.get("text"), model.ids)) {
     if (kept.length > most || sign != "_" && !model.ids.has(sign)) continue;
     kept.push(sign == "_" ? model.newline : model.ids.get(sign));
     mask.push(sign == "_" || whole ? 1 : 0);
@@ -503,7 +513,7 @@ const pieces = {
         if (name == "counts") {
           if (!irannLive.counts) await load("counts");
           const { characters, pairs } = irannLive.counts;
-          const typed = [...piece.get("text")], known = typed.filter(sign => characters.includes(sign)).slice(0, 200);
+          const typed = spelt(piece.get("text"), new Set(characters)), known = typed.filter(sign => characters.includes(sign)).slice(0, 200);
           const strange = [...new Set(typed.filter(sign => !characters.includes(sign)))];
           if (names.length == 1) {
             const left = strange.length ? ` Left out, for the counts do not know them: ${strange.map(spoken).join(" ")}.` : "";
