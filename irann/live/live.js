@@ -81,7 +81,7 @@ function worker() {
   }
 
   const jobs = {
-    // n characters after a prompt; `until` ends a text that ends so.
+    // n characters after a prompt; `until` ends what is written when it ends so, once it has begun.
     *write({ ids, n, temperature, seed, until, ...how }) {
       const u = random(seed), text = [...ids], began = performance.now();
       const answer = settled => ({ ids: [...text], settled, rate: (text.length - ids.length) / (performance.now() - began) * 1000 });
@@ -104,7 +104,8 @@ function worker() {
       for (let i = 0; i < n; i++) {
         exponential(u, c.vocabulary);
         text.push(engine.choose(temperature));
-        const over = until && until.length && text.slice(-until.length).join() == until.join();
+        const said = text.slice(ids.length), ends = until && said.slice(-until.length).join() == until.join();
+        const over = ends && said.some(id => !until.includes(id));  // line ends before a word are no end
         if (over || performance.now() - shown > 40 || i == n - 1) {
           yield answer(text.length);
           shown = performance.now();

@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 import pytest
 import torch
 
-from irann import export, zoo
+from irann import export, shakespeare, zoo
 from irann.__main__ import main
 from irann.text import Vocabulary
 
@@ -371,6 +371,21 @@ def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
     first, second = reader.page.evaluate("asked")
     assert vocabulary.decode(first["ids"]) == "ab " and first["until"] is None
     assert vocabulary.decode(second["ids"]).endswith("cab") and len(second["ids"]) == 400
+    reader.close()
+
+
+def test_line_ends_before_a_word_end_no_answer(browser, tmp_path):
+    config, _ = zoo.recipe("gpt", "tiny")
+    model = zoo.build("gpt", config, seed=0)
+    torch.nn.init.zeros_(model.lm_head.weight)  # all characters are as likely
+    model.vocabulary = Vocabulary(shakespeare.CHARACTERS)
+    path = tmp_path / "page.html"
+    path.write_text(export.page(model))
+    reader = Reader(browser, path)
+    reader.page.evaluate("Math.random = () => 7.5e-6")  # of this seed, a line end comes first
+    reader.at("chat", "button:has-text('say it')").click()
+    reader.says("chat", "gpt has answered.")
+    assert len(reader.at("chat", ".irann-speech").inner_text()) > 9
     reader.close()
 
 
