@@ -709,9 +709,10 @@ const pieces = {
       piece.history = "";
       const line = piece.text("text", "you say", "What news, my lord?", 1);
       line.addEventListener("keydown", event => {
-        if (event.key != "Enter" || event.shiftKey) return;
+        // while a word is composed, Enter belongs to the word; Safari says so by a number
+        if (event.key != "Enter" || event.shiftKey || event.isComposing || event.keyCode == 229) return;
         event.preventDefault();
-        piece.attempt(() => pieces.chat.answer(piece));
+        if (!event.repeat) piece.attempt(() => pieces.chat.answer(piece));
       });
       piece.button("say it", () => pieces.chat.answer(piece));
       piece.button("begin anew", () => {

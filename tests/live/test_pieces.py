@@ -374,7 +374,7 @@ def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
     reader.close()
 
 
-def test_line_ends_before_a_word_end_no_answer(browser, tmp_path):
+def test_line_ends_before_a_word_end_no_answer_and_enter_in_a_word_asks_for_none(browser, tmp_path):
     config, _ = zoo.recipe("gpt", "tiny")
     model = zoo.build("gpt", config, seed=0)
     torch.nn.init.zeros_(model.lm_head.weight)  # all characters are as likely
@@ -383,7 +383,13 @@ def test_line_ends_before_a_word_end_no_answer(browser, tmp_path):
     path.write_text(export.page(model))
     reader = Reader(browser, path)
     reader.page.evaluate("Math.random = () => 7.5e-6")  # of this seed, a line end comes first
-    reader.at("chat", "button:has-text('say it')").click()
+    press = """more => !document.querySelector("#live-chat textarea").dispatchEvent(
+        new KeyboardEvent("keydown", { key: "Enter", cancelable: true, ...more }))"""
+    for more in ({"isComposing": True}, {"keyCode": 229}):
+        assert not reader.page.evaluate(press, more)  # the word gets the key
+    assert reader.page.evaluate(press, {"repeat": True})
+    assert reader.at("chat", ".irann-status").inner_text().startswith("Say something")
+    assert reader.page.evaluate(press, {})
     reader.says("chat", "gpt has answered.")
     assert len(reader.at("chat", ".irann-speech").inner_text()) > 9
     reader.close()
