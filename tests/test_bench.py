@@ -63,14 +63,14 @@ def test_every_part_is_measured_and_told(quick):
     assert list(numbers) == ["torch", "threads", "quick", *suite.parts_of("all")]
     for part in (numbers["scan"], numbers["step"], numbers["cache"], numbers["gpt"]["write"]):
         for name, row in part["rows"].items():
-            assert row["ms"]["median"] > 0 and f"| {name} | {row['ms']['median']:.1f} (" in page
-    for name, rate in numbers["writing"].items():
-        assert f"| {name} | {rate['median']:.0f} ({rate['low']:.0f}, {rate['high']:.0f}) |" in page
+            assert row["ms"]["median"] > 0 and f"{name} | {report.cell(row['ms'])} | " in page
+    assert f"| {' | '.join(numbers['writing'])} |" in page
+    assert f"| {' | '.join(map(report.cell, numbers['writing'].values()))} |" in page
     for one in numbers["lengths"]["mamba"]:
-        first, rate = report.ranged(one["first"], 3), report.ranged(one["chars_per_second"])
+        first, rate = report.cell(one["first"]), report.cell(one["chars_per_second"])
         assert f"| mamba | {one['prompt']} | {one['reply']} | {first} | {rate} |" in page
     for ms in numbers["windows"]["rows"]["attention"]:
-        assert report.ranged(ms, 1) in page
+        assert report.cell(ms) in page
     for part in (numbers["steps"]["rows"], numbers["lengths"]):
         assert list(part) == list(zoo.MODELS)
     assert len(numbers["parallel"]["diffusion"]) > 1
@@ -110,7 +110,7 @@ def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, c
     rows = suite.main("gpt", out=tmp_path)["models"]
     page = capsys.readouterr().out
     assert list(rows) == ["validation text", "gpt"] and page.startswith("## Models")
-    rates = "10 (10, 10) | 100 (100, 100)"
+    rates = "10.0 (10.0, 10.0) | 100 (100, 100)"
     size = f"{rows['gpt']['parameters']:,}"
     assert f"| gpt | {size} | 1.5000 ± 0.1000 | 2.164 | {rates} |" in page
     assert {path.name for path in tmp_path.iterdir()} == {"gpt.json", "gpt.md"}
@@ -127,6 +127,32 @@ def test_models_without_weights_are_named(tmp_path, monkeypatch):
         suite.main("mamba", quick=True, out=tmp_path)
 
 
+def test_any_part_is_a_table_of_its_rows_however_deep_they_lie():
+    write = {"rounds": 3, "rows": {"ours": {"ms": speed.summary([1.0, 2.0, 1234.0])}}}
+    read = {"ours": [{"times": 2, "ms": None}, {"ms": 0.5}], "theirs": {"words": "many"}}
+    page = report.part(
+        "A title", {"b": 2, "n": 1.5, "write": write, "read": read, "notes": ["So."]}
+    )
+    assert page == [
+        "",
+        "## A title (b 2, n 1.5)",
+        "",
+        "|  | ms | times as long as the first | words that exist |",
+        "|---|---|---|---|",
+        "| write, ours | 2.00 (1.00, 1234) |  |  |",
+        "| read, ours | None | 2 |  |",
+        "| read, ours | 0.5000 |  |  |",
+        "| read, theirs |  |  | many |",
+        "",
+        "So.",
+    ]
+    mean = {"mean": 0.5, "low": 0.0001, "high": 1.0}
+    assert report.cell(mean) == "0.500 (0.000, 1.000)" and report.cell(12345) == "12,345"
+    assert [report.digits(x) for x in (0.0123, 9.99, 10.0, 99999.0, 0)] == (
+        ["0.0123", "9.99", "10.0", "99999", "0"]
+    )
+
+
 def test_a_table_of_models_has_a_cell_for_what_is_not_known():
     rate = speed.summary([10.0])
     row = {"parameters": 1234, "exact": False, "chars_per_second": rate}
@@ -137,8 +163,11 @@ def test_a_table_of_models_has_a_cell_for_what_is_not_known():
         "thinker": {"missing": "none yet"},
     }
     page = report.markdown({"models": rows})
-    assert "| gpt | 1,234 | at most 1.5000 | at most 2.164 | 10 (10, 10) | 10 (10, 10) |" in page
-    assert "| mamba | 1,234 | not measured |  | 10 (10, 10) | 10 (10, 10) |" in page
+    assert (
+        "| gpt | 1,234 | at most 1.5000 | at most 2.164 | 10.0 (10.0, 10.0) | 10.0 (10.0, 10.0) |"
+        in page
+    )
+    assert "| mamba | 1,234 | not measured |  | 10.0 (10.0, 10.0) |" in page
     assert "| thinker | none yet |  |  |  |  |" in page
 
 

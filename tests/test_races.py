@@ -18,7 +18,7 @@ from irann.lm import LanguageModel
 from irann.text import Text
 
 REPORTS = Path(__file__).parents[1] / "book/report"
-TEXT = {"0.8": {"words": 0.5, "of all": 7}, "1.0": {"words": 0.25, "of all": 9}}
+TEXT = {"0.8": {"words": 0.5, "of all": 0.7}, "1.0": {"words": 0.25, "of all": 0.9}}
 
 
 @pytest.fixture
@@ -495,8 +495,8 @@ def test_texts_over_seeds_by_hand():
     later = {t: {k: v + 0.5 * (k == "words") for k, v in row.items()} for t, row in TEXT.items()}
     page = report.texts_of_seeds({"gpt": {"measured": [TEXT, later]}})
     assert page[1] == "## Text at temperature 0.8 (means over seeds, lowest and highest seed)"
-    assert "| gpt | 0.750 (0.500, 1.000) | 7.000 (7, 7) |" in page
-    assert "| gpt | 0.500 (0.250, 0.750) | 9.000 (9, 9) |" in page
+    assert "| gpt | 0.750 (0.500, 1.000) | 0.700 (0.700, 0.700) |" in page
+    assert "| gpt | 0.500 (0.250, 0.750) | 0.900 (0.900, 0.900) |" in page
 
 
 def test_a_speedrun_takes_the_arm_of_its_device_and_keeps_the_clock(

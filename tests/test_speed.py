@@ -166,16 +166,18 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
     assert waiting.beside_a_busy_one({"OMP_NUM_THREADS": "1"}, 5) > 0
     asked = []
     monkeypatch.setattr(waiting, "seconds", lambda ways, steps: asked.append(ways) or len(asked))
-    measured = suite.main("waiting", quick=True, out=tmp_path)["waiting"]["seconds"]
+    measured = suite.main("waiting", quick=True, out=tmp_path)["waiting"]["rows"]
     ways = list(waiting.WAYS.values())
     assert asked == [[way] for way in ways] * 2 + [[way, way] for way in ways]
-    assert measured["another training"] == {"as it is": [7], "passive": [8], "one thread": [9]}
+    assert measured["another training"] == {
+        name: speed.summary([n]) for name, n in zip(waiting.WAYS, (7, 8, 9), strict=True)
+    }
     asked.clear()
     waiting.waiting(quick=False)
     assert asked[:6] == [[way] for way in ways] * 2
     page = (tmp_path / "waiting.md").read_text()
-    assert page.startswith("## Seconds of 40 training steps of the tiny GPT")
-    assert "| quiet | 1.0 (1.0, 1.0) | 2.0 (2.0, 2.0) | 3.0 (3.0, 3.0) |" in page
+    assert page.startswith("## Seconds of training the tiny GPT beside other work (steps 40, ")
+    assert "| quiet | 1.00 (1.00, 1.00) | 2.00 (2.00, 2.00) | 3.00 (3.00, 3.00) |" in page
 
 
 def test_trainings_side_by_side_last_as_long_as_the_longest_and_only_in_their_own_way(monkeypatch):
@@ -235,12 +237,12 @@ def test_what_became_slower_than_in_the_stored_report_is_named(tmp_path, monkeyp
     monkeypatch.setattr(regressions, "PARTS", parts)
     suite.main("regressions", quick=True, out=tmp_path)
     page = (tmp_path / "regressions.md").read_text()
-    assert "| cache: with, over without | 0.250 | 0.500 | 2.00 **slower** |" in page
-    assert "| gpt, step: irann, over transformers | 0.250 | 0.250 | 1.00 |" in page
-    assert "| cache: busy, over without | 0.250 | 0.350 | 1.40 |" in page
+    assert "| cache: with, over without | 0.2500 | 0.5000 | 2.0000 | **slower** |" in page
+    assert "| gpt, step: irann, over transformers | 0.2500 | 0.2500 | 1.0000 |  |" in page
+    assert "| cache: busy, over without | 0.2500 | 0.3500 | 1.4000 |  |" in page
     assert "cache: new" not in page  # there is nothing to compare it with
     now = regressions.regressions(quick=False)["rows"]["cache: with, over without"]
-    assert now == {"then": 0.25, "now": 0.25}
+    assert (now["stored report"], now["now"]) == (0.25, 0.25)
     monkeypatch.setattr(regressions, "STORED", tmp_path / "none.json")
     with refuses("clone of the repository"):
         suite.main("regressions", quick=True, out=tmp_path / "other")
@@ -266,9 +268,9 @@ def test_the_engine_is_timed_beside_pytorch_and_what_cannot_run_it_is_named(
     suite.main("engine", quick=True, out=tmp_path)
     engine.library.cache_clear()
     page = (tmp_path / "engine.md").read_text()
-    assert "| gpt | PyTorch | 10 (10, 10) | 1.0 (1.0, 1.0) |" in page
-    assert "| gpt | WebAssembly | 40 (40, 40) | 4.0 (4.0, 4.0) |" in page
-    assert "| native |" not in page and "no C compiler built the engine" in page
+    assert "| gpt, PyTorch | 10.0 (10.0, 10.0) | 1.00 (1.00, 1.00) |" in page
+    assert "| gpt, WebAssembly | 40.0 (40.0, 40.0) | 4.00 (4.00, 4.00) |" in page
+    assert ", native |" not in page and "no C compiler built the engine" in page
 
 
 def test_the_engine_s_ratio_is_that_of_its_round_and_missing_hosts_are_named(monkeypatch, clock):
@@ -283,9 +285,8 @@ def test_the_engine_s_ratio_is_that_of_its_round_and_missing_hosts_are_named(mon
     alternate = engine.alternate
     monkeypatch.setattr(engine, "alternate", lambda runners, rounds: alternate(runners, 3))
     measured = engine.beside_pytorch(quick=True)
-    assert measured["rows"]["gpt"]["native"]["times"] == {"median": 1, "low": 1, "high": 4}
-    page = report.markdown({"engine": measured})
-    assert "8 characters, batch 1, one thread (1 rounds:" in page and page.endswith("|\n\nwhy not")
+    assert measured["rows"]["gpt"]["native"]["times as fast"] == {"median": 1, "low": 1, "high": 4}
+    assert "|\n\nwhy not\n" in report.markdown({"engine": measured})
 
 
 def test_a_machine_without_wasmtime_is_told_how_to_get_it(monkeypatch):

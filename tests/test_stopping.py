@@ -85,7 +85,7 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
     page = capsys.readouterr().out
     for rule, against in measured["against"].items():
         assert f"| {rule} | " in page and all(
-            f"| {nats:+.4f} |" in page for nats in against.values()
+            f"| {nats:.4f} |" in page for nats in against.values()
         )
     assert "| threshold 0.5 |" in page
 

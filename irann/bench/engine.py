@@ -199,7 +199,7 @@ def beside_pytorch(quick: bool) -> dict:
     that ships. A page is written in a quarter as many steps as it has characters.
     """
     n, rounds = (8, 1) if quick else (64, 9)
-    able, missing = hosts()
+    able, notes = hosts()
     rows: dict[str, dict] = {}
     for name in sorted(zoo.MODELS.keys() & zoo.shipped()):
         model: Any = zoo.load(name)
@@ -212,11 +212,13 @@ def beside_pytorch(quick: bool) -> dict:
         rows[name] = {
             by: {
                 "chars_per_second": summary(rates),
-                "times": summary([a / b for a, b in zip(rates, taken["PyTorch"], strict=True)]),
+                "times as fast": summary(
+                    [a / b for a, b in zip(rates, taken["PyTorch"], strict=True)]
+                ),
             }
             for by, rates in taken.items()
         }
-    return {"n": n, "rounds": rounds, "rows": rows, "missing": missing}
+    return {"n": n, "rounds": rounds, "rows": rows, "notes": notes}
 
 
 def greedy(model: Any, ids: Any, n: int) -> Callable[[], None]:

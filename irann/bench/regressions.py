@@ -20,7 +20,7 @@ WIDE = 1.5  # two runs on a busy machine differ by less, and so does what the pa
 
 
 def regressions(quick: bool) -> dict:
-    """-> by what is timed: its time over its peer's, then and now.
+    """-> by what is timed: its time over its peer's, then and now, and what is slower.
 
     Raises InputError where there is no stored report.
     """
@@ -33,7 +33,11 @@ def regressions(quick: bool) -> dict:
     rows = {}
     for name, part in PARTS.items():
         then, now = dict(ratios(name, stored[name])), dict(ratios(name, part(quick)))
-        rows |= {key: {"then": then[key], "now": now[key]} for key in now if key in then}
+        for key in (key for key in now if key in then):
+            change = now[key] / then[key]
+            verdict = "**slower**" if change > WIDE else ""
+            rows[key] = {"stored report": then[key], "now": now[key], "change": change}
+            rows[key][f"over {WIDE}"] = verdict
     return {"rows": rows}
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 from .. import machine, shakespeare
+from .speed import summary
 
 WAYS = {
     "as it is": {},
@@ -28,13 +29,11 @@ def waiting(quick: bool) -> dict:
         "one busy process": lambda way: beside_a_busy_one(way, steps),
         "another training": lambda way: seconds([way, way], steps),
     }
-    rows: dict[str, dict[str, list[float]]] = {}
+    rows: dict[str, dict[str, dict]] = {}
     for condition, run in conditions.items():
-        rows[condition] = {name: [] for name in WAYS}
-        for _ in range(rounds):
-            for name, way in WAYS.items():
-                rows[condition][name].append(run(way))
-    return {"steps": steps, "rounds": rounds, "cores": machine.cores(), "seconds": rows}
+        taken = [[run(way) for way in WAYS.values()] for _ in range(rounds)]
+        rows[condition] = dict(zip(WAYS, map(summary, zip(*taken))))
+    return {"steps": steps, "rounds": rounds, "cores": machine.cores(), "rows": rows}
 
 
 def seconds(ways: list[dict], steps: int) -> float:
