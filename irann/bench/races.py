@@ -1,14 +1,5 @@
 """Races: models trained side by side on the same text, to see what a design is worth.
 
-| race         | the question                                                                  |
-|--------------|-------------------------------------------------------------------------------|
-| models       | how do all five learn and write, from as many characters, in as many seconds? |
-| models-long  | how do all five end at the size that ships, after twenty passes? For a GPU    |
-| thinker      | what do rounds of shared blocks buy, beside GPTs as large and as deep?        |
-| thinker-long | the same from eleven passes over the text                                     |
-| nanogpt      | how much sooner does our GPT reach what nanoGPT's recipe for a CPU ends with? |
-| speedrun     | in what time do we reach what nanoGPT publishes from a GPU? One arm a machine |
-
 Within a race and a seed, arms of one window and batch see the very same characters. Losses are over
 the whole validation part, every character once. An arm that was interrupted goes on where it
 stopped, and an arm that is done is not run again.
@@ -88,7 +79,7 @@ def models_arms(quick: bool) -> dict[str, Arm]:
 
 
 def models_long_arms(quick: bool) -> dict[str, Arm]:
-    """All five at 1.7 million parameters (within 8 %), 20 million characters each, batches of 32.
+    """All five at 1.7 million parameters (within 8 %), 20 million characters each, batches of 32, on a GPU.
 
     Step, averaging and dropout are those of each one's recipe `gpu`; the thinker, whose own batches
     are smaller, has more dropout.

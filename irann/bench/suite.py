@@ -1,16 +1,6 @@
-"""The benchmark: `scan` times the selective scan and Mamba against other implementations; `all`
-adds the trained models, and a model's name takes that one alone; `engine` times the C that runs in
-a page against PyTorch; `waiting` trains beside other work; `stopping` asks what the thinker's rule
-is worth; `regressions` names what became slower than it was in the stored report. A race trains
-models side by side: `models`, `models-long`, `thinker`, `thinker-long`, `nanogpt`, `speedrun`
-(races.py; so the thinker alone has no name here).
-
-Where implementations are compared, times are ratios: every round runs all contestants one after the
-other in the same process, on one thread, and a ratio is the median over rounds, given with its
-smallest and largest value. Of the models:
-likelihood over the whole validation part, what their text looks like from outside (quality.py),
-what they cost (speed.py). What was measured is kept in `out` after each part, and a second start
-goes on from there.
+"""What `irann bench` measures: part after part on one thread, each kept in `out` when it is done: a
+second start goes on from there. Implementations that are compared run in turn, in one process, and
+how much longer one takes is the median over rounds. Races are in races.py.
 """
 
 import sys
