@@ -29,7 +29,7 @@ from irann.__main__ import main
 from irann.chat import streams
 from irann.chat import terminal as in_terminal
 from irann.chat.html import draft_html, inspection_html, note_of, progress, scene_html, stored_html
-from irann.chat.session import WHY, Frame, Inspection, Session, _speech_end, available
+from irann.chat.session import WHY, Frame, Inspection, Session, _keep, _speech_end, available
 from irann.chat.streams import advance, cells, visible
 from irann.chat.terminal import Pen, Terminal
 from irann.chat.widget import Chat
@@ -189,7 +189,16 @@ def test_a_page_shows_guesses_and_keeps_them_for_the_slider(corpus):
     long = parrot(corpus, "word " * 400, pages=True)
     long.set("length", 2000)
     frames = list(long.reply())
-    assert long.turns[-1].frames == tuple(frames[-400:]) and len(frames) > 2000
+    assert len(long.turns[-1].frames) <= 400 and long.turns[-1].frames[-1] == frames[-1]
+
+
+def test_of_more_than_400_frames_every_other_one_is_kept_and_always_both_ends():
+    kept = []
+    for i in range(1, 402):
+        _keep(kept, Frame("a" * i, 0))
+        if i == 400:
+            assert [len(frame.text) for frame in kept] == list(range(1, 401))
+    assert [len(frame.text) for frame in kept] == [*range(1, 401, 2), 401]
 
 
 def test_a_model_that_breaks_leaves_the_scene_as_it_was(corpus):

@@ -15,7 +15,6 @@ Leaving the loop early is the stop button: what has settled by then stays in the
 import math
 import re
 import unicodedata
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +41,7 @@ SCENE = {
 }
 NAMES = {"reader": Setting("ROMEO", "who you are"), "speaker": Setting("JULIET", "who answers")}
 PLAINER = str.maketrans("\u2018\u2019\u201c\u201d\u2013\t", "''\"\"- ") | {0x2014: "--"}
-KEPT = 400  # frames of a reply for the slider at most: every one holds a whole draft
+KEPT = 400  # frames of a reply for the slider at most
 LIKELY = 8  # next characters that are shown
 END = "\n\n"  # an empty line ends a speech
 WHY = {
@@ -338,7 +337,7 @@ class Session:
     ) -> Iterator[Frame]:
         text = ""  # what has settled: it never changes, and is decoded once
         read_to = max(1, start)  # an empty prompt is read as one newline
-        frames: deque[Frame] = deque(maxlen=KEPT)
+        frames: list[Frame] = []
         ended = "stopped"
         forgotten = 0
         failed = False
@@ -354,8 +353,7 @@ class Session:
                     ended = "speech"
                 proposed = "" if end is not None else decode(draft.ids[0, read_to:])
                 frame = Frame(text + proposed, len(text), draft.note, speaker, model)
-                if frames or proposed:  # a model that never proposes ahead needs no slider
-                    frames.append(frame)
+                _keep(frames, frame)
                 yield frame
                 if end is not None:
                     return
@@ -365,7 +363,9 @@ class Session:
             raise
         finally:
             if text and not failed:
-                self.turns.append(Turn(speaker, text, model, ended, forgotten, tuple(frames)))
+                ahead = any(len(frame.text) > frame.settled for frame in frames)
+                kept = tuple(frames) if ahead else ()
+                self.turns.append(Turn(speaker, text, model, ended, forgotten, kept))
 
     def forgot(self) -> str:
         """-> a sentence on what of the scene was out of reach when the last reply ended, or ''."""
@@ -424,6 +424,17 @@ class Session:
             [(characters[i], value) for i, value in zip(row, values)]
             for row, values in zip(best.indices.tolist(), best.values.tolist())
         ]
+
+
+def _keep(frames: list[Frame], frame: Frame) -> None:
+    """Remember a frame for the slider, which a model that never proposes ahead does not need.
+
+    Every frame holds a whole draft: of a long reply every other one must do.
+    """
+    if frames or len(frame.text) > frame.settled:
+        frames.append(frame)
+    if len(frames) > KEPT:
+        del frames[1:-1:2]
 
 
 def _speech_end(text: str) -> int | None:
