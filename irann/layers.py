@@ -7,6 +7,7 @@ here with its source, and each is off by default.
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -18,6 +19,8 @@ from .core.attention import attention_weights, causal_mask, merge_heads
 from .settings import InputError, check_heads
 
 KeyValue = tuple[Float[Tensor, "b h _ c"], Float[Tensor, "b h _ c"]]  # one layer's KV cache
+# the options of a block that train better at this size
+FAST: dict[str, Any] = dict(norm="plain", qk_norm=True, activation="squared_relu", bias=False)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -234,20 +237,6 @@ class Block(nn.Module):
         self.ln_2 = make_norm(norm, width, bias=bias, eps=eps)
         self.mlp = MLP(width, inner=inner, activation=activation, bias=bias)
         self.dropout = nn.Dropout(dropout)
-
-    @classmethod
-    def fast(cls, width: int, heads: int, *, causal: bool, dropout: float) -> "Block":
-        """The options that train better at this size, as in `GPTConfig.fast`."""
-        return cls(
-            width,
-            heads,
-            causal=causal,
-            norm="plain",
-            qk_norm=True,
-            activation="squared_relu",
-            bias=False,
-            dropout=dropout,
-        )
 
     def forward(
         self,

@@ -14,7 +14,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..core.noise import Schedule
-from ..layers import Block, check_window, init_fan_in, make_norm, rotary_table
+from ..layers import FAST, Block, check_window, init_fan_in, make_norm, rotary_table
 from ..lm import Ids, LanguageModel, cross_entropy
 from ..settings import Checked, InputError, check_heads, field
 
@@ -74,7 +74,8 @@ class Denoiser(LanguageModel):
         self.clean_embed = nn.Parameter(torch.zeros(c.width))
         self.drop = nn.Dropout(c.dropout)
         self.h = nn.ModuleList(
-            Block.fast(c.width, c.heads, causal=False, dropout=c.dropout) for _ in range(c.layers)
+            Block(c.width, c.heads, causal=False, dropout=c.dropout, **FAST)
+            for _ in range(c.layers)
         )
         self.ln_f = make_norm("plain", c.width)
         self.lm_head = nn.Linear(c.width, c.vocabulary)

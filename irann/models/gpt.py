@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from ..layers import (
     ACTIVATIONS,
+    FAST,
     Block,
     KeyValue,
     check_window,
@@ -66,16 +67,7 @@ class GPTConfig(Checked):
     @classmethod
     def fast(cls, **sizes: Any) -> "GPTConfig":
         """The options of the table above, all at once."""
-        modern = cls(
-            positions="rotary",
-            qk_norm=True,
-            activation="squared_relu",
-            norm="plain",
-            bias=False,
-            tied=False,
-            init="fan_in",
-        )
-        return replace(modern, **sizes)
+        return replace(cls(positions="rotary", tied=False, init="fan_in", **FAST), **sizes)
 
 
 class GPT(Reader):

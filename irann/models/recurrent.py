@@ -28,7 +28,7 @@ from jaxtyping import Bool, Complex, Float
 from torch import Generator, Tensor, nn
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
-from ..layers import Block, KeyValue, check_window, init_fan_in, make_norm, rotary_table
+from ..layers import FAST, Block, KeyValue, check_window, init_fan_in, make_norm, rotary_table
 from ..lm import Ids, LanguageModel, Loss, check_settings, cross_entropy
 from ..settings import Checked, Setting, check_heads, field
 
@@ -90,7 +90,7 @@ class RecurrentDepth(LanguageModel):
         c = config
         self.room = c.window + (not causal)  # whoever writes pages sees the character before, too
         self.wte = nn.Embedding(symbols, c.width)
-        block = partial(Block.fast, c.width, c.heads, causal=causal, dropout=c.dropout)
+        block = partial(Block, c.width, c.heads, causal=causal, dropout=c.dropout, **FAST)
         self.prelude = nn.ModuleList(block() for _ in range(c.prelude))
         self.core = nn.ModuleList(block() for _ in range(c.core))
         self.gains = self.halt_bias = None
