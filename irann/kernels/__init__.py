@@ -14,24 +14,15 @@ import importlib.util
 import os
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from . import chunked, native
 
 
-def scan(
-    method: str,
-    u: Float[Tensor, "b t e"],
-    delta: Float[Tensor, "b t e"],
-    A: Float[Tensor, "e n"],
-    B: Float[Tensor, "b t n"],
-    C: Float[Tensor, "b t n"],
-    state: Float[Tensor, "b e n"],
-) -> tuple[Float[Tensor, "b t e"], Float[Tensor, "b e n"]]:
+def scan(method, u, delta, A, B, C, state):
     """y without D u, and the last state, by a method other than sequential.
 
-    Nothing may be empty. Raises ValueError for a method that is not to be had here.
+    The inputs are those of `selective_scan`, which has checked them; nothing may be empty. Raises
+    ValueError for a method that is not to be had here.
     """
     n = A.shape[1]
     if method == "auto":
