@@ -95,6 +95,7 @@ class RecurrentDepth(LanguageModel):
         self.core = nn.ModuleList(block() for _ in range(c.core))
         self.gains = self.halt_bias = None
         if c.round_gains:
+            # of more than one axis, so weight decay pulls at them, unlike the gains of a norm
             self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))
             self.halt_bias = nn.Parameter(torch.zeros(c.rounds))
         self.ln_f = make_norm("plain", c.width)
