@@ -235,7 +235,9 @@ def test_one_thread_at_a_time_uses_a_model():
     with lm.exclusive(model):
         thread = threading.Thread(target=write)
         thread.start()
-        time.sleep(0.2)
+        while not order:
+            time.sleep(0.001)
+        time.sleep(0.05)
         order.append("trained")
     thread.join(10)
     assert order == ["waits", "trained", "writes"]
