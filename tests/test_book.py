@@ -4,8 +4,6 @@ import base64
 import importlib.util
 import io
 import re
-import subprocess
-import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -39,7 +37,9 @@ def test_every_page_is_built(site):
 
 def test_every_notebook_is_in_the_book():
     toc = (ROOT / "book/_toc.yml").read_text()
-    for notebook in (ROOT / "notebooks").glob("*.ipynb"):
+    notebooks = list((ROOT / "notebooks").glob("*.ipynb"))
+    assert len(notebooks) > 10
+    for notebook in notebooks:
         assert f"notebooks/{notebook.stem}" in toc, notebook.name
 
 
@@ -77,13 +77,15 @@ def test_every_table_of_the_legend_is_in_alphabetical_order():
 
 def test_what_a_chapter_cites_is_in_the_references():
     listed = (ROOT / "book/references.md").read_text()
-    for page in (ROOT / "notebooks").glob("*.md"):
-        for paper in re.findall(r"arxiv.org/abs/([\d.]+\d)", page.read_text()):
-            assert paper in listed, (page.name, paper)
+    pages = "".join(page.read_text() for page in (ROOT / "notebooks").glob("*.md"))
+    papers = set(re.findall(r"arxiv.org/abs/([\d.]+\d)", pages))
+    assert len(papers) > 10 and {paper for paper in papers if paper not in listed} == set()
 
 
 def test_the_page_of_promises_names_tests_that_exist():
-    for name in re.findall(r"`(test_\w+\.py)`", (ROOT / "book/promises.md").read_text()):
+    names = re.findall(r"`((?:\w+/)*test_\w+\.py)`", (ROOT / "book/promises.md").read_text())
+    assert "browser/test_widget.py" in names and len(set(names)) > 10
+    for name in names:
         assert (ROOT / "tests" / name).is_file(), name
 
 
@@ -186,8 +188,8 @@ def opened(page, path):
     page.goto(path.as_uri(), timeout=120_000)
     if 'class="math' in path.read_text():
         page.wait_for_function("window.MathJax?.startup?.promise", timeout=120_000)
-        page.evaluate("MathJax.startup.promise.then(() => true)")
-        page.wait_for_timeout(100)  # for house.js, which waits for the same
+        # house.js waits for the same, and was first
+        page.evaluate("MathJax.startup.promise.then(() => document.fonts.ready).then(() => true)")
         assert page.locator("mjx-container").count() > 0, path.name
         assert page.locator("mjx-merror").count() == 0, path.name
 
@@ -286,14 +288,7 @@ def test_execute_stores_a_clean_notebook(tmp_path):
     page.write_text(
         header + "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in cells)
     )
-    done = subprocess.run(
-        [sys.executable, ROOT / "book/execute.py", page],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    notebook = nbformat.read(page.with_suffix(".ipynb"), as_version=4)
+    notebook = nbformat.read(load("execute.py").execute(page), as_version=4)
     summed, drawn, moved = notebook.cells[-3:]
     assert [out.get("text") for out in moved.outputs] == ["beside it\n"]
     assert summed.outputs[0].text == "2\n" and summed.execution_count == 1
