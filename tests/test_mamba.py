@@ -1,7 +1,7 @@
 """irann.models.mamba against transformers and mambapy on excited weights, and against itself in
 pieces.
 
-Every test runs twice, with the native scan in C and without it.
+Almost every test runs twice, with the native scan in C and without it.
 """
 
 import copy
@@ -319,6 +319,7 @@ def test_it_starts_as_the_paper_says():
     assert 0.9e-3 < F.softplus(Mamba(MambaConfig.fast()).layers[0].mixer.dt_proj.bias).min() < 0.1
 
 
+@pytest.mark.parametrize("with_and_without_kernel", ["kernel"], indirect=True)
 @pytest.mark.parametrize(
     "config",
     [SMALL, dataclasses.replace(SMALL, tied=False, init="fan_in", dropout=0.1)],
