@@ -6,12 +6,10 @@ import hashlib
 import json
 import os
 import pickle
-import random
 import shutil
 import stat
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -485,19 +483,10 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, saved):
 
 def test_killed_at_random_moments_the_newest_is_valid(tmp_path):
     """One process after the other is killed (SIGKILL) while it does nothing but save."""
-    rng = random.Random(0)
     tree = os.environ | {"PYTHONPATH": str(PROGRAMS.parents[1])}
-    for attempt in range(2):
-        run = tmp_path / str(attempt)
-        command = [sys.executable, PROGRAMS / "saver.py", run]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=tree) as saver:
-            first = int(saver.stdout.readline())
-            time.sleep(rng.uniform(0.0, 0.05))
-            saver.kill()
-            done = [first, *(int(line) for line in saver.stdout.read().split())]
-        _, loaded, skipped = checkpoint.newest(run)
-        assert not skipped and loaded.config["step"] >= done[-1]  # what was announced is there
-        assert (loaded.model["w"] == loaded.config["step"]).all()
+    command = [sys.executable, PROGRAMS / "saver.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=tree, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("survived") == 10, done.stderr[-3000:]
 
 
 def test_whether_the_kernel_can_be_had_is_part_of_the_environment(monkeypatch):
