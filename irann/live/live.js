@@ -370,11 +370,11 @@ class Piece {
     try { await model.open(); } catch (error) { throw Error(`${name}: ${error.message}`); }
     return model;
   }
-  encode(model, text, most) {  // and say what was left out
-    const { ids, signs, unknown } = model.encode(text), cut = ids.length > most;
+  encode(model, text, most, end = "first") {  // and say what was left out
+    const { ids, signs, unknown } = model.encode(text), from = end == "last" ? Math.max(0, ids.length - most) : 0;
     this.left = unknown.length ? ` Left out, for ${model.name} does not know them: ${unknown.map(spoken).join(" ")}.` : "";
-    if (cut) this.left += ` Only the first ${most} characters are read.`;
-    return { ids: ids.slice(0, most), signs: signs.slice(0, most) };
+    if (ids.length > most) this.left += ` Only the ${end} ${most} characters are read.`;
+    return { ids: ids.slice(from, from + most), signs: signs.slice(from, from + most) };
   }
   some(model, text, most) {  // the same, or nothing where there is nothing to read; the piece then says so
     const read = this.encode(model, text, most);
@@ -685,7 +685,7 @@ const pieces = {
         try {
           const model = await piece.model(name);
           if (piece.turn != turn) return;  // stopped while the weights came
-          const { ids } = piece.encode(model, piece.get("text"), 1000);
+          const { ids } = piece.encode(model, piece.get("text"), 1000, "last");
           piece.say("Writing ...");
           const given = { ids: ids.length ? ids : [model.newline], n: piece.number("length"), seed: piece.number("seed") };
           given.temperature = piece.number("temperature");
@@ -735,12 +735,13 @@ const pieces = {
       if (!said.trim()) return piece.say("Say something first.");
       const turn = this.settle(piece), model = await piece.model(piece.get("model"));
       if (piece.turn != turn) return;
-      piece.encode(model, said, 500);
-      piece.say(`${model.name} writes ...${piece.left}`);
+      piece.encode(model, said, Infinity);
       const speech = h("p", { class: "irann-speech" });
       piece.out.append(h("p", { class: "irann-yours" }, said), speech);
       piece.history += plain ? said : `FIRST CITIZEN:\n${said}\n\n`;
-      const read = model.encode(piece.history.slice(-400)).ids, until = plain ? null : model.encode("\n\n").ids;
+      const all = model.encode(piece.history).ids, read = all.slice(-400), until = plain ? null : model.encode("\n\n").ids;
+      if (all.length > read.length) piece.left += " Only the last 400 characters of the conversation are read.";
+      piece.say(`${model.name} writes ...${piece.left}`);
       const ids = read.length ? read : [model.newline];
       const given = { ids, n: 400, temperature: piece.number("temperature"), seed: any(), until };
       await model.ask(piece, "write", given, part => {

@@ -362,12 +362,17 @@ def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
     written = reader.written("gpt")
     assert written.startswith("</script>'\"abc\u00e9\n") and len(written) == 16 + 256
     assert set(written) <= set(vocabulary.characters)
+    reader.at("write", "textarea").fill("a" * 900 + "b" * 900)
+    reader.at("write", "button:has-text('write')").click()
+    reader.says("write", "Written. Only the last 1000 characters are read.")
+    assert reader.written("gpt").startswith("a" * 100 + "b" * 900)
     reader.page.evaluate(ASKED)
     for said in ("ab ", "cab"):  # it goes on with what is said, as irann.Chat does
         reader.at("chat", "textarea").fill(said)
         reader.at("chat", "button:has-text('say it')").click()
-        reader.says("chat", "gpt has answered.")
+        note = reader.says("chat", "gpt has answered.").removeprefix("gpt has answered.")
         reader.page.evaluate("document.querySelector('#live-chat .irann-status').textContent = ''")
+    assert note == " Only the last 400 characters of the conversation are read."
     first, second = reader.page.evaluate("asked")
     assert vocabulary.decode(first["ids"]) == "ab " and first["until"] is None
     assert vocabulary.decode(second["ids"]).endswith("cab") and len(second["ids"]) == 400
