@@ -253,7 +253,9 @@ PAGE = """<!DOCTYPE html>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 17px/1.5 system-ui, sans-serif; max-width: 46em; margin: 1em auto; padding: 0 1em; }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #14181e; color: #ced6dd; }} }}
+@media (prefers-color-scheme: dark) {{
+  body {{ --most: 0.45; background: #14181e; color: #ced6dd; }}
+}}
 {style}
 </style>
 </head>

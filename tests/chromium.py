@@ -25,6 +25,21 @@ MISSING = (
     "no Chromium, Chrome or Edge is here and none could be got, so the chat and the site are not "
     "tried in a browser: install one (on Debian: apt-get install chromium) and run the tests again"
 )
+# JavaScript: how far the text of each part that a selector finds stands out, as WCAG counts it
+CONTRAST = """selector => {
+    const light = colour => colour.map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+    const parse = text => text.match(/[\\d.]+/g).map(Number);
+    const over = ([r, g, b, a = 1], below) => [r, g, b].map((c, i) => a * c + (1 - a) * below[i]);
+    const ground = part => part ? over(parse(getComputedStyle(part).backgroundColor), ground(part.parentElement)) : [255, 255, 255];
+    const ratio = part => {
+        const style = getComputedStyle(part), below = ground(part), text = parse(style.color);
+        const ink = over([...text.slice(0, 3), (text[3] ?? 1) * style.opacity], below);
+        const [a, b] = [light(ink), light(below)].sort((x, y) => y - x);
+        return (a + .05) / (b + .05);
+    };
+    return [...document.querySelectorAll(selector)].map(ratio);
+}"""
 
 
 def found() -> str | None:

@@ -392,7 +392,7 @@ class Piece {
     return input;
   }
   text(name, label, value, rows = 2) {
-    const area = h("textarea", { rows, spellcheck: "false", oninput: () => this.changed() });
+    const area = h("textarea", { rows, dir: "auto", spellcheck: "false", oninput: () => this.changed() });
     area.value = value;
     return this.add(name, label, area, () => area.value, text => { area.value = text; });
   }
@@ -428,7 +428,7 @@ class Piece {
 // Letters in a line, each shaded by a number from 0 to 1, with words for who points at it.
 function letters(signs, shade, words, options = {}) {
   const aloud = options.below ? signs.map((sign, i) => `${spoken(sign)} ${options.below(i)}`).join(", ") : signs.join("");
-  const line = h("span", { class: "irann-letters", role: "img", "aria-label": aloud });
+  const line = h("span", { class: "irann-letters", dir: "auto", role: "img", "aria-label": aloud });
   signs.forEach((sign, i) => {
     const letter = h("span", { title: words(i) }, seen(sign));
     letter.style.setProperty("--shade", Math.min(1, Math.max(0, shade(i))).toFixed(3));
@@ -677,7 +677,7 @@ const pieces = {
     names: piece => piece.models.length > 1 ? piece.get("models").split(" ").filter(Boolean) : piece.models,
     async run(piece) {
       const names = this.names(piece), panels = names.map(name =>
-        h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }), h("pre", { tabindex: 0 })));
+        h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }), h("pre", { dir: "auto", tabindex: 0 })));
       piece.out.replaceChildren(...panels);
       const failed = [], turn = piece.anew();
       await Promise.all(names.map(async (name, at) => {
@@ -736,8 +736,8 @@ const pieces = {
       const turn = this.settle(piece), model = await piece.model(piece.get("model"));
       if (piece.turn != turn) return;
       piece.encode(model, said, Infinity);
-      const speech = h("p", { class: "irann-speech" });
-      piece.out.append(h("p", { class: "irann-yours" }, said), speech);
+      const speech = h("p", { class: "irann-speech", dir: "auto" });
+      piece.out.append(h("p", { class: "irann-yours", dir: "auto" }, said), speech);
       piece.history += plain ? said : `FIRST CITIZEN:\n${said}\n\n`;
       const all = model.encode(piece.history).ids, read = all.slice(-400), until = plain ? null : model.encode("\n\n").ids;
       if (all.length > read.length) piece.left += " Only the last 400 characters of the conversation are read.";

@@ -6,10 +6,12 @@ import time
 from contextlib import suppress
 
 import pytest
+from chromium import CONTRAST
 from playwright.sync_api import TimeoutError
 
 EVIL = '<img src=x onerror="window.broken=1"> <script>window.broken=2</script> <b>bold</b>'
 WAIT = 30_000  # milliseconds
+SAID = ".irann-chat .irann-turn, .irann-chat .irann-name, .irann-chat .irann-small"
 
 
 class Reader:
@@ -280,22 +282,6 @@ def test_a_page_leaves_a_film_of_its_drafts(reader, settings):
         reader.choose("gpt")
 
 
-CONTRAST = """() => {
-    const light = colour => colour.map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-        .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
-    const parse = text => text.match(/[\\d.]+/g).map(Number);
-    const over = ([r, g, b, a = 1], below) => [r, g, b].map((c, i) => a * c + (1 - a) * below[i]);
-    const ground = part => part ? over(parse(getComputedStyle(part).backgroundColor), ground(part.parentElement)) : [255, 255, 255];
-    const ratio = part => {
-        const style = getComputedStyle(part), below = ground(part), text = parse(style.color);
-        const ink = over([...text.slice(0, 3), (text[3] ?? 1) * style.opacity], below);
-        const [a, b] = [light(ink), light(below)].sort((x, y) => y - x);
-        return (a + .05) / (b + .05);
-    };
-    return [...document.querySelectorAll('.irann-chat .irann-turn, .irann-chat .irann-name, .irann-chat .irann-small')].map(ratio);
-}"""
-
-
 def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
     page, theme = reader.page, lambda: reader.page.evaluate("document.body.dataset.jpThemeName")
 
@@ -315,7 +301,7 @@ def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
     try:
         for name in ("JupyterLab Dark", "JupyterLab Light"):
             change(name)
-            ratios = page.evaluate(CONTRAST)
+            ratios = page.evaluate(CONTRAST, SAID)
             assert len(ratios) > 5 and min(ratios) > 4.5, (name, ratios)
     finally:
         if theme() != before:

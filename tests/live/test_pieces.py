@@ -9,6 +9,7 @@ from urllib.parse import urlencode
 
 import pytest
 import torch
+from chromium import CONTRAST
 
 from irann import export, shakespeare, zoo
 from irann.__main__ import main
@@ -57,6 +58,13 @@ class Reader:
     def slide(self, piece: str, name: str, value: float) -> None:
         move = "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }"
         self.at(piece, f".irann-{name} input").evaluate(move, value)
+
+    def readable(self, piece: str) -> None:
+        """The darkest letters, and the numbers below them, can still be read."""
+        letters = f"#live-{piece} .irann-letters > span"
+        self.page.add_style_tag(content=f"{letters} {{ --shade: 1 !important }}")
+        ratios = self.page.evaluate(CONTRAST, f"{letters}, {letters} small")
+        assert ratios and min(ratios) > 4.5, min(ratios)
 
     def written(self, name: str) -> str:
         return self.at("write", f"[aria-label='{name}'] pre").inner_text()
@@ -275,6 +283,7 @@ def test_a_link_keeps_the_state_on_a_phone_in_the_dark(site, browser):
     assert "threshold=0.05" in reader.at("rounds", ".irann-link").get_attribute("href")
     reader.at("rounds", "textarea").fill("W" * 120)
     reader.says("rounds", "Under each character")
+    reader.readable("rounds")
     assert reader.page.evaluate("document.documentElement.scrollWidth") <= 390
     reader.close()
 
@@ -397,6 +406,24 @@ def test_line_ends_before_a_word_end_no_answer_and_enter_in_a_word_asks_for_none
     assert reader.page.evaluate(press, {})
     reader.says("chat", "gpt has answered.")
     assert len(reader.at("chat", ".irann-speech").inner_text()) > 9
+    reader.close()
+
+
+def test_a_line_from_right_to_left_stands_so_in_the_dark_too(browser, tmp_path):
+    config, _ = zoo.recipe("gpt", "tiny", vocabulary=5)
+    model = zoo.build("gpt", config, seed=0)
+    model.vocabulary = Vocabulary("\u05d0\u05d1 12")
+    path = tmp_path / "page.html"
+    path.write_text(export.page(model))
+    reader = Reader(browser, path, color_scheme="dark")
+    reader.at("cost", "textarea").fill("\u05d0\u05d1 12")
+    reader.says("cost", "blind guess")
+    lefts = reader.at("cost", ".irann-letters > span").evaluate_all(
+        "letters => letters.map(letter => letter.getBoundingClientRect().left)"
+    )
+    aleph, bet, space, one, two = lefts
+    assert one < two < space < bet < aleph
+    reader.readable("cost")
     reader.close()
 
 
