@@ -79,10 +79,10 @@ def models_arms(quick: bool) -> dict[str, Arm]:
 
 
 def models_long_arms(quick: bool) -> dict[str, Arm]:
-    """All five at 1.7 million parameters (within 8 %), 20 million characters each, batches of 32, on a GPU.
+    """For a GPU: all five at 1.7 million parameters (within 8 %), 20 million characters each.
 
-    Step, averaging and dropout are those of each one's recipe `gpu`; the thinker, whose own batches
-    are smaller, has more dropout.
+    Batches are of 32. Step, averaging and dropout are those of each one's recipe `gpu`; the
+    thinker, whose own batches are smaller, has more dropout.
     """
     which, steps, batch = ("tiny", 20, 8) if quick else ("gpu", 2500, 32)
     measure = functools.partial(text_quality, count=2, n=40) if quick else text_quality
