@@ -20,7 +20,8 @@ WIDE = 1.5  # two runs on a busy machine differ by less, and so does what the pa
 
 
 def regressions(quick: bool) -> dict:
-    """-> by what is timed: its time over its peer's, then and now, and what is slower.
+    """-> by what is timed: its time over its peer's, then and now, and what is slower. The small sizes
+    of `quick` are not those that were stored, so nothing is said of them.
 
     Raises InputError where there is no stored report.
     """
@@ -30,15 +31,20 @@ def regressions(quick: bool) -> dict:
         raise InputError(
             f"there is no {STORED} to compare with: run this in a clone of the repository"
         ) from error
-    rows = {}
+    rows, alone = {}, []
     for name, part in PARTS.items():
         then, now = dict(ratios(name, stored[name])), dict(ratios(name, part(quick)))
+        alone += [key for key in then if key not in now]
         for key in (key for key in now if key in then):
-            change = now[key] / then[key]
-            verdict = "**slower**" if change > WIDE else ""
-            rows[key] = {"stored report": then[key], "now": now[key], "change": change}
-            rows[key][f"over {WIDE}"] = verdict
-    return {"rows": rows}
+            rows[key] = {"stored report": then[key], "now": now[key]}
+            if not quick:
+                change = now[key] / then[key]
+                verdict = "**slower**" if change > WIDE else ""
+                rows[key] |= {"change": change, f"over {WIDE}": verdict}
+    notes = [f"Not timed, for want of a peer: {'; '.join(alone)}."] if alone else []
+    if quick:
+        notes.append("The stored report is of other sizes: --quick cannot say what became slower.")
+    return {"rows": rows, "notes": notes}
 
 
 def ratios(name: str, part: dict) -> Iterator[tuple[str, float]]:
