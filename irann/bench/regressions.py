@@ -20,8 +20,8 @@ WIDE = 1.5  # two runs on a busy machine differ by less, and so does what the pa
 
 
 def regressions(quick: bool) -> dict:
-    """-> by what is timed: its time over its peer's, then and now, and what is slower. The small sizes
-    of `quick` are not those that were stored, so nothing is said of them.
+    """-> by what is timed: its time over its peer's, then and now, and what is slower. The small
+    sizes of `quick` are not those that were stored, so nothing is said of them.
 
     Raises InputError where there is no stored report.
     """
