@@ -370,13 +370,26 @@ def test_a_draft_belongs_to_its_receiver(name):
         draft.ids.zero_()
 
 
-@pytest.mark.parametrize("what", ["compile", "two_processes", "export"])
-def test_compiled_exported_and_shared_out_they_compute_the_same(what):
-    """In processes of their own, without the type checker, which a compiler cannot see through."""
-    command = [sys.executable, PROGRAMS / f"{what}.py"]
+def apart(*command):
+    """Run a program without the type checker, which a compiler cannot see through -> its output."""
     tree = os.environ | {"PYTHONPATH": str(Path(irann.__file__).parent.parent)}
+    command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, env=tree, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_compiled_they_compute_the_same():
+    assert apart(PROGRAMS / "compile.py").count("\n") == len(zoo.MODELS)
+
+
+def test_two_processes_are_one_and_what_one_of_them_wants_both_do(tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    assert apart(*torchrun, PROGRAMS / "two_processes.py", tmp_path).count("as one") == 2
+
+
+def test_exported_they_compute_the_same():
+    apart(PROGRAMS / "export.py")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1578,20 +1578,6 @@ def test_fused_queries_keys_and_values_are_three_matrices():
     assert stacks[model.h[0].attn.c_attn.weight] == 3 and stacks[model.h[0].mlp.c_fc.weight] == 1
 
 
-# -------------------------------------------------------------------------------- several processes
-
-
-def test_what_one_of_two_processes_wants_both_do(tmp_path):
-    """torchrun with two processes: stopped by one, resumed, measured in shares; each draws its own
-    dropout.
-    """
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    command += [str(PROGRAMS / "one_of_two.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("as one") == 2
-
-
 def test_the_averaged_model_is_measured_with_the_buffers_of_now(small):
     model, recipe = tiny("diffusion", steps=4, ema_decay=0.9)
     short = dataclasses.replace(small, val=small.val[:64])
