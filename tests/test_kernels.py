@@ -3,11 +3,8 @@
 Their numbers are held against oracles in test_scan.py.
 """
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from conftest import refuses
 from test_scan import close, draw, everything
 
 from irann import kernels
-from irann.core.scan import selective_scan
+from irann.core.scan import selective_scan, step
 from irann.kernels import chunked, native
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -217,14 +214,43 @@ def test_a_second_differentiation_is_refused_in_a_sentence(method):
 
 
 @needs_compiler
-def test_compile_export_and_func_see_one_operator():
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("method", ["auto", "chunked", "parallel"])
+def test_compile_export_and_func_see_one_operator(method, unchecked):
     """No graph breaks, any length of text, and the gradients of plain autograd."""
-    program = [sys.executable, "-W", "ignore", PROGRAMS / "scan_compiled.py"]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    for method, found in json.loads(done.stdout).items():
-        assert found.pop("graph breaks") == 0, method
-        assert max(found.values()) < 1e-12, (method, found)
+    u, delta, A, B, C, D, state = inputs = draw(3, 40, 19, 5)
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A = torch.nn.Parameter(A.detach())
+            self.D = torch.nn.Parameter(D.detach())
+
+        def forward(self, u, delta, B, C):
+            return selective_scan(u, delta, self.A, B, C, self.D, method=method)
+
+    def loss(u, delta, A, B, C, D, state):
+        y, last = selective_scan(u, delta, A, B, C, D, state=state, method=method)
+        return y.sin().sum() + last.cos().sum()
+
+    def one_text(u, delta, B, C, state):
+        return loss(u[None], delta[None], A, B[None], C[None], D, state[None])
+
+    torch._dynamo.reset()
+    one = u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], D, state
+    for function, given in ((loss, inputs), (step, one)):
+        assert torch._dynamo.explain(function)(*given).graph_break_count == 0
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    close(torch.autograd.grad(compiled(*inputs), inputs), expected, 1e-12)
+    texts, length = [u, delta, B, C], {1: torch.export.Dim("t", min=2, max=4096)}
+    layer = Layer()
+    program = torch.export.export(layer, tuple(texts), dynamic_shapes=(length,) * 4)
+    shorter = [x[:, :23] for x in texts]
+    close(program.module()(*shorter), layer(*shorter), 1e-12)
+    close(torch.func.grad(loss, tuple(range(7)))(*inputs), expected, 1e-12)
+    per_text = torch.func.vmap(torch.func.grad(one_text))(u, delta, B, C, state)
+    close([per_text], expected[:1], 1e-12)
 
 
 # --- Triton: on a GPU, or in its interpreter (conftest.py) ----------------------------------------
