@@ -14,24 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # each process of tests has a core; tor
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import chromium
-import jaxtyping
 import pytest
-import torch
 from filelock import FileLock
-from jaxtyping import TypeCheckError
-from typechecker import checking
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports triton: its interpreter stands in for the GPU
-    )
-
-with checking("irann"):  # every call of the package is held to its types
-    import irann  # noqa: F401
-
-from irann import shakespeare
-from irann.bench import speed
-from irann.text import Text
 
 PROGRAMS = Path(__file__).parent / "programs"  # what tests start as processes of their own
 
@@ -41,6 +25,8 @@ def refuses(words: str):
     """The block ends in an error that says `words` (a pattern), or in one of the type checker,
     which comes first.
     """
+    from jaxtyping import TypeCheckError
+
     with pytest.raises((ValueError, TypeCheckError)) as caught:
         yield caught
     if not isinstance(caught.value, TypeCheckError):
@@ -56,6 +42,19 @@ def small_disk(size: int):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def pytest_configure(config):
+    """Every call of the package is held to its types. Who only hands out tests loads nothing."""
+    if config.getoption("numprocesses", 0) and not hasattr(config, "workerinput"):
+        return
+    import torch
+    from typechecker import checking
+
+    if not torch.cuda.is_available():  # before anything imports triton, whose interpreter this is
+        os.environ["TRITON_INTERPRET"] = "1"
+    with checking("irann"):
+        import irann  # noqa: F401
 
 
 def pytest_sessionstart(session):
@@ -115,36 +114,42 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def corpus() -> Text:
+def corpus():
+    from irann import shakespeare
+
     return shakespeare.load()
 
 
 @pytest.fixture(scope="session")
-def small(corpus) -> Text:
+def small(corpus):
     """The first few thousand characters of both parts, with the whole vocabulary, for what has to
     be fast.
     """
+    from irann.text import Text
+
     return Text(corpus.train[:6000], corpus.val[:700], corpus.vocabulary, "an excerpt", "0" * 64)
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
     """Types are not looked at: for what repeats, a thousand times, calls that other tests hold."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """Time that passes only when it is told to: clock(2) lets two seconds go."""
     now = [0.0]
-    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("irann.bench.speed.time", SimpleNamespace(perf_counter=lambda: now[0]))
     return lambda seconds: now.append(now.pop() + seconds)
 
 
-def excite(model: torch.nn.Module, std: float = 0.6, seed: int = 0) -> torch.nn.Module:
+def excite(model, std: float = 0.6, seed: int = 0):
     """Draw every parameter anew and large: on default initialisation many a fault hides under the
     tolerance.
     """
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -152,7 +157,6 @@ def excite(model: torch.nn.Module, std: float = 0.6, seed: int = 0) -> torch.nn.
     return model
 
 
-@torch.no_grad()
 def stablelm(blocks, width: int, heads: int, gains=None):
     """Blocks with rotary positions, QK-norm, squared ReLU and plain norms, gains (blocks 2 d) -> a
     StableLM of transformers, double.
@@ -161,6 +165,7 @@ def stablelm(blocks, width: int, heads: int, gains=None):
     to neighbours: so the channels of q and k change places. Its MLP is gated, relu(gate) * up: one
     matrix as both is the squared ReLU. Gains go into the matrices.
     """
+    import torch
     from transformers import StableLmConfig, StableLmModel
 
     config = StableLmConfig(
@@ -186,19 +191,20 @@ def stablelm(blocks, width: int, heads: int, gains=None):
         StableLmModel(config).double().eval(),
         torch.arange(width).view(heads, -1, 2).mT.flatten(),
     )
-    for i, (ours, layer) in enumerate(zip(blocks, theirs.layers, strict=True)):
-        sees, widens = ours.attn.c_attn.weight, ours.mlp.c_fc.weight
-        if gains is not None:
-            sees, widens = sees * gains[i, 0], widens * gains[i, 1]
-        q, k, v = sees.chunk(3)
-        for here, there in (
-            (q[halves], layer.self_attn.q_proj),
-            (k[halves], layer.self_attn.k_proj),
-            (v, layer.self_attn.v_proj),
-            (ours.attn.c_proj.weight, layer.self_attn.o_proj),
-            (widens, layer.mlp.gate_proj),
-            (widens, layer.mlp.up_proj),
-            (ours.mlp.c_proj.weight, layer.mlp.down_proj),
-        ):
-            there.weight.copy_(here)
+    with torch.no_grad():
+        for i, (ours, layer) in enumerate(zip(blocks, theirs.layers, strict=True)):
+            sees, widens = ours.attn.c_attn.weight, ours.mlp.c_fc.weight
+            if gains is not None:
+                sees, widens = sees * gains[i, 0], widens * gains[i, 1]
+            q, k, v = sees.chunk(3)
+            for here, there in (
+                (q[halves], layer.self_attn.q_proj),
+                (k[halves], layer.self_attn.k_proj),
+                (v, layer.self_attn.v_proj),
+                (ours.attn.c_proj.weight, layer.self_attn.o_proj),
+                (widens, layer.mlp.gate_proj),
+                (widens, layer.mlp.up_proj),
+                (ours.mlp.c_proj.weight, layer.mlp.down_proj),
+            ):
+                there.weight.copy_(here)
     return theirs
