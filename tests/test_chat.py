@@ -492,7 +492,7 @@ def pipe(here, *arguments, text, **env):
     return result.returncode, result.stdout, result.stderr
 
 
-def test_a_pipe_gets_the_replies_only(runs):
+def test_a_pipe_gets_the_replies_only(runs, monkeypatch, capsys):
     path = runs / "runs" / "gpt-tiny"
     code, out, err = pipe(
         runs, path, "--length", 20, "--seed", 3, text="Who is there?\n/nonsense\n/temp 0\n/help\n"
@@ -501,8 +501,11 @@ def test_a_pipe_gets_the_replies_only(runs):
     session.say("Who is there?")
     assert code == 0 and out == finish(session.reply()).text + "\n" and "\x1b" not in out
     assert "has no setting 'nonsense'" in err and "temperature: 0.0" in err and "/save FILE" in err
-    assert pipe(runs, path, text="")[:2] == (0, "")
-    assert pipe(runs, path, "--length", 5, text="no line break at the end")[0] == 0
+    for said, replies in (("", 0), ("no line break at the end", 1)):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+        with pytest.raises(SystemExit) as ended:
+            main(["chat", str(path), "--length", "5", "--mode", "plain"])
+        assert ended.value.code == 0 and len(capsys.readouterr().out) == 6 * replies
 
 
 def test_a_pipe_that_is_not_text_is_refused_in_a_sentence(runs, monkeypatch, capsys):

@@ -2,8 +2,6 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from urllib.parse import urlencode
 
@@ -334,22 +332,22 @@ def test_the_site_without_weights_has_grown_by_less_than_300_kb(site):
     assert 100_000 < sum(path.stat().st_size for path in files) < 280_000
 
 
-def test_an_exported_page_lives_alone(browser, tmp_path):
+def test_an_exported_page_lives_alone(browser, tmp_path, capsys):
     name, path = "mamba", tmp_path / "page.html"
-    command = [sys.executable, "-m", "irann", "export", name, "--out", path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode == 0 and "wrote" in done.stdout, done.stderr
+    with pytest.raises(SystemExit) as ended:
+        main(["export", name, "--out", str(path)])
+    assert ended.value.code == 0 and "wrote" in capsys.readouterr().out
     reader = Reader(browser, path)
     reader.slide("write", "length", 64)
     reader.at("write", "button:has-text('write')").click()
     reader.says("write", "Written.")
     assert len(reader.written(name)) == 7 + 64
-    for piece in reader.page.evaluate(
-        "[...document.querySelectorAll('.irann-live')].map(b => b.id)"
-    ):
-        reader.page.locator(f"#{piece} textarea").focus()
-        reader.page.wait_for_timeout(200)
-        assert "cannot" not in reader.page.locator(f"#{piece} .irann-status").inner_text()
+    reader.at("chat", "button:has-text('say it')").click()
+    for piece in ("cost", "forget"):
+        reader.at(piece, "textarea").focus()
+    for piece, words in (("chat", "answered"), ("cost", "blind guess"), ("forget", "How much")):
+        reader.says(piece, words)
+    assert reader.page.locator(".irann-live").count() == 4
     others = [url for url in reader.requests if not url.startswith(("blob:", path.as_uri()))]
     assert others == []
     reader.close()
@@ -492,7 +490,8 @@ def test_a_text_that_was_typed_and_taken_back_leaves_nothing(page):
                 box.value = text
                 box.dispatchEvent(new Event("input")) } }"""
     )
-    page.page.wait_for_timeout(1000)
+    page.at("cost", "textarea").fill("too late")  # the same worker, when it is done with the rest
+    page.wait("cost", ".irann-row:has-text('gpt') [aria-label='too late']")
     assert page.at("attention", ".irann-letters").get_attribute("aria-label") == "To be or not"
 
 
@@ -503,8 +502,9 @@ def test_stop_counts_while_the_weights_are_still_on_their_way(site, browser):
             [...document.querySelectorAll("#live-write button")].find(b => b.innerText == word).click() }"""
     )
     reader.says("write", "Stopped.")
+    reader.at("forget", "textarea").focus()  # mamba's worker, when it is done with the rest
+    reader.says("forget", "How much")
     reader.page.wait_for_function("Object.keys(irannLive.models).length == 5", timeout=WAIT)
-    reader.page.wait_for_timeout(1000)
     assert reader.at("write", ".irann-status").inner_text() == "Stopped."
     assert set(reader.at("write", "pre").all_inner_texts()) == {""}
     reader.close()
@@ -531,7 +531,8 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     say.click()
     page.page.wait_for_function("window.asked.length == 3", timeout=WAIT)
     page.at("chat", "button:has-text('begin anew')").click()
-    page.page.wait_for_timeout(500)
+    page.at("rounds", "textarea").fill("too late")  # the same worker, when it is done with the rest
+    page.wait("rounds", "[aria-label='too late']")
     assert (
         page.at("chat", ".irann-status").inner_text()
         == "Say something: the weights are loaded then."
@@ -540,7 +541,7 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     page.at("chat", "textarea").fill("And now?")
     say.click()
     page.says("chat", "has answered")
-    fourth = page.page.evaluate("window.asked[3].ids")
+    fourth = page.page.evaluate("window.asked.at(-1).ids")
     assert zoo.load("gpt").vocabulary.decode(fourth) == "FIRST CITIZEN:\nAnd now?\n\n"
 
 
