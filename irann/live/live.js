@@ -379,7 +379,6 @@ class Piece {
   some(model, text, most) {  // the same, or nothing where there is nothing to read; the piece then says so
     const read = this.encode(model, text, most);
     if (read.ids.length) return read;
-    model.cancel(this);
     this.nothing("Write a few characters." + this.left);
   }
   nothing(words) {
@@ -564,10 +563,7 @@ const pieces = {
         piece.say(`Layer ${piece.get("layer")}, head ${piece.get("head")}: the darker, the more is looked at. ` +
           `Below: what may come after the line.${piece.left}`);
       };
-      if (piece.seenOf == key) {
-        model.cancel(piece);  // a text that is no longer there
-        return show();
-      }
+      if (piece.seenOf == key) return show();
       await model.ask(piece, "attention", { ids }, part => {
         if (piece.position.max == piece.position.value || piece.number("position") > ids.length) piece.controls.position.set(ids.length);
         piece.position.max = ids.length;

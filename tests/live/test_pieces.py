@@ -485,10 +485,11 @@ def test_a_text_that_was_typed_and_taken_back_leaves_nothing(page):
     page.at("attention", "textarea").fill("To be or not")
     page.wait("attention", "[aria-label='To be or not']")
     page.page.evaluate(
-        """() => { const box = document.querySelector("#live-attention textarea")
+        """async () => { const box = document.querySelector("#live-attention textarea")
             for (const text of ["To be or not, that is the question", "To be or not"]) {
                 box.value = text
-                box.dispatchEvent(new Event("input")) } }"""
+                box.dispatchEvent(new Event("input"))
+                await new Promise(resolve => setTimeout(resolve)) } }"""
     )
     page.at("cost", "textarea").fill("too late")  # the same worker, when it is done with the rest
     page.wait("cost", ".irann-row:has-text('gpt') [aria-label='too late']")
