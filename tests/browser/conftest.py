@@ -113,7 +113,7 @@ def address(folder) -> str:
             assert lab.poll() is None and time.monotonic() < end, (folder / "lab.log").read_text()[
                 -3000:
             ]
-            time.sleep(0.3)
+            time.sleep(0.1)
         yield f"{root}/lab/tree/chat.ipynb?reset&token={token}"
     finally:
         lab.terminate()  # the server ends its kernels
@@ -134,7 +134,7 @@ def _answers(url: str) -> bool:
 @pytest.fixture(scope="module")
 def page(browser, address, folder):
     """The notebook in a browser, its cell executed and the chat on the screen."""
-    page = browser.new_page(viewport={"width": 1100, "height": 1000})
+    page = browser.new_context(viewport={"width": 1100, "height": 1000}).new_page()
     try:
         page.goto(address, timeout=PATIENCE * 1000)
         _wait_for_kernel(page)

@@ -3,15 +3,24 @@
 import re
 import shutil
 import time
-from contextlib import suppress
 
 import pytest
 from chromium import CONTRAST
-from playwright.sync_api import TimeoutError
 
 EVIL = '<img src=x onerror="window.broken=1"> <script>window.broken=2</script> <b>bold</b>'
 WAIT = 30_000  # milliseconds
 SAID = ".irann-chat .irann-turn, .irann-chat .irann-name, .irann-chat .irann-small"
+# Of the last reply, that all of it stands in the transcript and in the scene as text, the last to be told
+WRITTEN = """() => {
+    const find = what => document.querySelector(".irann-chat " + what)
+    const reply = [...document.querySelectorAll(".irann-model")].at(-1)
+    const told = [...document.querySelectorAll(".irann-small")].map(one => one.innerText.match(/^([0-9,]+) characters in/))
+    const count = told.find(one => one)?.[1].replaceAll(",", "")
+    if (find("button.irann-send").disabled || !count || !reply || reply.querySelector(".irann-open")) return false
+    const text = reply.textContent.slice(reply.querySelector(".irann-name").textContent.length)
+    return [...text].length == count && find(".irann-text textarea").value.endsWith(text)
+}"""
+PAINTED = "new Promise(go => requestAnimationFrame(() => requestAnimationFrame(go)))"
 
 
 class Reader:
@@ -62,14 +71,9 @@ class Reader:
         self.page.wait_for_function(longer, timeout=WAIT)
 
     def done(self) -> str:
-        """-> the last reply, once it is written and the screen rests: buttons and text may come in
-        either order.
-        """
-        seen = None
-        while seen != (seen := self.page.locator(".irann-model").last.inner_text()):
-            time.sleep(0.5)
-            self.page.wait_for_selector("button.irann-send:enabled", timeout=WAIT)
-        return seen
+        """-> the last reply, once it is written and the screen rests."""
+        self.page.wait_for_function(WRITTEN, timeout=WAIT)
+        return self.page.locator(".irann-model").last.inner_text()
 
     def written(self) -> str:
         """-> the last reply anew."""
@@ -126,7 +130,7 @@ def test_enter_sends_the_text_grows_and_stop_ends_it(reader, record_property):
     reader.page.wait_for_selector("button.irann-send:enabled", timeout=5000)
     reader.page.wait_for_selector(".irann-scene:has-text('stopped')", timeout=5000)
     stopped = reader.scene.inner_text()
-    time.sleep(1)
+    time.sleep(0.5)
     assert reader.scene.inner_text() == stopped
     assert reader.line.input_value() == ""
 
@@ -290,8 +294,9 @@ def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
         page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Theme$")).hover()
         page.locator(".lm-Menu-itemLabel", has_text=re.compile(f"^{name}$")).click()
         page.wait_for_function(f"document.body.dataset.jpThemeName == '{name}'", timeout=WAIT)
-        time.sleep(1)  # colours fade over
+        page.evaluate(PAINTED)
 
+    page.add_style_tag(content="* { transition: none !important }")  # colours fade over
     reader.set("length", 20)
     reader.type("What news?")
     reader.enter()
@@ -309,7 +314,10 @@ def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
     size = page.viewport_size
     page.set_viewport_size({"width": 620, "height": size["height"]})
     try:
-        time.sleep(1)
+        page.wait_for_function(
+            "document.querySelector('.irann-chat').clientWidth < 620", timeout=WAIT
+        )
+        page.evaluate(PAINTED)
         cut = page.evaluate("""[...document.querySelectorAll('.irann-chat button, .irann-chat .widget-hbox')]
             .filter(part => part.offsetParent && part.scrollWidth > part.clientWidth + 1).map(part => part.textContent)""")
         assert cut == []
@@ -317,12 +325,11 @@ def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
         page.set_viewport_size(size)
 
 
-def test_a_saved_chat_that_is_opened_again_shows_its_transcript(reader, address, folder):
+def test_a_saved_chat_that_is_opened_again_shows_its_transcript(reader, settings, address, folder):
+    reader.set("length", 20)
     reader.type("Who saves me?")
     reader.enter()
     reader.wait(".irann-model")
-    with suppress(TimeoutError):  # a short reply is over already
-        reader.page.locator("button.irann-stop:enabled").click(timeout=3000)
     said = reader.done().splitlines()[-1]
     assert not reader.page.locator("pre.irann-stored").is_visible()
     saved, again, until = folder / "chat.ipynb", folder / "again.ipynb", time.monotonic() + 30
@@ -333,7 +340,7 @@ def test_a_saved_chat_that_is_opened_again_shows_its_transcript(reader, address,
         reader.page.keyboard.press("Control+s")
         time.sleep(0.5)
     shutil.copy(saved, again)
-    page = reader.page.context.browser.new_page()
+    page = reader.page.context.new_page()
     try:
         page.goto(address.replace("chat.ipynb", "again.ipynb"), timeout=3 * WAIT)
         stored = page.locator("pre.irann-stored")
