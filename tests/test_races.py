@@ -217,7 +217,7 @@ def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_stay(
         now = again["rows"][name]
         assert now | {"measured": 0} == row | {"measured": 0} and len(now["measured"]) == 2
         assert now["measured"][0] == pytest.approx(row["measured"][0]) or name == "ours, long"
-    on = f"measured on {again['threads']} threads, torch 9.9"
+    on = f"measured on {races.hardware('cpu')}, torch 9.9"
     missing = ("ours, long, seed 0", "ours, short, seed 1", "ours, long, seed 1")
     assert again["notes"] == [f"{which}: {on}" for which in missing]
     assert again["torch"] == found["torch"] and f"({missing[0]}: {on})" in report.markdown(again)
@@ -228,14 +228,15 @@ def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_stay(
 
 
 def test_a_race_says_what_it_ran_on_and_that_is_written_down_first(idle, tmp_path, monkeypatch):
-    assert races.hardware(torch.device("cpu")) == "cpu"
+    monkeypatch.setattr(races, "processor", lambda: "A chip")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
     begun = races.run("models-long", seeds=1, quick=True, out=tmp_path)
-    assert begun["device"] == "cpu" and begun["notes"] == []
+    cpu = f"{begun['threads']} threads, torch {torch.__version__}"
+    assert races.ran_on(begun) == f"A chip, {cpu}" and begun["notes"] == []
     page = tmp_path / "models-long.json"
     old = json.loads(page.read_text())
-    assert races.ran_on(old) == f"{old['threads']} threads, torch {torch.__version__}"
     del old["device"]  # older ones name none
+    assert races.ran_on(old) == races.ran_on(old | {"device": "cpu"}) == cpu
     del old["rows"]["gpt"]["measured"][0], old["rows"]["mamba"]
     page.write_text(json.dumps(old))
     again = races.run("models-long", seeds=1, quick=True, out=tmp_path, device="cuda")
@@ -255,6 +256,15 @@ def test_a_race_says_what_it_ran_on_and_that_is_written_down_first(idle, tmp_pat
     stored = json.loads((tmp_path / "thinker.json").read_text())
     assert stored["device"] == "NVIDIA X"
     assert stored["notes"] == ["gpt, equal parameters, seed 0: NVIDIA X, torch 9.9"]
+
+
+def test_a_processor_is_named_as_the_system_names_it(monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda self: "cpu: 0\nmodel name\t: A chip \nflags: a\n")
+    assert races.processor() == "A chip"
+    monkeypatch.setattr(Path, "read_text", lambda self: "processor : 0\n")
+    monkeypatch.setattr(races.platform, "processor", lambda: "")
+    monkeypatch.setattr(races.platform, "machine", lambda: "arm64")
+    assert races.processor() == "arm64"
 
 
 def test_what_a_log_says_is_entered_under_its_seed_by_hand(short, tmp_path, monkeypatch):
@@ -381,11 +391,12 @@ STORED = [name for name in races.RACES if (REPORTS / f"{name}.json").exists()]
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_stored_races_are_those_of_today(name, tmp_path, idle):
+def test_stored_races_are_those_of_today(name, tmp_path, idle, monkeypatch):
     """Nothing of them would be run again, and no setting has another name."""
     stored = (REPORTS / f"{name}.json").read_text()
     (tmp_path / f"{name}.json").write_text(stored)
-    rows = json.loads(stored)["rows"]
+    rows, threads = json.loads(stored)["rows"], json.loads(stored)["threads"]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seeds = min(len(row["nats"]) for row in rows.values())
     assert races.run(name, seeds=seeds, out=tmp_path)["rows"] == rows and idle == []
 
@@ -503,9 +514,12 @@ def test_a_speedrun_takes_the_arm_of_its_device_and_keeps_the_clock(
     idle, short, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(races, "hardware", str)
-    for device in ("cpu", "cuda", "mps"):
-        races.run("speedrun", seeds=1, quick=True, out=tmp_path / device, device=device)
-    arms = ["two-CPU-cores", "one-GPU", "one-GPU"]
+    for threads, device in ((2, "cpu"), (16, "cpu"), (2, "cuda"), (16, "mps")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        races.run(
+            "speedrun", seeds=1, quick=True, out=tmp_path / f"{device}{threads}", device=device
+        )
+    arms = ["two-CPU-cores", "16-CPU-threads", "one-GPU", "one-GPU"]
     assert [name for name, _ in idle] == [f"speedrun-{arm}-0" for arm in arms]
     monkeypatch.undo()
     monkeypatch.setattr(shakespeare, "load", lambda: short)

@@ -8,10 +8,13 @@ stopped, and an arm that is done is not run again.
 import functools
 import json
 import math
+import platform
+import re
 import signal
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -193,16 +196,18 @@ def run(
     are `exact`, and lists.
 
     One entry per seed in `nats`, `seconds` (of training, without validation), `clock` (seconds with
-    it, as they passed), `curves` (points of characters, seconds, nats) and `measured` (what else
-    the race measures of a trained arm).
+    it, as they passed, but without those of saving), `curves` (points of characters, seconds, nats)
+    and `measured` (what else the race measures of a trained arm).
     Written to `out`/NAME.json after each arm.
     """
     arms = RACES[name](quick)
     text = shakespeare.load()
     out = Path(out)
     if name == "speedrun":
-        kind = "two CPU cores" if torch.device(device).type == "cpu" else "one GPU"
-        arms = {kind: arms[kind]}
+        on_cpu = torch.device(device).type == "cpu"
+        kind = "two CPU cores" if on_cpu else "one GPU"
+        threads = torch.get_num_threads()
+        arms = {f"{threads} CPU threads" if on_cpu and threads != 2 else kind: arms[kind]}
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.json"
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -265,16 +270,27 @@ def _check_same(arm: Arm, row: dict, subject: str, folder: Path) -> None:
 
 
 def hardware(device: str | torch.device) -> str:
-    """-> what a report calls a device: a GPU by its name, any other by its kind."""
+    """-> what a report calls a device: a GPU by its name, a CPU by its own and its threads."""
     device = torch.device(device)
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = f"{processor()}, {torch.get_num_threads()} threads"
+    return cpu if device.type == "cpu" else device.type
+
+
+def processor() -> str:
+    """-> the name of this machine's processor, as far as the system knows it."""
+    with suppress(OSError):
+        if found := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
+            return found[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def ran_on(report: dict) -> str:
-    """-> the machine of a report in words; older ones do not say that it was a CPU."""
+    """-> the machine of a report in words; older ones do not name a CPU, or that it was one."""
     device = report.get("device", "cpu")
-    machine = f"{report['threads']} threads" if device == "cpu" else device
-    return f"{machine}, torch {report['torch']}"
+    device = f"{report['threads']} threads" if device == "cpu" else device
+    return f"{device}, torch {report['torch']}"
 
 
 def run_arm(
