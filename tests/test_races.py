@@ -258,6 +258,34 @@ def test_a_race_says_what_it_ran_on_and_that_is_written_down_first(idle, tmp_pat
     assert stored["notes"] == ["gpt, equal parameters, seed 0: NVIDIA X, torch 9.9"]
 
 
+def test_an_arm_that_was_trained_elsewhere_is_noted_as_trained_there(idle, tmp_path):
+    """Its report was deleted, or it was stopped before it was measured."""
+
+    def trained(arm, step, **place):
+        saved = tmp_path / f"runs/models-{arm}-0/checkpoints/step-{step:08d}"
+        saved.mkdir(parents=True)
+        environment = {"torch": "1.0", "threads": 7, "device": "cpu", "gpu": None} | place
+        (saved / "config.json").write_text(json.dumps({"step": step, "environment": environment}))
+
+    trained("gpt", 20)
+    trained("mamba", 4, gpu="NVIDIA X")
+    report = races.run("models", seeds=1, quick=True, out=tmp_path)
+    notes = ["gpt, seed 0: 7 threads, torch 1.0", "mamba, seed 0: NVIDIA X, torch 1.0"]
+    assert report["notes"] == notes
+    report["torch"], report["threads"], report["device"] = "1.0", 7, "A chip, 7 threads"
+    for row in report["rows"].values():
+        row |= {key: [] for key in ("nats", "measured")}
+    report["notes"] = []
+    (tmp_path / "models.json").write_text(json.dumps(report))
+    here = f"{races.hardware('cpu')}, torch {torch.__version__}"
+    notes = races.run("models", seeds=1, quick=True, out=tmp_path)["notes"]
+    assert notes[:3] == [
+        f"gpt, seed 0: measured on {here}",  # all of its training was there
+        "mamba, seed 0: NVIDIA X, torch 1.0",
+        f"mamba, seed 0: {here}",
+    ]
+
+
 def test_a_processor_is_named_as_the_system_names_it(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self: "cpu: 0\nmodel name\t: A chip \nflags: a\n")
     assert races.processor() == "A chip"

@@ -24,8 +24,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .. import shakespeare, zoo
-from ..checkpoint import renamed
+from .. import checkpoint, shakespeare, zoo
 from ..lm import cross_entropy
 from ..models.diffusion import DiffusionConfig
 from ..models.gpt import GPTConfig
@@ -223,14 +222,19 @@ def run(
             row = report["rows"].setdefault(arm_name, fresh)
             folder = out / "runs" / f"{name}-{arm_name.replace(', ', '-').replace(' ', '-')}-{seed}"
             _check_same(arm, row, f"{page} holds '{arm_name}'", folder)
-            trained = len(row["nats"]) > seed
-            if trained and (arm.measure is None or len(row["measured"]) > seed):
+            entered = len(row["nats"]) > seed
+            if entered and (arm.measure is None or len(row["measured"]) > seed):
                 continue
             print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
-            note = f"{arm_name}, seed {seed}: {'measured on ' * trained}{ran_on(machine)}"
-            if ran_on(machine) != ran_on(report) and note not in report["notes"]:
-                report["notes"].append(note)
-                keep(report, page)  # before the work, which may be stopped and go on elsewhere
+            saved = [] if entered else checkpoint.listed(folder)
+            config = checkpoint.config_of(saved[0]) if saved else {}
+            places = [elsewhere(config, report, machine)]
+            if ran_on(machine) != ran_on(report):
+                trained = entered or config.get("step") == arm.recipe.steps
+                places.append("measured on " * trained + ran_on(machine))
+            notes = [f"{arm_name}, seed {seed}: {place}" for place in places if place]
+            report["notes"] = list(dict.fromkeys([*report["notes"], *notes]))
+            keep(report, page)  # before the work, which may be stopped and go on elsewhere
             run_arm(arm, text, seed, folder, row, device)
             keep(report, page)
     return report
@@ -259,7 +263,7 @@ def stored(page: Path, quick: bool) -> dict:
 
 def _check_same(arm: Arm, row: dict, subject: str, folder: Path) -> None:
     """Raises InputError for a stored row of other settings."""
-    was, now = renamed(row.get("arm", {})), arm.settings()
+    was, now = checkpoint.renamed(row.get("arm", {})), arm.settings()
     changed = [key for key in now | was if was.get(key) != now.get(key) and key not in FREE]
     if changed:
         runs = f"{str(folder).rpartition('-')[0]}-[0-9]*"
@@ -287,10 +291,16 @@ def processor() -> str:
 
 
 def ran_on(report: dict) -> str:
-    """-> the machine of a report in words; older ones do not name a CPU, or that it was one."""
-    device = report.get("device", "cpu")
+    """-> the machine of a report, or of a checkpoint, in words; older reports name no device."""
+    device = report.get("gpu") or report.get("device", "cpu")
     device = f"{report['threads']} threads" if device == "cpu" else device
     return f"{device}, torch {report['torch']}"
+
+
+def elsewhere(config: dict, *known: dict) -> str:
+    """-> where a checkpoint was saved, by its config, if not on one of these machines."""
+    place = ran_on(config["environment"]) if "environment" in config else ""
+    return "" if any(f" {ran_on(one)}".endswith(f" {place}") for one in known) else place
 
 
 def run_arm(
