@@ -39,7 +39,7 @@ EXIT_CODES: dict[type[Exception], int] = {
     DiskError: 1,
     OSError: 1,
 }
-SEEDS = Setting(3, "how often a race is run", low=1)
+SEEDS = Setting(3, "how often a race is run; default 3", low=1)
 WRITERS = ("train", "bench")  # they leave files: what they print may go nowhere
 NAMES = "gpt, thinker, thinker-page, diffusion or mamba"
 ABOUT = f"""Small language models and the book that derives them: read it, talk with the models,
@@ -383,7 +383,7 @@ def bench(
     what: Annotated[str, What] = "all",
     quick: Annotated[bool, Quick] = False,
     out: Annotated[Path | None, Report] = None,
-    seeds: Annotated[str, _number(SEEDS)] = "3",
+    seeds: Annotated[str | None, _number(SEEDS)] = None,
     device: Annotated[str, RaceDevice] = "cpu",
 ) -> None:
     """Time the selective scan against others, compare the trained models, or train models side by
@@ -393,7 +393,7 @@ def bench(
     from .bench import suite
 
     out = out or Path("bench-report") / ("quick" if quick else "")
-    number = SEEDS.read("seeds", seeds)
+    number = None if seeds is None else SEEDS.read("seeds", seeds)
     suite.main(what, quick=quick, out=out, seeds=number, device=_device(device))
 
 

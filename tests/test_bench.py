@@ -254,11 +254,13 @@ def test_a_race_gets_the_seeds_and_the_device_that_are_asked_for(tmp_path, monke
     assert (tmp_path / "thinker.md").read_bytes() == b"h \xe2\x86\x92 x\n"
 
 
-def test_another_subject_or_device_is_refused(tmp_path):
+def test_another_subject_and_what_is_for_races_only_are_refused(tmp_path):
     with refuses("one of all, scan, .*thinker-long, .*mamba; got 'everything'"):
         suite.main("everything", out=tmp_path)
-    with refuses("scan is measured on the CPU: leave --device out, it is for races"):
-        suite.main("scan", quick=True, out=tmp_path, device="cuda")
+    for given in ({"device": "cuda"}, {"seeds": 10}):
+        with refuses("scan is measured on the CPU, with .* leave --device and --seeds out, they"):
+            suite.main("scan", quick=True, out=tmp_path, **given)
+    assert not any(tmp_path.iterdir())
 
 
 # ----------------------------------------------------------------------------------- its arithmetic

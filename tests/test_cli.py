@@ -183,12 +183,12 @@ def test_a_text_that_is_called_tiny_shakespeare_is_read(run):
 def test_a_bench_is_run_as_it_was_asked_for(run, monkeypatch):
     asked = []
     monkeypatch.setattr("irann.bench.suite.main", lambda what, **given: asked.append((what, given)))
-    run("bench", "gpt", "--quick", "--seeds", "5", "--device", "cpu")
+    run("bench", "models", "--quick", "--seeds", "5", "--device", "cpu")
     run("bench", "--out", "there")
     shared = {"device": torch.device("cpu")}
     assert asked == [
-        ("gpt", shared | {"quick": True, "out": Path("bench-report/quick"), "seeds": 5}),
-        ("all", shared | {"quick": False, "out": Path("there"), "seeds": 3}),
+        ("models", shared | {"quick": True, "out": Path("bench-report/quick"), "seeds": 5}),
+        ("all", shared | {"quick": False, "out": Path("there"), "seeds": None}),
     ]
 
 

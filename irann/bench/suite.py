@@ -35,29 +35,30 @@ def main(
     *,
     quick: bool = False,
     out: Path = Path("bench-report"),
-    seeds: int = 3,
+    seeds: int | None = None,
     device: str | torch.device = "cpu",
 ) -> dict:
-    """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` and
-    `device` are those of a race.
+    """Run, print the report as Markdown, and write it and the numbers under `out`. `seeds` (by
+    default 3) and `device` are those of a race.
 
     Raises InputError for another `what`, for a report in `out` that this one would not go on from,
-    and for a device other than the CPU where no race is run; CheckpointError for a model's name
-    where it has no weights.
+    and for seeds or a device other than the CPU where no race is run; CheckpointError for a model's
+    name where it has no weights; InUse where another process writes the same report.
     """
     out = Path(out)
     known = dict.fromkeys(("all", "scan", *ALONE, *races.RACES, *zoo.MODELS))  # `thinker` is a race
     if what not in known:
         raise InputError(f"bench takes one of {', '.join(known)}; got {what!r}")
-    if what in races.RACES:
-        measured = races.run(what, seeds=seeds, quick=quick, out=out, device=device)
-    elif torch.device(device).type == "cpu":
-        measured = measure(what, quick, out)
-    else:
+    race = what in races.RACES
+    if not race and (seeds is not None or torch.device(device).type != "cpu"):
         raise InputError(
-            f"{what} is measured on the CPU: leave --device out, it is for races "
-            f"({', '.join(races.RACES)})"
+            f"{what} is measured on the CPU, with seeds of its own: leave --device and --seeds "
+            f"out, they are for races ({', '.join(races.RACES)})"
         )
+    if race:
+        measured = races.run(what, seeds=seeds or 3, quick=quick, out=out, device=device)
+    else:
+        measured = measure(what, quick, out)
     page = report.markdown(measured)
     print(page)
     (out / f"{what}.md").write_text(page + "\n", encoding="utf-8")
