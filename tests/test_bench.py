@@ -9,12 +9,13 @@ import jaxtyping
 import pytest
 import torch
 from conftest import refuses
+from filelock import FileLock
 
 from irann import shakespeare, zoo
 from irann.bench import quality, races, report, scan, speed, suite
 from irann.checkpoint import CheckpointError
 from irann.lm import LanguageModel
-from irann.training import Recipe, train
+from irann.training import InUse, Recipe, train
 
 
 def test_all_contestants_compute_the_same():
@@ -113,7 +114,7 @@ def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, c
     rates = "10.0 (10.0, 10.0) | 100 (100, 100)"
     size = f"{rows['gpt']['parameters']:,}"
     assert f"| gpt | {size} | 1.5000 ± 0.1000 | 2.164 | {rates} |" in page
-    assert {path.name for path in tmp_path.iterdir()} == {"gpt.json", "gpt.md"}
+    assert {path.name for path in tmp_path.glob("gpt*")} == {"gpt.json", "gpt.md"}
     timed = [(1, seed) for seed in range(3)] + [(quality.SAMPLES, seed) for seed in range(3)]
     assert asked[-6:] == [(count, 200, 1.0, seed) for count, seed in timed]
 
@@ -252,6 +253,15 @@ def test_a_race_gets_the_seeds_and_the_device_that_are_asked_for(tmp_path, monke
     how = {"quick": True, "out": tmp_path, "seeds": 5, "device": "cuda:1"}
     assert asked == [(("thinker",), how)]
     assert (tmp_path / "thinker.md").read_bytes() == b"h \xe2\x86\x92 x\n"
+
+
+def test_a_report_that_another_process_writes_is_left_to_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "measure", lambda what, quick, out: {})
+    with FileLock(tmp_path / ".scan.lock"):
+        with pytest.raises(InUse, match=r"scan\.json: wait for it, or choose another --out"):
+            suite.main("scan", quick=True, out=tmp_path)
+        suite.main("engine", quick=True, out=tmp_path)
+    suite.main("scan", quick=True, out=tmp_path)
 
 
 def test_another_subject_and_what_is_for_races_only_are_refused(tmp_path):

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from .. import shakespeare, zoo
 from ..checkpoint import CheckpointError
 from ..lm import evaluating
 from ..settings import InputError
 from ..text import Text
-from ..training import evaluate
+from ..training import InUse, evaluate
 from . import engine, quality, races, regressions, report, scan, speed, stopping, waiting
 
 ALONE: dict[str, Callable[[bool], dict]] = {
@@ -55,13 +56,21 @@ def main(
             f"{what} is measured on the CPU, with seeds of its own: leave --device and --seeds "
             f"out, they are for races ({', '.join(races.RACES)})"
         )
-    if race:
-        measured = races.run(what, seeds=seeds or 3, quick=quick, out=out, device=device)
-    else:
-        measured = measure(what, quick, out)
-    page = report.markdown(measured)
-    print(page)
-    (out / f"{what}.md").write_text(page + "\n", encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        alone = FileLock(out / f".{what}.lock").acquire(timeout=0)
+    except Timeout:
+        raise InUse(
+            f"another process writes {out / what}.json: wait for it, or choose another --out"
+        ) from None
+    with alone:
+        if race:
+            measured = races.run(what, seeds=seeds or 3, quick=quick, out=out, device=device)
+        else:
+            measured = measure(what, quick, out)
+        page = report.markdown(measured)
+        print(page)
+        (out / f"{what}.md").write_text(page + "\n", encoding="utf-8")
     return measured
 
 
