@@ -79,7 +79,7 @@ def by_heart(training: float, validation: float) -> str:
 
 def nexts(run: Path) -> Iterator[str]:
     """Yields the commands that go on with a run."""
-    place = f".{os.sep}{run}" if str(run) in zoo.MODELS else str(run)  # a plain name is the book's
+    place = f".{os.sep}{run}" if str(run) in zoo.names() else str(run)  # a plain name is the book's
     for command, what in (
         ("sample", "it writes"),
         ("chat", "it answers"),

@@ -1564,8 +1564,8 @@ def test_a_chat_computes_where_it_is_told_to(here):
 
 def test_a_model_that_ships_is_available_without_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(zoo, "shipped", lambda: ["mamba"])
-    assert available() == ["mamba"]
+    monkeypatch.setattr(zoo, "shipped", lambda: ["mamba", "mamba-again"])
+    assert available() == ["mamba", "mamba-again"]
 
 
 def test_a_window_of_one_character_is_not_inspected():

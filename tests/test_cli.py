@@ -889,6 +889,7 @@ def test_list_and_plot_show_the_runs(run, short, tmp_path):
     code, out, _ = run("list")
     assert code == 0 and "no runs in" in out
     assert all(name in out for name in zoo.MODELS) and "1,794,432 parameters" in out
+    assert "irann chat gpt-distilled" in out
     run("train", "gpt", *TINY, "--set", "evaluate_every=3")
     line = run("list")[1].splitlines()[-1].split()
     assert line[:5] == [os.path.join("runs", "gpt-tiny"), "gpt", "6", "of", "6"]
@@ -1063,11 +1064,12 @@ def test_a_name_of_the_book_means_the_model_of_the_book(tmp_path, monkeypatch, s
     monkeypatch.chdir(tmp_path)
     mine = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
     mine.vocabulary = small.vocabulary
-    with pytest.raises(InputError, match="gpt is a model of the book"):
-        irann.save(mine, "gpt")
-    told = [line.split()[2] for line in runs.nexts(Path("gpt"))]
-    for place in (irann.save(mine, Path("gpt")), "./gpt", *told):
-        assert irann.load(place).config == mine.config != irann.load("gpt").config
+    for name in ("gpt", "gpt-distilled"):
+        with pytest.raises(InputError, match=f"{name} is a model of the book"):
+            irann.save(mine, name)
+        told = [line.split()[2] for line in runs.nexts(Path(name))]
+        for place in (irann.save(mine, Path(name)), f"./{name}", *told):
+            assert irann.load(place).config == mine.config != irann.load(name).config
 
 
 def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_path, monkeypatch):
@@ -1118,6 +1120,8 @@ def test_chapters_are_looked_for_wherever_pip_puts_data():
 
 def test_a_shell_completes_models_and_runs(run, short):
     assert "mamba" in main_module._names("m") and "gpt" not in main_module._names("m")
+    assert "gpt-distilled" not in main_module._names("g")  # which is not to be trained by a recipe
+    assert "gpt-distilled" in main_module._speakers("g")
     run("train", "gpt", *TINY)
     assert os.path.join("runs", "gpt-tiny") in main_module._speakers("r")
     assert "--install-completion" in run("--help")[1]
