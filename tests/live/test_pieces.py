@@ -13,7 +13,6 @@ from irann import export, shakespeare, zoo
 from irann.__main__ import main
 from irann.text import Vocabulary
 
-ROOT = Path(__file__).parents[2]
 WAIT = 60_000  # milliseconds
 # Milliseconds from an act, JavaScript, to the next frame in which the piece shows what it is to show
 TOOK = """([piece, act, shown]) => new Promise(resolve => {
