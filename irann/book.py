@@ -14,10 +14,10 @@ from .settings import InputError
 BESIDE = Path(__file__).parents[1] / "notebooks"  # in the book's own folder
 # Beside an installed package, wherever pip put its data: as it does by default, or for one user
 INSTALLED = [
-    Path(place) / "share" / "irann" / "notebooks"
+    Path(place) / "share" / "irann"
     for place in (sys.prefix, sysconfig.get_path("data"), site.getuserbase())
 ]
-COPY = Path("irann-book")
+COPY = Path("irann-book", "notebooks")
 WELCOME = "welcome.ipynb"
 # A chapter is a pair, and a reader wants its notebook: the .md is neither shown nor written.
 OPTIONS = (
@@ -29,22 +29,29 @@ OPTIONS = (
 
 def folder() -> Path:
     """-> where the chapters are: those of the book's folder, or, of an installed package, a copy of
-    one's own in ./irann-book, made now if it is not there. Raises InputError if there are none.
+    one's own under ./irann-book, made now if it is not there. Raises InputError if there are none.
     """
     if (BESIDE / WELCOME).is_file():
         return BESIDE
-    installed = next((place for place in INSTALLED if (place / WELCOME).is_file()), None)
+    known = (place for place in INSTALLED if (place / "notebooks" / WELCOME).is_file())
+    installed = next(known, None)
     if installed is None:
         raise InputError(
             "the chapters are not on this machine: get the book's folder, and in it "
             "pip install -e '.[book]'"
         )
-    inside = Path.cwd().name == COPY.name and Path(WELCOME).is_file()
-    copy = Path() if inside else COPY
-    for chapter in sorted(installed.glob("*.ipynb")):  # what the reader has changed stays
-        if not (copy / chapter.name).exists():
-            copy.mkdir(exist_ok=True)
-            shutil.copy(chapter, copy / chapter.name)
+    copy = COPY
+    for inside in (Path("notebooks"), Path()):  # who stands in the copy gets no copy of it
+        if (inside / WELCOME).resolve().parts[-3:-1] == COPY.parts and (inside / WELCOME).is_file():
+            copy = inside
+    reports = copy / ".." / "book" / "report"  # where the chapters look for what was measured
+    for place in (copy, reports):
+        place.mkdir(parents=True, exist_ok=True)
+    for chapter in installed.glob("notebooks/*.ipynb"):
+        if not (copy / chapter.name).exists():  # what the reader has changed stays
+            shutil.copy(chapter, copy)
+    for report in installed.glob("book/report/*.json"):
+        shutil.copy(report, reports)
     return copy
 
 

@@ -1092,18 +1092,25 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     monkeypatch.setattr(book, "BESIDE", tmp_path / "nowhere")
     monkeypatch.setattr(book, "INSTALLED", [tmp_path / "nowhere", tmp_path / "share"])
     assert "get the book's folder" in run("book")[2]
-    (tmp_path / "share").mkdir()
+    chapters, reports = tmp_path / "share" / "notebooks", tmp_path / "share" / "book" / "report"
+    for place in (chapters, reports):
+        place.mkdir(parents=True)
     for name in ("welcome.ipynb", "01_gpt.ipynb", "01_gpt.md"):
-        (tmp_path / "share" / name).write_text("{}")
-    assert run("book")[0] == 0 and seen[-1][4] == "irann-book"
-    assert sorted(os.listdir("irann-book")) == ["01_gpt.ipynb", "welcome.ipynb"]
-    (tmp_path / "irann-book" / "welcome.ipynb").write_text("mine")
-    assert run("book")[0] == 0
-    assert (tmp_path / "irann-book" / "welcome.ipynb").read_text() == "mine"
-    (tmp_path / "share" / "08_new.ipynb").write_text("{}")  # a later edition
-    assert run("book")[0] == 0 and (tmp_path / "irann-book" / "08_new.ipynb").exists()
-    monkeypatch.chdir("irann-book")  # there it opens, and makes no copy of the copy
-    assert run("book")[0] == 0 and seen[-1][4] == "." and not Path("irann-book").exists()
+        (chapters / name).write_text("{}")
+    (reports / "all.json").write_text("{}")
+    mine = Path("irann-book", "notebooks")
+    assert run("book")[0] == 0 and seen[-1][4] == str(mine)
+    assert sorted(os.listdir(mine)) == ["01_gpt.ipynb", "welcome.ipynb"]
+    assert (mine / "../book/report/all.json").read_text() == "{}"  # where the chapters look
+    (mine / "welcome.ipynb").write_text("mine")
+    (chapters / "08_new.ipynb").write_text("{}")  # a later edition, which has measured anew
+    (reports / "all.json").write_text("[]")
+    assert run("book")[0] == 0 and (mine / "08_new.ipynb").exists()
+    assert (mine / "welcome.ipynb").read_text() == "mine"
+    assert (mine / "../book/report/all.json").read_text() == "[]"
+    for place, where in (("irann-book", "notebooks"), ("notebooks", ".")):  # no copy of the copy
+        monkeypatch.chdir(place)
+        assert run("book")[0] == 0 and seen[-1][4] == where and not Path("irann-book").exists()
     with monkeypatch.context() as patch:  # Windows, where no program takes another's place
         patch.setattr(book, "os", types.SimpleNamespace(**vars(os) | {"name": "nt"}))
         patch.setattr(book.subprocess, "call", lambda words, env: seen.append([*words, env]) or 7)
@@ -1115,7 +1122,7 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
 
 def test_chapters_are_looked_for_wherever_pip_puts_data():
     places = (sys.prefix, sysconfig.get_path("data"), site.getuserbase())
-    assert {str(place.parents[2]) for place in book.INSTALLED} == {*places}
+    assert {str(place.parents[1]) for place in book.INSTALLED} == {*places}
 
 
 def test_a_shell_completes_models_and_runs(run, short):
