@@ -1,8 +1,9 @@
 """python book/distil.py: a GPT of the size that ships learns what the three models that ship and
 read from left to right expect together (appendix 5c). It begins with the weights of `gpt`.
 
-The teachers are asked about the training part, and about as much text again that Mamba writes: what
-they know by heart of the former they do not know of the latter. Stopped with Ctrl-C and called
+The teachers are asked about the training part, and about 1.4 million characters of pages that Mamba
+writes from short prompts: what they know by heart of the former they do not know of the latter.
+Stopped with Ctrl-C and called
 again, it goes on. At the end all are measured, alone and in votes, for
 book/report/distillation.json, and the student becomes irann/weights/gpt-distilled.
 """

@@ -103,7 +103,7 @@ def test_a_run_goes_on_with_its_targets_only(tmp_path):
     ticks = train(tiny("gpt"), TEXT, RECIPE, run=run, targets=targets)
     next(ticks)
     ticks.close()
-    for other in (None, soft_targets([teacher(2).read], TEXT, 16)):
+    for other in (None, targets.bfloat16(), soft_targets([teacher(2).read], TEXT, 16)):
         with pytest.raises(irann.checkpoint.CheckpointError, match="targets of SHA-256"):
             list(train(tiny("gpt"), TEXT, RECIPE, run=run, resume=True, targets=other))
     resumed, straight = tiny("gpt"), tiny("gpt")
@@ -124,6 +124,8 @@ def test_a_run_goes_on_with_its_targets_only(tmp_path):
             "probabilities of shape",
         ),
         ("gpt", [1.0], "probabilities of shape"),
+        ("gpt", torch.ones(len(TEXT.train), VOCABULARY), "probabilities of shape"),  # logits
+        ("gpt", torch.eye(VOCABULARY)[TEXT.train] * 2 - 1 / VOCABULARY, "probabilities of shape"),
         ("diffusion", torch.ones(len(TEXT.train), VOCABULARY), "from left to right"),
     ],
 )

@@ -159,7 +159,6 @@ ELSEWHERE = {
     "04_mamba": {"1.82": "the cell that trains, with C = 0"},
     "05_compare": dict.fromkeys(("1.4697", "10.65"), "nanoGPT's README")
     | {"0.126": "1.558 less 1.432, both in the reports"},
-    "05c_distil": {"1.463": "a run that was given up, its log"},
     "05b_speedrun": {"10.65": "counted by nanoGPT's script"}
     | dict.fromkeys(("1.4868", "1.4737", "0.004", "6.1", "1.22"), "runs of one seed, their logs"),
 }

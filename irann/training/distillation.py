@@ -38,15 +38,15 @@ def soft_targets(
             f"a window is of 2 to {len(text.train) - 1:,} characters of this training part; "
             f"got {window}"
         )
-    starts = torch.tensor([*range(0, last, half), last])
-    targets = torch.full((len(text.train), len(text.vocabulary)), 1 / len(text.vocabulary))
-    targets = targets.half()
-    for first in bar(starts.split(batch), desc="teachers read"):
-        where = first[:, None] + torch.arange(window)
-        ids = text.train[where]
+    starts = torch.tensor([*range(0, last, half), last], device="cpu")
+    shape = (len(text.train), len(text.vocabulary))
+    targets = torch.full(shape, 1 / shape[1], dtype=torch.float16, device="cpu")
+    for some in bar(starts.split(batch), desc="teachers read"):
+        ids = text.train[some[:, None] + torch.arange(window, device="cpu")]
         p = torch.stack([read(ids)[0].softmax(-1) for read in reads]).mean(0).half()
-        late = (first[:, None] == 0) | (torch.arange(window) >= half)
-        targets[where[late] + 1] = p[late]
+        for start, row in zip(some.tolist(), p, strict=True):
+            late = half if start else 0
+            targets[start + late + 1 : start + window + 1] = row[late:]
     return targets
 
 
@@ -56,7 +56,8 @@ def check_targets(targets: Any, model: LanguageModel, text: Text) -> None:
         raise InputError("targets are for models that read from left to right")
     shape = (len(text.train), len(text.vocabulary))
     fits = isinstance(targets, Tensor) and targets.is_floating_point()
-    if not fits or tuple(targets.shape) != shape:
+    fits = fits and tuple(targets.shape) == shape and bool((targets >= 0).all())
+    if not fits or ((targets.sum(-1, dtype=torch.float32) - 1).abs() > 0.02).any():
         raise InputError(
             f"targets are probabilities of shape {shape}, for each character of the training part "
             "one of every character, as irann.training.soft_targets gives them"

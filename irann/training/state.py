@@ -282,5 +282,5 @@ class PrivateStream:
 def _sha256(*parts: Tensor) -> str:
     digest = hashlib.sha256()
     for part in parts:
-        digest.update(part.cpu().contiguous().numpy().data)
+        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
