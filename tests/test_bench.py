@@ -61,7 +61,8 @@ def quick(tmp_path_factory):
 
 def test_every_part_is_measured_and_told(quick):
     _, numbers, page = quick
-    assert list(numbers) == ["torch", "threads", "quick", *suite.parts_of("all")]
+    head = [*suite.conditions("all"), "threads", "quick", "without"]
+    assert list(numbers) == [*head, *suite.parts_of("all")]
     for part in (numbers["scan"], numbers["step"], numbers["cache"], numbers["gpt"]["write"]):
         for name, row in part["rows"].items():
             assert row["ms"]["median"] > 0 and f"{name} | {report.cell(row['ms'])} | " in page
@@ -198,33 +199,50 @@ def test_quick_full_damaged_and_foreign_reports_are_kept_apart(name, work, tmp_p
         work(name, quick=False, out=tmp_path)
     page.write_text(json.dumps({"quick": True, "torch": "1.0", "scan": {}}))
     if name == "scan":
-        with refuses(r"measured with torch 1.0, this is .*: delete it, or choose another --out"):
+        with refuses(r"irann unknown .here .*, torch 1.0 .here .*: delete it, or choose another"):
             work(name, quick=True, out=tmp_path)
         assert json.loads(page.read_text())["torch"] == "1.0"
 
 
-def test_a_report_of_other_weights_says_so(quick, tmp_path, monkeypatch, capsys):
-    numbers = json.loads((quick[0] / "all.json").read_text())
-    assert numbers["models"]["gpt"]["weights"] == zoo.load("gpt").card["sha256"][:12]
-    suite.measure("all", True, quick[0])
-    assert "other weights" not in capsys.readouterr().err
-    numbers["models"]["mamba"]["weights"] = "0" * 12
-    (tmp_path / "all.json").write_text(json.dumps(numbers))
-    suite.measure("all", True, tmp_path)
-    message = capsys.readouterr().err
-    assert (
-        "all.json was measured with other weights of mamba; to measure again, delete it" in message
-    )
+def test_parts_are_measured_under_the_same_conditions(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "parts_of", lambda what: {"models": lambda quick: 1})
+    stored = suite.measure("all", True, tmp_path)
+    assert stored["weights of gpt"] == zoo.load("gpt").card["sha256"][:12]
+    monkeypatch.setattr(suite, "parts_of", lambda what: {"models": 0, "lengths": lambda quick: 2})
+    for key in suite.conditions("all"):  # this machine's, irann's and torch's, and the weights
+        (tmp_path / "all.json").write_text(json.dumps(stored | {key: "other"}))
+        with refuses(rf"all\.json was measured with {key} other \(here .*: delete it, or choose"):
+            suite.measure("all", True, tmp_path)
+    done = stored | {"lengths": 2, "weights of mamba": "other"}  # nothing is missing, or mixed
+    (tmp_path / "all.json").write_text(json.dumps(done))
+    assert suite.measure("all", True, tmp_path) == done
+    assert "already, with weights of mamba other (here " in capsys.readouterr().err
+    assert "weights of gpt" not in suite.conditions("scan")
+    assert [key for key in suite.conditions("mamba") if "weights" in key] == ["weights of mamba"]
+
+
+def test_a_run_is_known_by_its_step_where_nothing_ships(tmp_path, monkeypatch):
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError):
-        suite.card_of("gpt")
-    suite.measure("all", True, quick[0])
-    assert "other weights" not in capsys.readouterr().err  # there are none, so none are others
+    assert "weights of gpt" not in suite.conditions("all")
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
     for _ in train(model, shakespeare.load(), Recipe(steps=1, batch=2), run="runs/mine"):
         pass
-    assert suite.weights_of(suite.card_of("gpt")).startswith("step 1, 4.")
+    assert suite.conditions("gpt")["weights of gpt"].startswith("step 1, 4.")
+
+
+def test_what_was_not_installed_is_measured_when_it_is(tmp_path, monkeypatch, capsys):
+    there, ran = [], []
+    monkeypatch.setattr(suite, "find_spec", lambda name: name in there or None)
+    parts = {name: lambda quick, name=name: ran.append(name) or {} for name in ("scan", "writing")}
+    monkeypatch.setattr(suite, "parts_of", lambda what: parts)
+    page = suite.main("scan", quick=True, out=tmp_path)
+    assert "Not beside scan, for it is not installed: mambapy (pip" in capsys.readouterr().out
+    there.append("mambapy")
+    for _ in range(2):
+        page = suite.main("scan", quick=True, out=tmp_path)
+    assert ran == ["scan", "writing", "scan"] and page["without"]["scan"] == []
+    assert "mambapy" not in capsys.readouterr().out
 
 
 def test_a_part_that_fails_takes_nothing_of_the_others_with_it(tmp_path, monkeypatch):
@@ -240,9 +258,6 @@ def test_a_part_that_fails_takes_nothing_of_the_others_with_it(tmp_path, monkeyp
         torch.set_num_threads(before)
     stored = json.loads((tmp_path / "scan.json").read_text())
     assert stored["scan"] == 1 and "step" not in stored
-    stored |= {"step": 2, "torch": "1.0"}  # where nothing is missing, nothing is mixed
-    (tmp_path / "scan.json").write_text(json.dumps(stored))
-    assert suite.measure("scan", True, tmp_path) == stored
 
 
 def test_a_race_gets_the_seeds_and_the_device_that_are_asked_for(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -178,20 +179,18 @@ class Engine:
 
 
 def hosts() -> tuple[dict[str, Callable], list[str]]:
-    """-> what can run the engine on this machine, and a sentence for each that cannot."""
+    """-> what can run the engine on this machine, and why its compiler cannot build it."""
     able: dict[str, Callable] = {}
-    missing = []
+    notes = []
     try:
         library()
         able["native"] = Native
     except (OSError, ValueError, subprocess.SubprocessError) as error:
-        missing.append(f"no C compiler built the engine ({error}): set CC, or install one")
-    try:
+        notes.append(f"no C compiler built the engine ({error}): set CC, or install one")
+    with suppress(ImportError):
         module()
         able["WebAssembly"] = Wasm
-    except ImportError:
-        missing.append("the WebAssembly is not timed without wasmtime: pip install 'irann[test]'")
-    return able, missing
+    return able, notes
 
 
 def beside_pytorch(quick: bool) -> dict:

@@ -43,7 +43,14 @@ def markdown(report: dict) -> str:
             page += _models(measured)
         elif name in TITLES:
             page += part(TITLES[name], measured)
-    return "\n".join([*page[1:], "", f"Medians (lowest, highest); {settings(report)}."])
+    for name, lacked in report.get("without", {}).items():
+        if lacked:
+            extra = "pip install 'irann[test]', and the same command measures it again"
+            page += [
+                "",
+                f"Not beside {name}, for it is not installed: {', '.join(lacked)} ({extra}).",
+            ]
+    return "\n".join([*page[1:], "", f"Medians (lowest, highest). {settings(report)}".rstrip()])
 
 
 def part(title: str, measured: dict) -> list[str]:

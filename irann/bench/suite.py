@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .. import shakespeare, zoo
+from .. import __version__, shakespeare, zoo
 from ..checkpoint import CheckpointError
 from ..lm import evaluating
 from ..settings import InputError
@@ -27,6 +28,14 @@ ALONE: dict[str, Callable[[bool], dict]] = {
     "waiting": waiting.waiting,
     "stopping": stopping.stopping,
     "regressions": regressions.regressions,
+}
+PEERS = {
+    "scan": ["mambapy"],
+    "step": ["mambapy"],
+    "writing": ["transformers"],
+    "gpt": ["transformers"],
+    "regressions": ["mambapy", "transformers"],
+    "engine": ["wasmtime"],
 }
 EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256)  # where stretches of a window begin
 
@@ -104,16 +113,23 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     out.mkdir(parents=True, exist_ok=True)
     page = out / f"{what}.json"
     before = races.stored(page, quick)
-    measured = {"torch": torch.__version__, "threads": 1, "quick": quick} | before
-    missing = set(parts) - set(before)
-    if missing and measured["torch"] != torch.__version__:
+    here = conditions(what)
+    measured: dict = here | {"threads": 1, "quick": quick, "without": {}} | before
+    lacked = measured["without"]
+    missing = {name for name in parts if name not in before}
+    missing |= {name for name in parts if set(without(name)) < set(lacked.get(name, ()))}
+    others = [
+        f"{key} {before.get(key, 'unknown')} (here {value})"
+        for key, value in (here if before else {}).items()
+        if before.get(key) != value
+    ]
+    if missing and others:
         raise InputError(
-            f"{page} was measured with torch {measured['torch']}, this is "
-            f"{torch.__version__}: delete it, or choose another --out"
+            f"{page} was measured with {', '.join(others)}: delete it, or choose another --out"
         )
     if not missing:
-        print(f"all of it is measured already; to measure again, delete {page}", file=sys.stderr)
-    _name_retrained(measured, page)
+        told = f"all of it is measured already{', with ' * bool(others)}{', '.join(others)}"
+        print(f"{told}; to measure again, delete {page}", file=sys.stderr)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -121,25 +137,28 @@ def measure(what: str, quick: bool, out: Path) -> dict:
             if name in missing:
                 print(f"measuring: {name}", file=sys.stderr)
                 measured[name] = part(quick)
+                lacked[name] = without(name)
                 races.keep(measured, page)
     finally:
         torch.set_num_threads(threads)
     return measured
 
 
-def _name_retrained(measured: dict, page: Path) -> None:
-    """Say of which models the report tells that have other weights now."""
-    retrained = []
-    for name, row in measured.get("models", {}).items():
-        with suppress(CheckpointError):  # there are none: nothing was trained anew
-            if "weights" in row and weights_of(card_of(name)) != row["weights"]:
-                retrained.append(name)
-    if retrained:
-        words = (
-            f"was measured with other weights of {', '.join(retrained)}; to measure "
-            "again, delete it"
-        )
-        print(page, words, file=sys.stderr)
+def conditions(what: str) -> dict[str, str]:
+    """-> what parts that are measured one after another have to share, by name."""
+    shared = {"irann": __version__, "torch": torch.__version__, "processor": races.processor()}
+    alone = [what] if what in zoo.MODELS else []
+    models = {"all": zoo.MODELS, "engine": zoo.MODELS, "stopping": ["thinker"]}
+    for name in models.get(what, alone):
+        with suppress(CheckpointError):  # there are none
+            card = zoo.card(name) if name in zoo.shipped() else zoo.load(name).card or {}
+            shared[f"weights of {name}"] = weights_of(card)
+    return shared
+
+
+def without(part: str) -> list[str]:
+    """-> what a part compares with, or needs, and is not installed."""
+    return [name for name in PEERS.get(part, ()) if find_spec(name) is None]
 
 
 def parallel_writing(quick: bool) -> dict:
@@ -175,8 +194,7 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
 
 def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n: int) -> dict:
     card = model.card or {}
-    row = {"parameters": model.num_parameters, "exact": model.exact}
-    row["weights"] = weights_of(card)
+    row: dict[str, Any] = {"parameters": model.num_parameters, "exact": model.exact}
     if quick:
         row |= {"nats_per_char": card.get("validation"), "measured": False}
         row["standard_error"] = card.get("standard_error")
@@ -194,11 +212,6 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
             rates.append(batch * long / speed.seconds(write))
         row[key] = speed.summary(rates)
     return row
-
-
-def card_of(name: str) -> dict:
-    """-> the card of what `load(name)` gives. Raises CheckpointError if there is nothing."""
-    return zoo.card(name) if name in zoo.shipped() else zoo.load(name).card or {}
 
 
 def weights_of(card: dict) -> str:
