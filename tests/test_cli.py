@@ -729,7 +729,8 @@ def newest_step(run):
 def await_saves(run, process, beyond):
     until = time.monotonic() + 120
     while not any(int(folder.name[5:]) > beyond for folder in checkpoint.listed(run)):
-        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
         time.sleep(0.02)
 
 
@@ -746,6 +747,7 @@ def start(tmp_path):
     yield start
     for process in begun:
         process.kill()
+        process.wait()
 
 
 def in_a_terminal(start, *words):
@@ -786,7 +788,7 @@ def test_whatever_ends_a_run_it_is_gone_on_with(tmp_path, start):
     assert b"stopping after this step; interrupt again to quit at once" in lines
     assert not any(b"^C" in line for line in lines)
     assert any(line.startswith(f"stopped at step {step:,}".encode()) for line in lines)
-    assert b"--resume" in said
+    assert b"--resume" in said and b"Traceback" not in said
 
     # the terminal goes away: nothing more can be told, and still nothing is lost
     process, terminal = in_a_terminal(start, "--resume", "--set", "save_every=0")
