@@ -6,6 +6,7 @@ checkpoint is damaged; and each draws its own dropout.
 import os
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def close(ours, alone, what):
 
 
 half = {name: ticks_of(name) for name in list(zoo.MODELS)[rank::2]}  # as one process each
-dist.init_process_group("gloo")
+dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # one that waits alone ends
 first, second = gathered(half)
 for name, alone in (first | second).items():
     ours = ticks_of(name)
