@@ -1,7 +1,11 @@
 """What the models cost is counted right, on a clock that goes only when it is told to."""
 
+import contextlib
 import functools
 import json
+import os
+import select
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -178,6 +182,22 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
     page = (tmp_path / "waiting.md").read_text()
     assert page.startswith("## Seconds of training the tiny GPT beside other work (steps 40, ")
     assert "| quiet | 1.00 (1.00, 1.00) | 2.00 (2.00, 2.00) | 3.00 (3.00, 3.00) |" in page
+
+
+def test_what_keeps_a_core_busy_ends_with_whoever_began_it():
+    begin = f"import subprocess as s; print(s.Popen({waiting.BUSY}).pid, flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", begin], **pipes) as parent:
+        busy = int(parent.stdout.readline())
+        try:
+            ready, _, _ = select.select([parent.stdout], [], [], 0.2)
+            assert not ready  # both are at work: the busy one holds this pipe too
+            parent.kill()
+            ready, _, _ = select.select([parent.stdout], [], [], 20)
+            assert ready and parent.stdout.read() == ""
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(busy, signal.SIGKILL)
 
 
 def test_trainings_side_by_side_last_as_long_as_the_longest_and_only_in_their_own_way(monkeypatch):

@@ -17,7 +17,8 @@ WAYS = {
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
-BUSY = [sys.executable, "-c", "while True: pass"]
+# Busy as long as its parent is there, however that ends (Windows does not tell).
+BUSY = [sys.executable, "-c", "import os; p = os.getppid()\nwhile os.getppid() == p: pass"]
 
 
 def waiting(quick: bool) -> dict:
