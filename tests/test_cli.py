@@ -404,7 +404,7 @@ def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
         assert run("doctor")[0] == 0
-    assert torch.__version__ in out and "GB free" in out and "gpt, mamba" in out
+    assert torch.__version__ in out and "GB free" in out and "gpt, gpt-distilled, mamba" in out
     wrong = [line for line in out.splitlines() if line.startswith("wrong")]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(tmp_path) in out and str(tmp_path) not in run("doctor")[1]

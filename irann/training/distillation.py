@@ -41,7 +41,7 @@ def soft_targets(
     starts = torch.tensor([*range(0, last, half), last], device="cpu")
     shape = (len(text.train), len(text.vocabulary))
     targets = torch.full(shape, 1 / shape[1], dtype=torch.float16, device="cpu")
-    for some in bar(starts.split(batch), desc="teachers read"):
+    for some in bar(starts.split(batch), desc="teachers read", leave=False, delay=5, disable=None):
         ids = text.train[some[:, None] + torch.arange(window, device="cpu")]
         p = torch.stack([read(ids)[0].softmax(-1) for read in reads]).mean(0).half()
         for start, row in zip(some.tolist(), p, strict=True):
