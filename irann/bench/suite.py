@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from .. import __version__, shakespeare, zoo
+from .. import shakespeare, zoo
 from ..checkpoint import CheckpointError
 from ..lm import evaluating
 from ..settings import InputError
@@ -146,7 +146,13 @@ def measure(what: str, quick: bool, out: Path) -> dict:
 
 def conditions(what: str) -> dict[str, str]:
     """-> what parts that are measured one after another have to share, by name."""
-    shared = {"irann": __version__, "torch": torch.__version__, "processor": races.processor()}
+    import irann
+
+    shared = {
+        "irann": irann.__version__,
+        "torch": torch.__version__,
+        "processor": races.processor(),
+    }
     alone = [what] if what in zoo.MODELS else []
     models = {"all": zoo.MODELS, "engine": zoo.MODELS, "stopping": ["thinker"]}
     for name in models.get(what, alone):
