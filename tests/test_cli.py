@@ -756,7 +756,8 @@ def in_a_terminal(start, *words):
     termios.tcsetwinsize(ours, (24, 80))
 
     def claim():
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+        for signum in (signal.SIGHUP, signal.SIGINT):  # nohup, or a shell's &, may have set them
+            signal.signal(signum, signal.SIG_DFL)
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
