@@ -317,7 +317,7 @@ const spoken = sign => ({ "\n": "line end", " ": "space" })[sign] || sign;
 // A piece holds its controls by name; their values are its state, which a link keeps.
 class Piece {
   constructor(box, kind, models) {
-    Object.assign(this, { box, kind, models, controls: {}, started: false, turn: 0 });
+    Object.assign(this, { box, kind, models, controls: {}, started: false, turn: 0, attempts: 0 });
     this.tools = h("div", { class: "irann-tools" });
     this.out = h("div", { class: "irann-out" });
     this.status = h("p", { class: "irann-status", role: "status" });
@@ -362,7 +362,13 @@ class Piece {
     return ++this.turn;
   }
   async attempt(action) {
+    this.busy(1);
     try { await action(); } catch (error) { this.say(`This cannot run here: ${error.message}.`); }
+    this.busy(-1);
+  }
+  busy(more) {  // a screen reader waits for the end of an answer
+    this.attempts += more;
+    this.out.setAttribute("aria-busy", this.attempts > 0);
   }
   async model(name = this.models[0]) {
     const model = Model.named(name);

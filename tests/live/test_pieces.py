@@ -48,6 +48,15 @@ class Reader:
     def wait(self, piece: str, what: str) -> None:
         self.page.wait_for_selector(f"#live-{piece} {what}", timeout=WAIT)
 
+    def settled(self, piece: str) -> None:
+        """All that was asked for is answered and stands there."""
+        busy = f"#live-{piece} .irann-out[aria-busy=true]"
+        self.page.wait_for_selector(busy, state="detached", timeout=WAIT)
+
+    def fill(self, piece: str, text: str) -> None:
+        self.at(piece, "textarea").fill(text)
+        self.settled(piece)
+
     def says(self, piece: str, words: str) -> str:
         self.wait(piece, f".irann-status:has-text('{words}')")
         return self.at(piece, ".irann-status").inner_text()
@@ -55,6 +64,7 @@ class Reader:
     def slide(self, piece: str, name: str, value: float) -> None:
         move = "(input, value) => { input.value = value; input.dispatchEvent(new Event('input')) }"
         self.at(piece, f".irann-{name} input").evaluate(move, value)
+        self.settled(piece)
 
     def readable(self, piece: str) -> None:
         """The darkest letters, and the numbers below them, can still be read."""
@@ -137,7 +147,7 @@ def test_greedy_text_is_pytorchs_to_the_letter(page):
 
 def test_nats_of_a_text_are_the_models_own(page):
     text = "ROMEO:\nThe sun is dark."
-    page.at("cost", "textarea").fill(text)
+    page.fill("cost", text)
     page.says("cost", "blind guess")
     model = zoo.load("gpt")
     ids = model.vocabulary.encode("\n" + text)[None]
@@ -147,20 +157,20 @@ def test_nats_of_a_text_are_the_models_own(page):
     page.wait("cost", ".irann-row:has-text('counts') .irann-words:has-text('nats')")
     for box in page.at("cost", "[type=checkbox]").all():
         box.set_checked(box.get_attribute("value") == "counts")
-    page.at("cost", "textarea").fill("To be\u00e9")
+    page.fill("cost", "To be\u00e9")
     assert "\u00e9" in page.says("cost", "Left out, for the counts do not know them")
     assert page.at("cost", ".irann-letters").count() == 1
-    page.at("cost", "textarea").fill(text)
+    page.fill("cost", text)
     page.at("cost", "[value=gpt]").check()
-    page.says("cost", "blind guess")
-    page.at("cost", "textarea").fill("What\u2019s")  # as a phone writes it
+    page.settled("cost")
+    page.fill("cost", "What\u2019s")  # as a phone writes it
     for name in ("counts", "gpt"):
         page.wait("cost", f".irann-row:has-text('{name}') [aria-label=\"What's\"]")
 
 
 def test_attention_the_next_character_and_its_temperature(page):
-    page.at("attention", "textarea").fill("KING RICHARD II")
-    page.wait("attention", ".irann-bars li:has-text(':')")
+    page.fill("attention", "KING RICHARD II")
+    assert page.at("attention", ".irann-bars li").first.inner_text().startswith("I\n")  # III
     assert "position=15&" in page.at("attention", ".irann-link").get_attribute("href")
     page.slide("attention", "temperature", 0.1)
     assert "100.0 %" in page.at("attention", ".irann-bars li").first.inner_text()
@@ -172,7 +182,7 @@ def test_attention_the_next_character_and_its_temperature(page):
 
 
 def test_noise_is_dragged_and_a_gap_is_filled(page):
-    page.at("denoise", "textarea").fill("KING RI_____ II:\nMy lord\u2019s")
+    page.fill("denoise", "KING RI_____ II:\nMy lord\u2019s")
     page.slide("denoise", "noise", 0)
     page.says("denoise", "Noise level 1 of")
     assert "21 of 21 right" in page.at("denoise", ".irann-out").inner_text()
@@ -188,7 +198,7 @@ def test_noise_is_dragged_and_a_gap_is_filled(page):
         page.says("gaps", "Written in")
         filled = page.at("gaps", ".irann-words").inner_text()
         assert re.fullmatch(r"What [^_]{3} through yonder [^_]{6} breaks\?", filled, re.S), filled
-        page.at("gaps", "textarea").fill("What ___ through yonder ______ breaks?")
+        page.fill("gaps", "What ___ through yonder ______ breaks?")
         page.page.evaluate("document.querySelector('#live-gaps .irann-status').textContent = ''")
 
 
@@ -230,7 +240,7 @@ CHANGED = """() => {
 def test_what_was_changed_while_it_fills_fills_no_more(page):
     page.page.evaluate(CHANGED)
     page.says("denoise", "Write a few characters.")
-    page.at("denoise", "textarea").fill("KING")  # answered when the worker is done with the rest
+    page.fill("denoise", "KING")  # answered when the worker is done with the rest
     page.says("denoise", "Noise level")
     written = page.says("gaps", "Written in")
     told = page.page.evaluate("told")
@@ -241,7 +251,7 @@ def test_what_was_changed_while_it_fills_fills_no_more(page):
 def test_the_state_of_mamba_and_the_chat(page):
     page.at("forget", "textarea").focus()
     page.wait("forget", ".irann-row:has-text('layer 7') .irann-letters span")
-    page.at("chat", "textarea").fill("What news?")
+    page.fill("chat", "What news?")
     page.page.keyboard.press("Enter")
     page.says("chat", "has answered")
     said, answer = page.at("chat", ".irann-out p").all_inner_texts()
@@ -249,10 +259,10 @@ def test_the_state_of_mamba_and_the_chat(page):
 
 
 def test_what_is_typed_is_never_markup_and_unknown_characters_are_named(page):
-    page.at("cost", "textarea").fill(EVIL + "\u00e9")
+    page.fill("cost", EVIL + "\u00e9")
     words = page.says("cost", "Left out")
     assert "\u00e9" in words and "<" in words
-    page.at("chat", "textarea").fill(EVIL)
+    page.fill("chat", EVIL)
     page.page.keyboard.press("Enter")
     page.says("chat", "Left out")
     assert EVIL in page.at("chat", ".irann-out").inner_text()
@@ -262,12 +272,12 @@ def test_what_is_typed_is_never_markup_and_unknown_characters_are_named(page):
 
 def test_where_nothing_is_left_to_read_nothing_old_stays(page):
     for piece in ("attention", "rounds", "denoise", "forget"):
-        page.at(piece, "textarea").fill("To be")
+        page.fill(piece, "To be")
         page.wait(piece, ".irann-letters span")
-        page.at(piece, "textarea").fill("\u00e9")
+        page.fill(piece, "\u00e9")
         assert "Left out" in page.says(piece, "Write a few characters."), piece
         assert page.at(piece, ".irann-out").inner_text() == "", piece
-    page.at("cost", "textarea").fill("")
+    page.fill("cost", "")
     page.wait("cost", ".irann-row:has-text('gpt') .irann-words:has-text('nothing to read')")
 
 
@@ -278,8 +288,7 @@ def test_a_link_keeps_the_state_on_a_phone_in_the_dark(site, browser):
     reader.says("rounds", "Under each character")
     assert reader.at("rounds", "textarea").input_value() == "Exeunt all"
     assert "threshold=0.05" in reader.at("rounds", ".irann-link").get_attribute("href")
-    reader.at("rounds", "textarea").fill("W" * 120)
-    reader.says("rounds", "Under each character")
+    reader.fill("rounds", "W" * 120)
     reader.readable("rounds")
     assert reader.page.evaluate("document.documentElement.scrollWidth") <= 390
     reader.close()
@@ -361,20 +370,20 @@ def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(export.page(model))
     reader = Reader(browser, path)
-    reader.at("write", "textarea").fill("</script>\u2019\u201cabce\u0301X\n")
+    reader.fill("write", "</script>\u2019\u201cabce\u0301X\n")
     reader.slide("write", "length", 256)  # beyond the window
     reader.at("write", "button:has-text('write')").click()
     assert "Left out, for gpt does not know them: X" in reader.says("write", "Written.")
     written = reader.written("gpt")
     assert written.startswith("</script>'\"abc\u00e9\n") and len(written) == 16 + 256
     assert set(written) <= set(vocabulary.characters)
-    reader.at("write", "textarea").fill("a" * 900 + "b" * 900)
+    reader.fill("write", "a" * 900 + "b" * 900)
     reader.at("write", "button:has-text('write')").click()
     reader.says("write", "Written. Only the last 1000 characters are read.")
     assert reader.written("gpt").startswith("a" * 100 + "b" * 900)
     reader.page.evaluate(ASKED)
     for said in ("ab ", "cab"):  # it goes on with what is said, as irann.Chat does
-        reader.at("chat", "textarea").fill(said)
+        reader.fill("chat", said)
         reader.at("chat", "button:has-text('say it')").click()
         note = reader.says("chat", "gpt has answered.").removeprefix("gpt has answered.")
         reader.page.evaluate("document.querySelector('#live-chat .irann-status').textContent = ''")
@@ -413,7 +422,7 @@ def test_a_line_from_right_to_left_stands_so_in_the_dark_too(browser, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(export.page(model))
     reader = Reader(browser, path, color_scheme="dark")
-    reader.at("cost", "textarea").fill("\u05d0\u05d1 12")
+    reader.fill("cost", "\u05d0\u05d1 12")
     reader.says("cost", "blind guess")
     lefts = reader.at("cost", ".irann-letters > span").evaluate_all(
         "letters => letters.map(letter => letter.getBoundingClientRect().left)"
@@ -437,12 +446,12 @@ def test_a_piece_reads_no_more_than_the_window_holds(browser, tmp_path, name):
     reader = Reader(browser, path, "#live-attention?head=4" if name == "gpt" else "")
     if name in ("gpt", "mamba"):
         piece, most = ("attention", 12) if name == "gpt" else ("forget", 13)
-        reader.at(piece, "textarea").fill("abcdefgh" * 3)
+        reader.fill(piece, "abcdefgh" * 3)
         assert f"Only the first {most} characters are read." in reader.says(piece, "Only")
         assert reader.at(piece, ".irann-letters").first.locator("> span").count() == most
     else:
         piece = "denoise" if name == "diffusion" else "gaps"
-        reader.at(piece, "textarea").fill("ab__" + "cdefgh" * 3)
+        reader.fill(piece, "ab__" + "cdefgh" * 3)
         reader.at(piece, "button:has-text('fill')").click()
         assert "Only the first 12 characters are read." in reader.says(piece, "Written in")
         filled = reader.at(piece, ".irann-words").inner_text()
@@ -481,7 +490,7 @@ def test_a_chat_that_knows_no_character_of_what_is_said_begins_with_its_own_firs
 
 def test_a_text_that_was_typed_and_taken_back_leaves_nothing(page):
     """The answer to what stood there for a moment comes too late."""
-    page.at("attention", "textarea").fill("To be or not")
+    page.fill("attention", "To be or not")
     page.wait("attention", "[aria-label='To be or not']")
     page.page.evaluate(
         """async () => { const box = document.querySelector("#live-attention textarea")
@@ -490,7 +499,7 @@ def test_a_text_that_was_typed_and_taken_back_leaves_nothing(page):
                 box.dispatchEvent(new Event("input"))
                 await new Promise(resolve => setTimeout(resolve)) } }"""
     )
-    page.at("cost", "textarea").fill("too late")  # the same worker, when it is done with the rest
+    page.fill("cost", "too late")  # the same worker, when it is done with the rest
     page.wait("cost", ".irann-row:has-text('gpt') [aria-label='too late']")
     assert page.at("attention", ".irann-letters").get_attribute("aria-label") == "To be or not"
 
@@ -516,10 +525,10 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     page.at("chat", "button:has-text('begin anew')").click()
     page.page.evaluate(ASKED)
     say = page.at("chat", "button:has-text('say it')")
-    page.at("chat", "textarea").fill("What news?")
+    page.fill("chat", "What news?")
     say.click()
     page.wait("chat", ".irann-speech:not(:empty)")
-    page.at("chat", "textarea").fill("Is it so?")
+    page.fill("chat", "Is it so?")
     say.click()
     page.page.wait_for_function("window.asked.length == 2", timeout=WAIT)
     page.says("chat", "has answered")
@@ -531,14 +540,14 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     say.click()
     page.page.wait_for_function("window.asked.length == 3", timeout=WAIT)
     page.at("chat", "button:has-text('begin anew')").click()
-    page.at("rounds", "textarea").fill("too late")  # the same worker, when it is done with the rest
+    page.fill("rounds", "too late")  # the same worker, when it is done with the rest
     page.wait("rounds", "[aria-label='too late']")
     assert (
         page.at("chat", ".irann-status").inner_text()
         == "Say something: the weights are loaded then."
     )
     assert page.at("chat", ".irann-out").inner_text() == ""
-    page.at("chat", "textarea").fill("And now?")
+    page.fill("chat", "And now?")
     say.click()
     page.says("chat", "has answered")
     fourth = page.page.evaluate("window.asked.at(-1).ids")
