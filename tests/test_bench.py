@@ -142,7 +142,7 @@ def test_any_part_is_a_table_of_its_rows_however_deep_they_lie():
         "|  | ms | times as long as the first | words that exist |",
         "|---|---|---|---|",
         "| write, ours | 2.00 (1.00, 1234) |  |  |",
-        "| read, ours | None | 2 |  |",
+        "| read, ours | none | 2 |  |",
         "| read, ours | 0.5000 |  |  |",
         "| read, theirs |  |  | many |",
         "",

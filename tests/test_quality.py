@@ -19,7 +19,7 @@ CORPUS = quality.Corpus(TEXT)
 def test_words_by_hand():
     # the first and the last do not count
     assert CORPUS.existing("xx the zebra SAT on yy") == pytest.approx(3 / 4)
-    assert CORPUS.existing("one two") == 0.0
+    assert CORPUS.existing("one two") is None  # both may be cut: there is nothing to count
     assert quality.words("'Tis the king's, I'll say't--so") == [
         "Tis",
         "the",
@@ -73,7 +73,7 @@ def test_the_judge_sees_six_characters_and_no_more():
 def test_the_interval_holds_the_mean():
     given = quality.interval([0.0, 1.0] * 50)
     assert given["mean"] == 0.5 and 0.38 < given["low"] < 0.43 and 0.57 < given["high"] < 0.62
-    assert quality.interval([2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
+    assert quality.interval([None, 2.0]) == {"mean": 2.0, "low": 2.0, "high": 2.0}
 
 
 def test_the_interval_is_the_normal_one_for_many_values():
@@ -88,6 +88,14 @@ def test_a_report_by_hand():
     rows = quality.report(["xx the cat yy", "The zebra yy the yy"], CORPUS)
     assert rows["words that exist"]["mean"] == pytest.approx((1 + 1 / 3) / 2)
     assert rows["different words"] == pytest.approx(5 / 9)
+
+
+def test_what_cannot_be_counted_is_no_zero():
+    rows = quality.report(["?", "xx the cat yy"], CORPUS)
+    assert rows["words that exist"]["mean"] == 1  # of the text that has whole words
+    rows = quality.report(["?"], CORPUS)
+    nothing = [name for name, value in rows.items() if value is None]
+    assert nothing == ["words that exist", "copied runs of 20", "different words"]
 
 
 def test_a_report_of_the_corpus_itself_is_perfect():

@@ -531,11 +531,13 @@ def test_only_what_every_seed_reaches_is_set_against_the_line():
 
 
 def test_texts_over_seeds_by_hand():
-    later = {t: {k: v + 0.5 * (k == "words") for k, v in row.items()} for t, row in TEXT.items()}
+    later = {t: {"words": row["words"] + 0.5, "of all": None} for t, row in TEXT.items()}
     page = report.texts_of_seeds({"gpt": {"measured": [TEXT, later]}})
     assert page[1] == "## Text at temperature 0.8 (means over seeds, lowest and highest seed)"
     assert "| gpt | 0.750 (0.500, 1.000) | 0.700 (0.700, 0.700) |" in page
     assert "| gpt | 0.500 (0.250, 0.750) | 0.900 (0.900, 0.900) |" in page
+    bare = {"0.8": {"words": None}, "1.0": {"words": None}}
+    assert "| gpt | none |" in report.texts_of_seeds({"gpt": {"measured": [bare]}})
 
 
 def test_a_speedrun_takes_the_arm_of_its_device_and_keeps_the_clock(

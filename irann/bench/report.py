@@ -104,7 +104,7 @@ def cell(value: Any) -> str:
         return "{} ({}, {})".format(*(form(value[key]) for key in (middle, "low", "high")))
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-    return str(value)
+    return "none" if value is None else str(value)
 
 
 def digits(x: float) -> str:
@@ -112,9 +112,12 @@ def digits(x: float) -> str:
     return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}" if x else "0"
 
 
-def over(values: Sequence[float], form: str = ".3f") -> str:
-    """-> mean (lowest, highest)."""
-    numbers = (statistics.mean(values), min(values), max(values))
+def over(values: Sequence[float | None], form: str = ".3f") -> str:
+    """-> mean (lowest, highest) of what there is."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "none"
+    numbers = (statistics.mean(known), min(known), max(known))
     return "{} ({}, {})".format(*(f"{x:{form}}" for x in numbers))
 
 

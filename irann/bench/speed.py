@@ -242,8 +242,9 @@ def measured_at(
         *_, draft = model.generate(start, n, temperature=0.8, generator=seeded(seed), **settings)
         rates.append(n / (time.perf_counter() - began))
         texts.append(vocabulary.decode(draft.ids[0, 1:]))
+    words = [part for text in texts if (part := corpus.existing(text)) is not None]
     measured = {
-        "words": summary([corpus.existing(text) for text in texts]),
+        "words": summary(words) if words else None,
         "judge": summary([corpus.judge(text) for text in texts]),
         "chars_per_second": summary(rates),
     }
