@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -45,7 +46,12 @@ def small_disk(size: int):
 
 
 def pytest_configure(config):
-    """Every call of the package is held to its types. Who only hands out tests loads nothing."""
+    """Every call of the package is held to its types. Who only hands out tests loads nothing.
+
+    Behind a shell's & or nohup, this process and all that it starts would not hear their signals.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if config.getoption("numprocesses", 0) and not hasattr(config, "workerinput"):
         return
     import torch

@@ -436,6 +436,9 @@ def test_the_doctor_has_nothing_to_say_of_a_machine_that_is_well(run, healthy, m
     assert lines[-1] == "wrong    nothing that shows from here"
     assert {"weights  none", "runs     none in ~/runs", "torch    no variables are set"} < {*lines}
     assert lines.count("disk     1.0 GB free at ~") == 2
+    monkeypatch.setenv("CC", "nosuch")  # nobody asks it for a kernel
+    monkeypatch.setenv("IRANN_KERNEL", "0")
+    assert run("doctor")[1].endswith("nothing that shows from here\n")
     monkeypatch.setenv("HOME", "/")
     assert any(line.startswith("runs     none in /") for line in doctor.report())
 
@@ -600,7 +603,7 @@ def test_the_list_shows_the_loss_of_the_checkpoint_that_speaks(run, small):
 
 
 def test_after_a_stop_it_is_said_who_speaks(run, short, monkeypatch):
-    """An older checkpoint of a lower validation."""
+    """An older checkpoint of a lower validation; the doctor looks at it, too."""
     inner = main_module.train
 
     def stopped(*given, **how):
@@ -621,6 +624,9 @@ def test_after_a_stop_it_is_said_who_speaks(run, short, monkeypatch):
     code, out, _ = run("train", "gpt", *TINY, "--set", "steps=9", "--set", "evaluate_every=2")
     assert code == 130 and "stopped at step" in out
     assert "what speaks is step-00000002, whose validation was the lowest, 1.5000" in out
+    (best,) = Path("runs").glob("*/checkpoints/step-00000002")
+    (best / "model.safetensors").write_bytes(b"")
+    assert run("doctor")[1].count("step-00000002") == 1
 
 
 def test_a_signal_in_the_last_step_keeps_no_result_back(run, monkeypatch):
@@ -756,8 +762,6 @@ def in_a_terminal(start, *words):
     termios.tcsetwinsize(ours, (24, 80))
 
     def claim():
-        for signum in (signal.SIGHUP, signal.SIGINT):  # nohup, or a shell's &, may have set them
-            signal.signal(signum, signal.SIG_DFL)
         fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
 
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)

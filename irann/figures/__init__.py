@@ -83,11 +83,13 @@ def learning_curve(
     *,
     name: str = "gpt",
     against: str = "characters",
-    references: dict[str, float] = REFERENCES,
+    references: dict[str, float] | None = None,
     ax: Any = None,
     label: str | None = None,
 ) -> Any:
-    """Draw the loss of ticks and the reference lines, against step, seconds or characters."""
+    """Draw the loss of ticks, against step, seconds or characters, and reference lines, such as
+    `figures.REFERENCES` for tiny-shakespeare.
+    """
     if not ticks:
         raise InputError("there is no step to draw: a run that is done takes none")
     ax = _axes(ax)
@@ -102,7 +104,7 @@ def learning_curve(
     validated = [(at, tick.validation) for at, tick in zip(x, ticks) if tick.validation is not None]
     if validated:
         ax.plot(*zip(*validated), "o", color=colour(name), mec="white", label="validation")
-    lines(ax, references)
+    lines(ax, references or {})
     ax.set(xlabel=SEEN[against], ylabel=NATS)
     ax.legend(loc="upper right")
     return ax
