@@ -106,10 +106,13 @@ class Slow:
 
 
 def test_speed_is_counted_from_the_first_draft_beyond_the_prompt(clock):
-    assert speed.write_once(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14, 0) == (5, 2)
+    assert speed.write_once(Slow(clock), torch.zeros(1, 3, dtype=torch.long), 14, iter([0])) == (
+        5,
+        2,
+    )
 
 
-def test_every_round_of_writing_has_a_seed_of_its_own(monkeypatch):
+def test_models_write_in_turn_and_every_round_has_a_seed_of_its_own(monkeypatch):
     seeds, loaded = [], []
 
     class Fast:
@@ -127,7 +130,8 @@ def test_every_round_of_writing_has_a_seed_of_its_own(monkeypatch):
     assert [(one["prompt"], one["reply"]) for one in rows["gpt"]] == [
         (prompt, reply) for prompt in (100, 1000, 10_000) for reply in (50, 250)
     ]
-    assert seeds == [0, *[0, 1, 2] * 6] * len(zoo.MODELS)  # the first does not count
+    in_turn = [seed for seed in (0, 0, 1, 2) for _ in zoo.MODELS]  # the first does not count
+    assert seeds == in_turn * 6
     assert loaded == ["gpt"]
 
 
@@ -138,7 +142,7 @@ def test_the_first_character_does_not_count_where_only_further_ones_are_asked_fo
 def test_each_length_is_measured_with_its_own_prompt_and_reply(corpus, monkeypatch):
     prompts = []
 
-    def write_once(model, prompt, reply, seed):
+    def write_once(model, prompt, reply, seeds):
         prompts.append(prompt)
         return prompt.shape[1], reply
 
@@ -149,7 +153,7 @@ def test_each_length_is_measured_with_its_own_prompt_and_reply(corpus, monkeypat
             assert (one["prompt"], one["reply"]) == (prompt, 10)
     for prompt in prompts:  # a thinker thinks as long as the text asks
         assert torch.equal(prompt, corpus.val[None, : prompt.shape[1]])
-    assert len(prompts) == 3 * len(zoo.MODELS)  # one that does not count, and one of each length
+    assert len(prompts) == 4 * len(zoo.MODELS)  # of each length one that does not count, and one
 
 
 def test_a_number_of_steps_is_tried_by_words_judge_and_speed(clock):

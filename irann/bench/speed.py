@@ -1,16 +1,16 @@
 """What models cost: a training step, the first character, each further one, growth with length.
 
-Times are taken on one thread, and given as median, lowest and highest. What is to be compared runs
-in turn in one process, after a round that does not count. Untrained weights serve as well as
-trained ones where only time is asked for, except for thinkers: how long they think depends on what
-they have learnt, and on the text.
+Times are taken on one thread, and given as median, lowest and highest. What is compared by its time
+runs in turn in one process, after a round that does not count; `speed_against_quality` takes one
+model after the other. Untrained weights serve as well as trained ones where only time is asked for,
+except for thinkers: how long they think depends on what they have learnt, and on the text.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -24,6 +24,8 @@ from ..models.mamba import MambaConfig, Mixer
 from ..text import Vocabulary
 from .quality import Corpus
 
+Value = TypeVar("Value")
+
 
 def summary(values: Sequence[float]) -> dict[str, float]:
     """-> median, smallest, largest."""
@@ -36,9 +38,9 @@ def seconds(run: Callable) -> float:
     return time.perf_counter() - began
 
 
-def alternate(runners: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(runners: dict[str, Callable[[], Value]], rounds: int) -> dict[str, list[Value]]:
     """-> what each gives, round by round, in turn, after one round that does not count."""
-    values: dict[str, list[float]] = {name: [] for name in runners}
+    values: dict[str, list[Value]] = {name: [] for name in runners}
     for _ in range(rounds + 1):
         for name, run in runners.items():
             values[name].append(run())
@@ -180,29 +182,36 @@ def writing_by_length(quick: bool) -> dict:
         prompts = (10, 100)
         replies = (10,)
         rounds = 1
-    rows: dict[str, list] = {}
+    models = {
+        name: zoo.load(name)
+        if name in zoo.shipped() and not quick
+        else zoo.build(name, zoo.recipe(name, which)[0]).eval()
+        for name in zoo.MODELS
+    }
     ids = shakespeare.load().val[None, : max(prompts)]
-    for name in zoo.MODELS:
-        if name in zoo.shipped() and not quick:
-            model = zoo.load(name)
-        else:
-            model = zoo.build(name, zoo.recipe(name, which)[0]).eval()
-        write_once(model, ids[:, : prompts[0]], replies[0], 0)  # does not count
-        rows[name] = []
-        for prompt in prompts:
-            for reply in replies:
-                took = [write_once(model, ids[:, :prompt], reply, seed) for seed in range(rounds)]
-                first, rate = zip(*took, strict=True)
+    rows: dict[str, list] = {name: [] for name in models}
+    for prompt in prompts:
+        for reply in replies:
+            runners = {
+                name: partial(write_once, model, ids[:, :prompt], reply, iter((0, *range(rounds))))
+                for name, model in models.items()
+            }
+            for name, taken in alternate(runners, rounds).items():
+                first, rate = zip(*taken, strict=True)
                 measured = {"first": summary(first), "chars_per_second": summary(rate)}
                 rows[name].append({"prompt": prompt, "reply": reply, **measured})
     return rows
 
 
-def write_once(model: Any, prompt: Int[Tensor, "1 t"], n: int, seed: int) -> tuple[float, float]:
-    """-> seconds to the first draft beyond the prompt, and characters per second of the reply."""
+def write_once(
+    model: Any, prompt: Int[Tensor, "1 t"], n: int, seeds: Iterator[int]
+) -> tuple[float, float]:
+    """With the next seed -> seconds to the first draft beyond the prompt, and characters per second
+    of the reply.
+    """
     began = time.perf_counter()
     first = 0.0
-    for draft in model.generate(prompt, n, generator=seeded(seed)):
+    for draft in model.generate(prompt, n, generator=seeded(next(seeds))):
         if not first and draft.ids.shape[1] > prompt.shape[1]:
             first = time.perf_counter() - began
     return first, n / (time.perf_counter() - began)
