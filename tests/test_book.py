@@ -8,6 +8,7 @@ import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 from urllib.parse import unquote, urlsplit
 
 import nbformat
@@ -360,6 +361,16 @@ def test_a_picture_says_what_stands_above_it_and_is_as_wide_as_it_was_drawn(tmp_
     assert last["alt"] == "Figure. " + " ".join(["letters"] * 37 + ["..."])
     assert house.said(last["alt"]) == " ".join(["letters"] * 17 + ["..."])
     assert house.said("Figure. A\nB") == "A B"
+
+
+def test_all_figures_are_gathered_anew_where_any_page_is():
+    house, app = load("extension/house.py"), Mock()
+    house.setup(app)
+    (gather,) = [
+        call.args[1] for call in app.connect.call_args_list if call.args[0] == "env-get-outdated"
+    ]
+    assert gather(app, None, set(), {"notebooks/01_gpt"}, set()) == ["book/figures"]
+    assert gather(app, None, set(), set(), set()) == []
 
 
 @pytest.mark.parametrize("address", ["", "https://example.org/me/irann"])

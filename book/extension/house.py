@@ -16,11 +16,13 @@ from docutils import nodes
 from PIL import Image
 from sphinx.errors import ExtensionError
 
+INDEX = "book/figures"
 MATHJAX = ("tex-mml-chtml.js", "output/chtml/fonts/woff-v2/", "input/tex/extensions/")
 
 
 def setup(app):
     app.connect("config-inited", configure, priority=900)
+    app.connect("env-get-outdated", index_anew)
     app.connect("env-before-read-docs", refuse_failures)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("doctree-resolved", index_pictures, priority=400)
@@ -47,6 +49,11 @@ def configure(app, config):
             "use_repository_button": True,
             "launch_buttons": buttons,
         }
+
+
+def index_anew(app, env, added, changed, removed):
+    """-> the page of all pictures, wherever another page is built anew."""
+    return [INDEX] if added | changed | removed else []
 
 
 def refuse_failures(app, env, pages):
@@ -141,10 +148,10 @@ def describe_pictures(app, doctree, page):
 
 
 def index_pictures(app, doctree, page):
-    """Fill the page book/figures: every picture of every chapter, small, with what it shows and a
-    link to where it stands.
+    """Fill the page INDEX: every picture of every chapter, small, with what it shows and a link to
+    where it stands.
     """
-    if page != "book/figures":
+    if page != INDEX:
         return
     here = next(doctree.findall(nodes.section))
     for chapter in sorted(name for name in app.env.found_docs if name.startswith("notebooks/")):
