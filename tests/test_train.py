@@ -649,11 +649,14 @@ def test_the_standard_error_is_that_of_a_mean_over_windows(corpus):
 
     def error(length, exact=False, nll=lambda ids: ids[:, 1:] // 5 + 1.0):
         text = Text(torch.tensor([0]), torch.arange(length), corpus.vocabulary)
-        return evaluate(Stub(5, nll, exact), text, batch=3).standard_error
+        found = evaluate(Stub(5, nll, exact), text, batch=3)
+        assert ("standard error unknown" in str(found)) == math.isnan(found.standard_error)
+        return found.standard_error
 
     assert error(20) == pytest.approx(math.sqrt(1.25 / 3))
     assert error(22) == pytest.approx(math.sqrt((200 / 22 - (60 / 22) ** 2) / 4))
-    assert error(20, exact=True) == 0 == error(5)
+    assert error(20, exact=True) == 0 == error(5, exact=True)
+    assert math.isnan(error(5))  # nothing is known of the spread of one
     for nats in (0.1, 0.3, 0.7, 1.1):  # all alike: what rounding leaves may be below nothing
         alike = error(22, nll=lambda ids, nats=nats: torch.full_like(ids[:, 1:], nats, dtype=float))
         assert alike == pytest.approx(0, abs=1e-7)

@@ -23,8 +23,8 @@ BATCH = Setting(32, "windows at once", low=1)
 class Likelihood:
     """Nats per character over a whole text: exact, or an upper bound with a standard error.
 
-    The error is that of the mean over windows, by their variance. It counts how they differ as well
-    as the noise of the draws, and is larger than the latter alone.
+    The error is that of the mean over windows, by their variance: NaN of a single one. It counts
+    how they differ as well as the noise of the draws, and is larger than the latter alone.
     """
 
     nats_per_char: float
@@ -37,7 +37,8 @@ class Likelihood:
         return self.nats_per_char / math.log(2)
 
     def __str__(self) -> str:
-        bound = f"at most, a bound (standard error {self.standard_error:.4f}), "
+        error = "unknown" if math.isnan(self.standard_error) else f"{self.standard_error:.4f}"
+        bound = f"at most, a bound (standard error {error}), "
         return (
             f"{'' if self.exact else bound}{self.nats_per_char:.4f} nats per character "
             f"({self.bits_per_char:.4f} bits) over {self.characters:,} characters"
@@ -88,7 +89,8 @@ def evaluate(
         nats, squares, count = summed([nats, squares, count])
     mean = nats / count
     windows = sum(len(ids) for ids in batches)
-    error = math.sqrt(max(0.0, squares / count - mean**2) / max(1, windows - 1))
+    spread = math.sqrt(max(0.0, squares / count - mean**2))
+    error = spread / math.sqrt(windows - 1) if windows > 1 else math.nan
     return Likelihood(mean, 0.0 if model.exact else error, int(count), model.exact)
 
 

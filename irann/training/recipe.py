@@ -69,8 +69,8 @@ class Recipe(Checked):
 def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """AdamW, or Muon for the matrices of linear layers other than heads and AdamW for the others.
 
-    Weight decay is for matrices; vectors and what `model.no_decay` names go without. Frozen
-    parameters are left out.
+    Weight decay is for what has two axes or more (so for a thinker's gains by round and channel,
+    too); vectors and what `model.no_decay` names go without. Frozen parameters are left out.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden: dict[int, list[nn.Parameter]] = {}
