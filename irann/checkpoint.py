@@ -15,6 +15,7 @@ ever imported.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -92,7 +93,9 @@ def packed(snapshot: Snapshot) -> dict[str, bytes]:
     files["config.json"] = _json(snapshot.config)
     files["vocabulary.json"] = _json(list(snapshot.vocabulary))
     listing = {name: {"size": len(data), "sha256": _sha256(data)} for name, data in files.items()}
-    files["manifest.json"] = _json({"format": FORMAT, "files": listing})
+    environment = snapshot.config.get("environment", {})
+    manifest = {"format": FORMAT, "environment": environment, "files": listing}
+    files["manifest.json"] = _json(manifest)
     return files
 
 
@@ -145,6 +148,13 @@ def _put_back_and_remove(unfinished: Path) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def found(folder: Path) -> Path:
+    """-> the folder, or, if a process was killed while it replaced it, where the old one lies."""
+    if folder.exists():
+        return folder
+    return next(folder.parent.glob(f"{UNFINISHED}*/{glob.escape(folder.name)}"), folder)
+
+
 def replaceable(folder: Path) -> bool:
     """-> whether nothing but a checkpoint is lost with what lies at `folder`: it is nothing, an
     empty folder, or one that holds the files of a checkpoint and no others.
@@ -178,7 +188,8 @@ def load(folder: Path) -> Snapshot:
         )
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint at {folder}")
-    listing = _read_manifest(folder / "manifest.json")
+    manifest = _read_manifest(folder / "manifest.json")
+    listing = manifest["files"]
     data = {}
     for name in FILES:
         data[name] = _read(folder / name)
@@ -201,6 +212,11 @@ def load(folder: Path) -> Snapshot:
         raise CheckpointError(f"{folder} cannot be read ({error})") from None
     if not isinstance(config, dict) or sorted(set(vocabulary)) != characters:
         raise CheckpointError(f"{folder} cannot be read (its config or its vocabulary is not one)")
+    environment = config.get("environment", {})
+    if manifest.get("environment", environment) != environment:  # older ones have none
+        raise CheckpointError(
+            f"{folder / 'manifest.json'} is damaged: its environment is not the one in config.json"
+        )
     if isinstance(recipe := config.get("recipe"), dict):
         config["recipe"] = renamed(recipe)
     return Snapshot(**tensors, config=config, vocabulary=vocabulary)
@@ -324,15 +340,18 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _read_manifest(path: Path) -> dict[str, dict]:
-    """-> size and SHA-256 of each file. Another spelling of the same content is refused, too."""
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """-> format, environment, size and SHA-256 of each file. Another spelling of the same content
+    is refused, too.
+    """
     data = _read(path)
     try:
         content = json.loads(data)
         version = content["format"]
-        whole = sorted(content) == ["files", "format"] and _json(content) == data
+        known = {"environment", "files", "format"}
+        whole = {"files", "format"} <= content.keys() <= known and _json(content) == data
         listing = content["files"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path} is not the manifest of a checkpoint") from None
     if type(version) is int and version != FORMAT:
         raise CheckpointError(
@@ -345,7 +364,7 @@ def _read_manifest(path: Path) -> dict[str, dict]:
         entry = listing.get(name) if isinstance(listing, dict) else None
         if not isinstance(entry, dict) or sorted(entry) != ["sha256", "size"]:
             raise CheckpointError(f"{path} does not list {name}")
-    return listing
+    return content
 
 
 def _read(path: Path) -> bytes:

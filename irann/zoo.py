@@ -194,7 +194,7 @@ def load(
     hears of checkpoints that had to be skipped, or a warning tells of them. Raises CheckpointError
     with the reason, InputError for a name that is neither.
     """
-    path = Path(name)
+    path = checkpoint.found(Path(name))
     if isinstance(name, str) and name in shipped():
         model = _load_shipped(name)
     elif isinstance(name, str) and name in MODELS:

@@ -142,6 +142,19 @@ def test_a_well_written_manifest_of_something_else_is_refused(saved, content, re
     assert refused(saved, reason)
 
 
+def test_the_manifest_says_on_what_it_was_made_and_may_not_say_otherwise(saved):
+    environment = {"torch": "2.13.0", "threads": 2}
+    made = snapshot()
+    checkpoint.save(
+        saved, dataclasses.replace(made, config=made.config | {"environment": environment})
+    )
+    assert json.loads((saved / "manifest.json").read_text())["environment"] == environment
+    sign(saved)  # as older ones are
+    assert checkpoint.load(saved).config["environment"] == environment
+    sign(saved, environment=environment | {"threads": 3})
+    assert refused(saved, "its environment is not the one in config.json")
+
+
 def test_a_checkpoint_of_the_first_edition_is_refused_with_a_way_out(saved):
     """Its manifest carried versions and its own hash."""
     sign(saved, format=1, environment={"torch": "2.10"}, sha256="0" * 64)
@@ -324,6 +337,11 @@ def test_damaged_ones_are_skipped_and_named(tmp_path):
     assert folder.name == "step-00000002" and loaded.config["step"] == 2
     assert len(skipped) == 1 and "rng.safetensors is missing" in skipped[0]
     assert checkpoint.best(tmp_path)[0].name == "step-00000002"
+    for folder in checkpoint.listed(tmp_path)[1:]:
+        (folder / "rng.safetensors").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.best(tmp_path)
+    assert [str(caught.value).count(f"step-0000000{i}") for i in (1, 2, 3)] == [1, 1, 1]
     shutil.rmtree(tmp_path / "checkpoints")
     with pytest.raises(CheckpointError, match=r"has no checkpoint yet; wait .* \(--resume\)"):
         checkpoint.newest(tmp_path)
@@ -434,12 +452,17 @@ def test_a_model_of_any_name_outlives_a_failed_replacement(tmp_path, monkeypatch
             raise fault
         move(source, target)
 
-    mine = checkpoint.save(tmp_path / "mine", snapshot(1, 1.0))
+    mine = checkpoint.save(tmp_path / "mine[1]", snapshot(1, 1.0))
     with monkeypatch.context() as patch, pytest.raises((DiskError, KeyboardInterrupt)):
         patch.setattr(os, "rename", stuck)
         checkpoint.save(mine, snapshot(2, 2.0))
     assert checkpoint.load(mine).config["step"] == 1
-    assert os.listdir(tmp_path) == ["mine"]
+    assert os.listdir(tmp_path) == ["mine[1]"]
+    os.mkdir(tmp_path / ".unfinished-0")
+    os.rename(mine, tmp_path / ".unfinished-0/mine[1]")  # as a kill between two renames leaves it
+    assert checkpoint.load(checkpoint.found(mine)).config["step"] == 1
+    newer = checkpoint.save(mine, snapshot(2, 2.0))
+    assert checkpoint.found(mine) == newer and checkpoint.found(tmp_path / "no") == tmp_path / "no"
 
 
 @pytest.mark.parametrize("put_back", [True, False])

@@ -185,7 +185,7 @@ def test_numbers_that_run_away_exit_5_and_are_never_saved(name, lr, excerpt, ira
         call += ["--set", change]
     code, _, said = irann(*call)
     assert code == 5 and re.search(r"step \d+ the .* learning rate \d\S*e\+\d\d", said)
-    assert "the weights are not finite" in said if lr == "1e39" else "gradient's norm" in said
+    assert "gradient's norm" in said and ("the weights are not finite" in said or lr == "1e30")
     for folder in checkpoint.listed(tmp_path / "run"):
         assert all(w.isfinite().all() for w in checkpoint.load(folder).model.values())
 

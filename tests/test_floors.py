@@ -58,7 +58,7 @@ def imports(path: Path) -> set[tuple[str, ...]]:
     return {module[1:] for module in found if module[0] == "irann" and len(module) > 1}
 
 
-@pytest.mark.parametrize("path", [p for p in FILES if p.name != "__init__.py"], ids=str)
+@pytest.mark.parametrize("path", [p for p in FILES if p != Path("__init__.py")], ids=str)
 def test_imports_point_down(path):
     room = path.with_suffix("").parts
     for other in imports(path):

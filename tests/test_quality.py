@@ -90,6 +90,11 @@ def test_a_report_by_hand():
     assert rows["different words"] == pytest.approx(5 / 9)
 
 
+def test_an_interval_is_as_wide_as_what_is_known_makes_it():
+    known = [0.0, 1.0, 0.5]
+    assert quality.interval([*known, *[None] * 50]) == quality.interval(known)
+
+
 def test_what_cannot_be_counted_is_no_zero():
     rows = quality.report(["?", "xx the cat yy"], CORPUS)
     assert rows["words that exist"]["mean"] == 1  # of the text that has whole words

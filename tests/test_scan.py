@@ -195,6 +195,8 @@ def test_a_step_goes_on_from_a_scan_in_half_precision():
     y, h = step(u[:, 1], delta[:, 1], A, B[:, 1], C[:, 1], D, state)
     assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
     close([y, h], [wanted[:, 1], last], 1e-6)
+    y, _ = step(u[:, 1], delta[:, 1], A, B[:, 1], C[:, 1], None, state)
+    assert y.dtype == torch.bfloat16
 
 
 def test_discretise_keeps_by_the_exponential_and_adds_by_euler():

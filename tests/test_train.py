@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -277,15 +278,16 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(name, small):
     """Loss, parts, gradients and what is learnt, for every model: in 1, 2 and 8 pieces."""
     told, changed = [], []
     for pieces in (1, 2, 8):
-        model, recipe = tiny(name, batch=8, accumulate=pieces, steps=2, optimizer="adamw", lr=1e-4)
-        ticks = list(train(model, small, dataclasses.replace(recipe, evaluate_every=0)))
+        model, recipe = tiny(name, batch=8, accumulate=pieces, steps=2, optimizer="adamw", lr=1e-2)
+        recipe = dataclasses.replace(recipe, warmup=0, evaluate_every=0)
+        ticks = list(train(model.double(), small, recipe))
         told.append([(t.loss, t.grad_norm, *t.parts.values()) for t in ticks])
         changed.append(weights(model))
     for i in (1, 2):
         for one, other in zip(told[0], told[i], strict=True):
-            assert other == pytest.approx(one, rel=2e-4, abs=2e-5)
+            assert other == pytest.approx(one, rel=1e-6, abs=1e-7)
         for key, tensor in changed[0].items():
-            torch.testing.assert_close(changed[i][key], tensor, atol=3e-4, rtol=1e-3)
+            torch.testing.assert_close(changed[i][key], tensor, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -610,8 +612,11 @@ def test_evaluate_scores_every_character_once(corpus):
 def test_what_cannot_be_evaluated_is_named(small, wrong):
     with refuses(f"{next(iter(wrong))} is "):
         evaluate(tiny()[0], small, **wrong)
-    with pytest.raises(InputError, match="seed is a whole number from 0 to 4,611,686"):
-        zoo.build("gpt", seed=2**70)
+    for seed in (2**70, math.nan):
+        with refuses("seed is a whole number"):
+            zoo.build("gpt", seed=seed)
+        with refuses("seed is a whole number"):
+            evaluate(tiny()[0], small, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["diffusion", "thinker-page"])
@@ -992,7 +997,9 @@ def test_what_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, what):
     else:
         nll = model.nll
         monkeypatch.setattr(model, "nll", lambda ids, generator=None: nll(ids) * math.inf)
-    with pytest.raises(NotFinite, match="after step 2 the (weights are|validation loss is)"):
+    with pytest.raises(
+        NotFinite, match=r"after step 2 the (weights are|validation loss is).* norm .* rate"
+    ):
         list(train(model, small, recipe, run=tmp_path))
     assert not checkpoint.listed(tmp_path)
 
@@ -1404,20 +1411,27 @@ def test_too_little_memory_to_resume_is_no_fault_of_the_checkpoint(
         next(train(model, small, recipe, run=tmp_path, resume=True))
 
 
-@pytest.mark.parametrize("name", ["gpt", "mamba", "thinker"])
-def test_a_copy_trains_as_the_original(small, name):
-    """deepcopy, state_dict with assign, and a model from the meta device."""
+@pytest.mark.parametrize("name", list(zoo.MODELS))
+def test_a_copy_trains_writes_and_is_saved_as_the_original(small, name, tmp_path):
+    """deepcopy, pickle, state_dict with assign, and a model from the meta device."""
     model, recipe = tiny(name, steps=3)
-    copied = copy.deepcopy(model)
+    copied, pickled = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
     assigned = zoo.build(name, model.config, seed=1)
     assigned.load_state_dict(weights(model), assign=True)
     with torch.device("meta"):
         empty = zoo.build(name, model.config)
     empty.load_state_dict(weights(model), assign=True)
     wanted = [tick.loss for tick in train(model, small, recipe)]
-    for sibling in (copied, assigned, empty):
+    text = irann.generate(model, "a", 9, seed=1)
+    for sibling in (copied, pickled, assigned, empty):
         assert [tick.loss for tick in train(sibling, small, recipe)] == wanted
         assert equal(weights(model), weights(sibling))
+        assert irann.generate(sibling, "a", 9, seed=1) == text
+        saved = irann.save(sibling, tmp_path / "saved")
+        assert equal(weights(model), weights(irann.load(saved)))
+    os.mkdir(tmp_path / ".unfinished-0")
+    os.rename(saved, tmp_path / ".unfinished-0/saved")  # where a kill may leave it
+    assert equal(weights(model), weights(irann.load(saved)))
 
 
 def test_what_cannot_be_saved_is_refused_before_the_first_step(small, tmp_path):

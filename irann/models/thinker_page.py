@@ -159,6 +159,9 @@ class PageThinker(RecurrentDepth):
         rule: dict[str, Any],
     ) -> Iterator[Draft]:
         """A draft per refinement, until nothing is masked: all guesses, and how many are kept."""
+        if rule["keep"] < 1:  # a page takes as many draws as its slowest row: they are its own
+            seed = torch.randint(2**62, (), generator=generator, device=ids.device)
+            generator = torch.Generator(ids.device).manual_seed(int(seed))
         steps = rule["steps"] or max(1, -(-int(masked.any(0).sum()) // 2))
         hidden = None
         rounds = 0

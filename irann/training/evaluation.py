@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..lm import LanguageModel, evaluating
+from ..lm import SEED, LanguageModel, evaluating
 from ..settings import InputError, Setting
 from ..text import Text
 from .bars import bar
@@ -68,6 +68,7 @@ def evaluate(
     """
     check_vocabulary(model, text)
     part, batch = PART.check("part", part), BATCH.check("batch", batch)
+    seed = SEED.check("seed", seed)
     length = WINDOW.check("window", window) or model.config.window
     rank, world = rank_and_world() if share else (0, 1)
     batches = _windows(text, part, length, batch)

@@ -129,7 +129,7 @@ def _train(
             state.average.vocabulary = text.vocabulary
         model.card = {"corpus": state.corpus()}  # a card of other weights says nothing of these
         if state.step and state.validation is None and _validates(recipe, state.step):
-            _validate(state)  # the run was stopped before it
+            _validate(state, "gone on with")
             run.amend()
         if state.step == recipe.steps:
             state.use_average()
@@ -190,10 +190,11 @@ def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick
     validates = _validates(state.recipe, state.step)
     interrupted = asked()
     saves = validates or interrupted or _due(state.recipe.save_every, state.step)
+    update = f"gradient's norm {tick.grad_norm:g}, learning rate {tick.lr:g}"
     if saves:
-        state.check_finite(tick.lr)
+        state.check_finite(update)
     if validates and (last or not interrupted):
-        _validate(state)
+        _validate(state, update)
         interrupted = interrupted or asked()
     tick = replace(
         tick,
@@ -263,12 +264,13 @@ def _due(every: int, step: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _validate(state: State) -> None:
+def _validate(state: State, update: str) -> None:
     """Nats per character of the validation part, with averaged weights if the recipe has them."""
     began = time.perf_counter()
     nats = evaluate(state.averaged(), state.text, share=state.world > 1).nats_per_char
     if not math.isfinite(nats):
-        raise NotFinite(f"after step {state.step} the validation loss is {nats:g}: not saved")
+        told = f"after step {state.step} the validation loss is {nats:g}, {update}: not saved"
+        raise NotFinite(told)
     state.validation = nats
     state.seconds += time.perf_counter() - began
 

@@ -115,12 +115,11 @@ class State:
                 for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
                     p.copy_(mean)
 
-    def check_finite(self, lr: float) -> None:
+    def check_finite(self, update: str) -> None:
         """Raises NotFinite before weights are measured or saved: finite gradient, huge rate."""
         if not self.finite():
             raise NotFinite(
-                f"after step {self.step} the weights are not finite, learning rate {lr:g}: "
-                "not saved"
+                f"after step {self.step} the weights are not finite, {update}: not saved"
             )
 
     def finite(self) -> bool:

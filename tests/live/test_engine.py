@@ -95,6 +95,18 @@ def test_what_is_no_model_is_refused(host):
         Engine(host, data=b"").start([1])
 
 
+def test_two_models_in_two_hosts_are_two(host):
+    first, second = (
+        Engine(one, tiny("gpt", seed)) for seed, one in enumerate((host, type(host)()))
+    )
+    first.start([1, 2])
+    before = first.logits()
+    second.start([1, 2])
+    assert not np.array_equal(second.logits(), before)
+    first.start([1, 2])
+    assert np.array_equal(first.logits(), before)
+
+
 def test_a_page_s_script_says_what_the_model_is():
     model = tiny("diffusion")
     model.vocabulary = Vocabulary("\nabcdefghijkl")
