@@ -89,42 +89,66 @@ MAMBA_BLOCK = (
 
 
 def _gpt(model: GPT) -> Layout:
-    c = model.config
-    _check_options(c, GPT_OPTIONS)
-    numbers = {"layers": c.layers, "heads": c.heads, "inner": c.inner or 4 * c.width}
+    config = model.config
+    _check_options(config, GPT_OPTIONS)
+    numbers = {
+        "layers": config.layers,
+        "heads": config.heads,
+        "inner": config.inner or 4 * config.width,
+    }
     head = "wte" if model.lm_head is None else "lm_head"
-    return numbers, ["wte.weight", *_blocks("h", c.layers), f"{head}.weight"]
+    return numbers, ["wte.weight", *_blocks("h", config.layers), f"{head}.weight"]
 
 
 def _recurrent(model: RecurrentDepth) -> Layout:
-    c = model.config
-    numbers = {"layers": c.prelude + c.core, "heads": c.heads, "inner": 4 * c.width}
-    numbers |= {"prelude": c.prelude, "core": c.core, "rounds": c.rounds, "gained": c.round_gains}
-    names = ["wte.weight", *_blocks("prelude", c.prelude), *_blocks("core", c.core)]
-    names += ["gains", "halt_bias"] if c.round_gains else []
+    config = model.config
+    numbers = {
+        "layers": config.prelude + config.core,
+        "heads": config.heads,
+        "inner": 4 * config.width,
+        "prelude": config.prelude,
+        "core": config.core,
+        "rounds": config.rounds,
+        "gained": config.round_gains,
+    }
+    names = ["wte.weight", *_blocks("prelude", config.prelude), *_blocks("core", config.core)]
+    names += ["gains", "halt_bias"] if config.round_gains else []
     return numbers, [*names, "halt_head.weight", "halt_head.bias", "lm_head.weight"]
 
 
 def _mamba(model: Mamba) -> Layout:
-    c = model.config
-    _check_options(c, MAMBA_OPTIONS)
+    config = model.config
+    _check_options(config, MAMBA_OPTIONS)
     first = next(model.blocks).mixer
-    numbers = {"layers": c.layers, "inner": first.d_inner, "state": c.d_state}
-    numbers |= {"conv": c.d_conv, "rank": first.dt_rank}
-    if c.d_state % 4:
-        raise InputError(f"a page runs a state of a multiple of 4; got d_state={c.d_state}")
-    names = [f"layers.{i}.{name}" for i in range(c.layers) for name in MAMBA_BLOCK]
+    numbers = {
+        "layers": config.layers,
+        "inner": first.d_inner,
+        "state": config.d_state,
+        "conv": config.d_conv,
+        "rank": first.dt_rank,
+    }
+    if config.d_state % 4:
+        raise InputError(f"a page runs a state of a multiple of 4; got d_state={config.d_state}")
+    names = [f"layers.{i}.{name}" for i in range(config.layers) for name in MAMBA_BLOCK]
     head = "embeddings" if model.lm_head is None else "lm_head"
     return numbers, ["embeddings.weight", *names, "norm_f.weight", f"{head}.weight"]
 
 
 def _diffusion(model: Diffusion) -> Layout:
-    c = model.config
-    numbers = {"layers": c.layers, "heads": c.heads, "inner": 4 * c.width}
-    numbers |= {"channels": c.channels, "neighbours": c.neighbours, "levels": c.levels}
-    numbers |= {"bayes": c.bayes, "conditioned": c.self_condition}
+    config = model.config
+    numbers = {
+        "layers": config.layers,
+        "heads": config.heads,
+        "inner": 4 * config.width,
+        "channels": config.channels,
+        "neighbours": config.neighbours,
+        "levels": config.levels,
+        "bayes": config.bayes,
+        "conditioned": config.self_condition,
+    }
     names = ["word_embedding", "input_proj.weight", "time_embed.0.weight", "time_embed.0.bias"]
-    names += ["time_embed.2.weight", "time_embed.2.bias", "clean_embed", *_blocks("h", c.layers)]
+    names += ["time_embed.2.weight", "time_embed.2.bias", "clean_embed"]
+    names += _blocks("h", config.layers)
     return numbers, [*names, "lm_head.weight", "lm_head.bias"]
 
 

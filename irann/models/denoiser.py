@@ -63,22 +63,21 @@ class Denoiser(LanguageModel):
 
     def __init__(self, config: DiffusionConfig):
         super().__init__(config)
-        c = config
-        self.schedule = Schedule(c.schedule, c.levels)
-        self.word_embedding = nn.Parameter(torch.empty(c.vocabulary, c.channels))
-        seen = c.channels + c.vocabulary * (c.bayes + c.self_condition)
-        self.input_proj = nn.Linear((2 * c.neighbours + 1) * seen, c.width, bias=False)
+        self.schedule = Schedule(config.schedule, config.levels)
+        self.word_embedding = nn.Parameter(torch.empty(config.vocabulary, config.channels))
+        seen = config.channels + config.vocabulary * (config.bayes + config.self_condition)
+        self.input_proj = nn.Linear((2 * config.neighbours + 1) * seen, config.width, bias=False)
         self.time_embed = nn.Sequential(
-            nn.Linear(2 * 16, c.width), nn.SiLU(), nn.Linear(c.width, c.width)
+            nn.Linear(2 * 16, config.width), nn.SiLU(), nn.Linear(config.width, config.width)
         )
-        self.clean_embed = nn.Parameter(torch.zeros(c.width))
-        self.drop = nn.Dropout(c.dropout)
+        self.clean_embed = nn.Parameter(torch.zeros(config.width))
+        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(
-            Block(c.width, c.heads, causal=False, dropout=c.dropout, **FAST)
-            for _ in range(c.layers)
+            Block(config.width, config.heads, causal=False, dropout=config.dropout, **FAST)
+            for _ in range(config.layers)
         )
-        self.ln_f = make_norm("plain", c.width)
-        self.lm_head = nn.Linear(c.width, c.vocabulary)
+        self.ln_f = make_norm("plain", config.width)
+        self.lm_head = nn.Linear(config.width, config.vocabulary)
         init_fan_in(self)
         nn.init.zeros_(self.lm_head.weight)
         nn.init.normal_(self.word_embedding)
@@ -123,29 +122,29 @@ class Denoiser(LanguageModel):
         `mask` is True where text is to be written; elsewhere `ids` are known and replace the noise.
         `previous_guess` are probabilities; None means none yet, all zeros.
         """
-        c = self.config
-        check_window(c.window + 1, 0, ids.shape[1])
+        config = self.config
+        check_window(config.window + 1, 0, ids.shape[1])
         masked = mask[..., None]
-        known = F.one_hot(ids, c.vocabulary).to(x.dtype)
+        known = F.one_hot(ids, config.vocabulary).to(x.dtype)
         x = torch.where(masked, x, self.embeddings[ids])
         log_likelihood = self.log_likelihood(x, tau)
         seen = [x]
-        if c.bayes:
+        if config.bayes:
             posterior = torch.where(masked, log_likelihood.softmax(-1), known)
-            seen.append(posterior * math.sqrt(c.vocabulary))
-        if c.self_condition:
+            seen.append(posterior * math.sqrt(config.vocabulary))
+        if config.self_condition:
             none = known.new_zeros(())
             guess = torch.where(masked, none if previous_guess is None else previous_guess, known)
-            seen.append(guess * math.sqrt(c.vocabulary))
-        h = self.input_proj(neighbourhood(torch.cat(seen, -1), c.neighbours))
+            seen.append(guess * math.sqrt(config.vocabulary))
+        residual = self.input_proj(neighbourhood(torch.cat(seen, -1), config.neighbours))
         log_snr = self.schedule.at(self.schedule.snr.log(), tau, x)
-        h = h + torch.where(masked, self.time_embed(sinusoids(log_snr)), self.clean_embed)
-        h = self.drop(h)
-        rotary = rotary_table(0, h.shape[1], c.width // c.heads, like=h)
+        time = torch.where(masked, self.time_embed(sinusoids(log_snr)), self.clean_embed)
+        residual = self.drop(residual + time)
+        rotary = rotary_table(0, residual.shape[1], config.width // config.heads, like=residual)
         for block in self.h:
-            h, _ = block(h, None, rotary)
-        logits = self.lm_head(self.ln_f(h))
-        return logits + log_likelihood if c.bayes else logits
+            residual, _ = block(residual, None, rotary)
+        logits = self.lm_head(self.ln_f(residual))
+        return logits + log_likelihood if config.bayes else logits
 
     def guess(
         self, x: Float[Tensor, "b t c"], tau: Int[Tensor, "#b"], ids: Ids, mask: Bool[Tensor, "b t"]

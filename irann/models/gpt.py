@@ -75,30 +75,31 @@ class GPT(Reader):
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
-        c = config
-        self.wte = nn.Embedding(c.vocabulary, c.width)
-        if c.positions == "learned":
-            self.wpe = nn.Embedding(c.window, c.width)
-        self.drop = nn.Dropout(c.dropout)
+        self.wte = nn.Embedding(config.vocabulary, config.width)
+        if config.positions == "learned":
+            self.wpe = nn.Embedding(config.window, config.width)
+        self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(
             Block(
-                c.width,
-                c.heads,
-                inner=c.inner,
-                norm=c.norm,
-                eps=c.eps,
-                qk_norm=c.qk_norm,
-                activation=c.activation,
-                bias=c.bias,
-                dropout=c.dropout,
-                attention_dropout=c.attention_dropout,
+                config.width,
+                config.heads,
+                inner=config.inner,
+                norm=config.norm,
+                eps=config.eps,
+                qk_norm=config.qk_norm,
+                activation=config.activation,
+                bias=config.bias,
+                dropout=config.dropout,
+                attention_dropout=config.attention_dropout,
             )
-            for _ in range(c.layers)
+            for _ in range(config.layers)
         )
-        self.ln_f = make_norm(c.norm, c.width, bias=c.bias, eps=c.eps)
-        self.lm_head = None if c.tied else nn.Linear(c.width, c.vocabulary, bias=False)
-        if c.init == "gpt2":
-            init_gpt2(self, c.layers)
+        self.ln_f = make_norm(config.norm, config.width, bias=config.bias, eps=config.eps)
+        self.lm_head = (
+            None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        )
+        if config.init == "gpt2":
+            init_gpt2(self, config.layers)
         else:
             init_fan_in(self)
 

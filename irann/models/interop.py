@@ -59,7 +59,7 @@ def gpt_from_transformers(source: Any) -> GPT:
             f"{hf.embd_pdrop} and resid_pdrop {hf.resid_pdrop}: set both to the same number first"
         )
     config = GPTConfig(
-        **{ours: getattr(hf, name) for ours, name in GPT2_NAMES.items()},
+        **{our_name: getattr(hf, their_name) for our_name, their_name in GPT2_NAMES.items()},
         activation=_activation(hf.activation_function),
         tied=theirs.lm_head.weight is theirs.transformer.wte.weight,
     )
@@ -75,7 +75,7 @@ def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
     theirs = _resolved(source, MambaForCausalLM, "mamba")
     hf = theirs.config
     config = MambaConfig(
-        **{ours: getattr(hf, name) for ours, name in MAMBA_NAMES.items()},
+        **{our_name: getattr(hf, their_name) for our_name, their_name in MAMBA_NAMES.items()},
         window=window,
         d_inner=hf.intermediate_size,
         dt_rank=int(hf.time_step_rank),
@@ -91,21 +91,21 @@ def gpt_to_transformers(ours: GPT) -> Any:
     """See `GPT.to_transformers`. Biases that ours does not have are zeros there."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    c = ours.config
+    config = ours.config
     for name, plain in {"positions": "learned", "qk_norm": False, "norm": "layer"}.items():
-        if getattr(c, name) != plain:
+        if getattr(config, name) != plain:
             raise InputError(
                 f"GPT-2 of transformers has {name} {plain!r} only; this model has "
-                f"{getattr(c, name)!r}"
+                f"{getattr(config, name)!r}"
             )
-    config = GPT2Config(
-        **{name: getattr(c, ours) for ours, name in GPT2_NAMES.items()},
-        embd_pdrop=c.dropout,
-        activation_function=_their_activation(c.activation),
-        tie_word_embeddings=c.tied,
+    their_config = GPT2Config(
+        **{their_name: getattr(config, our_name) for our_name, their_name in GPT2_NAMES.items()},
+        embd_pdrop=config.dropout,
+        activation_function=_their_activation(config.activation),
+        tie_word_embeddings=config.tied,
         **NO_TOKENS,
     )
-    theirs: Any = GPT2LMHeadModel(config)
+    theirs: Any = GPT2LMHeadModel(their_config)
     theirs.to(ours.wte.weight)
     _copy(ours, theirs, "transformer.", CONV1D, back=True)
     return theirs.train(ours.training)
@@ -116,34 +116,35 @@ def mamba_to_transformers(ours: Mamba) -> Any:
     from transformers import MambaConfig as TheirConfig
     from transformers import MambaForCausalLM
 
-    c = ours.config
+    config = ours.config
     d_inner, dt_rank = next(iter(ours.blocks)).mixer.dt_proj.weight.shape
-    if d_inner % c.width:
+    if d_inner % config.width:
         raise InputError(
-            f"their inner width is a multiple of the width; this model has {d_inner} and {c.width}"
+            f"their inner width is a multiple of the width; this model has {d_inner} and "
+            f"{config.width}"
         )
-    config = TheirConfig(
-        **{name: getattr(c, ours) for ours, name in MAMBA_NAMES.items()},
-        expand=d_inner // c.width,
+    their_config = TheirConfig(
+        **{their_name: getattr(config, our_name) for our_name, their_name in MAMBA_NAMES.items()},
+        expand=d_inner // config.width,
         time_step_rank=dt_rank,
-        hidden_act=_their_activation(c.activation),
-        tie_word_embeddings=c.tied,
+        hidden_act=_their_activation(config.activation),
+        tie_word_embeddings=config.tied,
         **NO_TOKENS,
     )
-    theirs: Any = MambaForCausalLM(config)
+    theirs: Any = MambaForCausalLM(their_config)
     theirs.to(ours.embeddings.weight)
     _copy(ours, theirs, "backbone.", back=True)
     return theirs.train(ours.training)
 
 
-def _activation(name: Any) -> str:
+def _activation(name: str) -> str:
     """-> our name of an activation of transformers."""
-    return RENAMED[name] if name in RENAMED else name
+    return RENAMED.get(name, name)
 
 
 def _their_activation(name: str) -> str:
     """-> the name of transformers of an activation of ours."""
-    return next((theirs for theirs, ours in RENAMED.items() if ours == name), name)
+    return next((theirs for theirs, known in RENAMED.items() if known == name), name)
 
 
 def _resolved(source: Any, kind: type, model_type: str) -> Any:

@@ -81,21 +81,21 @@ class Mixer(nn.Module):
 
     def __init__(self, config: MambaConfig):
         super().__init__()
-        c = config
-        self.d_inner = c.d_inner or 2 * c.width
-        self.dt_rank = c.dt_rank or math.ceil(c.width / 16)
-        self.split = [self.dt_rank, c.d_state, c.d_state]  # delta, B, C in what x_proj gives
-        self.activation = ACTIVATIONS[c.activation]
+        self.d_inner = config.d_inner or 2 * config.width
+        self.dt_rank = config.dt_rank or math.ceil(config.width / 16)
+        # delta, B, C in what x_proj gives
+        self.split = [self.dt_rank, config.d_state, config.d_state]
+        self.activation = ACTIVATIONS[config.activation]
         e = self.d_inner
-        self.in_proj = StackedLinear(c.width, 2 * e, stacked=2, bias=c.bias)  # u, gate
-        self.conv1d = nn.Conv1d(e, e, c.d_conv, groups=e, bias=c.conv_bias)
+        self.in_proj = StackedLinear(config.width, 2 * e, stacked=2, bias=config.bias)  # u, gate
+        self.conv1d = nn.Conv1d(e, e, config.d_conv, groups=e, bias=config.conv_bias)
         self.x_proj = nn.Linear(e, sum(self.split), bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, e)
-        s4d_real = torch.arange(1.0, c.d_state + 1)  # A = -1, -2, ..., -n in every channel
+        s4d_real = torch.arange(1.0, config.d_state + 1)  # A = -1, -2, ..., -n in every channel
         self.A_log = nn.Parameter(s4d_real.log().repeat(e, 1))
         self.D = nn.Parameter(torch.ones(e))
-        self.out_proj = nn.Linear(e, c.width, bias=c.bias)
-        self.dropout = nn.Dropout(c.dropout)
+        self.out_proj = nn.Linear(e, config.width, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     @torch.no_grad()
     def init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
@@ -174,21 +174,22 @@ class Mamba(Reader):
 
     def __init__(self, config: MambaConfig):
         super().__init__(config)
-        c = config
-        self.embeddings = nn.Embedding(c.vocabulary, c.width)
-        self.drop = nn.Dropout(c.dropout)
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.layers))
-        self.norm_f = nn.RMSNorm(c.width, eps=c.eps)
-        self.lm_head = None if c.tied else nn.Linear(c.width, c.vocabulary, bias=False)
-        if c.init == "fan_in":
+        self.embeddings = nn.Embedding(config.vocabulary, config.width)
+        self.drop = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm_f = nn.RMSNorm(config.width, eps=config.eps)
+        self.lm_head = (
+            None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        )
+        if config.init == "fan_in":
             init_fan_in(self)
         else:
             nn.init.normal_(self.embeddings.weight, std=0.02)
         for block in self.blocks:
             block.mixer.init_dt()
-            if c.init == "mamba":  # as the published code, after GPT-2
+            if config.init == "mamba":  # as the published code, after GPT-2
                 with torch.no_grad():
-                    block.mixer.out_proj.weight /= math.sqrt(c.layers)
+                    block.mixer.out_proj.weight /= math.sqrt(config.layers)
 
     @property
     def blocks(self) -> Iterator[Block]:

@@ -87,23 +87,25 @@ class RecurrentDepth(LanguageModel):
 
     def __init__(self, config: ThinkerConfig, *, causal: bool, symbols: int):
         super().__init__(config)
-        c = config
-        self.room = c.window + (not causal)  # whoever writes pages sees the character before, too
-        self.wte = nn.Embedding(symbols, c.width)
-        block = partial(Block, c.width, c.heads, causal=causal, dropout=c.dropout, **FAST)
-        self.prelude = nn.ModuleList(block() for _ in range(c.prelude))
-        self.core = nn.ModuleList(block() for _ in range(c.core))
+        # a page model also sees the character before its window
+        self.room = config.window if causal else config.window + 1
+        self.wte = nn.Embedding(symbols, config.width)
+        block = partial(
+            Block, config.width, config.heads, causal=causal, dropout=config.dropout, **FAST
+        )
+        self.prelude = nn.ModuleList(block() for _ in range(config.prelude))
+        self.core = nn.ModuleList(block() for _ in range(config.core))
         self.gains = self.halt_bias = None
-        if c.round_gains:
+        if config.round_gains:
             # of more than one axis, so weight decay pulls at them, unlike the gains of a norm
-            self.gains = nn.Parameter(torch.ones(c.rounds, c.core, 2, c.width))
-            self.halt_bias = nn.Parameter(torch.zeros(c.rounds))
-        self.ln_f = make_norm("plain", c.width)
-        self.lm_head = nn.Linear(c.width, c.vocabulary, bias=False)
-        self.halt_head = nn.Linear(c.width + 2, 1)
+            self.gains = nn.Parameter(torch.ones(config.rounds, config.core, 2, config.width))
+            self.halt_bias = nn.Parameter(torch.zeros(config.rounds))
+        self.ln_f = make_norm("plain", config.width)
+        self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
+        self.halt_head = nn.Linear(config.width + 2, 1)
         init_fan_in(self)
         nn.init.zeros_(self.halt_head.weight)  # untrained, the halting probability is the prior's
-        nn.init.constant_(self.halt_head.bias, math.log(c.prior / (1 - c.prior)))
+        nn.init.constant_(self.halt_head.bias, math.log(config.prior / (1 - config.prior)))
 
     def rotary(self, start: int, end: int) -> Rotary:
         channels = self.config.width // self.config.heads
@@ -187,14 +189,14 @@ class RecurrentDepth(LanguageModel):
         `supervision` is `halting` they take the former as given, so that no hidden state is bent to
         end sooner.
         """
-        c = self.config
+        config = self.config
         p = halting_distribution(halt)
-        kl = kl_to_geometric(p, c.prior).mean()
-        if c.supervision == "halting":
-            loss = (p * nats).sum(-1).mean() + c.prior_weight * kl
+        kl = kl_to_geometric(p, config.prior).mean()
+        if config.supervision == "halting":
+            loss = (p * nats).sum(-1).mean() + config.prior_weight * kl
         else:
-            halting = (p * nats.detach()).sum(-1).mean() + c.prior_weight * kl
-            loss = (nats * round_weights(c.supervision, nats)).sum(-1).mean()
+            halting = (p * nats.detach()).sum(-1).mean() + config.prior_weight * kl
+            loss = (nats * round_weights(config.supervision, nats)).sum(-1).mean()
             loss = loss + halting - halting.detach()  # the gradient of `halting`, not its value
         return loss, {"rounds": expected_rounds(p).mean().detach(), "prior_kl": kl.detach()}
 
