@@ -29,8 +29,8 @@ SEED = Setting(0, "the same seed gives the same text", low=0, high=2**62)
 Ids = Integer[Tensor, "b t"]  # uint8 too
 Nats = Float[Tensor, "b t-1"]  # of `ids[:, 1:]`
 Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]
-# a long prompt is read in pieces of this many characters, so that its logits never fill the memory
-PIECE = 2048
+# a long prompt is read this many characters at once, so that its logits never fill the memory
+READ_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,39 +235,48 @@ def left_to_right(
     newline of a sorted vocabulary. Raises InputError for ids that are not characters of the model
     and for a length out of range, before any work.
     """
-    page, start = _page(model, prompt, n)
-    return _left_to_right(model, page, start, sampling, generator, read or model.read)
+    text, start = _with_room(model, prompt, n)
+    return _left_to_right(model, text, start, sampling, generator, read or model.read)
 
 
 @torch.no_grad()
-def _left_to_right(model, page, start, sampling, generator, read):
+def _left_to_right(
+    model: Reader,
+    text: Ids,
+    start: int,
+    sampling: Sampling,
+    generator: Generator | None,
+    read: Callable,
+) -> Iterator[Draft]:
+    """Write over `text` from `start` on: a draft for each character."""
     unfiltered = sampling == Sampling()
     context = model.max_context
-    read_to = max(0, start - context) if context else 0
     state = None
-    held = 0
-    forgotten = read_to
-    yield Draft(page[:, :start].clone(), start, forgotten=forgotten)
-    for end in range(start, page.shape[1]):
-        if context and held + end - read_to > context:
-            state, held = None, 0
+    held = 0  # how many characters the state holds
+    read_to = max(0, start - context) if context else 0  # the first one that is not read yet
+    forgotten = read_to  # how many of the prompt the state knows nothing of
+    yield Draft(text[:, :start].clone(), start, forgotten=forgotten)
+    for end in range(start, text.shape[1]):
+        if context and held + end - read_to > context:  # full: begin anew with half a window
+            state = None
+            held = 0
             read_to = end - max(1, context // 2)
             forgotten = min(read_to, start)
-        with evaluating(model, len(page) * (end - read_to)):
-            while end - read_to > PIECE:
-                _, state = read(page[:, read_to : read_to + PIECE], state)
-                held += PIECE
-                read_to += PIECE
-            logits, state = read(page[:, read_to:end], state)
+        with evaluating(model, len(text) * (end - read_to)):
+            while end - read_to > READ_AT_ONCE:
+                _, state = read(text[:, read_to : read_to + READ_AT_ONCE], state)
+                held += READ_AT_ONCE
+                read_to += READ_AT_ONCE
+            logits, state = read(text[:, read_to:end], state)
             last = logits[:, -1]
-            if sampling.temperature == 0:
-                page[:, end] = last.argmax(-1)
+            if sampling.temperature == 0:  # as filter_logits and sample would, without a draw
+                text[:, end] = last.argmax(-1)
             else:
                 last = last if unfiltered else filter_logits(last, **vars(sampling))
-                page[:, end] = sample(last, generator)
+                text[:, end] = sample(last, generator)
         held += end - read_to
         read_to = end
-        yield Draft(page[:, : end + 1].clone(), end + 1, model.notes(state), forgotten)
+        yield Draft(text[:, : end + 1].clone(), end + 1, model.notes(state), forgotten)
 
 
 def page_by_page(
@@ -284,11 +293,13 @@ def page_by_page(
     before is forgotten. Raises InputError for ids that are not characters of the model and for a
     length out of range, before any work.
     """
-    text, start = _page(model, prompt, n)
+    text, start = _with_room(model, prompt, n)
     return _page_by_page(text, start, page, model.config.window + 1, write)
 
 
-def _page_by_page(text, start, page, room, write):
+def _page_by_page(
+    text: Ids, start: int, page: int, room: int, write: Callable[[Tensor, Tensor], Iterator[Draft]]
+) -> Iterator[Draft]:
     first_end = min(start + page, text.shape[1])
     forgotten = max(0, first_end - room) if first_end > start else 0
     yield Draft(text[:, :start].clone(), start, forgotten=forgotten)
@@ -305,14 +316,14 @@ def _page_by_page(text, start, page, room, write):
             )
 
 
-def _page(model, prompt, n) -> tuple[Tensor, int]:
-    """-> the prompt with room for `n` more, on the model's device, and the prompt's length."""
+def _with_room(model: LanguageModel, prompt: Any, n: int) -> tuple[Tensor, int]:
+    """-> the prompt and `n` zeros to write over, on the model's device; the prompt's length."""
     n = LENGTH.check("length", n)
     prompt = model.check_ids(prompt)
     if prompt.shape[1] == 0:
         prompt = prompt.new_zeros(len(prompt), 1)
-    page = torch.cat([prompt, prompt.new_zeros(len(prompt), n)], 1)
-    return page.to(model.device), prompt.shape[1]
+    text = torch.cat([prompt, prompt.new_zeros(len(prompt), n)], 1)
+    return text.to(model.device), prompt.shape[1]
 
 
 def leading(true: Bool[Tensor, "b t"]) -> Int[Tensor, "b"]:
@@ -324,7 +335,7 @@ class _Lock:
     """A model's lock: one thread at a time. A copy, or another process's, gets one of its own."""
 
     def __init__(self) -> None:
-        self.held = threading.RLock()
+        self.rlock = threading.RLock()
 
     def __reduce__(self):
         return (_Lock, ())
@@ -335,7 +346,7 @@ def exclusive(model: LanguageModel, characters: float = math.inf) -> Iterator[No
     """No other thread trains or asks the model inside the block: a training step, or one step of
     writing. Few characters are one thread's work.
     """
-    with model.lock.held, machine.threads_for(model.num_parameters * characters):
+    with model.lock.rlock, machine.threads_for(model.num_parameters * characters):
         yield
 
 

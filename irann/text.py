@@ -21,7 +21,7 @@ from torch import Tensor
 from .settings import InputError, Setting
 
 # characters of a large text that are encoded at once, so that little memory is needed beside it
-PIECE = 1 << 20
+ENCODED_AT_ONCE = 1 << 20
 BOM = ", without its byte order mark"  # what `source` says of a file that was not read as it is
 CRLF = ", its line ends (CR LF) read as LF"
 FEW = 5  # a character that occurs less often cannot be learned
@@ -177,8 +177,8 @@ def npy(ids: Int[Tensor, "t"], kind: Any) -> bytes:
 
 def pieces(text: str) -> Iterator[tuple[int, str]]:
     """-> pieces of a text, each with where it starts."""
-    for start in range(0, len(text), PIECE):
-        yield start, text[start : start + PIECE]
+    for start in range(0, len(text), ENCODED_AT_ONCE):
+        yield start, text[start : start + ENCODED_AT_ONCE]
 
 
 def windows(

@@ -242,7 +242,7 @@ def test_one_thread_at_a_time_uses_a_model():
     thread.join(10)
     assert order == ["waits", "trained", "writes"]
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert copied.lock.held is not model.lock.held
+        assert copied.lock.rlock is not model.lock.rlock
 
 
 @pytest.mark.parametrize("wrong", ["gpt", None, torch.nn.Linear(1, 1)])
@@ -384,7 +384,7 @@ def test_without_a_prompt_a_text_begins_after_a_line_break():
 
 
 def test_a_prompt_read_in_pieces_fills_the_window_as_one_read_at_once_does(monkeypatch):
-    monkeypatch.setattr(lm, "PIECE", 2)
+    monkeypatch.setattr(lm, "READ_AT_ONCE", 2)
     model = Counting()
     *_, draft = model.generate(torch.arange(6)[None], 3)
     assert draft.ids[0].tolist() == list(range(9))

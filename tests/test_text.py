@@ -23,7 +23,18 @@ from irann.__main__ import main
 from irann.checkpoint import why
 from irann.settings import InputError
 from irann.shakespeare import CorpusError
-from irann.text import BOM, CRLF, FEW, PIECE, Text, Vocabulary, describe, read_text, slug, windows
+from irann.text import (
+    BOM,
+    CRLF,
+    ENCODED_AT_ONCE,
+    FEW,
+    Text,
+    Vocabulary,
+    describe,
+    read_text,
+    slug,
+    windows,
+)
 
 
 @pytest.fixture
@@ -238,7 +249,7 @@ def test_windows_are_the_same_whatever_device_is_torch_s_default(device):
 
 def test_a_text_of_several_pieces_is_encoded_as_one(monkeypatch):
     content = "naïve 🙂 café " * 20
-    monkeypatch.setattr("irann.text.PIECE", 7)
+    monkeypatch.setattr("irann.text.ENCODED_AT_ONCE", 7)
     text = Text.of(content)
     assert whole(text) == content
     assert text.sha256 == hashlib.sha256(content.encode()).hexdigest()
@@ -248,13 +259,13 @@ def test_a_text_of_several_pieces_is_encoded_as_one(monkeypatch):
 
 def test_a_large_text_costs_little_memory_beside_its_ids():
     """int64 of 5 pieces, and no more than a few pieces beside them."""
-    text = "to be " * (5 * PIECE // 6)
+    text = "to be " * (5 * ENCODED_AT_ONCE // 6)
     vocabulary = Vocabulary(text)
     tracemalloc.start()
     ids = vocabulary.encode(text)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 8 * len(ids) + 32 * PIECE
+    assert peak < 8 * len(ids) + 32 * ENCODED_AT_ONCE
 
 
 def test_a_file_of_one_s_own_is_a_corpus(tmp_path):
@@ -282,7 +293,7 @@ def test_a_file_of_one_s_own_is_a_corpus(tmp_path):
         ("abc\n".encode("utf-16-le"), "looks like UTF-16.*save it as UTF-8"),
         ("\ufeff\u4e2d\u6587".encode("utf-16-le"), "looks like UTF-16.*save it as UTF-8"),  # no NUL
         ("\ufeff\u4e2d\u6587".encode("utf-16-be"), "looks like UTF-16.*save it as UTF-8"),
-        (b"a text" + b"x" * PIECE + b"\0", ".*NUL"),
+        (b"a text" + b"x" * ENCODED_AT_ONCE + b"\0", ".*NUL"),
         (b"caf\xe9", "is not UTF-8 text .byte 3 is 0xe9.: save it as UTF-8"),
         (None, "cannot be read .No such file"),
     ],

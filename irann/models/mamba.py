@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from ..core.scan import selective_scan, step
 from ..layers import ACTIVATIONS, StackedLinear, init_fan_in
-from ..lm import PIECE, Ids, Reader, check_settings, evaluating
+from ..lm import READ_AT_ONCE, Ids, Reader, check_settings, evaluating
 from ..settings import Checked, field
 
 
@@ -208,9 +208,9 @@ class Mamba(Reader):
         """
         if ids.shape[1] == 0:
             return self.embeddings.weight.new_zeros(len(ids), 0, self.config.vocabulary), state
-        if not torch.is_grad_enabled() and ids.shape[1] > PIECE:
+        if not torch.is_grad_enabled() and ids.shape[1] > READ_AT_ONCE:
             logits = []
-            for piece in ids.split(PIECE, 1):
+            for piece in ids.split(READ_AT_ONCE, 1):
                 more, state = self.read(piece, state)
                 logits.append(more)
             return torch.cat(logits, 1), state
