@@ -44,10 +44,8 @@ class Schedule:
     signal whole. Raises ValueError for an unknown name or a step count below 1.
     """
 
-    curves = {
-        "cosine": _cosine,
-        "sqrt": _sqrt,
-    }  # alpha_bar at time u in 0..1, as the papers draw it
+    # by name: f(u), u in 0..1; alpha_bar is f(tau / T) / f(0), of which only the ratios are used
+    curves = {"cosine": _cosine, "sqrt": _sqrt}
     names = ("linear", *curves)
 
     def __init__(self, name: str, steps: int):
@@ -61,7 +59,7 @@ class Schedule:
             betas = torch.linspace(
                 0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu"
             )
-            betas[-1] = 20 / steps  # also where the last step is the first
+            betas[-1] = 20 / steps  # with one step linspace gives the start, not the end
         else:
             u = torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
             curve = self.curves[name](u)
@@ -86,6 +84,12 @@ class Schedule:
         One tau may serve all rows, and one row have many. Raises ValueError for levels that are not
         of this schedule or do not fit x.
         """
+        tau = self._checked(tau, x)
+        entry = table.to(x).index_select(0, tau.reshape(-1).to(x.device, torch.long) - 1)
+        return entry.reshape(tau.shape + (1,) * (x.ndim - tau.ndim))
+
+    def _checked(self, tau: Level, x: Tensor) -> Tensor:
+        """-> tau as a tensor. Raises ValueError as `at` does."""
         tau = tau if isinstance(tau, Tensor) else torch.tensor(tau, device="cpu")
         if not x.is_floating_point():
             raise ValueError(f"noise is added to real numbers; got {x.dtype}")
@@ -105,8 +109,7 @@ class Schedule:
                     raise ValueError(
                         f"noise levels of this schedule are 1..{self.steps}; got {got}"
                     )
-        entry = table.to(x).index_select(0, tau.reshape(-1).to(x.device, torch.long) - 1)
-        return entry.reshape(tau.shape + (1,) * (x.ndim - tau.ndim))
+        return tau
 
     def noise(self, x0: Data, tau: Level, eps: Data) -> Data:
         """From clean data to noise level tau in one jump (eq. 4 of Ho et al.).
@@ -138,7 +141,9 @@ class Schedule:
         return mean, self.at(self.posterior_variance, tau, x_tau)
 
     def evenly(self, count: int) -> list[int]:
-        """-> `count` noise levels from T down to 1, as evenly spaced as whole numbers allow."""
+        """-> `count` noise levels from T down to 1 (of one, T alone), as evenly spaced as whole
+        numbers allow. Raises ValueError for more than there are.
+        """
         if not 1 <= count <= self.steps:
             raise ValueError(
                 f"this schedule has 1 to {self.steps} steps to choose from; got {count}"
@@ -206,7 +211,14 @@ def sample(
     )
 
 
-def _walk(denoiser, x, schedule, levels, eta, noise):
+def _walk(
+    denoiser: Denoiser,
+    x: Data,
+    schedule: Schedule,
+    levels: list[int],
+    eta: float | int,
+    noise: Callable[[Tensor], Tensor],
+) -> Iterator[Tensor]:
     alpha_bar = [1.0, *schedule.alpha_bar.tolist()]
     for tau, tau_next in zip(levels, [*levels[1:], 0]):
         x0 = denoiser(x, torch.full((len(x),), tau, device=x.device))
@@ -240,7 +252,8 @@ def guided(
 
     def guided_denoiser(x: Tensor, tau: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.enable_grad():
-            x_tau = x.detach().clone().requires_grad_()  # made in inference mode, x may not
+            # x may stem from inference mode, and cannot take a gradient; its clone can
+            x_tau = x.detach().clone().requires_grad_()
             (slope,) = torch.autograd.grad(guide(x_tau, tau).sum(), x_tau)
         return denoiser(x, tau) + strength * schedule.at(scale, tau, x) * slope
 
@@ -248,15 +261,17 @@ def guided(
 
 
 class Bound(NamedTuple):
-    """The three parts of an upper bound of -log p(x0), in nats, summed over everything but b."""
+    """The three parts of an upper bound of -log p(x0), in nats: for each row, as `bound_terms` sums
+    them, or for each number or character.
+    """
 
-    prior: Float[Tensor, " b"]  # KL(q(x_T | x0) || N(0, 1))
-    steps: Float[Tensor, "T b"]  # row tau - 1: KL of the step tau to tau - 1; zero for tau = 1
-    reconstruction: Float[Tensor, " b"]  # -log p(x0 | x_1), the step from 1 to 0
+    prior: Float[Tensor, "*b"]  # KL(q(x_T | x0) || N(0, 1))
+    steps: Float[Tensor, "T *b"]  # row tau - 1: KL of the step tau to tau - 1; zero for tau = 1
+    reconstruction: Float[Tensor, "*b"]  # -log p(x0 | x_1), the step from 1 to 0
 
     @property
     def total(self) -> Float[Tensor, "*b"]:
-        """The bound."""
+        """Their sum: the negative ELBO."""
         return self.prior + self.steps.sum(0) + self.reconstruction
 
 

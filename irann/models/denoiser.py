@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ..core.noise import Schedule
 from ..layers import FAST, Block, check_window, init_fan_in, make_norm, rotary_table
-from ..lm import Ids, LanguageModel, cross_entropy
+from ..lm import Ids, LanguageModel, cross_entropy, leading
 from ..settings import Checked, InputError, check_heads, field
 
 BINS = 50  # noise levels are told apart this finely when their loss is remembered
@@ -81,6 +81,7 @@ class Denoiser(LanguageModel):
         init_fan_in(self)
         nn.init.zeros_(self.lm_head.weight)
         nn.init.normal_(self.word_embedding)
+        # at first as if the loss rose evenly: all levels alike
         self.register_buffer("level_loss", torch.linspace(0, 1, BINS))
         self.register_buffer("level_count", torch.zeros(BINS))
         self.register_buffer("observations", torch.zeros(2, BINS), persistent=False)
@@ -93,7 +94,7 @@ class Denoiser(LanguageModel):
     def log_likelihood(
         self, x: Float[Tensor, "b t c"], tau: Int[Tensor, "#b"] | int
     ) -> Float[Tensor, "b t v"]:
-        """log p(x_t | character) up to a constant: what a position says about itself, alone.
+        """log p(x_tau | character) up to a constant: what a position says about itself, alone.
 
         The embeddings have one length, so of the Gaussian's exponent only sqrt(alpha_bar) x . e /
         (1 - alpha_bar) is left.
@@ -131,6 +132,7 @@ class Denoiser(LanguageModel):
         seen = [x]
         if config.bayes:
             posterior = torch.where(masked, log_likelihood.softmax(-1), known)
+            # a one-hot row then has mean square one, as the embeddings have
             seen.append(posterior * math.sqrt(config.vocabulary))
         if config.self_condition:
             none = known.new_zeros(())
@@ -161,13 +163,20 @@ class Denoiser(LanguageModel):
 
     # --- which noise levels ---------------------------------------------------------------------
 
-    def _observe(self, tau, nll):
+    def _observe(self, tau: Int[Tensor, "b"], nll: Float[Tensor, "b"]) -> None:
         bins = (tau - 1) * BINS // self.config.levels
         seen = torch.stack([torch.ones_like(nll), nll]).to(self.observations.dtype)
         self.observations.index_add_(1, bins, seen)
 
     @torch.no_grad()
-    def previous_guess(self, x, tau, ids, mask, self_conditioned):
+    def previous_guess(
+        self,
+        x: Float[Tensor, "b t c"],
+        tau: Int[Tensor, "b"],
+        ids: Ids,
+        mask: Bool[Tensor, "b t"],
+        self_conditioned: Bool[Tensor, "b"],
+    ) -> Float[Tensor, "b t v"] | None:
         """First guess of the self-conditioned rows, computed for those alone; zeros for others."""
         if not self.config.self_condition:
             return None
@@ -227,10 +236,13 @@ class Denoiser(LanguageModel):
         return index + 1, p[index].to(self.word_embedding.dtype)
 
     def timesteps(self, steps: int) -> list[int]:
-        """`steps` noise levels from T down, equally likely apart: fine where text takes shape."""
+        """-> `steps` different noise levels from T down, spaced by equal probability: dense where
+        text takes shape.
+        """
         u = (torch.arange(steps, dtype=torch.float64, device="cpu") + 0.5) / steps
         levels = (torch.searchsorted(self.level_probabilities().cumsum(0), u) + 1).tolist()
         levels[-1] = self.config.levels
+        # Whole levels may coincide: each is at least one above the one before it, and fits below T.
         for i in range(1, steps):
             levels[i] = max(levels[i], levels[i - 1] + 1)
         return [min(tau, self.config.levels - i) for i, tau in enumerate(reversed(levels))]
@@ -264,3 +276,8 @@ def draw_mask(
     position = torch.arange(length, device=device)
     between = (position >= torch.minimum(a, b)) & (position <= torch.maximum(a, b))
     return torch.where(kind < 0.5, position >= a, torch.where(kind < 0.75, between, position >= 1))
+
+
+def first_gap(mask: Bool[Tensor, "t"]) -> int:
+    """The first position that is to be written; the length where there is none."""
+    return int(leading(~mask[None]))

@@ -28,7 +28,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from ..core import noise
@@ -49,13 +49,15 @@ from ..lm import (
 )
 from ..sampling import Sampling, filter_logits
 from ..settings import InputError, Setting
-from .denoiser import Denoiser, DiffusionConfig, draw_mask
+from .denoiser import Denoiser, DiffusionConfig, draw_mask, first_gap
 
 SURE = 0.9999  # a character of this probability is taken as known
 # the least temperature at which that is judged: colder, any guess looks sure, even the first
 COLDEST = 0.5
 STRENGTH = Setting(1.0, "how strongly a guide steers")
 STEPS = Setting(64, "denoising steps for each page of text", low=1, high=1000)
+Mask = Bool[Tensor, "b t"]
+Noisy = Float[Tensor, "b t c"]
 Guide = Callable[[Tensor, Tensor], Tensor]  # x_tau (b t c), tau (b) -> a log probability (b)
 
 
@@ -99,35 +101,35 @@ class Diffusion(Denoiser):
         `weight` turns a mean over all positions into one over the masked positions of the whole
         batch.
         """
-        self.absorb()  # a loop of one's own may not call it; twice is as good as once
+        self.absorb()  # for loops that never call it; after the trainer's call it does nothing
         device = ids.device
         normal = noise.normal(generator)
-        x0 = self.word_embedding.new_empty(*ids.shape, self.config.channels, device=device)
-        dtype = torch.promote_types(x0.dtype, torch.float32)
+        like = self.word_embedding.new_empty(*ids.shape, self.config.channels, device=device)
+        dtype = torch.promote_types(like.dtype, torch.float32)
         mask = draw_mask(*ids.shape, device=device, generator=generator)
         tau, p = self.draw_levels(len(ids), generator)
-        eps = normal(x0)
-        self_conditioned = torch.rand(len(ids), generator=generator, device=device) < 0.5
         return {
             "mask": mask,
             "weight": mask.to(dtype) / mask.to(dtype).mean(),
             "tau": tau.to(device),
             "p": p.to(device),
-            "eps": eps,
-            "self_conditioned": self_conditioned,
-            "eps_rounding": normal(x0),
+            "eps": normal(like),
+            "self_conditioned": torch.rand(len(ids), generator=generator, device=device) < 0.5,
+            "eps_rounding": normal(like),
         }
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         """Cross-entropy of the masked characters at adaptive noise levels, plus rounding, in nats
         per character.
 
-        A surrogate, not a likelihood. `bound_nats_per_char` among the parts is an unbiased one-draw
-        estimate of the bound.
+        A surrogate, not a likelihood. `bound_nats_per_char` among the parts is a one-draw estimate
+        of the bound for these masks, half of it without self-conditioning; `nll` scores by page.
         """
         ids = check_pairs(self.check_ids(ids))
         draws = self.draw(ids) if draws is None else draws
-        mask, tau, weight = draws["mask"], draws["tau"], draws["weight"]
+        mask = draws["mask"]
+        tau = draws["tau"]
+        weight = draws["weight"]
         x0 = self.embeddings[ids]
         x = self.schedule.noise(x0, tau, draws["eps"])
         previous = self.previous_guess(x, tau, ids, mask, draws["self_conditioned"])
@@ -162,7 +164,7 @@ class Diffusion(Denoiser):
         """
         ids = self.check_ids(ids)
         nothing = self.word_embedding.new_zeros(len(ids), 0)
-        parts = [(nothing, nothing[None], nothing)]
+        parts = [Bound(nothing, nothing[None], nothing)]
         for start in range(1, ids.shape[1], self.config.page):
             end = min(start + self.config.page, ids.shape[1])
             begin = max(0, end - self.config.window - 1)  # as `page_by_page` has it
@@ -170,7 +172,7 @@ class Diffusion(Denoiser):
             parts.append(self._page_bound(page, start - begin, generator, draws))
         return Bound(*(torch.cat(part, -1) for part in zip(*parts, strict=True)))
 
-    def _page_bound(self, ids, start, generator, draws):
+    def _page_bound(self, ids: Ids, start: int, generator: Generator | None, draws: int) -> Bound:
         mask = torch.zeros_like(ids, dtype=torch.bool)
         mask[:, start:] = True
         x0 = self.embeddings[ids]
@@ -184,20 +186,18 @@ class Diffusion(Denoiser):
             steps = steps + kl / p[:, None] / draws
         prior = noise.prior_kl(self.schedule, x0).sum(-1)
         rounding = self.rounding(x0, ids, normal(x0))
-        return prior[:, start:], steps[None, :, start:], rounding[:, start:]
+        return Bound(prior[:, start:], steps[None, :, start:], rounding[:, start:])
 
     def nll(self, ids: Ids, *, generator: Generator | None = None) -> Nats:
         """An upper bound, on average over noise, of the nats of each character of `ids[:, 1:]`."""
-        bound = self.bound(ids, generator=generator)
-        return bound.prior + bound.steps[0] + bound.reconstruction
+        return self.bound(ids, generator=generator).total
 
     # --- writing --------------------------------------------------------------------------------
 
     def denoising(
         self, *, guide: Guide | None = None, strength: float = 1.0, **given: Any
     ) -> Denoising:
-        """The arguments of `generate` and `infill`, checked: temperature, top_k, top_p, those of
-        `settings`, and a guide.
+        """The arguments of `generate` and `infill`, checked: sampling's, `settings`, and a guide.
 
         `guide(x_tau, tau) -> (b)` is the log probability of something wished for, given noisy
         embeddings (b t c): its gradient steers the page, `strength` times (see `noise.guided`).
@@ -250,10 +250,12 @@ class Diffusion(Denoiser):
                 f"mask is bool of shape ({ids.shape[1]},), one for each position; got "
                 f"{mask.dtype} of shape {tuple(mask.shape)}"
             )
-        text, mask = ids.to(self.device).clone(), mask.to(self.device).clone()
-        return self._infill(text, mask, chosen, generator)
+        text = ids.to(self.device).clone()
+        return self._infill(text, mask.to(self.device).clone(), chosen, generator)
 
-    def _infill(self, text, mask, how, generator):
+    def _infill(
+        self, text: Ids, mask: Bool[Tensor, "t"], how: Denoising, generator: Generator | None
+    ) -> Iterator[Draft]:
         room = self.config.window + 1
         page = self.config.page
         yield Draft(text.clone(), first_gap(mask))
@@ -262,11 +264,11 @@ class Diffusion(Denoiser):
             span = int(mask[start : start + page].nonzero().max()) + 1
             before = max(1, (room - span) // 2)  # as much is seen on either side
             begin = max(0, min(start - before, len(mask) - room))
-            now = mask[begin : begin + room].clone()
-            now[start - begin + page :] = False  # what a later page is to write
-            end = begin + first_gap(mask[begin : begin + room] & ~now)  # it must not be read before
+            # Gaps beyond this page are for later ones: the window ends before the first of them.
+            later = start + page + first_gap(mask[start + page :])
+            end = min(later, begin + room, len(mask))
+            now = mask[begin:end].clone().expand(len(text), -1)
             mask[begin:end] = False
-            now = now[: end - begin].expand(len(text), -1)
             for draft in self._denoise(text[:, begin:end], now, how, generator):
                 text[:, begin:end] = draft.ids
                 settled = begin + draft.settled
@@ -295,7 +297,9 @@ class Diffusion(Denoiser):
         return self.infill(ids, mask, generator=seeded(self, seed), **settings)
 
     @torch.no_grad()
-    def _denoise(self, ids, mask, how, generator):
+    def _denoise(
+        self, ids: Ids, mask: Mask, how: Denoising, generator: Generator | None
+    ) -> Iterator[Draft]:
         """One window: from noise to text where `mask` is True, a draft after each level."""
         normal = noise.normal(generator)
         alpha_bar = [1.0, *self.schedule.alpha_bar.tolist()]
@@ -328,18 +332,19 @@ class Diffusion(Denoiser):
             else:
                 yield Draft(ids, ids.shape[1], note)
 
-    def _guided(self, x0, x, level, ids, mask, how):
+    def _guided(
+        self, x0: Noisy, x: Noisy, level: Int[Tensor, "b"], ids: Ids, mask: Mask, how: Denoising
+    ) -> Noisy:
         """The guess x0, moved by the guide, which sees known positions without their noise."""
         known = self.schedule.noise(self.embeddings[ids], level, torch.zeros_like(x))
-        with torch.inference_mode(False):  # made in inference mode, autograd would not keep them
-            mask, known = mask.clone(), known.clone()
+        with torch.inference_mode(False):  # autograd cannot save tensors made in inference mode
+            mask = mask.clone()
+            known = known.clone()
+
+        def guess(x: Tensor, level: Tensor) -> Tensor:
+            return x0  # it has been made already
 
         def seen(x: Tensor, level: Tensor) -> Tensor:
-            return how.guide(torch.where(mask[..., None], x, known), level)
+            return how.guide(torch.where(mask[..., None], x, known), level)  # pyright: ignore
 
-        return noise.guided(lambda x, level: x0, seen, self.schedule, how.strength)(x, level)
-
-
-def first_gap(mask: Bool[Tensor, "t"]) -> int:
-    """The first position that is to be written; the length where there is none."""
-    return int(leading(~mask[None]))
+        return noise.guided(guess, seen, self.schedule, how.strength)(x, level)
