@@ -181,19 +181,26 @@ def pieces(text: str) -> Iterator[tuple[int, str]]:
         yield start, text[start : start + ENCODED_AT_ONCE]
 
 
+def window_positions(
+    length: int, window: int, batch: int, generator: torch.Generator | None = None
+) -> Int[Tensor, "b {window}+1"]:
+    """-> the positions of `batch` windows of a text, each start as likely as any other; drawn on
+    the CPU.
+    """
+    if length < window + 1:
+        raise InputError(
+            f"the text has {length} characters, too few for one window of {window} and the "
+            "character after it"
+        )
+    starts = torch.randint(length - window, (batch, 1), generator=generator, device="cpu")
+    return starts + torch.arange(window + 1, device="cpu")
+
+
 def windows(
     ids: Int[Tensor, "t"], window: int, batch: int, generator: torch.Generator | None = None
 ) -> Int[Tensor, "b {window}+1"]:
-    """-> stretches of the text that start at random positions, each as likely as any other; drawn
-    on the CPU.
-    """
-    if len(ids) < window + 1:
-        raise InputError(
-            f"the text has {len(ids)} characters, too few for one window of {window} and the "
-            "character after it"
-        )
-    starts = torch.randint(len(ids) - window, (batch, 1), generator=generator, device="cpu")
-    return ids[starts + torch.arange(window + 1, device="cpu")]
+    """-> stretches of the text that start at random positions, as `window_positions` draws them."""
+    return ids[window_positions(len(ids), window, batch, generator)]
 
 
 def read_text(path: str | os.PathLike) -> Text:

@@ -164,7 +164,9 @@ def test_in_a_notebook_the_curve_grows_and_at_last_holds_every_step(monkeypatch)
 
     monkeypatch.setattr(figures, "learning_curve", learning_curve)
     monkeypatch.setattr(bars, "EVERY", 0)  # seconds between two pictures
-    monkeypatch.setattr(bars, "place", lambda bundle: SimpleNamespace(update=pictures.append))
+    monkeypatch.setattr(
+        bars, "updatable_output", lambda bundle: SimpleNamespace(update=pictures.append)
+    )
     ticks = (Tick(step, 3.0 - step / 10, {}, 0.1, step, 10.0) for step in range(1, 8))
     for tick in bars.watch(ticks, 9, name="mine"):
         assert drawn[0] == (1, "mine", 1)  # before the step is handed on
@@ -188,7 +190,9 @@ def test_a_curve_takes_a_tenth_of_the_time_at_most(monkeypatch):
 
     monkeypatch.setattr(bars, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(bars, "_curve", draw)
-    monkeypatch.setattr(bars, "place", lambda bundle: SimpleNamespace(update=lambda picture: None))
+    monkeypatch.setattr(
+        bars, "updatable_output", lambda bundle: SimpleNamespace(update=lambda picture: None)
+    )
     assert len(list(bars.watch(ticks(), 50))) == 50
     # two seconds each, of 20 that follow; and one at the end in any case
     assert drawn == [2, 25, 48, 56]
@@ -204,7 +208,7 @@ def test_only_a_notebook_has_a_place_for_a_curve(monkeypatch):
         (SimpleNamespace(kernel=1), True),
     ):
         monkeypatch.setattr(IPython.core.getipython, "get_ipython", lambda shell=shell: shell)
-        assert bars.place({}) is place
+        assert bars.updatable_output({}) is place
 
 
 def test_the_growing_curve_takes_looks_and_leaves_no_trace_in_matplotlib():
@@ -1509,7 +1513,7 @@ def test_texts_and_batches_that_do_not_fit(small, monkeypatch):
     with pytest.raises(InputError, match="batch of 8 .* 3 equal parts"):
         Recipe(batch=8, accumulate=3)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "rank_and_world", lambda: (1, 3))
+        patch.setattr(evaluation, "rank_and_world", lambda: (1, 3))
         with pytest.raises(InputError, match="batch of 8 .* 3 processes in 1 pieces"):
             train(model, small, recipe)
     with pytest.raises(InputError, match="every parameter of the model is frozen"):

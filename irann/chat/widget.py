@@ -21,7 +21,7 @@ from .. import zoo
 from ..checkpoint import CheckpointError
 from ..lm import SAMPLING, LanguageModel
 from ..settings import InputError, Setting
-from ..training.bars import place
+from ..training.bars import updatable_output
 from . import html, streams
 from .session import NAMES, SCENE, Frame, Inspection, Session, Turn, available
 
@@ -467,7 +467,7 @@ class Chat(w.VBox):
             if not scene:
                 bundle["text/html"] = html.small(EMPTY)
             bundle = (super()._repr_mimebundle_(**options) or {}) | bundle
-            self.stored = place(self._stored())
+            self.stored = updatable_output(self._stored())
         return bundle
 
     def _stored(self) -> dict:

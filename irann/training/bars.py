@@ -31,14 +31,14 @@ def progress(ticks: "Iterable[Tick]", steps: int, **options: Any) -> "Iterator[T
 
     Who leaves the loop ends the training, which then saves what it has.
     """
-    # although the generator may have a name elsewhere
+    # closed here: a caller that still holds the generator would keep it alive
     ending = closing(ticks) if isinstance(ticks, Generator) else nullcontext()
     with ending, bar(total=steps, unit="step", **options) as drawn:
         validation = ""
         for tick in ticks:
             if tick.validation is not None:
                 validation = f", val {tick.validation:.4f}"
-            if not drawn.n:
+            if not drawn.n:  # a resumed run's bar begins where the run stood
                 drawn.initial = drawn.n = drawn.last_print_n = tick.step - 1
             speed = f"{tick.chars_per_second:,.0f} chars/s"
             drawn.set_postfix_str(f"loss {tick.loss:.3f}{validation}, {speed}", refresh=False)
@@ -51,7 +51,9 @@ def watch(ticks: "Iterable[Tick]", steps: int, **looks: Any) -> "Iterator[Tick]"
 
     `looks` are for `figures.learning_curve`, such as name="mamba" or against="step".
     """
-    handle = place({"text/plain": "the curve follows"}) if find_spec("matplotlib") else None
+    handle = (
+        updatable_output({"text/plain": "the curve follows"}) if find_spec("matplotlib") else None
+    )
     seen: list[Tick] = []
     due = time.monotonic() + EVERY
     try:
@@ -68,7 +70,7 @@ def watch(ticks: "Iterable[Tick]", steps: int, **looks: Any) -> "Iterator[Tick]"
             handle.update(_curve(seen, looks))
 
 
-def place(bundle: dict[str, str]) -> Any:
+def updatable_output(bundle: dict[str, str]) -> Any:
     """-> an output that can be changed, where there is a notebook; else None."""
     try:
         from IPython.core.getipython import get_ipython

@@ -13,6 +13,7 @@ from ..settings import InputError, Setting
 from ..text import Text
 from .bars import bar
 from .processes import rank_and_world, summed
+from .recipe import Recipe
 
 PART = Setting("val", "of the text", choices=("train", "val"))
 WINDOW = Setting(None, "characters seen at once", low=1, kind=int)
@@ -67,7 +68,8 @@ def evaluate(
     windows, and all get the whole. Raises InputError for a text in another vocabulary.
     """
     check_vocabulary(model, text)
-    part, batch = PART.check("part", part), BATCH.check("batch", batch)
+    part = PART.check("part", part)
+    batch = BATCH.check("batch", batch)
     seed = SEED.check("seed", seed)
     length = WINDOW.check("window", window) or model.config.window
     rank, world = rank_and_world() if share else (0, 1)
@@ -129,4 +131,39 @@ def check_vocabulary(model: LanguageModel, text: Text) -> None:
             "the text's characters are not those that the model was trained on: cut the text "
             "with the model's "
             "vocabulary, as Text.of(characters, vocabulary=model.vocabulary), or build a new model"
+        )
+
+
+def check_trainable(model: LanguageModel, text: Text, recipe: Recipe) -> None:
+    """Raises InputError for what cannot be trained, before anything is touched."""
+    found, made_for = len(text.vocabulary), model.config.vocabulary
+    if found != made_for:
+        raise InputError(
+            f"the text has {found} different characters, the model was made for {made_for}: "
+            f"build it with vocabulary={found}"
+        )
+    if len(text.train) < model.config.window + 1:
+        raise InputError(
+            f"the training part has {len(text.train):,} characters; one window and its target take "
+            f"{model.config.window + 1}"
+        )
+    if not len(text.val):
+        raise InputError(
+            "the validation part is empty: give a longer text, or a smaller part of it to train on"
+        )
+    if not any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            "every parameter of the model is frozen: there is nothing to train; unfreeze "
+            "some with requires_grad_()"
+        )
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise InputError(
+            "nothing can be trained under torch.inference_mode, nor weights that were made "
+            "there: leave it, and build the model outside"
+        )
+    _, world = rank_and_world()
+    if recipe.batch % (world * recipe.accumulate):
+        raise InputError(
+            f"a batch of {recipe.batch} cannot be shared by {world} processes in "
+            f"{recipe.accumulate} pieces each"
         )

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from .. import checkpoint
 from ..lm import LanguageModel
 from ..settings import InputError
-from ..text import Text, windows
+from ..text import Text, window_positions
 from .distillation import check_targets
-from .evaluation import check_kinds, check_vocabulary, evaluate
-from .processes import gathered, rank_and_world, summed
+from .evaluation import check_kinds, check_trainable, check_vocabulary, evaluate
+from .processes import gathered, summed
 from .recipe import Recipe
 from .run import Run
 from .signals import Signals
@@ -96,16 +96,18 @@ def train(
     folder = None if run is None else Path(run)
     if not (resume and folder is not None and checkpoint.listed(folder)):
         check_vocabulary(model, text)  # otherwise the run's checkpoints say what fits
-    _check(model, text, recipe)
+    check_trainable(model, text, recipe)
     if targets is not None:
         check_targets(targets, model, text)
     if resume and overwrite:
         raise InputError("resume and overwrite exclude each other")
     if folder is None and (resume or overwrite):
         raise InputError("resume and overwrite are about a run: say which, with run=...")
-    begun: list[bool] = []
+    begun: list[bool] = []  # not empty once the first step is asked for
     ticks = _train(model, text, recipe, targets, folder, resume, overwrite, stop, begun)
-    ticks.__qualname__ = TRAINS  # pyright: ignore  (what a notebook shows of it)
+    # Who writes `irann.train(...)` without a loop trains nothing: the repr that a notebook shows
+    # says so, and so does a warning when the unused generator is thrown away.
+    ticks.__qualname__ = TRAINS  # pyright: ignore[reportAttributeAccessIssue]
     weakref.finalize(ticks, _check_begun, begun).atexit = False
     return ticks
 
@@ -116,7 +118,15 @@ def _check_begun(begun: list[bool]) -> None:
 
 
 def _train(
-    model, text, recipe, targets, folder, resume, overwrite, stop, begun
+    model: LanguageModel,
+    text: Text,
+    recipe: Recipe,
+    targets: Tensor | None,
+    folder: Path | None,
+    resume: bool,
+    overwrite: bool,
+    stop: Callable[[], int | None] | None,
+    begun: list[bool],
 ) -> Generator[Tick, None, None]:
     begun.append(True)
     state = State(model, text, recipe, targets)
@@ -128,8 +138,8 @@ def _train(
         if state.average is not None:
             state.average.vocabulary = text.vocabulary
         model.card = {"corpus": state.corpus()}  # a card of other weights says nothing of these
-        if state.step and state.validation is None and _validates(recipe, state.step):
-            _validate(state, "gone on with")
+        if state.step and state.validation is None and _is_validation_due(recipe, state.step):
+            _validate(state, "gone on with")  # the run was stopped before it
             run.amend()
         if state.step == recipe.steps:
             state.use_average()
@@ -141,7 +151,8 @@ def _train(
                     loss, parts, grad_norm = _step(state, loss_of)
                 spent = time.perf_counter() - began
                 state.seconds += spent
-                speed = 0.95 * speed + 0.05 * characters / spent if speed else characters / spent
+                now = characters / spent
+                speed = 0.95 * speed + 0.05 * now if speed else now  # a running mean
                 tick = Tick(
                     step, loss, parts, lr, state.seconds, speed, grad_norm, state.characters
                 )
@@ -155,12 +166,14 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
     """One update of the weights -> the loss, its parts, and the gradient's norm before clipping."""
     model, recipe = state.model, state.recipe
     model.train()
-    for total in model.observed():  # a step that broke off, or a loss in a notebook, adds to it
+    for total in model.observed():
+        # left over from a step that failed, or from a loss computed outside the trainer
         total.zero_()
     # Every process draws the whole batch, windows and noise, and takes its rows: the objective of a
     # step does not depend on how a batch is cut into pieces.
-    where = windows(state.positions, model.config.window, recipe.batch, state.order)
-    ids = state.text.train[where].to(state.device)
+    text = state.text.train
+    where = window_positions(len(text), model.config.window, recipe.batch, state.order)
+    ids = text[where].to(state.device)
     draws = model.draw(ids, generator=state.draws)
     if state.targets is not None:
         draws["targets"] = state.targets[where].to(state.device)
@@ -174,8 +187,9 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
             group["lr"] = group["initial_lr"] * factor
         optimizer.step()
     model.zero_grad(set_to_none=True)
-    for total in model.observed() if state.world > 1 else ():
-        dist.all_reduce(total)
+    if state.world > 1:
+        for total in model.observed():
+            dist.all_reduce(total)
     model.absorb()
     state.step += 1
     state.validation = None
@@ -187,7 +201,7 @@ def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick
     """After an update: validate and save where it is time, or where a signal ends the training."""
     run.tick = tick
     last = state.step == state.recipe.steps
-    validates = _validates(state.recipe, state.step)
+    validates = _is_validation_due(state.recipe, state.step)
     interrupted = asked()
     saves = validates or interrupted or _due(state.recipe.save_every, state.step)
     update = f"gradient's norm {tick.grad_norm:g}, learning rate {tick.lr:g}"
@@ -256,7 +270,7 @@ def _check_step(state: State, loss: float, grad_norm: float, lr: float) -> None:
         )
 
 
-def _validates(recipe: Recipe, step: int) -> bool:
+def _is_validation_due(recipe: Recipe, step: int) -> bool:
     return _due(recipe.evaluate_every, step) or step == recipe.steps
 
 
@@ -301,38 +315,3 @@ def _loss_of(model: LanguageModel, recipe: Recipe, world: int) -> nn.Module:
     if world > 1:
         call = nn.parallel.DistributedDataParallel(call, broadcast_buffers=False)
     return call
-
-
-def _check(model: LanguageModel, text: Text, recipe: Recipe) -> None:
-    """Raises InputError for what cannot be trained, before anything is touched."""
-    found, made_for = len(text.vocabulary), model.config.vocabulary
-    if found != made_for:
-        raise InputError(
-            f"the text has {found} different characters, the model was made for {made_for}: "
-            f"build it with vocabulary={found}"
-        )
-    if len(text.train) < model.config.window + 1:
-        raise InputError(
-            f"the training part has {len(text.train):,} characters; one window and its target take "
-            f"{model.config.window + 1}"
-        )
-    if not len(text.val):
-        raise InputError(
-            "the validation part is empty: give a longer text, or a smaller part of it to train on"
-        )
-    if not any(p.requires_grad for p in model.parameters()):
-        raise InputError(
-            "every parameter of the model is frozen: there is nothing to train; unfreeze "
-            "some with requires_grad_()"
-        )
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        raise InputError(
-            "nothing can be trained under torch.inference_mode, nor weights that were made "
-            "there: leave it, and build the model outside"
-        )
-    _, world = rank_and_world()
-    if recipe.batch % (world * recipe.accumulate):
-        raise InputError(
-            f"a batch of {recipe.batch} cannot be shared by {world} processes in "
-            f"{recipe.accumulate} pieces each"
-        )

@@ -63,8 +63,9 @@ class Run:
         size = _check_saveable(self.state.snapshot()) + self.state.memory_to_come()
         try:
             # all wait for the first one, see what it swept or put back, and are refused with it
-            for refusal in filter(None, gathered(self._begin(size))):
-                raise refusal
+            refusals = [refusal for refusal in gathered(self._begin(size)) if refusal is not None]
+            if refusals:
+                raise refusals[0]
             if self.resume:
                 self.notes = self._go_on()
             self.saved_at = self.state.step
@@ -164,9 +165,9 @@ class Run:
             )
         for folder in old:
             shutil.rmtree(folder)
-        logs = (metrics, *self.folder.glob("events.out.tfevents.*"))  # tensorboard's
-        for log in logs if self.overwrite else ():
-            log.unlink(missing_ok=True)
+        if self.overwrite:
+            for log in (metrics, *self.folder.glob("events.out.tfevents.*")):  # tensorboard's
+                log.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {platform.node()}, since {since}\n"
         (self.folder / "owner.txt").write_text(owner)
@@ -179,7 +180,8 @@ class Run:
     def _rescue(self, error: BaseException) -> None:
         """Save what an error between two steps, or the caller who leaves there, would lose."""
         state = self.state
-        for note in self.notes[:-1]:  # no tick took them: why checkpoints were skipped
+        # the run ended before its first tick, which would have said why checkpoints were skipped
+        for note in self.notes[:-1]:
             warnings.warn(note, stacklevel=2)
         news = state.step != self.saved_at and not state.midstep and state.undisturbed()
         expected = isinstance(error, NotFinite | DiskError)

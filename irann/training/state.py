@@ -41,7 +41,6 @@ class State:
     ):
         self.model = model
         self.text = text
-        self.positions = torch.arange(len(text.train), device="cpu")
         self.targets = targets
         self.sha256 = {"ids": _sha256(text.train, text.val)}
         if targets is not None:
@@ -74,6 +73,7 @@ class State:
         with exclusive(self.model, characters), self.dropout, torch.enable_grad():
             self._begin()
             yield
+        # not in a `finally`: after an error the weights may be half updated, and Run must not save
         self.midstep = False
 
     def _begin(self) -> None:
