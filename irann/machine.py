@@ -1,5 +1,5 @@
-"""Two cores are rarely idle: while others compute, torch's threads wait for each other without
-keeping the cores.
+"""How torch's threads wait on a machine that is not idle (OpenMP's wait policy), how many a piece
+of work is worth, and where the cache is.
 
 torch computes with OpenMP's threads. Between two pieces of work they wait by spinning, some 300,000
 times around a loop, before they go to sleep. On an idle machine nothing is faster. Where anything
@@ -120,3 +120,10 @@ def _clocks() -> tuple[float, float]:
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, STAT.read_text().split()[1:11])
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return time.monotonic(), busy - time.process_time()
+
+
+def cache() -> Path:
+    """-> the user's cache folder: IRANN_CACHE, or irann under XDG_CACHE_HOME or ~/.cache."""
+    if given := os.environ.get("IRANN_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann"

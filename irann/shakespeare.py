@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from . import machine
 from .text import CorpusError, Text, printable, read_bytes
 
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -46,7 +47,7 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
         source = printable(given)
         return checked(read_bytes(given, f"; {WAYS_OUT}"), source), source
     try:
-        cached = cache() / "tinyshakespeare.txt"
+        cached = machine.cache() / "tinyshakespeare.txt"
         data = cached.read_bytes()
         if hashlib.sha256(data).hexdigest() == SHA256:
             return data, f"the cache, {cached}"
@@ -60,15 +61,8 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     except (ImportError, LookupError, OSError, ValueError, CorpusError):
         data, source = download(), URL
     with suppress(OSError, RuntimeError):  # a read-only or full home, or none, is no hindrance
-        write_atomically(cache() / "tinyshakespeare.txt", data)
+        write_atomically(machine.cache() / "tinyshakespeare.txt", data)
     return data, source
-
-
-def cache() -> Path:
-    """-> the user's cache folder: IRANN_CACHE, or irann under XDG_CACHE_HOME or ~/.cache."""
-    if given := os.environ.get("IRANN_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann"
 
 
 def checked(data: bytes, source: str) -> bytes:

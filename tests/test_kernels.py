@@ -119,18 +119,6 @@ def test_a_compiler_without_openmp_will_do(fresh, monkeypatch, tmp_path):
     assert f"built by {cc} without OpenMP, {fresh}" in native.kernel(1, torch.float32)[1]
 
 
-def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
-    for chosen, xdg, folder in (
-        ("/a", "/b", "/a"),
-        ("", "/b", "/b/irann"),
-        ("", "", "/home/will/.cache/irann"),
-    ):
-        monkeypatch.setenv("IRANN_CACHE", chosen)
-        monkeypatch.setenv("XDG_CACHE_HOME", xdg)
-        monkeypatch.setenv("HOME", "/home/will")
-        assert native._cache() == Path(folder)
-
-
 @needs_compiler
 def test_what_was_built_before_is_taken_as_it_is(fresh, monkeypatch):
     one = torch.ones(1, 1, 1)

@@ -167,3 +167,15 @@ def test_a_small_training_and_a_text_are_one_threads_work(small, monkeypatch):
         assert machine.torch.get_num_threads() == 2
     finally:
         machine.torch.set_num_threads(before)
+
+
+def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
+    for chosen, xdg, folder in (
+        ("/a", "/b", "/a"),
+        ("", "/b", "/b/irann"),
+        ("", "", "/home/will/.cache/irann"),
+    ):
+        monkeypatch.setenv("IRANN_CACHE", chosen)
+        monkeypatch.setenv("XDG_CACHE_HOME", xdg)
+        monkeypatch.setenv("HOME", "/home/will")
+        assert machine.cache() == Path(folder)

@@ -423,17 +423,6 @@ def test_a_name_of_a_file_becomes_a_part_of_a_name_of_a_folder():
     assert slug("_.txt") == "text" and slug("a" * 50 + ".txt") == "a" * 40
 
 
-def test_the_cache_is_where_the_user_says_or_the_system(monkeypatch, tmp_path):
-    monkeypatch.setattr(shakespeare.Path, "home", lambda: tmp_path)
-    for name in ("IRANN_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    assert shakespeare.cache() == tmp_path / ".cache" / "irann"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert shakespeare.cache() == tmp_path / "xdg" / "irann"
-    monkeypatch.setenv("IRANN_CACHE", str(tmp_path / "mine"))
-    assert shakespeare.cache() == tmp_path / "mine"
-
-
 def test_what_cannot_be_cached_whole_is_not_cached_and_no_hindrance(empty):
     with small_disk(1_000_000):
         data, source = shakespeare.find()

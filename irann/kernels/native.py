@@ -9,6 +9,7 @@ where there are more threads than texts.
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import shlex
 import subprocess
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn.functional import pad
 
+from .. import machine
 from .operator import LOG2E, operator
 
 SOURCE = Path(__file__).with_name("scan.c")
@@ -73,8 +75,9 @@ def _parts(u):
     """-> in how many parts, and how wide, a text's channels are cut: work for every thread."""
     b, _, e = u.shape
     lanes = BYTES // u.element_size()
-    wide = -(-e // (lanes * -(-torch.get_num_threads() // b))) * lanes
-    return -(-e // wide), wide
+    shares = math.ceil(torch.get_num_threads() / b)
+    wide = math.ceil(e / (lanes * shares)) * lanes
+    return math.ceil(e / wide), wide
 
 
 def _call(name, u, n, inputs, outputs):
@@ -109,7 +112,7 @@ def _build(n, dtype, cc):
         compiler = shlex.split(cc or "") or ["cc"]
         source = SOURCE.read_bytes()
         target = _run(*compiler, "-march=native", "-dM", "-E", "-x", "c", os.devnull)
-        cache = _cache()
+        cache = machine.cache()
         for openmp in Path(torch.__file__).parent.glob("lib/lib*omp*"):
             ctypes.CDLL(str(openmp), mode=ctypes.RTLD_GLOBAL)  # torch's own threads, for scan.c
     except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
@@ -144,12 +147,6 @@ def _compile(compiler, options, source, path):
         made.chmod(0o755)  # whatever the umask: see _intact
         os.replace(made, path)
         os.replace(listing, path.with_suffix(".sha256"))
-
-
-def _cache():
-    if chosen := os.environ.get("IRANN_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann"
 
 
 def _intact(path):
