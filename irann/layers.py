@@ -1,8 +1,8 @@
 """What models here share: one Transformer block, attention, norms, rotary positions, activations.
 
 The block is GPT-2's (Radford et al. 2019), with the names of its checkpoints: norm, attention, add;
-norm, MLP, add. Its options are the ingredients that later work found to train faster; each is named
-here with its source, and each is off by default.
+norm, MLP, add. Its options are the ingredients that later work found to train faster, most with
+their source; each is off by default.
 """
 
 import math
@@ -34,6 +34,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x) (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -80,8 +81,9 @@ def rotary_table(start: int, end: int, c: int, *, like: Tensor) -> Complex[Tenso
             f"rotary positions turn channels in pairs; a head of {c} channels has one left over"
         )
     dtype = torch.promote_types(like.dtype, torch.complex64)
-    # To write is to ask for one position after the other, which costs as much as all of them: they
-    # are kept. What a compiler or autograd looks at is theirs alone.
+    # While a text is written each character asks for one more row, so whole tables are kept, of a
+    # power of two rows. For autograd, a compiler or a tensor subclass a table is made anew: a kept
+    # one must not enter their graph.
     plain = type(like) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
     if plain and not torch.compiler.is_compiling():
         return _kept_table(1 << (end - 1).bit_length(), c, dtype, like.device)[start:end]

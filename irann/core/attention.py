@@ -15,8 +15,8 @@ from torch import Tensor
 def scores(q: Float[Tensor, "b h t c"], k: Float[Tensor, "b h s c"]) -> Float[Tensor, "b h t s"]:
     """How well each query fits each key: q . k / sqrt(c).
 
-    The division keeps the variance of a score at one when q and k have unit variance (eq. 1 of the
-    paper).
+    The division keeps the variance of a score at one when the components of q and k are
+    independent, with mean zero and variance one (footnote 4 of the paper).
     """
     return einsum(q, k, "b h t c, b h s c -> b h t s") / math.sqrt(q.shape[-1])
 

@@ -3,9 +3,9 @@
 Sources: Banino et al. 2021, "PonderNet: Learning to Ponder" (arXiv 2107.05407), section 2, for the
 distribution and its prior; Graves 2016, "Adaptive Computation Time" (arXiv 1603.08983), for the
 idea; Bai et al. 2019, "Deep Equilibrium Models" (arXiv 1909.01377), for stopping at a fixed point.
-Where we leave PonderNet: its prior is cut off at the last round and left unnormalised in a
-well-known annotated version; ours puts the tail on the last round, so both p and the prior sum to
-one, and the divergence is KL(p || prior), in this direction.
+Our prior puts the tail on the last round, so both p and the prior sum to one, and the divergence is
+PonderNet's KL(p || prior). labml.ai's annotated version, often copied, cuts the prior off at the
+last round, leaves it unnormalised, and computes KL(prior || p).
 
 Rounds are counted from 1: entry r of the last axis belongs to round r + 1.
 """
@@ -119,7 +119,8 @@ def fixed_point(
     if x0.ndim < 1 or not x0.is_floating_point():
         got = f"{x0.dtype} of shape {tuple(x0.shape)}"
         raise ValueError(f"x0 has a batch axis and real numbers; got {got}")
-    x, b = x0, len(x0)
+    x = x0
+    b = len(x0)
     rounds = torch.zeros(b, dtype=torch.long, device=x.device)
     residual = torch.full((b,), torch.inf, dtype=x.dtype, device=x.device)
     converged = torch.zeros(b, dtype=torch.bool, device=x.device)

@@ -15,7 +15,7 @@ The same numbers come in several ways, `method`:
 | chunked    | time outermost, all else in one row, chunk by chunk | t          |
 | native     | the loop in C, the state in registers               | t          |
 | triton     | for CUDA: the loop, in stretches if GPUs need more  | t or less  |
-| auto       | the fastest to be had: native, else chunked on a CPU; triton, else trees |
+| auto       | on a CPU native, else chunked; on a GPU triton, else chunked, by trees |
 
 A tree composes twice as often as the loop, and has (b t e n) numbers of all positions in memory. On
 a CPU the loop wins at every length: b, e and n alone keep the arithmetic busy. All but `sequential`
@@ -31,8 +31,8 @@ from torch import Tensor
 from .. import kernels
 from .tree import tree as tree
 
-SCAN = dict(u="b t e", delta="b t e", A="e n", B="b t n", C="b t n", D="e", state="b e n")
-STEP = dict(u="b e", delta="b e", A="e n", B="b n", C="b n", D="e", state="b e n")
+SCAN_AXES = dict(u="b t e", delta="b t e", A="e n", B="b t n", C="b t n", D="e", state="b e n")
+STEP_AXES = dict(u="b e", delta="b e", A="e n", B="b n", C="b n", D="e", state="b e n")
 METHODS = ("auto", "sequential", "parallel", "chunked", "native", "triton")
 
 
@@ -68,15 +68,17 @@ def step(
 
     Raises ValueError when the shapes do not belong together.
     """
+    if state is None:
+        raise ValueError("a step wants a state (b e n)")
     # By hand, in a quarter of the time that the general check takes: this runs at each character.
-    fits = u.ndim == A.ndim == 2 and state is not None
+    fits = u.ndim == A.ndim == 2
     if fits:
         b, e = u.shape
         n = A.shape[1]
         fits = delta.shape == (b, e) and A.shape == (e, n) and B.shape == C.shape == (b, n)
         fits = fits and state.shape == (b, e, n) and (D is None or D.shape == (e,))
     if not fits:
-        raise ValueError(_misfit(STEP, u, delta, A, B, C, D, state))
+        raise ValueError(_misfit(STEP_AXES, u, delta, A, B, C, D, state))
     dtype = u.dtype
     if dtype != state.dtype:
         u, delta, A, B, C = (x.to(state.dtype) for x in (u, delta, A, B, C))
@@ -140,10 +142,10 @@ def selective_scan(
 
 
 def _check(u, *others):
-    """Raise ValueError unless all have the axes of `SCAN`, real numbers, and one device."""
-    if misfit := _misfit(SCAN, u, *others):
+    """Raise ValueError unless all have the axes of `SCAN_AXES`, real numbers, and one device."""
+    if misfit := _misfit(SCAN_AXES, u, *others):
         raise ValueError(misfit)
-    for name, x in zip(SCAN, (u, *others)):
+    for name, x in zip(SCAN_AXES, (u, *others)):
         if x is not None and not x.is_floating_point():
             raise ValueError(f"{name} should hold real numbers; got {x.dtype}")
         if x is not None and x.device != u.device:
@@ -165,4 +167,4 @@ def _misfit(axes, *tensors):
         if not fits:
             wanted = ", ".join(f"{axis} {sizes.get(axis, '')}".strip() for axis in letters)
             return f"{name} should be ({wanted}); got {tuple(x.shape)}"
-    return "" if axes is SCAN else "a step wants a state (b e n)"
+    return ""

@@ -1,4 +1,4 @@
-"""A recurrence as a tree: log2 t steps deep instead of t, for machines with processors to spare.
+"""A parallel prefix (associative) scan: a recurrence as a tree, 2 log2 t steps deep instead of t.
 
 Source: Brent and Kung 1982, "A Regular Layout for Parallel Adders" (Blelloch 1990, "Prefix Sums and
 Their Applications", has it exclusive); for the selective scan, Gu and Dao 2023 (arXiv 2312.00752),

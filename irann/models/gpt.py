@@ -10,7 +10,7 @@ ingredient is an option of its own:
 |---------------------------|------------------|--------------------------------------------|
 | positions="rotary"        | a learned table  | scores see distance                        |
 | qk_norm=True              | bare q and k     | scores stay bounded: larger learning rates |
-| activation="squared_relu" | GELU             | sparse as the ReLU, and smooth             |
+| activation="squared_relu" | GELU             | sparse as the ReLU, without its kink       |
 | norm="plain", bias=False  | gains and biases | fewer parts                                |
 | tied=False                | lm_head = wte    | reading and writing differ                 |
 | init="fan_in"             | deviation 0.02   | blocks start as the identity               |

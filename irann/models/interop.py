@@ -175,7 +175,7 @@ def _copy(
             parameter = parameter.T
         name = name.removeprefix(prefix)
         try:
-            mine = attrgetter(name)(ours)  # as it counts: pruned, or computed from others
+            mine = attrgetter(name)(ours)  # the weight in use, pruned or parametrized too
         except AttributeError:
             raise InputError(
                 f"there is no {name} to copy: something stands in its place, such as an adapter; "

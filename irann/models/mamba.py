@@ -3,8 +3,8 @@
 Paper: Gu and Dao 2023, "Mamba: Linear-Time Sequence Modeling with Selective State Spaces" (arXiv
 2312.00752), section 3.4 and figure 3; the scan itself is `irann.core.scan`. With its defaults the
 model computes exactly what transformers' `MambaForCausalLM` computes, and its parameters have the
-names of that checkpoint. Every block is the same; there is no attention, no MLP and no notion of
-position:
+names of that checkpoint. Every block is the same; there is no attention, no MLP and no embedding
+of positions:
 
     norm -> in_proj -> conv1d -> SiLU -> x_proj, dt_proj -> scan -> gate -> out_proj -> add
 
@@ -99,8 +99,8 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
-        """delta starts log-uniform in [low, high] (section 3.6): some channels count single
-        characters, some whole lines.
+        """delta starts log-uniform in [low, high], as in the published code (the paper, section
+        3.6, says uniform): some channels count single characters, some whole lines.
         """
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
         delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(low), math.log(high)).exp()
@@ -136,7 +136,8 @@ class Mixer(nn.Module):
         """u after its convolution, the gate, and the new conv_state."""
         u, gate = self.in_proj(x).chunk(2, -1)
         t = u.shape[1]
-        weight, bias = self.conv1d.weight.to(u.dtype), self.conv1d.bias
+        weight = self.conv1d.weight.to(u.dtype)
+        bias = self.conv1d.bias
         before = weight.shape[-1] - 1
         earlier = u.new_zeros(len(u), before, self.d_inner) if conv_state is None else conv_state
         inputs = torch.cat([earlier, u], 1)

@@ -82,6 +82,13 @@ class Round(NamedTuple):
     halt: Float[Tensor, "b t"]
 
 
+def at_all_positions(
+    block: nn.Module, x: Tensor, cache: KeyValue | None, rotary: Rotary, gains: Tensor | None
+) -> Any:
+    """A block as it is; `Packing.through` applies it to some positions only."""
+    return block(x, cache, rotary, gains)
+
+
 class RecurrentDepth(LanguageModel):
     """What `Thinker` and `PageThinker` share: embedding, prelude, core, and two heads."""
 
@@ -128,7 +135,7 @@ class RecurrentDepth(LanguageModel):
         x: Float[Tensor, "*batch d"],
         rotary: Rotary,
         caches: list[KeyValue] | None = None,
-        through: Callable = nn.Module.__call__,
+        through: Callable = at_all_positions,
     ) -> tuple[Float[Tensor, "*batch d"], list[KeyValue]]:
         """Round r (from 0): from hidden + injected to hidden, and the KV cache of the core.
 
@@ -253,12 +260,12 @@ def distance(a: Hidden, b: Hidden) -> Float[Tensor, "b t"]:
 
 
 def mean_square(a: Hidden, b: Hidden) -> Float[Tensor, "b t"]:
-    """Of the difference."""
+    """The mean over channels of (a - b)^2."""
     return (a - b).square().mean(-1)
 
 
 def entropy(logits: Float[Tensor, "*batch v"]) -> Float[Tensor, "*batch"]:
-    """Of the prediction, in nats."""
+    """The entropy of each prediction, in nats."""
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
 

@@ -266,7 +266,9 @@ class Packing:
         rotary: Rotary,
         gains: Float[Tensor, "2 d"] | None,
     ) -> tuple[Float[Tensor, "n d"], KeyValue]:
-        """`block` at these positions; what those that think show is new in the KV cache."""
+        """`block` applied to these positions alone. In the KV cache, those that still think are
+        replaced.
+        """
         qkv = block.attn.project(scale(block.ln_1(x), gains, 0)[None], rotary[self.column])
         q, k, v = (z[0].transpose(0, 1) for z in qkv)
         keys = self.update(cache[0].transpose(1, 2), k).transpose(1, 2)
@@ -298,7 +300,9 @@ def pack(computed: Bool[Tensor, "b t"], thinking: Bool[Tensor, "b t"]) -> Packin
 
 
 def frozen(earlier: list[KeyValue] | None, last: list[KeyValue], t: int) -> list[KeyValue]:
-    """Of each block: what earlier positions show, and what the last t showed a round ago."""
+    """Each block's KV cache for this round: that of earlier positions; of the last t, that of a
+    round ago.
+    """
     if earlier is None:
         return last
     joined = []

@@ -5,6 +5,7 @@ a mask token; Hoogeboom et al. 2021 (arXiv 2110.02037), who show that its bound 
 in random order; those of the network stand in recurrent.py.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -63,12 +64,13 @@ class PageThinker(RecurrentDepth):
     ) -> Mask:
         """k positions from `first` on, k uniform from 1 to all of them, spread over the batch."""
         b = len(first)
-        place: dict[str, Any] = {"generator": generator, "device": first.device}
-        u = (torch.rand((), **place) + torch.arange(b, device=first.device) / b) % 1
+        options: dict[str, Any] = {"generator": generator, "device": first.device}
+        u = (torch.rand((), **options) + torch.arange(b, device=first.device) / b) % 1
         k = 1 + (u * (t - first)).long().clamp(max=t - first - 1)
         clean = torch.arange(t, device=first.device) < first[:, None]
-        order = torch.rand(b, t, **place).masked_fill(clean, 2.0).argsort(1)
-        return order.argsort(1) < k[:, None]
+        drawn = torch.rand(b, t, **options).masked_fill(clean, 2.0)  # clean positions come last
+        rank = drawn.argsort(1).argsort(1)  # argsort of argsort: each one's place in the order
+        return rank < k[:, None]
 
     def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Any]:
         """What is masked, and whether a hidden state is carried over from a page with more masked.
@@ -162,7 +164,7 @@ class PageThinker(RecurrentDepth):
         if rule["keep"] < 1:  # a page takes as many draws as its slowest row: they are its own
             seed = torch.randint(2**62, (), generator=generator, device=ids.device)
             generator = torch.Generator(ids.device).manual_seed(int(seed))
-        steps = rule["steps"] or max(1, -(-int(masked.any(0).sum()) // 2))
+        steps = rule["steps"] or max(1, math.ceil(int(masked.any(0).sum()) / 2))
         hidden = None
         rounds = 0
         for step in range(steps):
@@ -174,7 +176,8 @@ class PageThinker(RecurrentDepth):
             guess = sample(filtered.flatten(0, 1), generator).view_as(ids)
             sure = logits.softmax(-1).gather(-1, guess[..., None]).squeeze(-1)
             rank = self.rank(sure, rule["order"], generator).masked_fill(~masked, -torch.inf)
-            due = -(-masked.sum(1, keepdim=True) // (steps - step))  # an equal part in every step
+            left = steps - step
+            due = (masked.sum(1, keepdim=True) + left - 1) // left  # an equal part, rounded up
             kept = rank.argsort(1, descending=True).argsort(1) < due
             ids = torch.where(masked, guess, ids)
             masked = masked & ~(kept | (sure > rule["keep"]))
@@ -225,5 +228,7 @@ class PageThinker(RecurrentDepth):
 
 
 def masked_weights(masked: Mask, total: int, like: Float[Tensor, "..."]) -> Float[Tensor, "b t"]:
-    """Of masked positions: a row's weighted sum is `total` times the mean over them."""
+    """Weights of masked positions, zero elsewhere: a row's weighted sum is `total` times the mean
+    over them.
+    """
     return masked.to(like) * total / masked.sum(1, keepdim=True)
