@@ -41,7 +41,8 @@ EXIT_CODES: dict[type[Exception], int] = {
 }
 SEEDS = Setting(3, "how often a race is run; default 3", low=1)
 WRITERS = ("train", "bench")  # they leave files: what they print may go nowhere
-NAMES = "gpt, thinker, thinker-page, diffusion or mamba"
+*MOST, LAST = zoo.MODELS
+NAMES = f"{', '.join(MOST)} or {LAST}"
 ABOUT = f"""Small language models and the book that derives them: read it, talk with the models,
 train one on a text of your own.
 
@@ -86,31 +87,43 @@ Trained = Annotated[
     ),
 ]
 SHAKESPEARE = "tiny-shakespeare"
-Corpus = _option("another UTF-8 text instead of tiny-shakespeare", metavar="FILE")
-MeasuredText = _option("the text to measure on; default: the one it was trained on", metavar="FILE")
+CorpusOption = _option("another UTF-8 text instead of tiny-shakespeare", metavar="FILE")
+MeasuredTextOption = _option(
+    "the text to measure on; default: the one it was trained on", metavar="FILE"
+)
 Device = Annotated[str, _option("cpu, cuda, mps, or auto: a GPU where there is one")]
-Recipe = _option("demo: about a minute; full: up to 90 minutes of two CPU cores")
-Changes = _option("change the recipe or the size, e.g. lr=1e-3", "--set", metavar="NAME=VALUE")
-Run = _option("where checkpoints and metrics go; default runs/MODEL-RECIPE[-TEXT]", metavar="DIR")
-Resume = _option("go on from the newest checkpoint of the run", "--resume")
-Overwrite = _option("throw the run in this directory away and start anew", "--overwrite")
-Log = _option("also log to wandb or tensorboard (pip install 'irann[log]')", metavar="TOOL")
-Prompt = _option("what the text begins with; - reads it from standard input")
-Encoded = _option("also write train_encoded.npy, val_encoded.npy, vocab.json here", metavar="DIR")
-Lies = _option("where tiny-shakespeare already lies", metavar="FILE")
-Looked = typer.Argument(metavar="[FILE]", help="a text of your own to look at", show_default=False)
-Trainings = typer.Argument(metavar="RUN", help="a run directory, such as runs/gpt-demo")
-Picture = _option("write a picture instead, such as curve.png", metavar="FILE")
-What = typer.Argument(
+RecipeOption = _option("demo: about a minute; full: up to 90 minutes of two CPU cores")
+ChangesOption = _option(
+    "change the recipe or the size, e.g. lr=1e-3", "--set", metavar="NAME=VALUE"
+)
+RunOption = _option(
+    "where checkpoints and metrics go; default runs/MODEL-RECIPE[-TEXT]", metavar="DIR"
+)
+ResumeOption = _option("go on from the newest checkpoint of the run", "--resume")
+OverwriteOption = _option("throw the run in this directory away and start anew", "--overwrite")
+LogOption = _option("also log to wandb or tensorboard (pip install 'irann[log]')", metavar="TOOL")
+PromptOption = _option("what the text begins with; - reads it from standard input")
+EncodedOption = _option(
+    "also write train_encoded.npy, val_encoded.npy, vocab.json here", metavar="DIR"
+)
+ShakespeareOption = _option("where tiny-shakespeare already lies", metavar="FILE")
+TextArgument = typer.Argument(
+    metavar="[FILE]", help="a text of your own to look at", show_default=False
+)
+TrainingsArgument = typer.Argument(metavar="RUN", help="a run directory, such as runs/gpt-demo")
+PictureOption = _option("write a picture instead, such as curve.png", metavar="FILE")
+WhatArgument = typer.Argument(
     help="scan: the scan against others; engine: what runs in a page against PyTorch; waiting: "
     "training beside other work; stopping: what the thinker's rule is worth; regressions: what "
     "became slower; all: trained models too; gpt, thinker-page, diffusion, mamba: that one alone; "
     "models, models-long, thinker, thinker-long, nanogpt, speedrun: races, trained side by side"
 )
-Quick = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
-Report = _option("where the report goes; bench-report, or bench-report/quick", metavar="DIR")
-Page = _option("where the page goes; default MODEL.html", metavar="FILE")
-RaceDevice = _option("cpu, cuda, mps or auto: what a race is trained on; all else is on the CPU")
+QuickOption = _option("small sizes, to see whether it runs: about three minutes for all", "--quick")
+ReportOption = _option("where the report goes; bench-report, or bench-report/quick", metavar="DIR")
+PageOption = _option("where the page goes; default MODEL.html", metavar="FILE")
+RaceDeviceOption = _option(
+    "cpu, cuda, mps or auto: what a race is trained on; all else is on the CPU"
+)
 
 
 def _version(wanted: bool) -> None:
@@ -138,9 +151,9 @@ def book_command(context: typer.Context) -> None:
 
 @app.command()
 def data(
-    file: Annotated[Path | None, Looked] = None,
-    out: Annotated[Path | None, Encoded] = None,
-    corpus: Annotated[Path | None, Lies] = None,
+    file: Annotated[Path | None, TextArgument] = None,
+    out: Annotated[Path | None, EncodedOption] = None,
+    corpus: Annotated[Path | None, ShakespeareOption] = None,
 ) -> None:
     """Look at a text: yours, or tiny-shakespeare, which is found or rebuilt, and checked."""
     if file is not None and corpus is not None:
@@ -165,14 +178,14 @@ def data(
 @app.command("train")
 def train_command(
     model: Model,
-    recipe: Annotated[str, Recipe] = "demo",
-    changes: Annotated[list[str] | None, Changes] = None,
-    run: Annotated[Path | None, Run] = None,
-    resume: Annotated[bool, Resume] = False,
-    overwrite: Annotated[bool, Overwrite] = False,
-    corpus: Annotated[Path | None, Corpus] = None,
+    recipe: Annotated[str, RecipeOption] = "demo",
+    changes: Annotated[list[str] | None, ChangesOption] = None,
+    run: Annotated[Path | None, RunOption] = None,
+    resume: Annotated[bool, ResumeOption] = False,
+    overwrite: Annotated[bool, OverwriteOption] = False,
+    corpus: Annotated[Path | None, CorpusOption] = None,
     device: Device = "auto",
-    log: Annotated[str | None, Log] = None,
+    log: Annotated[str | None, LogOption] = None,
 ) -> None:
     """Train a model; Ctrl-C saves a checkpoint, --resume goes on from it."""
     if log not in (None, "wandb", "tensorboard"):
@@ -191,10 +204,15 @@ def train_command(
         network = zoo.build(model, config, seed=plan.seed)
         network = network.to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
         characters = plan.batch * network.config.window
-        say: Callable[[str], Any] = str if rank else print  # one of several tells
+
+        def say(line: str) -> None:
+            if rank == 0:  # one of several processes tells
+                print(line)
+
         changed = bool(pairs.keys() - {"seed", "evaluate_every", "save_every"})
-        for line in runs.look(text, config, plan, recipe, changed=changed) if own else ():
-            say(streams.visible(line))
+        if own:
+            for line in runs.look(text, config, plan, recipe, changed=changed):
+                say(streams.visible(line))
         say(
             f"{model}, {network.num_parameters:,} parameters, recipe {recipe}: "
             f"{plan.steps:,} steps of {characters:,} characters; {run}"
@@ -271,7 +289,7 @@ def _follow(
 def sample(
     context: typer.Context,
     model: Trained,
-    prompt: Annotated[str, Prompt] = "",
+    prompt: Annotated[str, PromptOption] = "",
     length: Annotated[str, _number(lm.LENGTH)] = "500",
     temperature: Annotated[str, _number(SAMPLING["temperature"])] = "1.0",
     top_k: Annotated[str, _number(SAMPLING["top_k"])] = "0",
@@ -324,7 +342,9 @@ def chat(context: typer.Context, model: Trained = "gpt", device: Device = "auto"
 
 @app.command("eval")
 def eval_command(
-    model: Trained, corpus: Annotated[Path | None, MeasuredText] = None, device: Device = "auto"
+    model: Trained,
+    corpus: Annotated[Path | None, MeasuredTextOption] = None,
+    device: Device = "auto",
 ) -> None:
     """Measure nats per character over the whole validation part, every character once."""
     network = _load(model, device)
@@ -357,7 +377,9 @@ def list_command() -> None:
 
 
 @app.command()
-def plot(run: Annotated[Path, Trainings], out: Annotated[Path | None, Picture] = None) -> None:
+def plot(
+    run: Annotated[Path, TrainingsArgument], out: Annotated[Path | None, PictureOption] = None
+) -> None:
     """Show how a run has learned: a curve in characters, or a picture."""
     if out is None:
         for line in runs.plot(run):
@@ -367,7 +389,7 @@ def plot(run: Annotated[Path, Trainings], out: Annotated[Path | None, Picture] =
 
 
 @app.command()
-def export(model: Trained, out: Annotated[Path | None, Page] = None) -> None:
+def export(model: Trained, out: Annotated[Path | None, PageOption] = None) -> None:
     """Write one HTML file in which a trained model is live: no Python, no network."""
     from .export import page
 
@@ -380,11 +402,11 @@ def export(model: Trained, out: Annotated[Path | None, Page] = None) -> None:
 
 @app.command()
 def bench(
-    what: Annotated[str, What] = "all",
-    quick: Annotated[bool, Quick] = False,
-    out: Annotated[Path | None, Report] = None,
+    what: Annotated[str, WhatArgument] = "all",
+    quick: Annotated[bool, QuickOption] = False,
+    out: Annotated[Path | None, ReportOption] = None,
     seeds: Annotated[str | None, _number(SEEDS)] = None,
-    device: Annotated[str, RaceDevice] = "cpu",
+    device: Annotated[str, RaceDeviceOption] = "cpu",
 ) -> None:
     """Time the selective scan against others, compare the trained models, or train models side by
     side.

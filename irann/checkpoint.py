@@ -162,8 +162,10 @@ def replaceable(folder: Path) -> bool:
     if folder.is_symlink() or not folder.is_dir():
         return not os.path.lexists(folder)
     names = os.listdir(folder)
-    if not names or set(names) - {*FILES, "manifest.json"}:
-        return not names
+    if not names:
+        return True
+    if set(names) - {*FILES, "manifest.json"}:
+        return False
     try:
         content = json.loads((folder / "manifest.json").read_bytes())
         return type(content["format"]) is int and isinstance(content["files"], dict)
@@ -193,7 +195,8 @@ def load(folder: Path) -> Snapshot:
     data = {}
     for name in FILES:
         data[name] = _read(folder / name)
-        size, listed_size = len(data[name]), listing[name]["size"]
+        size = len(data[name])
+        listed_size = listing[name]["size"]
         if size != listed_size:
             raise CheckpointError(
                 f"{folder / name} has {size:,} bytes, its manifest.json says {listed_size!r}: it "
@@ -235,9 +238,9 @@ def listed(run: Path) -> list[Path]:
     found = [
         p
         for p in (Path(run) / "checkpoints").glob("step-*")
-        if p.name[5:].isdecimal() and p.is_dir()
+        if p.name.removeprefix("step-").isdecimal() and p.is_dir()
     ]
-    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 
 def newest(run: Path) -> tuple[Path, Snapshot, list[str]]:

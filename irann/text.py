@@ -210,7 +210,8 @@ def read_text(path: str | os.PathLike) -> Text:
     Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few
     characters.
     """
-    name, data = printable(path), read_bytes(path)
+    name = printable(path)
+    data = read_bytes(path)
     if not data:
         raise CorpusError(
             f"{name} is empty: give a text of some thousand characters, or none for "

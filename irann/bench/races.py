@@ -231,7 +231,7 @@ def run(
             places = [elsewhere(config, report, machine)]
             if ran_on(machine) != ran_on(report):
                 trained = entered or config.get("step") == arm.recipe.steps
-                places.append("measured on " * trained + ran_on(machine))
+                places.append(f"measured on {ran_on(machine)}" if trained else ran_on(machine))
             notes = [f"{arm_name}, seed {seed}: {place}" for place in places if place]
             report["notes"] = list(dict.fromkeys([*report["notes"], *notes]))
             keep(report, page)  # before the work, which may be stopped and go on elsewhere

@@ -51,8 +51,8 @@ def ratios(name: str, part: dict) -> Iterator[tuple[str, float]]:
     """-> for each row of a part, and of the parts in it, its median time over its peer's."""
     rows = part.get("rows", {})
     peer = next((peer for peer in PEERS if peer in rows), None)
-    for row in rows if peer else ():
-        if row != peer:
+    if peer:
+        for row in [row for row in rows if row != peer]:
             ratio = rows[row]["times"]["median"] / rows[peer]["times"]["median"]
             yield f"{name}: {row}, over {peer}", ratio
     for inner, more in part.items():

@@ -225,7 +225,9 @@ def texts_of_seeds(rows: Rows) -> list[str]:
     """What the models of a race write, as tables, where that was measured."""
     page: list[str] = []
     measured = {name: row["measured"] for name, row in rows.items() if row["measured"]}
-    for temperature in map(str, quality.TEMPERATURES if measured else ()):
+    if not measured:
+        return page
+    for temperature in map(str, quality.TEMPERATURES):
         texts = {name: [seed[temperature] for seed in seeds] for name, seeds in measured.items()}
         lines = (
             {"text of": name} | {key: over([seed[key] for seed in seeds]) for key in seeds[0]}

@@ -118,17 +118,21 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     lacked = measured["without"]
     missing = {name for name in parts if name not in before}
     missing |= {name for name in parts if set(without(name)) < set(lacked.get(name, ()))}
-    others = [
-        f"{key} {before.get(key, 'unknown')} (here {value})"
-        for key, value in (here if before else {}).items()
-        if before.get(key) != value
-    ]
+    others = []
+    if before:
+        others = [
+            f"{key} {before.get(key, 'unknown')} (here {value})"
+            for key, value in here.items()
+            if before.get(key) != value
+        ]
     if missing and others:
         raise InputError(
             f"{page} was measured with {', '.join(others)}: delete it, or choose another --out"
         )
     if not missing:
-        told = f"all of it is measured already{', with ' * bool(others)}{', '.join(others)}"
+        told = "all of it is measured already"
+        if others:
+            told += f", with {', '.join(others)}"
         print(f"{told}; to measure again, delete {page}", file=sys.stderr)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

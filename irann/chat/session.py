@@ -138,8 +138,10 @@ class Session:
         self.notify = say
         self.values: dict[str, Any] = {}
         self.mode_is_chosen = "mode" in settings
-        for note in filter(None, [self.use(model), *self.set_all(settings)]):
-            if say:
+        notes = [self.use(model)]
+        notes += self.set_all(settings)
+        for note in notes:
+            if say and note:
                 say(note)
 
     def use(self, model: LanguageModel | str | Path) -> str:
@@ -415,7 +417,7 @@ class Session:
         """-> likeliest characters after each, with probabilities; [] if the model is no Reader."""
         if not isinstance(self.model, lm.Reader):
             return []
-        drawn = {"generator": lm.seeded(self.model, 0)} | own if own else {}
+        drawn = {"generator": lm.seeded(self.model, 0), **own} if self.model.settings else {}
         with lm.evaluating(self.model, ids.numel()):
             p = self.model.read(ids, **drawn)[0][0].float().softmax(-1)
         best = p.topk(min(LIKELY, p.shape[-1]))
@@ -441,7 +443,7 @@ def _speech_end(text: str) -> int | None:
     """-> where the empty line after a speech begins, or None; leading empty lines do not count."""
     first = len(text) - len(text.lstrip())
     end = EMPTY_LINE.search(text, first)
-    return end and end.start()
+    return None if end is None else end.start()
 
 
 def _name(value: Any) -> str:

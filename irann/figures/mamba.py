@@ -63,9 +63,10 @@ def scan_tree(
             box(ax, left + j * cell, y, 0.8 * cell, 4, text, color=color, fill=fill)
         name = "start" if number == 0 else f"level {number}"
         ax.text(0, y, name, va="center", fontsize=SMALL, color=PALE)
-        for i, j in levels[number] if number < len(levels) else ():
-            arrow(ax, (left + i * cell, y + 2), (left + j * cell, y + step - 2), color=HUE)
-            arrow(ax, (left + j * cell, y + 2), (left + j * cell, y + step - 2), color=PALE)
+        if number < len(levels):
+            for i, j in levels[number]:
+                arrow(ax, (left + i * cell, y + 2), (left + j * cell, y + step - 2), color=HUE)
+                arrow(ax, (left + j * cell, y + 2), (left + j * cell, y + step - 2), color=PALE)
     for j in range(t):
         _label(ax, left + j * cell, 1.5, f"$t$ = {j + 1}")
     return ax
