@@ -419,7 +419,9 @@ def seeded(model: LanguageModel, seed: int | None) -> Generator | None:
 
 
 def vocabulary_of(model: LanguageModel) -> Vocabulary:
-    """-> the characters that a model knows. Raises InputError for one that has none yet."""
+    """-> the characters that a model knows. Raises InputError for one that has none yet, or those
+    of another model.
+    """
     if not isinstance(model, LanguageModel):
         raise InputError(
             f"a model comes first, as irann.load gives it; got {model!r}: irann.load(NAME) "
@@ -428,6 +430,11 @@ def vocabulary_of(model: LanguageModel) -> Vocabulary:
     if not isinstance(model.vocabulary, Vocabulary):
         raise InputError(
             "this model has no vocabulary yet: load or train it, or set model.vocabulary"
+        )
+    if len(model.vocabulary) != model.config.vocabulary:
+        raise InputError(
+            f"the model was made for {model.config.vocabulary} characters, its vocabulary has "
+            f"{len(model.vocabulary)}"
         )
     return model.vocabulary
 

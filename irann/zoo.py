@@ -42,6 +42,10 @@ BASE = {
 }
 
 
+# what a model's card takes over from its run's config.json
+ON_A_CARD = "model config recipe step characters seconds validation exact corpus".split()
+
+
 @dataclass(frozen=True)
 class Entry:
     """A model: its class, its config, and by recipe's name a pair of config and recipe.
@@ -70,12 +74,12 @@ def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any,
         listed = ", ".join(sorted(known))
         raise InputError(f"{unknown[0]} is nothing that can be set; there are {listed}")
     values = {name: known[name].read(name, value) for name, value in changes.items()}
-    config, recipe = (
-        # all at once: halfway, a config may not fit together
-        dataclasses.replace(part, **{k: v for k, v in values.items() if k in part.settings()})
-        for part in (config, recipe)
-    )
-    return config, recipe
+
+    def replaced(part: Any) -> Any:
+        own = {name: value for name, value in values.items() if name in part.settings()}
+        return dataclasses.replace(part, **own)  # all at once: halfway it may not fit together
+
+    return replaced(config), replaced(recipe)
 
 
 # the thinker's form that appendix 2b arrives at: all blocks in the core, and a prior by which a
@@ -244,6 +248,7 @@ def ship(
     Parameters are written in half precision, buffers as they are: what they count may be more than
     half precision holds. The card says what `about` says, and what is measured here on the very
     weights that are written: the likelihood of the whole validation part of `text`, and a sample.
+    `model` is left with these rounded weights.
     """
     folder = Path(folder or WEIGHTS)
     folder.mkdir(parents=True, exist_ok=True)
@@ -317,11 +322,6 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
     one of another size, or of a class that `load` does not know; DiskError.
     """
     characters = vocabulary_of(model).characters
-    if len(characters) != model.config.vocabulary:
-        raise InputError(
-            f"the model was made for {model.config.vocabulary} characters, its vocabulary has "
-            f"{len(characters)}"
-        )
     if type(model) not in (known.model for known in MODELS.values()):
         raise InputError(
             f"a {type(model).__name__} is none of {', '.join(MODELS)}, and could not be loaded "
@@ -339,12 +339,6 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
         "config": dataclasses.asdict(model.config),
     }
     return checkpoint.save(folder, Snapshot(model.state_dict(), {}, {}, card, characters))
-
-
-ON_A_CARD = (
-    *("model", "config", "recipe", "step", "characters", "seconds", "validation", "exact"),
-    "corpus",
-)
 
 
 def restore(saved: Snapshot, path: Path) -> LanguageModel:

@@ -362,6 +362,13 @@ def test_ids_that_are_no_tensor_are_named(name):
         zoo.build(name, zoo.recipe(name, "tiny")[0]).nll([[1, 2, 3]])
 
 
+def test_a_vocabulary_of_another_model_is_named_before_anything_is_written():
+    model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
+    model.vocabulary = Vocabulary("abc")
+    with refuses("made for 65 characters, its vocabulary has 3"):
+        lm.generate(model, "a", 3)
+
+
 def test_the_defaults_that_are_offered_filter_nothing():
     offered = {name: setting.default for name, setting in SAMPLING.items()}
     assert Sampling(**offered) == Sampling()
