@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core.attention import attention_weights, causal_mask, merge_heads
-from .settings import InputError, check_heads
+from .settings import InputError
 
 KeyValue = tuple[Float[Tensor, "b h _ c"], Float[Tensor, "b h _ c"]]  # one layer's KV cache
 # the options of a block that train better at this size
@@ -113,6 +113,17 @@ def apply_rotary(
     """
     pairs = torch.view_as_complex(x.to(rotary.real.dtype).unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotary).flatten(-2).to(x.dtype)
+
+
+def check_heads(width: int, heads: int, *, rotary: bool) -> None:
+    """Raises InputError if width does not split into heads, or, if rotary, heads of even width."""
+    if width % heads:
+        raise InputError(f"a width of {width} cannot be cut into {heads} equal heads")
+    if rotary and width // heads % 2:
+        raise InputError(
+            f"rotary positions turn channels in pairs; {heads} heads of a width of {width} "
+            f"have {width // heads} channels each"
+        )
 
 
 def check_window(window: int, start: int, t: int) -> int:

@@ -49,6 +49,10 @@ class Setting:
             if type(value) is not self.type or value not in allowed:
                 raise InputError(f"{name} is {self.words()}; got {_shortly(value)}")
             return value
+        if self.type is str:
+            if not isinstance(value, str):
+                raise InputError(f"{name} is {self.words()}; got {_shortly(value)}")
+            return value
         number = value
         if isinstance(value, bool) or not isinstance(value, int | float):
             number = _scalar(value)
@@ -71,6 +75,8 @@ class Setting:
             return f"one of {', '.join(self.choices)}"
         if self.type is bool:
             return "true or false"
+        if self.type is str:
+            return "a text"
         noun = "a whole number" if self.type is int else "a number"
         start = ""
         if self.low is not None:
@@ -153,14 +159,3 @@ def _parsed(text: str, kind: type) -> Any:
         except ValueError:
             continue
     return text
-
-
-def check_heads(width: int, heads: int, *, rotary: bool) -> None:
-    """Raises InputError if width does not split into heads, or, if rotary, heads of even width."""
-    if width % heads:
-        raise InputError(f"a width of {width} cannot be cut into {heads} equal heads")
-    if rotary and width // heads % 2:
-        raise InputError(
-            f"rotary positions turn channels in pairs; {heads} heads of a width of {width} "
-            f"have {width // heads} channels each"
-        )

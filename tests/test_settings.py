@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from irann import zoo
+from irann.layers import check_heads
 from irann.lm import SEED
 from irann.models.diffusion import DiffusionConfig
-from irann.settings import Checked, InputError, Setting, check_heads, field
+from irann.settings import Checked, InputError, Setting, field
 from irann.training import Recipe
 
 STEPS = Setting(100, "steps", low=1, high=500)
@@ -30,6 +31,12 @@ STEPS = Setting(100, "steps", low=1, high=500)
 def test_a_value_out_of_range_or_of_another_type_is_named_with_the_range(wrong):
     with pytest.raises(InputError, match="steps is a whole number from 1 to 500; got"):
         STEPS.check("steps", wrong)
+
+
+def test_a_text_is_any_string():
+    assert Setting("ROMEO", "a name").check("reader", "HAMLET") == "HAMLET"
+    with refuses("reader is a text; got 3"):
+        Setting("ROMEO", "a name").check("reader", 3)
 
 
 def test_values_come_out_in_the_setting_s_type():

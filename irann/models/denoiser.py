@@ -14,9 +14,9 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from ..core.noise import Schedule
-from ..layers import FAST, Block, check_window, init_fan_in, make_norm, rotary_table
+from ..layers import FAST, Block, check_heads, check_window, init_fan_in, make_norm, rotary_table
 from ..lm import Ids, LanguageModel, cross_entropy, leading
-from ..settings import Checked, InputError, check_heads, field
+from ..settings import Checked, InputError, field
 
 BINS = 50  # noise levels are told apart this finely when their loss is remembered
 

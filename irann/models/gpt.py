@@ -29,6 +29,7 @@ from ..layers import (
     FAST,
     Block,
     KeyValue,
+    check_heads,
     check_window,
     init_fan_in,
     init_gpt2,
@@ -36,7 +37,7 @@ from ..layers import (
     rotary_table,
 )
 from ..lm import Ids, Reader, check_settings, evaluating
-from ..settings import Checked, check_heads, field
+from ..settings import Checked, field
 
 
 @dataclass(frozen=True)

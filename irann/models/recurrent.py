@@ -28,9 +28,18 @@ from jaxtyping import Bool, Complex, Float
 from torch import Generator, Tensor, nn
 
 from ..core.halting import expected_rounds, halting_distribution, kl_to_geometric
-from ..layers import FAST, Block, KeyValue, check_window, init_fan_in, make_norm, rotary_table
+from ..layers import (
+    FAST,
+    Block,
+    KeyValue,
+    check_heads,
+    check_window,
+    init_fan_in,
+    make_norm,
+    rotary_table,
+)
 from ..lm import Ids, LanguageModel, Loss, check_settings, cross_entropy
-from ..settings import Checked, Setting, check_heads, field
+from ..settings import Checked, Setting, field
 
 Hidden = Float[Tensor, "b t d"]
 Rotary = Complex[Tensor, "t pairs"]
