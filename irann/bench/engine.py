@@ -205,9 +205,8 @@ def beside_pytorch(quick: bool) -> dict:
         ids = model.vocabulary.encode("ROMEO:\n")
         runners = {"PyTorch": greedy(model, ids, n)}
         runners |= {by: greedy_engine(Engine(host(), model), ids, n) for by, host in able.items()}
-        taken = alternate(
-            {by: lambda w=write: n / seconds(w) for by, write in runners.items()}, rounds
-        )
+        rates = {by: partial(rate, n, write) for by, write in runners.items()}
+        taken = alternate(rates, rounds)
         rows[name] = {
             by: {
                 "chars_per_second": summary(rates),
@@ -218,6 +217,11 @@ def beside_pytorch(quick: bool) -> dict:
             for by, rates in taken.items()
         }
     return {"n": n, "rounds": rounds, "rows": rows, "notes": notes}
+
+
+def rate(n: int, write: Callable) -> float:
+    """-> characters per second of a text of n."""
+    return n / seconds(write)
 
 
 def greedy(model: Any, ids: Any, n: int) -> Callable[[], None]:

@@ -72,6 +72,10 @@ def finish(drafts) -> None:
         pass
 
 
+def loss_backward(model: Any, ids: Tensor) -> None:
+    model.loss(ids)[0].backward()
+
+
 def training_steps(quick: bool) -> dict:
     """Loss and gradients of every model at shipped size (quick: tiny), for as many characters.
 
@@ -86,7 +90,7 @@ def training_steps(quick: bool) -> dict:
         window = config.window
         model = zoo.build(name, config).train()
         ids = random_ids(b, window + 1, config.vocabulary)
-        runners[name] = lambda model=model, ids=ids: model.loss(ids)[0].backward()
+        runners[name] = partial(loss_backward, model, ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return {"b": b, "t": window, **in_turn(runners, rounds)}
