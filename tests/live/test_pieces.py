@@ -134,6 +134,7 @@ def test_greedy_text_is_pytorchs_to_the_letter(page):
     page.slide("write", "temperature", 0)
     page.slide("write", "length", 64)
     page.at("write", "button:has-text('write')").click()
+    page.settled("write")
     page.says("write", "Written.")
     for name in ("gpt", "thinker", "mamba"):
         model = zoo.load(name)
@@ -208,6 +209,7 @@ def test_a_link_fills_as_the_button_did(page):
         ("gaps", "write all anew", "Press fill"),
     ):
         page.at(piece, f"button:has-text('{button}')").click()
+        page.settled(piece)  # an earlier text may have been written, too
         page.says(piece, "Written in")
         written = page.at(piece, ".irann-words").inner_text()
         link = page.at(piece, ".irann-link").get_attribute("href")
