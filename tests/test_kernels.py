@@ -34,6 +34,7 @@ def test_auto_takes_the_c_kernel_exactly_when_it_can(monkeypatch):
     assert kernels.fastest("cpu", 16, torch.float32) == best
     assert kernels.fastest("cpu", 65, torch.float32) == "chunked"
     assert kernels.describe().startswith(f"cpu: {best}")
+    selective_scan(*draw(1, 5, 100, 3)[:6], method=best)  # that is 3 states, of 100 channels
     assert "cpu: chunked (no C kernel: it is for 1 to 64 states; got 65)" in kernels.describe(65)
     monkeypatch.setenv("IRANN_KERNEL", "0")
     assert kernels.fastest("cpu", 16, torch.float32) == "chunked"

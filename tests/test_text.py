@@ -219,7 +219,7 @@ def test_any_text_has_its_own_vocabulary():
 
 def test_vocabularies_of_the_same_characters_are_equal_and_say_which():
     assert len({Vocabulary("ab"), Vocabulary("bba"), Vocabulary("abc")}) == 2
-    assert Vocabulary("ab") != "ab"
+    assert Vocabulary("ab") != "ab" and Vocabulary("ab") != Vocabulary("ac")
     assert repr(Vocabulary("b\na")) == r"Vocabulary of 3 characters: '\nab'"
 
 

@@ -139,7 +139,7 @@ def _train(
             state.average.vocabulary = text.vocabulary
         model.card = {"corpus": state.corpus()}  # a card of other weights says nothing of these
         if state.step and state.validation is None and _is_validation_due(recipe, state.step):
-            _validate(state, "gone on with")  # the run was stopped before it
+            _validate(state, "measured on resuming")  # the run was stopped before it
             run.amend()
         if state.step == recipe.steps:
             state.use_average()
