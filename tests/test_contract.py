@@ -5,6 +5,7 @@ unchanged.
 import copy
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from irann.training import evaluate, train
 FORMS = {name: (name, {}) for name in zoo.MODELS} | {"thinker that ships": ("thinker", zoo.DEEP)}
 NAMES = list(FORMS)
 READERS = [form for form, (name, _) in FORMS.items() if issubclass(zoo.MODELS[name].model, Reader)]
+STRAIGHT = [form for form in READERS if "stop" not in zoo.MODELS[FORMS[form][0]].model.settings]
 MODES = [
     (form, settings)
     for form in NAMES
@@ -35,7 +37,8 @@ for form, (name, _) in FORMS.items():
             for value in described.choices or (described.low, min(described.high, 20))
             if value != described.default
         ]
-MODES.append(("thinker-page", {"keep": 0.08, "steps": 16}))  # a page ends where its last row does
+        if setting == "keep":
+            MODES.append((form, {"keep": 0.08, "steps": 16}))  # a page ends where its last row does
 in_every_mode = pytest.mark.parametrize("name, settings", MODES, ids=str)
 BAD = [
     ("temperature", -1),
@@ -249,14 +252,19 @@ def test_what_is_longer_than_the_window_is_refused_or_read_on(name):
     room = model.config.window + 1
     model.loss(ids(1, room))
     long = ids(1, room + 1)
-    if name != "mamba":  # whose state never fills up
-        with refuses("window holds"):
-            model.loss(long)
-    if name in ("gpt", "thinker", "thinker-page", "thinker that ships"):
+    if isinstance(model, Reader) and model.max_context is None:  # a state that never fills up
+        assert model.loss(long)[0].isfinite() and model.nll(long).shape == (1, room)
+        return
+    with refuses("window holds"):
+        model.loss(long)
+    if isinstance(model, Reader):
         with refuses("window holds"):
             model.nll(long, generator=rng())
-    else:
+        return
+    try:  # a page at once: a long text is cut, or refused
         assert model.nll(long, generator=rng()).shape == (1, room)
+    except InputError as error:
+        assert "window holds" in str(error)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -374,11 +382,18 @@ def test_a_draft_belongs_to_its_receiver(name):
 
 def apart(*command):
     """Run a program without the type checker, which a compiler cannot see through -> its output."""
-    tree = os.environ | {"PYTHONPATH": str(Path(irann.__file__).parent.parent)}
+    paths = [str(Path(irann.__file__).parent.parent), str(PROGRAMS)]
+    tree = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, *map(str, command)]
     done = subprocess.run(command, env=tree, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
+
+
+def test_one_more_model_passes_this_file_unchanged():
+    alone = ["-n", "0", "-p", "no:nbval", "-o", "addopts=", "-p", "no:cacheprovider"]
+    said = apart("-m", "pytest", "-q", *alone, "-p", "sixth", __file__, "-k", "recurrent")
+    assert int(re.search(r"(\d+) passed", said)[1]) > 40, said
 
 
 def test_compiled_they_compute_the_same():
@@ -391,7 +406,7 @@ def test_two_processes_are_one_and_what_one_of_them_wants_both_do(tmp_path):
 
 
 class Fixed(torch.nn.Module):
-    """A thinker with as many rounds for every text."""
+    """A model that decides when to stop, with as many rounds for every text."""
 
     def __init__(self, model):
         super().__init__()
@@ -404,7 +419,7 @@ class Fixed(torch.nn.Module):
 @pytest.mark.parametrize("name", READERS)
 def test_exported_it_computes_the_same_and_others_of_its_kind_as_before(name, unchecked):
     model, other, page = tiny(name).eval(), tiny(name).eval(), ids(1, 12)
-    if FORMS[name][0] == "thinker":  # whose rounds depend on the text
+    if name not in STRAIGHT:  # its rounds depend on the text
         with pytest.raises(InputError, match="export cannot follow it"):
             torch.export.export(model, (page,))
         model, other = Fixed(model), Fixed(other)
@@ -450,25 +465,17 @@ def test_another_default_device_changes_nothing(name, small):
     assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
 
 
-@pytest.mark.parametrize(
-    "name, more", [*((name, {}) for name in NAMES), ("diffusion", {"bayes": False})], ids=str
-)
-def test_mixed_precision_loses_little_and_nothing_in_the_parts(name, more):
+@pytest.mark.parametrize("name", NAMES)
+def test_mixed_precision_loses_little_and_nothing_in_the_parts(name):
     parts_of = {}
     for mixed in (False, True):
-        model = excite(tiny(name, **more), 0.2)
+        model = excite(tiny(name), 0.2)
         torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             loss, parts = model.loss(ids(4, 33))
         loss.backward()
         assert all(p.grad is not None for p in model.parameters())
         parts_of[mixed] = {"loss": loss.detach()} | parts
-        if hasattr(model, "log_likelihood"):  # a large factor at little noise
-            x = torch.randn(4, 33, model.config.channels, generator=rng())
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-                parts_of[mixed]["log_likelihood"] = model.log_likelihood(
-                    x, torch.ones(4, dtype=torch.long)
-                ).detach()
     for part, exactly in parts_of[False].items():
         assert parts_of[True][part].dtype == torch.float32, part
         torch.testing.assert_close(
@@ -590,7 +597,7 @@ def test_each_row_has_a_gradient_of_its_own_under_vmap(name):
         torch.testing.assert_close(alone[n], p.grad, atol=1e-5, rtol=1e-4, msg=n)
 
 
-@pytest.mark.parametrize("name", ["gpt", "mamba"])
+@pytest.mark.parametrize("name", STRAIGHT)
 def test_shapes_can_be_asked_on_meta(name):
     assert tiny(name).to("meta")(ids(2, 9).to("meta")).shape == (2, 9, 65)
 

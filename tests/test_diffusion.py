@@ -8,7 +8,7 @@ from inspect import unwrap
 
 import pytest
 import torch
-from conftest import refuses
+from conftest import excite, refuses
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -936,3 +936,15 @@ def test_what_is_sure_at_the_temperature_in_use_is_known_at_once(lead, temperatu
     model.forward = lambda x, tau, ids, *_: lead * F.one_hot(torch.full_like(ids, 3), 7).double()
     how = dict(steps=2, temperature=temperature, generator=seeded())
     assert [d.settled for d in model.generate(text(1, 3), 8, **how)] == [3, known, 11]
+
+
+def test_a_network_without_bayes_rule_trains_in_mixed_precision():
+    model = excite(tiny(bayes=False, dtype=torch.float32), 0.2).train()
+    losses = []
+    for mixed in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            losses.append(model.loss(text(4, 17))[0])
+    torch.testing.assert_close(*losses, atol=2e-3, rtol=0.02)
+    losses[1].backward()
+    assert all(p.grad is not None for p in model.parameters())

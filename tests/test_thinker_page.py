@@ -5,6 +5,7 @@ from itertools import combinations, islice, pairwise
 
 import pytest
 import torch
+from conftest import refuses
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_thinker import close, counting, ids, rng, thinker
@@ -186,6 +187,12 @@ def test_any_prompt_is_continued_page_by_page(prompt, n, how):
     assert settled == last.shape[1] == room + n
     assert torch.equal(last[:, :prompt], start)
     assert draft.forgotten <= room
+
+
+def test_a_likelihood_is_of_one_window():
+    assert MODEL.nll(ids(1, 12)).shape == (1, 11)
+    with refuses("window holds 12 characters; got 13"):
+        MODEL.nll(ids(1, 13))
 
 
 @torch.no_grad()
