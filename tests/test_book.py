@@ -475,3 +475,37 @@ def test_in_the_moving_picture_ink_has_settled_and_grey_is_a_guess():
     assert settled == ["a", "b", "c"]  # of seven, four are newlines
     rows = [(y - 14) // 20 for (_, y), *_ in drawn[1:]]
     assert rows == [1] * 2 + [3] * 31 + [4] * 20
+
+
+def test_students_get_what_they_write_empty_and_no_solution(tmp_path, capsys):
+    student = load("student.py")
+    student.main(str(tmp_path / "class"))
+    table = (ROOT / "book/teaching.md").read_text()
+    for entry in student.WRITTEN:
+        chapter, name = entry.split(":")
+        notebook = nbformat.read(tmp_path / "class/notebooks" / f"{chapter}.ipynb", as_version=4)
+        whole = nbformat.read(ROOT / "notebooks" / f"{chapter}.ipynb", as_version=4)
+        assert all(f"`{part}`" in table for part in name.split(".")), entry
+        sources = [cell.source for cell in notebook.cells]
+        assert f' raise NotImplementedError("write {name}")\n' in "\n".join([*sources, ""])
+        assert not any(cell.get("outputs") for cell in notebook.cells)
+        assert not any("<details>" in source or "**Solutions**" in source for source in sources)
+        tasks = next(s for s in sources if "## Exercises" in s.splitlines())
+        assert "".join(sources[sources.index(tasks) :]).count("(easy") >= 2
+        # all else is as it was: where the body is put back, the cell is the chapter's
+        originals = {cell.source for cell in whole.cells}
+        emptied = [cell for cell in notebook.cells if "NotImplementedError" in cell.source]
+        code = [c.source for c in notebook.cells if c.cell_type == "code" and c not in emptied]
+        assert emptied and len(code) > 15 and originals >= set(code)
+        for cell in emptied:
+            lines = cell.source.splitlines()
+            kept = [line for line in lines if "raise NotImplementedError" not in line]
+            assert any(is_within(kept, original.splitlines()) for original in originals)
+    with pytest.raises(ValueError, match="01_gpt.md defines no Hat.forward"):
+        student.main(str(tmp_path / "other"), "01_gpt:Hat.forward")
+
+
+def is_within(some, lines):
+    """Whether all of `some` stand among the lines, in this order."""
+    rest = iter(lines)
+    return all(line in rest for line in some)
