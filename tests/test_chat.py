@@ -1141,7 +1141,7 @@ def test_a_knob_shows_what_is_set(chat):
     for name, value, words, shown in refused:
         knobs[name].value = value
         assert knobs[name].value == shown and words in widget.message.value
-    assert widget.session.asked == 1 and widget.session.seed == 7  # refused: the dice go on
+    assert widget.session.asked == 1 and widget.session.seed == 7  # refused: the seed goes on
     knobs["seed"].value = " "
     assert widget.session.seed is None and widget.message.value == ""
     knobs["reader"].value = "first witch: "
@@ -1254,13 +1254,14 @@ def test_loading_and_writing_show_how_far_they_are(here, monkeypatch):
     assert "<progress>" in seen[0] and "loading mamba" in seen[0]
     assert "progress" not in widget.about.value and "parameters" in widget.about.value
     assert "step-2 was skipped" in widget.message.value
-    paces = []
-    widget.timing.observe(lambda change: paces.append(change["new"]), "value")
+    timings = []
+    widget.timing.observe(lambda change: timings.append(change["new"]), "value")
     widget.say("Speak.")
     assert any(
-        "<progress value=3 max=6>" in pace and "3 characters, step size " in pace for pace in paces
+        "<progress value=3 max=6>" in timing and "3 characters, step size " in timing
+        for timing in timings
     )
-    assert "6 characters in " in paces[-1] and "progress" not in paces[-1]
+    assert "6 characters in " in timings[-1] and "progress" not in timings[-1]
 
 
 def test_the_note_beside_a_draft_is_its_numbers():
@@ -1395,13 +1396,13 @@ def test_a_model_chosen_while_a_reply_is_written_ends_it(chat, here):
 
 def test_a_page_that_is_written_after_another_begins_at_nothing(chat, monkeypatch):
     monkeypatch.setattr("irann.chat.widget.EVERY", 0.0)
-    widget, paces = chat(""), []
-    widget.timing.observe(lambda change: paces.append(change["new"]), "value")
+    widget, timings = chat(""), []
+    widget.timing.observe(lambda change: timings.append(change["new"]), "value")
     for noise in ((80, 40), (40, 10)):
-        paces.clear()
+        timings.clear()
         frames = (Frame("abcdefgh", 0, {"level": level}) for level in noise)
         widget._answer(lambda frames=frames: frames)
-        done = [re.search("value=(.*?) ", pace) for pace in paces]
+        done = [re.search("value=(.*?) ", timing) for timing in timings]
         assert int([one for one in done if one][0][1]) == 0
 
 

@@ -456,11 +456,11 @@ def test_other_precisions_write_score_and_are_kept(name, kind, small, tmp_path):
 def test_another_default_device_changes_nothing(name, small):
     model = tiny(name).eval()
     model.vocabulary = small.vocabulary
-    some, dice = ids(2, 33), rng()
+    some, generator = ids(2, 33), rng()
     how = few(model, seed=0)
     wanted = lm.generate(model, "the", 3, **how), model.nll(some, generator=rng())
     with torch.device("meta"):
-        found = lm.generate(model, "the", 3, **how), model.nll(some, generator=dice)
+        found = lm.generate(model, "the", 3, **how), model.nll(some, generator=generator)
         model.loss(some)[0].backward()
     assert found[0] == wanted[0] and torch.equal(found[1], wanted[1])
 

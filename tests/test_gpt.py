@@ -334,8 +334,8 @@ def test_inspect_shows_the_attention_weights_that_were_used(make):
         )
     maps = model.inspect(ids(1, 8))["attention"]
     assert maps.shape == (2, 2, 8, 8)
-    for shares, (layer, x, _, turn, out) in zip(maps, seen, strict=True):
-        ours = layer.c_proj(core.merge_heads(shares[None] @ layer.project(x, turn)[2]))
+    for weights, (layer, x, _, turn, out) in zip(maps, seen, strict=True):
+        ours = layer.c_proj(core.merge_heads(weights[None] @ layer.project(x, turn)[2]))
         torch.testing.assert_close(ours, out, atol=1e-10 * max(1, out.abs().max().item()), rtol=0)
 
 
