@@ -24,6 +24,13 @@ def test_equals_torchs_own_attention(b, h, t, c, causal):
     torch.testing.assert_close(attention(q, k, v, causal=causal), theirs, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("s", [1, 3, 9])
+def test_queries_of_another_text_see_all_of_this_one(s):
+    q, k, v = draw(2, 3, 5, 4), draw(2, 3, s, 4, seed=1), draw(2, 3, s, 4, seed=2)
+    theirs = scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attention(q, k, v, causal=False), theirs, atol=1e-12, rtol=0)
+
+
 def test_new_queries_look_back_over_cached_keys_and_never_ahead():
     q, k, v = (draw(2, 2, 9, 4, seed=i) for i in range(3))
     full = attention(q, k, v)

@@ -95,14 +95,14 @@ def test_what_is_no_model_is_refused(host):
         Engine(host, data=b"").start([1])
 
 
-def test_two_models_in_two_hosts_are_two(host):
-    first, second = (
-        Engine(one, tiny("gpt", seed)) for seed, one in enumerate((host, type(host)()))
-    )
+@pytest.mark.parametrize("name", ["gpt", "thinker", "mamba"])
+def test_two_models_in_two_hosts_are_two_and_a_new_text_begins_anew(host, name):
+    first, second = (Engine(one, tiny(name, seed)) for seed, one in enumerate((host, type(host)())))
     first.start([1, 2])
     before = first.logits()
     second.start([1, 2])
     assert not np.array_equal(second.logits(), before)
+    first.start([3, 4, 5])
     first.start([1, 2])
     assert np.array_equal(first.logits(), before)
 
