@@ -151,9 +151,9 @@ def test_backward_takes_the_kernel_of_forward(monkeypatch):
     close(gradients, everything(inputs, "auto")[2:])
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_kernel_shares_one_text_among_threads(threads):
-    inputs, before = draw(1, 40, 50, 3), torch.get_num_threads()
+@pytest.mark.parametrize("texts, threads", [(1, 1), (1, 2), (1, 3), (2, 5), (3, 4)])
+def test_the_kernel_shares_texts_among_threads(texts, threads):
+    inputs, before = draw(texts, 40, 50, 3), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         close(everything(inputs, "auto"), everything(inputs, "sequential"))

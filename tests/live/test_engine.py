@@ -307,13 +307,21 @@ def test_the_same_noise_settles_the_same_page(eta, temperature):
     assert pages == [(draft.settled, draft.ids[0].tolist()) for draft in drafts]
 
 
-@pytest.mark.parametrize("case", ["thinker-page", "tiny", "tiny with gains", "tiny, prelude of 2"])
+CASES = ["thinker-page", "tiny", "tiny with gains", "tiny, prelude of 2", "tiny, halts by motion"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_the_same_noise_refines_the_same_page(case):
     if case == "thinker-page":
         model, t, start = zoo.load(case), 50, 10
     else:
         more = {"round_gains": "gains" in case, "prelude": 2 if "prelude" in case else 1}
+        more["rounds"] = 8 if "motion" in case else 3
         model, t, start = tiny("thinker-page", std=0.3, **more), 20, 4
+    if "motion" in case:
+        with torch.no_grad():
+            model.halt_head.weight.zero_()[0, model.config.width] = -30
+            model.halt_head.bias.fill_(3)
     v = model.config.vocabulary
     ids = torch.tensor(some_ids(t, vocabulary=v))
     mask = torch.arange(t) >= start
