@@ -36,7 +36,7 @@ def unrolled(halt: Sequence[float], nats: Sequence[float], *, character: str = "
         arrow(ax, (x + 0.22, 4.4), (x + 0.57, 4.4))
         arrow(ax, (x + 1.72, 4.4), (x + (2.9 if last else 3.38), 4.4))
         ax.text(x + 2.5, 4.55, f"$z_{r + 1}$", fontsize=11, ha="center", va="top")
-        box(ax, x + 1.15, 2.7, 1.6, 0.9, f"$W z_{r + 1}$\n{nats[r]:.2f} nats", color=HUES["gpt"])
+        box(ax, x + 1.15, 2.7, 1.6, 0.9, f"$z_{r + 1} W$\n{nats[r]:.2f} nats", color=HUES["gpt"])
         arrow(ax, (x + 2.0, 4.4), (x + 1.4, 3.15))
         coin = "takes the rest" if last else f"stop: {halt[r]:.2f}"
         box(ax, x + 2.5, 1.3, 2.1, 0.8, coin, color=PALE, fill="#f4f4f4")
