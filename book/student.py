@@ -19,7 +19,7 @@ WRITTEN = """
     00_text:kneser_ney 01_gpt:Head.forward 01_gpt:Norm.forward 02_thinker:distribution
     03_diffusion:naive_step 04_mamba:loop 04_mamba:compose 06_chat:naive
 """.split()
-SOLUTION = re.compile(r"\n*<details>.*?</details>|\n*\*\*Solutions\*\*.*", re.DOTALL)
+SOLUTION = re.compile(r"\n*<details>.*?</details>", re.DOTALL)
 
 
 def for_students(page: Path, functions: list[str]) -> nbformat.NotebookNode:
