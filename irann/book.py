@@ -1,12 +1,15 @@
 """`irann book`: the chapters in JupyterLab, beginning with the page that welcomes."""
 
+import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import site
 import subprocess
 import sys
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 from .settings import InputError
@@ -29,7 +32,8 @@ OPTIONS = (
 
 def folder() -> Path:
     """-> where the chapters are: those of the book's folder, or, of an installed package, a copy of
-    one's own under ./irann-book, made now if it is not there. Raises InputError if there are none.
+    one's own under ./irann-book, made now or brought up to date. Raises InputError if there are
+    none.
     """
     if (BESIDE / WELCOME).is_file():
         return BESIDE
@@ -47,12 +51,24 @@ def folder() -> Path:
     reports = copy / ".." / "book" / "report"  # where the chapters look for what was measured
     for place in (copy, reports):
         place.mkdir(parents=True, exist_ok=True)
+    record = copy / ".." / "book" / "copied.json"  # each chapter's SHA-256 as it was copied
+    copied = {}
+    with suppress(OSError, ValueError):
+        copied = json.loads(record.read_bytes())
     for chapter in installed.glob("notebooks/*.ipynb"):
-        if not (copy / chapter.name).exists():  # what the reader has changed stays
-            shutil.copy(chapter, copy)
+        mine = copy / chapter.name
+        # What the reader has changed stays; a chapter as an older edition had it is replaced.
+        if not mine.exists() or _sha256(mine) == copied.get(chapter.name):
+            shutil.copy(chapter, mine)
+            copied[chapter.name] = _sha256(mine)
+    record.write_text(json.dumps(copied))
     for report in installed.glob("book/report/*.json"):
         shutil.copy(report, reports)
     return copy
+
+
+def _sha256(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def command(*more: str) -> list[str]:

@@ -1113,9 +1113,15 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     assert (mine / "../book/report/all.json").read_text() == "{}"  # where the chapters look
     (mine / "welcome.ipynb").write_text("mine")
     (chapters / "08_new.ipynb").write_text("{}")  # a later edition, which has measured anew
+    for name in ("welcome.ipynb", "01_gpt.ipynb"):
+        (chapters / name).write_text("better")
     (reports / "all.json").write_text("[]")
     assert run("book")[0] == 0 and (mine / "08_new.ipynb").exists()
     assert (mine / "welcome.ipynb").read_text() == "mine"
+    assert (mine / "01_gpt.ipynb").read_text() == "better"  # nobody had touched it
+    (mine / "01_gpt.ipynb").write_text("mine")
+    (mine / "../book/copied.json").write_text("damaged")
+    assert run("book")[0] == 0 and (mine / "01_gpt.ipynb").read_text() == "mine"
     assert (mine / "../book/report/all.json").read_text() == "[]"
     for place, where in (("irann-book", "notebooks"), ("notebooks", ".")):  # no copy of the copy
         monkeypatch.chdir(place)
@@ -1126,7 +1132,7 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
         assert run("book", "--no-browser")[0] == 7 and seen[-1][-2] == "--no-browser"
     monkeypatch.setattr(book.importlib.util, "find_spec", lambda name: None)
     code, _, err = run("book")
-    assert code == 2 and "pip install 'irann[book]'" in err and len(seen) == 5
+    assert code == 2 and "pip install 'irann[book]'" in err and len(seen) == 6
 
 
 def test_chapters_are_looked_for_wherever_pip_puts_data():
