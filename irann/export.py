@@ -31,10 +31,11 @@ from .text import Text
 LIVE = Path(__file__).parent / "live"
 MAGIC = 0x316E7269  # "irn1"
 MOST_LAYERS = 64  # engine.c's
-# The whole numbers at the head of a file, in the order of engine.c's Config, after the magic one
+# The whole numbers at the head of a file after the magic one, in the order of engine.c's Config, by
+# their names in the models' configs
 CONFIG = (
-    "kind vocabulary window layers heads width inner prelude core rounds gained state conv rank "
-    "channels neighbours levels bayes conditioned"
+    "kind vocabulary window layers heads width inner prelude core rounds round_gains d_state "
+    "d_conv dt_rank channels neighbours levels bayes self_condition"
 ).split()
 KINDS = {GPT: "gpt", Thinker: "thinker", Mamba: "mamba"}
 KINDS |= {Diffusion: "diffusion", PageThinker: "thinker-page"}
@@ -57,14 +58,12 @@ def weights_file(model: LanguageModel) -> bytes:
     kind = KINDS.get(type(model))
     if kind is None:
         raise InputError(f"a page can run {', '.join(KINDS.values())}; got {type(model).__name__}")
-    numbers, names = LAYOUTS[type(model)](model)
-    numbers |= {"kind": list(KINDS).index(type(model)), "vocabulary": model.config.vocabulary}
-    numbers |= {"window": model.config.window, "width": model.config.width}
+    own, names = LAYOUTS[type(model)](model)
+    numbers = {name: getattr(model.config, name, 0) for name in CONFIG}
+    numbers |= {"kind": list(KINDS).index(type(model)), "inner": 4 * model.config.width} | own
     if numbers["layers"] > MOST_LAYERS:
         raise InputError(f"a page runs at most {MOST_LAYERS} layers; got {numbers['layers']}")
-    parts = [
-        struct.pack(f"<{len(CONFIG) + 1}i", MAGIC, *(int(numbers.get(name, 0)) for name in CONFIG))
-    ]
+    parts = [struct.pack(f"<{len(CONFIG) + 1}i", MAGIC, *(int(numbers[name]) for name in CONFIG))]
     if isinstance(model, Diffusion):
         p = model.level_probabilities()
         parts += [table.numpy().tobytes() for table in (model.schedule.alpha_bar, p.cumsum(0))]
@@ -77,7 +76,7 @@ def weights_file(model: LanguageModel) -> bytes:
     return b"".join(parts)
 
 
-# The whole numbers of a model, and its parameters by name in the order of engine.c
+# The whole numbers that a model's config lacks, and its parameters by name in the order of engine.c
 Layout = tuple[dict[str, Any], list[str]]
 BLOCK = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 MAMBA_BLOCK = (
@@ -89,65 +88,36 @@ MAMBA_BLOCK = (
 def _gpt(model: GPT) -> Layout:
     config = model.config
     _check_options(config, GPT_OPTIONS)
-    numbers = {
-        "layers": config.layers,
-        "heads": config.heads,
-        "inner": config.inner or 4 * config.width,
-    }
     head = "wte" if model.lm_head is None else "lm_head"
-    return numbers, ["wte.weight", *_blocks("h", config.layers), f"{head}.weight"]
+    own = {"inner": config.inner or 4 * config.width}
+    return own, ["wte.weight", *_blocks("h", config.layers), f"{head}.weight"]
 
 
 def _recurrent(model: RecurrentDepth) -> Layout:
     config = model.config
-    numbers = {
-        "layers": config.prelude + config.core,
-        "heads": config.heads,
-        "inner": 4 * config.width,
-        "prelude": config.prelude,
-        "core": config.core,
-        "rounds": config.rounds,
-        "gained": config.round_gains,
-    }
     names = ["wte.weight", *_blocks("prelude", config.prelude), *_blocks("core", config.core)]
     names += ["gains", "halt_bias"] if config.round_gains else []
-    return numbers, [*names, "halt_head.weight", "halt_head.bias", "lm_head.weight"]
+    own = {"layers": config.prelude + config.core}
+    return own, [*names, "halt_head.weight", "halt_head.bias", "lm_head.weight"]
 
 
 def _mamba(model: Mamba) -> Layout:
     config = model.config
     _check_options(config, MAMBA_OPTIONS)
-    first = next(model.blocks).mixer
-    numbers = {
-        "layers": config.layers,
-        "inner": first.d_inner,
-        "state": config.d_state,
-        "conv": config.d_conv,
-        "rank": first.dt_rank,
-    }
     if config.d_state % 4:
         raise InputError(f"a page runs a state of a multiple of 4; got d_state={config.d_state}")
     names = [f"layers.{i}.{name}" for i in range(config.layers) for name in MAMBA_BLOCK]
     head = "embeddings" if model.lm_head is None else "lm_head"
-    return numbers, ["embeddings.weight", *names, "norm_f.weight", f"{head}.weight"]
+    first = next(model.blocks).mixer
+    own = {"inner": first.d_inner, "dt_rank": first.dt_rank}
+    return own, ["embeddings.weight", *names, "norm_f.weight", f"{head}.weight"]
 
 
 def _diffusion(model: Diffusion) -> Layout:
-    config = model.config
-    numbers = {
-        "layers": config.layers,
-        "heads": config.heads,
-        "inner": 4 * config.width,
-        "channels": config.channels,
-        "neighbours": config.neighbours,
-        "levels": config.levels,
-        "bayes": config.bayes,
-        "conditioned": config.self_condition,
-    }
     names = ["word_embedding", "input_proj.weight", "time_embed.0.weight", "time_embed.0.bias"]
     names += ["time_embed.2.weight", "time_embed.2.bias", "clean_embed"]
-    names += _blocks("h", config.layers)
-    return numbers, [*names, "lm_head.weight", "lm_head.bias"]
+    names += _blocks("h", model.config.layers)
+    return {}, [*names, "lm_head.weight", "lm_head.bias"]
 
 
 def _blocks(part: str, layers: int) -> list[str]:
