@@ -120,6 +120,7 @@ class Thinker(RecurrentDepth, Reader):
         *,
         packed: bool = False,
         generator: Generator | None = None,
+        rule: dict[str, Any] | None = None,
         **settings: Any,
     ) -> tuple[Float[Tensor, "b t v"], ThinkerCache]:
         """Each position's prediction at the round where it stopped, by the rule named `stop`.
@@ -134,21 +135,11 @@ class Thinker(RecurrentDepth, Reader):
 
         With `packed`, positions that have stopped are left out of the computation. Without, they
         are computed and dropped, so that every bit of a position's logits is independent of when
-        later positions stop. Raises InputError for settings out of range, and when state and ids
+        later positions stop. `rule`, in the place of settings, is what `self.rule` made of them
+        once for many calls. Raises InputError for settings out of range, and when state and ids
         outgrow the window.
         """
-        return self.read_by(self.rule(settings), ids, state, packed=packed, generator=generator)
-
-    def read_by(
-        self,
-        rule: dict[str, Any],
-        ids: Ids,
-        state: ThinkerCache | None = None,
-        *,
-        packed: bool,
-        generator: Generator | None,
-    ) -> tuple[Float[Tensor, "b t v"], ThinkerCache]:
-        """`read`, with settings that `rule` has checked once for all calls."""
+        rule = self.rule(settings) if rule is None else rule
         if torch.compiler.is_exporting() and rule["stop"] != "fixed":
             raise InputError(
                 "how long a thinker thinks depends on the text: export cannot follow it; "
@@ -221,7 +212,7 @@ class Thinker(RecurrentDepth, Reader):
     ) -> Iterator[Draft]:
         """`settings` are temperature, top_k, top_p, and those of `read`."""
         sampling, own = split_settings(self, settings)
-        read = partial(self.read_by, self.rule(own), packed=True, generator=generator)
+        read = partial(self.read, rule=self.rule(own), packed=True, generator=generator)
         return left_to_right(self, prompt, n, sampling, generator=generator, read=read)
 
 
