@@ -4,27 +4,16 @@
 by name.
 """
 
-from .bars import progress, watch
-from .distillation import soft_targets
-from .evaluation import Likelihood, evaluate
-from .loop import Tick, train
-from .recipe import Recipe, optimizers
-from .run import InUse, RunError
-from .signals import Signals
-from .state import NotFinite
-
-__all__ = [
-    "InUse",
-    "Likelihood",
-    "NotFinite",
-    "Recipe",
-    "RunError",
-    "Signals",
-    "Tick",
-    "evaluate",
-    "optimizers",
-    "progress",
-    "soft_targets",
-    "train",
-    "watch",
-]
+from .bars import progress as progress
+from .bars import watch as watch
+from .distillation import soft_targets as soft_targets
+from .evaluation import Likelihood as Likelihood
+from .evaluation import evaluate as evaluate
+from .loop import Tick as Tick
+from .loop import train as train
+from .recipe import Recipe as Recipe
+from .recipe import optimizers as optimizers
+from .run import InUse as InUse
+from .run import RunError as RunError
+from .signals import Signals as Signals
+from .state import NotFinite as NotFinite
