@@ -126,6 +126,8 @@ def heat(
     *,
     ax: Any = None,
     title: str = "",
+    cmap: str = "magma_r",
+    vmin: float = 0,
     vmax: float | None = None,
     xlabel: str = "character",
     ylabel: str = "character",
@@ -135,7 +137,7 @@ def heat(
     """Draw a matrix (rows columns) of characters; `label` names the colours of the bar."""
     inches = 1.5 + 0.15 * max(len(rows), len(columns), 20)
     ax = _axes(ax, figsize=(inches, inches))
-    image = ax.imshow(torch.as_tensor(weights), cmap="magma_r", vmin=0, vmax=vmax, aspect="equal")
+    image = ax.imshow(torch.as_tensor(weights), cmap=cmap, vmin=vmin, vmax=vmax, aspect="equal")
     ax.set_xticks(range(len(columns)), visible(columns), fontsize=SMALL, family="monospace")
     ax.set_yticks(range(len(rows)), visible(rows), fontsize=SMALL, family="monospace")
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)

@@ -159,6 +159,6 @@ def maps(weights: Float[Tensor, "layers h t s"], line: str) -> Any:
     for ax, score, what in zip(pair, (before, one), ("the one before", "one for all")):
         layer, i = divmod(int(score.argmax()), h)
         title = f"{what}: layer {layer + 1}, head {i + 1}"
-        names = {"xlabel": "key", "ylabel": "query"}
+        names: dict[str, Any] = {"xlabel": "key", "ylabel": "query"}
         heat(weights[layer, i], line, line, ax=ax, title=title, vmax=1, bar=False, **names)
     return figure

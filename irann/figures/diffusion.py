@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import ACCENT, INK, PALE, SMALL, colour, on_text, visible
+from . import ACCENT, INK, PALE, SMALL, colour, heat, on_text
 from .sketch import arrow, box, canvas
 from .sliders import drag
 
@@ -109,14 +109,8 @@ def humps(ax: Any, grid: torch.Tensor, truth: torch.Tensor, model: torch.Tensor,
 def cosines(ax: Any, points: torch.Tensor, characters: str) -> Any:
     """Draw on `ax` the cosines between the points `(c d)` of `characters`, with a colour bar."""
     unit = torch.nn.functional.normalize(points, dim=-1)
-    image = ax.imshow(unit @ unit.T, cmap="RdBu_r", vmin=-1, vmax=1)
-    signs = visible(characters)
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_ticks(range(len(signs)), signs, fontsize=SMALL, family="monospace")
-    ax.set(title="cosine between two points", xlabel="character", ylabel="character")
-    ax.grid(False)
-    ax.figure.colorbar(image, ax=ax, fraction=0.046, pad=0.02, label="cosine")
-    return ax
+    looks: dict[str, Any] = {"cmap": "RdBu_r", "vmin": -1, "vmax": 1, "label": "cosine", "ax": ax}
+    return heat(unit @ unit.T, characters, characters, title="cosine between two points", **looks)
 
 
 def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int], title: str = "") -> Any:
