@@ -320,11 +320,8 @@ def test_every_model_shows_its_inside_on_the_text(here, name):
     if session.model.exact:
         nats = session.model.nll(session.model.vocabulary.encode(look.text)[None])[0]
         assert look.values["nll"] == pytest.approx([0.0, *nats.tolist()], rel=1e-4)
-    assert look.maps.keys() == look.heads.keys()
-    for key, rows in look.maps.items():
+    for rows in look.maps.values():
         assert torch.allclose(rows.sum(-1), torch.ones(len(look.text)), atol=1e-4)
-        assert look.heads[key].ndim == 4  # layers, heads
-        torch.testing.assert_close(look.heads[key].mean((0, 1)), rows)
     own = {"gpt": "attention", "mamba": "delta", "thinker": "rounds"}
     assert own.get(name, "nll") in look.values | look.maps
 
@@ -1038,9 +1035,8 @@ def test_markup_stays_text_everywhere():
         widget.session.set("reader", "<b>&")
         widget.say(EVIL)
         widget._tell(EVIL, error=True)
-        look = Inspection(
-            EVIL, {"nll": [float(i) for i in range(len(EVIL))]}, {"attention": torch.eye(len(EVIL))}
-        )
+        numbers = {"nll": [float(i) for i in range(len(EVIL))]}
+        look = Inspection(EVIL, numbers, {"attention": torch.eye(len(EVIL))[None, None]})
         page = widget.scene.value + widget.drafts.value + widget.message.value
         page += inspection_html(look, "nll") + inspection_html(look, "attention", 2)
         page += progress(EVIL) + stored_html(EVIL)
@@ -1327,7 +1323,7 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
     assert widget.layer.options == (("all", -1), ("1", 0), ("2", 1)) == widget.head.options
     torch.testing.assert_close(shown.map("attention", 1, 0), attention[1, 0])
     torch.testing.assert_close(shown.map("attention", head=1), attention[:, 1].mean(0))
-    torch.testing.assert_close(shown.map("attention"), shown.maps["attention"])
+    torch.testing.assert_close(shown.maps["attention"], attention.mean((0, 1)))
     p = session.model(ids)[0, 7].softmax(-1)
     likeliest, value = shown.likely[7][0]
     assert widget.position.value == widget.position.max == len(shown.text) - 1
@@ -1424,25 +1420,23 @@ def test_a_map_is_coloured_by_what_comes_before_the_character():
     rows = torch.tensor(
         [[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.1, 0.3, 0.6, 0], [0.1, 0.1, 0.2, 0.6]]
     )
-    page = inspection_html(Inspection("abcd", {}, {"attention": rows}), "attention", 2)
+    page = inspection_html(Inspection("abcd", {}, {"attention": rows[None, None]}), "attention", 2)
     shades = [float(part.split(")")[0]) for part in page.split("rgba(230,159,0,")[1:]]
     # b is the strongest before c; c itself is no measure, and d is not seen
     assert shades == [0.0, 1.0, 1.0, 0.0]
     assert [part.split(">")[1][0] for part in page.split("<span")[1:] if "outline" in part] == ["c"]
-    assert "at most" in inspection_html(
-        Inspection("ab", {"nll": [0.0, 1.0]}, {}, exact=False), "nll"
-    )
+    assert "at most" in inspection_html(Inspection("ab", {"nll": [0.0, 1.0]}, exact=False), "nll")
 
 
 def test_each_character_has_its_number_and_below_them_stand_range_and_what_may_follow():
     likely = [[("x", 0.5)], [("y", 0.5)], [("\n", 0.254), (" ", 0.006)]]
-    look = Inspection("a\n ", {"nll": [0.0, 1.0, 4.0]}, {}, likely=likely)
+    look = Inspection("a\n ", {"nll": [0.0, 1.0, 4.0]}, likely=likely)
     page = inspection_html(look, "nll")
     shown = re.findall(r"title='(.*?)' style='background:rgba\(230,159,0,(.*?)\).*?>([^<]*)<", page)
     assert shown == [("0.000", "0.00", "a"), ("1.000", "0.25", "\u21b5\n"), ("4.000", "1.00", " ")]
     assert "from 0.00 (plain) to 4.00 (orange)" in page and page.count("outline") == 1
     assert "after the framed \u2423 (click another): \u21b5 25%, \u2423 1%" in page
-    level = inspection_html(Inspection("ab", {"rounds": [3.0, 3.0]}, {}), "rounds")
+    level = inspection_html(Inspection("ab", {"rounds": [3.0, 3.0]}), "rounds")
     assert level.count("rgba(230,159,0,0.00)") == 2 and "outline" not in level
 
 

@@ -150,7 +150,7 @@ def inspection_html(
     For a map, the numbers are the row of that character. It attends to itself most: that would
     outshine the rest, so the colours are measured by the characters before it.
     """
-    is_map = name in inspection.maps
+    is_map = name in inspection.heads
     if is_map:
         values = inspection.map(name, layer, head)[position].tolist()
     else:
@@ -172,7 +172,7 @@ def inspection_html(
     bound = "at most, " if name == "nll" and not inspection.exact else ""
     meaning = MEANINGS.get(name, "a number")
     legend = f"{name}: {bound}{meaning}, from {low:.2f} (plain) to {high:.2f} (orange)"
-    if is_map and name in inspection.heads:
+    if is_map:
         layers = "all layers" if layer is None else f"layer {layer + 1}"
         heads = "all heads" if head is None else f"head {head + 1}"
         legend += f"; {layers}, {heads}"

@@ -86,26 +86,28 @@ class Turn:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a model shows about a text: a number for each character (the first is `nll`), and maps.
+    """What a model shows about a text: a number for each character (the first is `nll`), and maps,
+    which have a row of weights for each character, by layers and `heads`.
 
-    A map has a row of weights for each character: the mean of the layers and heads that stand in
-    `heads`. `likely` has the likeliest next characters after each, with their probabilities. If the
-    model is not `exact`, its nll is a bound.
+    `likely` has the likeliest next characters after each, with their probabilities. If the model is
+    not `exact`, its nll is a bound.
     """
 
     text: str
     values: dict[str, list[float]]
-    maps: dict[str, Float[Tensor, "t t"]]
-    exact: bool = True
     heads: dict[str, Float[Tensor, "l h t t"]] = field(default_factory=dict)
+    exact: bool = True
     likely: list[list[tuple[str, float]]] = field(default_factory=list)
+
+    @property
+    def maps(self) -> dict[str, Float[Tensor, "t t"]]:
+        """-> each map, the mean of its layers and heads."""
+        return {name: self.map(name) for name in self.heads}
 
     def map(
         self, name: str, layer: int | None = None, head: int | None = None
     ) -> Float[Tensor, "t t"]:
         """-> the weights of one layer and head, or their mean over all where None is given."""
-        if name not in self.heads:
-            return self.maps[name]
         weights = self.heads[name]
         weights = weights if layer is None else weights[layer : layer + 1]
         weights = weights if head is None else weights[:, head : head + 1]
@@ -402,16 +404,14 @@ class Session:
             nats = self.model.nll(ids, generator=generator, **nll_settings)[0].float().tolist()
             shown = self.model.inspect(ids, generator=lm.seeded(self.model, 0), **own)
         values = {"nll": [0.0, *nats]}  # nothing comes before the first character
-        maps = {}
         heads = {}
         for name, tensor in shown.items():
             if tensor.ndim == 1:
                 values[name] = tensor.float().tolist()
             elif tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2]:
-                maps[name] = tensor.float().flatten(0, -3).mean(0).cpu()  # over layers and heads
                 layered = tensor if tensor.ndim == 4 else tensor.flatten(0, -3).unsqueeze(0)
                 heads[name] = layered.float().cpu()
-        return Inspection(text, values, maps, self.model.exact, heads, self._likely(ids, own))
+        return Inspection(text, values, heads, self.model.exact, self._likely(ids, own))
 
     def _likely(self, ids: Tensor, own: dict[str, Any]) -> list[list[tuple[str, float]]]:
         """-> likeliest characters after each, with probabilities; [] if the model is no Reader."""

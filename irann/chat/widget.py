@@ -436,7 +436,7 @@ class Chat(w.VBox):
             options = [("all", ALL), *((str(i + 1), i) for i in range(max(sizes, default=0)))]
             if list(aim.options) != options:
                 aim.options = options
-        kinds = (*self.inspected.values, *self.inspected.maps)
+        kinds = (*self.inspected.values, *self.inspected.heads)
         before = self.kind.value
         if self.kind.options != kinds:
             self.kind.options = kinds
@@ -445,11 +445,11 @@ class Chat(w.VBox):
 
     def _draw_inspection(self) -> None:
         shown = self.inspected
-        if shown is None or self.kind.value not in shown.values | shown.maps:
+        if shown is None or self.kind.value not in shown.values | shown.heads:
             return
-        aimed = self.kind.value in shown.maps
+        aimed = self.kind.value in shown.heads
         for aim in (self.layer, self.head):
-            aim.layout.display = "" if aimed and self.kind.value in shown.heads else "none"
+            aim.layout.display = "" if aimed else "none"
         self.position.layout.display = "" if aimed or shown.likely else "none"
         chosen = [aim.value if aim.value != ALL else None for aim in (self.layer, self.head)]
         self.view.value = html.inspection_html(shown, self.kind.value, self.position.value, *chosen)
