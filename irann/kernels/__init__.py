@@ -9,13 +9,14 @@ call. vmap runs it row by row, and forward mode (jvp) it does not have: method="
 The environment variable IRANN_KERNEL=0 switches the C kernel off.
 """
 
-import functools
 import importlib.util
 import os
 
 import torch
 
 from . import chunked, native
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def scan(method, u, delta, A, B, C, state):
@@ -54,16 +55,11 @@ def why_not(method: str, device: str, n: int, dtype: torch.dtype) -> str:
     if method == "native":
         return "it wants a CPU" if device != "cpu" else native.why_not(n, dtype)
     if method == "triton":
-        if not _has_triton():
+        if not HAS_TRITON:
             return "Triton is not installed"
         if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
             return f"it wants a CUDA GPU, or the interpreter (TRITON_INTERPRET=1); got {device}"
     return ""
-
-
-@functools.cache
-def _has_triton():
-    return importlib.util.find_spec("triton") is not None
 
 
 for _constant in (fastest, why_not):
