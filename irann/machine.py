@@ -1,5 +1,5 @@
 """How torch's threads wait on a machine that is not idle (OpenMP's wait policy), how many a piece
-of work is worth, and where the cache is.
+of work is worth, where the cache is, and how a file is written whole or not at all.
 
 torch computes with OpenMP's threads. Between two pieces of work they wait by spinning, some 300,000
 times around a loop, before they go to sleep. On an idle machine nothing is faster. Where anything
@@ -14,6 +14,7 @@ thread, which waits for nobody.
 
 import atexit
 import os
+import secrets
 import sys
 import threading
 import time
@@ -127,3 +128,16 @@ def cache() -> Path:
     if given := os.environ.get("IRANN_CACHE"):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write beside `path` and rename: whoever looks sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(aside, "xb") as file:  # to be read by whom the umask lets
+            file.write(data)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise

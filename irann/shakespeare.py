@@ -10,7 +10,6 @@ import hashlib
 import importlib.metadata
 import os
 import re
-import secrets
 import string
 import tempfile
 from contextlib import suppress
@@ -61,7 +60,7 @@ def find(path: str | os.PathLike | None = None) -> tuple[bytes, str]:
     except (ImportError, LookupError, OSError, ValueError, CorpusError):
         data, source = download(), URL
     with suppress(OSError, RuntimeError):  # a read-only or full home, or none, is no hindrance
-        write_atomically(machine.cache() / "tinyshakespeare.txt", data)
+        machine.write_atomically(machine.cache() / "tinyshakespeare.txt", data)
     return data, source
 
 
@@ -74,19 +73,6 @@ def checked(data: bytes, source: str) -> bytes:
             f"{len(data):,} bytes, wanted {SHA256[:12]}... over 1,115,394; {WAYS_OUT}"
         )
     return data
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename: whoever looks sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-    try:
-        with open(aside, "xb") as file:  # to be read by whom the umask lets
-            file.write(data)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def download() -> bytes:

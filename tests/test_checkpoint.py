@@ -17,7 +17,7 @@ from conftest import PROGRAMS, small_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from irann import checkpoint, shakespeare, zoo
+from irann import checkpoint, machine, zoo
 from irann.checkpoint import CheckpointError, DiskError, Snapshot
 from irann.training import train
 
@@ -360,7 +360,7 @@ def test_others_may_read_a_checkpoint_as_the_umask_has_it(tmp_path):
     before = os.umask(0o027)
     try:
         save_run(tmp_path, 3.0)
-        shakespeare.write_atomically(tmp_path / "corpus.txt", b"text")
+        machine.write_atomically(tmp_path / "corpus.txt", b"text")
     finally:
         os.umask(before)
     (folder,) = checkpoint.listed(tmp_path)

