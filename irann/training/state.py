@@ -16,7 +16,7 @@ from .. import checkpoint
 from ..checkpoint import Snapshot
 from ..lm import LanguageModel, exclusive
 from ..settings import InputError
-from ..text import Text
+from ..text import Text, printable
 from .processes import gathered, rank_and_world
 from .recipe import Recipe, optimizers
 
@@ -159,8 +159,7 @@ class State:
     def corpus(self) -> dict[str, Any]:
         """What a card says of the text."""
         return {
-            # a file's name may hold bytes that are no text
-            "source": self.text.source.encode("utf-8", "backslashreplace").decode(),
+            "source": printable(self.text.source),
             "sha256": self.text.sha256 or self.sha256["ids"],
             "ids": self.sha256["ids"],  # a text may have been cut after it was read
             "training_characters": len(self.text.train),
