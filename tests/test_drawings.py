@@ -1,0 +1,255 @@
+"""The drawings of chapters 1 to 4 show the numbers, shapes and sizes that they are given."""
+
+import math
+import re
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from matplotlib.colors import to_hex
+
+from irann import figures
+from irann.core import halting, noise
+from irann.core.noise import Schedule
+from irann.figures import attention, diffusion, mamba, thinking
+from irann.figures.sketch import canvas, matrix
+
+
+@pytest.fixture(autouse=True)
+def house():
+    with plt.rc_context():
+        figures.use()
+        yield
+        plt.close("all")
+
+
+def words(ax) -> list[str]:
+    """What is written, in letters of at least nine points."""
+    written = [text for text in ax.texts if text.get_text()]
+    assert all(text.get_fontsize() >= figures.SMALL for text in written)
+    return [text.get_text() for text in written]
+
+
+def test_a_head_is_drawn_with_every_number_of_the_equations():
+    generator = torch.Generator().manual_seed(0)
+    x, *maps = (torch.randn(n, c, generator=generator) for n, c in ((4, 3), (3, 2), (3, 2), (3, 2)))
+    shown = words(attention.head("that", x, *maps))
+    q, k, v = (x @ W for W in maps)
+    z = (q @ k.mT / 2**0.5).masked_fill(torch.ones(4, 4).triu(1) == 1, -torch.inf)
+    a = z.softmax(-1)
+    for values in (x, *maps, q, k, v, z[3], a @ v):
+        for value in values.flatten().tolist():
+            assert f"{value:.1f}" in shown
+    for value in a[3].tolist():
+        assert f"{100 * value:.0f}" in shown
+    assert "x  4 × 3" in shown and "$W_q$  3 × 2" in shown and "masked  4 × 4" in shown
+    assert not {"nan", "-inf", "inf"} & set(shown)
+
+
+def test_a_matrix_is_as_dark_as_its_numbers_are_large_and_empty_where_there_is_none():
+    ax = canvas(6, 4)
+    values = [[1.0, -2.0, torch.nan], [0.0, 0.5, -torch.inf]]
+    assert matrix(ax, 1, 1, values, name="z", rows="ab", columns="xyz", cmap="Greys") == (3, 2)
+    assert words(ax) == ["1.0", "-2.0", "0.0", "0.5", *"ab", *"xyz", "z  2 × 3"]
+    one, two, none, zero, half, _ = (cell.get_facecolor()[0] for cell in ax.patches)
+    assert two < one < half < zero == none == 1
+
+
+def test_the_model_is_drawn_with_its_shapes():
+    shown = "\n".join(words(attention.model(b=2, t=16, d=12, h=3, layers=4, v=65)))
+    for shape in ("(2 16)", "(2 16 12)", "q, k, v: (2 16 4)", "z, a: (2 16 16)", "(2 16 48)"):
+        assert shape in shown
+    assert "(2 16 65)" in shown and "4 times" in shown and "E: 65 × 12" in shown
+    for shape in ("P: 16 × 12", "$E^T$: 12 × 65", "3 heads"):
+        assert shape in shown
+
+
+def test_weights_and_losses_are_drawn_as_they_are():
+    rows = {
+        c: {"bare": torch.zeros(1, 4), "scaled": torch.tensor([[99.0, 0, 0, 0]])} for c in (2, 4)
+    }
+    largest, slope = attention.widths(rows)
+    assert [list(line.get_ydata()) for line in largest.lines] == [[0.25, 0.25], [1, 1]]
+    assert [list(line.get_ydata()) for line in slope.lines] == [[0.75, 0.75], [0, 0]]
+    assert [list(line.get_xdata()) for line in largest.lines] == [[2, 4]] * 2
+    assert [line.get_label() for line in largest.lines] == ["bare", "scaled"]
+    titles = [panel.get_title(loc="left") for panel in (largest, slope)]
+    assert titles == ["largest weight", "slope that is left"]
+    panels = attention.bars(rows[2])
+    assert [bar.get_height() for bar in panels[0].patches] == [0.25] * 4
+    assert [bar.get_center()[0] for bar in panels[0].patches] == [1, 2, 3, 4]
+    assert [panel.get_title(loc="left") for panel in panels] == ["bare", "scaled"]
+
+    ax = attention.curve(
+        plt.subplots()[1], [float(i) for i in range(40)], 500, color="C0", label=""
+    )
+    assert list(ax.lines[1].get_xdata()[:2]) == [5.5, 6.0]  # in thousands, centred
+    assert list(ax.lines[1].get_ydata()[:2]) == [10.0, 11.0]
+
+
+def test_the_two_heads_drawn_large_are_the_ones_the_titles_say():
+    weights = torch.eye(5).expand(2, 3, 5, 5).clone()
+    weights[1, 0] = torch.eye(5).roll(-1, 1)  # looks at the one before
+    weights[0, 1] = 0
+    weights[0, 1, :, 2] = 0.9  # agrees on the third
+    weights[0, 2] = 0
+    weights[0, 2, :, 0] = 1  # on the first, where a head looks that has nothing to find
+    axes = attention.maps(weights, "abcde").axes
+    titled = {ax.get_title(loc="left"): ax.images[0] for ax in axes if ax.get_title(loc="left")}
+    small = [f"{layer}.{head}" for layer in (1, 2) for head in (1, 2, 3)]
+    large = ["the one before: layer 2, head 1", "one for all: layer 1, head 2"]
+    assert list(titled) == [*small, *large]
+    shown = [*weights.flatten(0, 1), weights[1, 0], weights[0, 1]]
+    for image, want in zip(titled.values(), shown, strict=True):
+        assert image.get_array().tolist() == want.tolist() and image.get_clim() == (0, 1)
+
+
+def test_the_thinker_unrolled_shows_its_coins_its_losses_and_where_it_stops():
+    ax = thinking.unrolled([0.1, 0.5, 0.3], [2.0, 1.5, 1.25], character="q")
+    shown = " ".join(words(ax))
+    p = halting.halting_distribution(torch.tensor([0.1, 0.5, 0.3], dtype=torch.float64))
+    assert "of 'q'" in shown and "takes the rest" in shown and "stop: 0.30" not in shown
+    for r, (probability, nats) in enumerate(zip(p.tolist(), ("2.00", "1.50", "1.25")), 1):
+        assert f"$p_{r}$ = {probability:.2f}" in shown and f"{nats} nats" in shown
+
+
+def test_a_staircase_has_a_curve_for_each_number_of_hops_and_names_who_looks_where():
+    right = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    weights, names = torch.eye(3), ["a=1", "b=a", "c=b"]
+    left, beside = thinking.hops(right, weights, names, trained=4)
+    *curves, trained = left.lines
+    assert [curve.get_label() for curve in curves] == ["1", "2", "3"]
+    for far, curve in enumerate(curves, 1):
+        assert curve.get_xdata().tolist() == list(range(1, 7))
+        assert curve.get_ydata() == pytest.approx(right[far].numpy())
+    assert list(trained.get_xdata()) == [4, 4]
+    assert [tick.get_text() for tick in beside.get_yticklabels()] == names
+    assert beside.images[0].get_array().tolist() == weights.tolist()
+    assert (beside.get_xlabel(), beside.get_ylabel()) == ("looked at", "looks")
+
+
+def test_stopping_is_the_closed_form():
+    ax = thinking.stopping([1.5, 1.4, 1.4], 0.1, 0.5)
+    heights = [bar.get_height() for bar in ax.patches]
+    assert heights[:3] == pytest.approx([0.5, 0.25, 0.25])
+    weights = [0.5 * math.exp(-15), 0.25 * math.exp(-14), 0.25 * math.exp(-14)]
+    assert heights[3:] == pytest.approx([w / sum(weights) for w in weights])
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    rounds = sum(r * height for r, height in enumerate(heights[3:], 1))
+    assert labels[1].endswith(f"= 0.10: {rounds:.2f} rounds") and labels[0].endswith("= 0.50")
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [
+        "1\n1.5000",
+        "2\n1.4000",
+        "3\n1.4000",
+    ]
+
+
+def test_the_forward_process_shows_every_level_with_its_number():
+    ax = diffusion.forward_process((0, 300, 1000), (1.0, 0.25, -0.5), (1.0, 0.8, 0.0))
+    seen = " ".join(words(ax))
+    for part in ("+1.00", "+0.25", "-0.50", "x_{300}", "= 0.80"):
+        assert part in seen
+    ways = [(text.xy[0] > text.xyann[0]) for text in ax.texts if getattr(text, "arrow_patch", None)]
+    assert ways == [True, False] * 2  # there and back, between neighbours
+
+
+def test_a_reverse_step_lands_where_the_package_lands():
+    schedule = Schedule("cosine", 100)
+    alpha_bar = torch.cat([torch.ones(1).double(), schedule.alpha_bar])
+    a, b = alpha_bar[60].item(), alpha_bar[40].item()
+    x, guess, eps = (torch.tensor([v], dtype=torch.float64) for v in (0.3, 0.7, -0.4))
+    ax = diffusion.reverse_step(0.3, 0.7, 60, 40, alpha_bar, 1.0, -0.4)
+    after = noise.step(guess, x, a, b, noise=lambda x: eps).item()
+    shown = " ".join(words(ax))
+    assert f"x_{{40}}$ = {after:+.2f}" in shown and "x_{60}$ = +0.30" in shown
+    terms = re.findall(r"([\d.]+) · \((.[\d.]+)\)", shown)
+    assert [float(part) for _, part in terms][::2] == [0.7, -0.4]
+    assert sum(float(weight) * float(part) for weight, part in terms) == pytest.approx(
+        after, abs=0.02
+    )
+
+
+def test_a_film_has_a_row_for_each_level():
+    ax = diffusion.film(["ab\n", "abc"], [[True, True, False], [True] * 3], [700, 20], "a film")
+    assert ax.get_title(loc="left") == "a film"
+    assert " ".join(words(ax)) == "a b \u21b5 a b c 700 20"
+    shades = [sum(cell.get_facecolor()[:3]) for cell in ax.patches]
+    assert len(set(shades)) == 2 and shades[2] == max(shades)  # the only one that will change
+
+
+def test_schedules_draw_the_signal_and_its_snr():
+    schedule = Schedule("sqrt", 10)
+    alpha_bar = torch.cat([torch.ones(1).double(), schedule.alpha_bar])
+    signal, snr, read = diffusion.schedules({"sqrt": (alpha_bar, [1.0, 0.5])}, [1, 6])
+    assert torch.allclose(torch.tensor(signal.lines[0].get_ydata()), schedule.alpha_bar)
+    assert torch.allclose(torch.tensor(snr.lines[0].get_ydata()), schedule.snr.log())
+    assert list(read.lines[0].get_ydata()) == [1.0, 0.5]
+
+
+def test_humps_and_cosines_show_what_they_are_given():
+    _, (left, right) = plt.subplots(1, 2)
+    grid = torch.linspace(-1, 1, 5)
+    diffusion.humps(left, grid, grid**2, grid.abs(), 0.25)
+    assert list(left.lines[0].get_ydata()) == grid.abs().tolist()
+    assert list(left.lines[1].get_xdata()) == [0.25, 0.25]
+    true = zip(grid.tolist(), (grid**2).tolist(), strict=True)
+    assert set(true) <= set(map(tuple, left.collections[0].get_paths()[0].vertices.tolist()))
+    diffusion.cosines(right, torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]), "ab\n")
+    assert right.images[0].get_array().tolist() == [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
+    assert [tick.get_text() for tick in right.get_xticklabels()] == ["a", "b", "\u21b5"]
+
+
+def test_the_unrolled_recurrence_shows_what_is_kept_added_and_held():
+    said = words(mamba.unrolled([0.5, 0.5, 0.37], [8, 0, 1], [8, 4, 2.48]))
+    for word in ("$h_1$ = 8", "$h_3$ = 2.5", "$x_2$ = 0", "$\\times\\,$1/2", "$\\times\\,$0.37"):
+        assert word in said
+
+
+def test_the_tree_shows_every_pair_of_every_level():
+    rows = [[(0.5, 8), (0.5, 0), (0.5, 1)]]
+    rows.append([(0.5, 8), (0.25, 4), (0.5, 1)])
+    rows.append([(0.5, 8), (0.25, 4), (0.125, 3)])
+    ax = mamba.scan_tree(rows, [[(0, 1)], [(1, 2)]])
+    said = words(ax)
+    assert said.count("1/2, 8") == 3 and said.count("1/4, 4") == 2 and said.count("1/8, 3") == 1
+    assert {"start", "level 1", "level 2", "$t$ = 3"} <= set(said)
+    done, will_change, new = figures.INK, figures.PALE, figures.HUES["mamba"].lower()
+    frames = [done, will_change, will_change, done, new, will_change, done, done, new]
+    assert [to_hex(cell.get_edgecolor()) for cell in ax.patches] == frames
+
+
+def test_the_block_shows_its_sizes():
+    said = words(mamba.block(d=48, e=96, n=5, k=3, rank=2))
+    assert {"48", "96", "2", "$B$, $C$:\n2×5", "$\\delta$: 96", "conv1d\n3 positions"} <= set(said)
+
+
+def test_a_slider_that_is_moved_draws_anew():
+    seen = []
+
+    def draw(value):
+        seen.append(value)
+        panels = plt.subplots(1, 2)[1]
+        panels[0].plot([0, value])
+        return panels
+
+    def draw_on(ax, level, eta):
+        seen.append((level, eta))
+        ax.plot([0, level], [0, eta])
+
+    options = attention.slide(draw, [1, 2, 3], value=2, name="c")
+    ranges = diffusion.slide(draw_on, level=(500, 1, 1000), eta=(1.0, 0, 1))
+    ends = [(slider.min, slider.max) for slider in ranges.children[:-1]]
+    assert ends == [(1, 1000), (0, 1)]
+    for widget, moves in (
+        (options, {"c": 3}),
+        (ranges, {"level": 300, "eta": 0.5}),
+        (thinking.drag([1.5, 1.4, 1.4], beta=0.1), {"beta": 0.2, "prior": 0.4}),
+    ):
+        *sliders, picture = widget.children
+        assert [slider.description for slider in sliders] == list(moves)
+        assert picture.value[:4] == b"\x89PNG"
+        for slider, value in zip(sliders, moves.values()):
+            before = bytes(picture.value)
+            slider.value = value
+            assert picture.value != before
+    assert seen == [2, (500, 1.0), 3, (300, 1.0), (300, 0.5)] and not plt.get_fignums()
