@@ -6,14 +6,14 @@ from inspect import unwrap
 import pytest
 import torch
 from conftest import refuses
+from helpers import rng
 from torch.nn.functional import scaled_dot_product_attention
 
 from irann.core.attention import attention, attention_weights, causal_mask, merge_heads, scores
 
 
 def draw(*shape, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, dtype=torch.float64, generator=generator)
+    return torch.randn(*shape, dtype=torch.float64, generator=rng(seed))
 
 
 @pytest.mark.parametrize("causal", [True, False])

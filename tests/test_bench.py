@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import refuses
 from filelock import FileLock
+from helpers import rng
 
 from irann import shakespeare, zoo
 from irann.bench import quality, races, report, scan, speed, suite
@@ -341,7 +342,7 @@ def test_a_position_is_given_the_mean_from_there_to_the_next():
 
 def test_no_windows_are_measured_with_the_same_noise():
     model = Told(1, lambda ids, generator: torch.rand(len(ids), 1, generator=generator))
-    noise = torch.rand(40, 1, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(40, 1, generator=rng(0))
     ((_, nats),) = suite.by_position(model, SimpleNamespace(val=torch.arange(60)), pages=40)
     assert nats == pytest.approx(noise.mean().item())
 

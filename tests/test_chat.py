@@ -23,6 +23,7 @@ import pytest
 import torch
 import wcwidth
 from conftest import excite, small_disk
+from helpers import rng
 
 from irann import shakespeare, zoo
 from irann.__main__ import main
@@ -330,7 +331,7 @@ def test_every_model_shows_its_inside_on_the_text(here, name):
 def test_maps_of_any_axes_become_layers_and_heads(here, axes, monkeypatch):
     session = Session("gpt", length=8)
     talk(session, "Hello")
-    drawn = torch.Generator().manual_seed(0)
+    drawn = rng(0)
     maps = []
 
     def inspect(ids, **_):

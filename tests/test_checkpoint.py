@@ -14,6 +14,7 @@ import sys
 import pytest
 import torch
 from conftest import PROGRAMS, small_disk
+from helpers import rng
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,7 @@ EVERY_FILE = [*checkpoint.FILES, "manifest.json"]
 
 
 def snapshot(step=1, validation=2.0):
-    weights = torch.randn(5, 3, generator=torch.Generator().manual_seed(step))
+    weights = torch.randn(5, 3, generator=rng(step))
     return Snapshot(
         {"w": weights, "half": torch.ones(2, dtype=torch.bfloat16)},
         {"adamw.w.step": torch.tensor(3.0)},

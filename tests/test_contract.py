@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROGRAMS, excite, refuses
+from helpers import ids, rng
 from torch.func import functional_call, grad, vmap
 
 import irann
@@ -59,14 +60,6 @@ def recipe(form, **changes):
 def tiny(form, seed=1337, **changes):
     name, config, _ = recipe(form, **changes)
     return zoo.build(name, config, seed=seed)
-
-
-def ids(b, t, seed=0):
-    return torch.randint(65, (b, t), generator=torch.Generator().manual_seed(seed))
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def few(model, **settings):

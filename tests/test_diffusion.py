@@ -9,6 +9,7 @@ from inspect import unwrap
 import pytest
 import torch
 from conftest import excite, refuses
+from helpers import rng
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -42,11 +43,7 @@ def tiny(*, excited=True, dtype=torch.float64, **changes):
 
 
 def text(b, t, v=7, seed=1):
-    return torch.randint(v, (b, t), generator=torch.Generator().manual_seed(seed))
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return torch.randint(v, (b, t), generator=rng(seed))
 
 
 # --- the embeddings and what a position says about itself ---
@@ -60,7 +57,7 @@ def test_what_a_position_says_alone_is_bayes_rule_on_gaussians():
     model, ids = tiny(), text(2, 5)
     tau = torch.tensor([70, 20])
     x = model.schedule.noise(
-        model.embeddings[ids], tau, torch.randn(2, 5, 4, dtype=torch.float64, generator=seeded())
+        model.embeddings[ids], tau, torch.randn(2, 5, 4, dtype=torch.float64, generator=rng())
     )
     ab = model.schedule.alpha_bar[tau - 1]
     centre = ab.sqrt()[:, None, None, None] * model.embeddings
@@ -77,7 +74,7 @@ def test_what_a_position_says_alone_is_bayes_rule_on_gaussians():
 
 def test_an_untrained_network_answers_with_bayes_rule_alone():
     model, ids = tiny(excited=False), text(2, 16)
-    tau, x = torch.tensor([50, 80]), torch.randn(2, 16, 4, dtype=torch.float64, generator=seeded())
+    tau, x = torch.tensor([50, 80]), torch.randn(2, 16, 4, dtype=torch.float64, generator=rng())
     mask = torch.ones(2, 16, dtype=torch.bool)
     torch.testing.assert_close(model(x, tau, ids, mask), model.log_likelihood(x, tau))
     assert not tiny(excited=False, bayes=False)(x, tau, ids, mask).any()
@@ -89,7 +86,7 @@ def test_every_position_sees_both_sides_and_the_noise_level():
         text(1, 9),
     )  # without Bayes: the network itself must see and know
     mask, tau = torch.ones(1, 9, dtype=torch.bool), torch.tensor([60])
-    x = torch.randn(1, 9, 4, dtype=torch.float64, generator=seeded())
+    x = torch.randn(1, 9, 4, dtype=torch.float64, generator=rng())
     before = model(x, tau, ids, mask)
     for position in (0, 8):
         other = x.clone()
@@ -104,7 +101,7 @@ def test_what_is_known_is_shown_as_certain_and_what_is_masked_as_far_as_it_is_kn
     model, ids, shown = tiny(neighbours=0), text(1, 5), []
     model.input_proj.register_forward_pre_hook(lambda _, inputs: shown.append(inputs[0][0]))
     mask = torch.tensor([False, True, True, False, True])[:, None]
-    x, hint = (torch.randn(1, 5, c, dtype=torch.float64, generator=seeded()) for c in (4, 7))
+    x, hint = (torch.randn(1, 5, c, dtype=torch.float64, generator=rng()) for c in (4, 7))
     model(x, torch.tensor([60]), ids, mask.T, hint)
     point, posterior, guess = shown[0].split([4, 7, 7], -1)
     torch.testing.assert_close(point, torch.where(mask, x[0], model.embeddings[ids[0]]))
@@ -117,8 +114,8 @@ def test_clean_positions_ignore_the_noise_and_masked_ones_ignore_the_answer():
     model, ids = tiny(), text(2, 9)
     mask = torch.zeros(2, 9, dtype=torch.bool)
     mask[:, 3:6] = True
-    tau, x = torch.tensor([60, 30]), torch.randn(2, 9, 4, dtype=torch.float64, generator=seeded())
-    hint = torch.rand(2, 9, 7, dtype=torch.float64, generator=seeded(1)).softmax(-1)
+    tau, x = torch.tensor([60, 30]), torch.randn(2, 9, 4, dtype=torch.float64, generator=rng())
+    hint = torch.rand(2, 9, 7, dtype=torch.float64, generator=rng(1)).softmax(-1)
     before = model(x, tau, ids, mask, hint)
     noisier, wrong, strange = x.clone(), ids.clone(), hint.clone()
     noisier[~mask] = 9.0
@@ -178,7 +175,7 @@ def test_levels_are_drawn_as_often_as_their_probabilities_say_and_gather_where_t
     p = model.level_probabilities()
     assert p.dtype == torch.float64 and math.isclose(p.sum(), 1, abs_tol=1e-12)
     assert p[0] == 0 and (p[1:] > 0).all() and p[80:120].sum() > 0.8
-    tau, given_p = model.draw_levels(100_000, seeded())
+    tau, given_p = model.draw_levels(100_000, rng())
     seen = (tau - 1).bincount(minlength=200) / len(tau)
     # One draw from each slice of probability: far closer than chance.
     assert (seen - p).abs().max() < 1e-4 and tau.min() >= 2 and tau.max() <= 200
@@ -252,7 +249,7 @@ def test_the_loss_is_cross_entropy_of_masked_text_plus_rounding_and_reaches_ever
 
 def test_the_error_that_is_reported_is_the_guess_s_distance_from_the_clean_point():
     model, ids = tiny(), text(8, 17)
-    draws = model.draw(ids, generator=seeded())
+    draws = model.draw(ids, generator=rng())
     model.forward = lambda x, tau, ids, mask, previous_guess=None: 99.0 * F.one_hot(ids, 7).double()
     assert model.loss(ids, draws)[1]["mse"] < 1e-12
     model.forward = lambda x, tau, ids, mask, previous_guess=None: (
@@ -317,7 +314,7 @@ def test_each_guess_is_shown_to_the_next_and_none_sees_more_than_it():
         return calls[-1][2]
 
     model.forward = look
-    draws = model.draw(ids, generator=seeded())
+    draws = model.draw(ids, generator=rng())
     rows = draws["self_conditioned"]
     model.loss(ids, draws)
     (first, nothing, answer), (second, hint, _) = calls
@@ -337,7 +334,7 @@ def test_each_guess_is_shown_to_the_next_and_none_sees_more_than_it():
     assert all(torch.equal(*pair) for pair in zip(calls[0][0], calls[1][0], strict=True))
     shown_again()
     calls.clear()
-    list(model.generate(ids[:2, :3], 8, generator=seeded(), steps=5))
+    list(model.generate(ids[:2, :3], 8, generator=rng(), steps=5))
     shown_again()
 
 
@@ -349,7 +346,7 @@ def test_a_batch_in_pieces_is_the_batch_in_any_order(pieces):
 
     def step(order, pieces):
         model = tiny().train()
-        draws = {name: value[order] for name, value in model.draw(ids, generator=seeded(3)).items()}
+        draws = {name: value[order] for name, value in model.draw(ids, generator=rng(3)).items()}
         sums = {}
         for k in range(pieces):
             rows = slice(k * 8 // pieces, (k + 1) * 8 // pieces)
@@ -367,7 +364,7 @@ def test_a_batch_in_pieces_is_the_batch_in_any_order(pieces):
 
     ids = text(8, 17)
     expected = step(torch.arange(8), 1)
-    found = step(torch.randperm(8, generator=seeded(4)), pieces)
+    found = step(torch.randperm(8, generator=rng(4)), pieces)
     assert expected["count"].sum() == 8 and found.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-12, msg=name)
@@ -402,7 +399,7 @@ def test_rounding_reads_the_least_noise():
     model, ids = tiny(), text(2, 5)
     with torch.no_grad():  # close together, or every character is certain
         model.word_embedding.mul_(0.02).add_(1)
-    x0, eps = model.embeddings[ids], torch.randn(2, 5, 4, dtype=torch.float64, generator=seeded())
+    x0, eps = model.embeddings[ids], torch.randn(2, 5, 4, dtype=torch.float64, generator=rng())
     x_1 = model.schedule.noise(x0, 1, eps)
     p = model.log_likelihood(x_1, torch.tensor([1, 1])).softmax(-1)
     expected = -p.gather(-1, ids[..., None])[..., 0].log()
@@ -416,7 +413,7 @@ def test_rounding_holds_colliding_points_apart():
     model = tiny(levels=50)
     with torch.no_grad():
         model.word_embedding[1] = model.word_embedding[0] + 1e-4
-    ids, g, costs = text(64, 16) % 2, seeded(), []
+    ids, g, costs = text(64, 16) % 2, rng(), []
     optimizer = torch.optim.Adam([model.word_embedding], lr=0.05)
     for _ in range(30):
         cost = model.rounding(
@@ -461,10 +458,10 @@ def test_the_bound_of_a_perfect_model_is_the_entropy_and_a_little_more():
     """
     model = scribe()
     entropy = -(model.p * model.p.log()).sum().item()
-    ids = torch.multinomial(model.p, 12_000 * 17, replacement=True, generator=seeded()).view(
+    ids = torch.multinomial(model.p, 12_000 * 17, replacement=True, generator=rng()).view(
         12_000, 17
     )
-    nll = model.nll(ids, generator=seeded(1)).detach()
+    nll = model.nll(ids, generator=rng(1)).detach()
     exact = -model.p.log()[ids[:, 1:]]
     excess = (nll - exact).mean(1)
     error = excess.std().item() / math.sqrt(len(excess))
@@ -487,13 +484,9 @@ def test_drawing_levels_gives_the_sum_over_all_of_them():
         return torch.where(mask[..., None], guess, x0)
 
     every = noise.bound_terms(
-        denoiser,
-        x0,
-        model.schedule,
-        reconstruction=lambda x, x0: 0 * x0[:, 0, 0],
-        generator=seeded(),
+        denoiser, x0, model.schedule, reconstruction=lambda x, x0: 0 * x0[:, 0, 0], generator=rng()
     )
-    drawn = model.bound(ids, generator=seeded(1), draws=16)
+    drawn = model.bound(ids, generator=rng(1), draws=16)
     a, b = every.steps.sum(0), drawn.steps[0].sum(1)
     error = math.sqrt(a.var() / len(a) + b.var() / len(b))
     assert abs(a.mean() - b.mean()) < 4 * error and error < 0.03 * a.mean(), (
@@ -510,12 +503,12 @@ def test_a_page_is_scored_given_what_stands_before_and_nothing_after():
     model, ids = tiny(), text(3, 17)
     other = ids.clone()
     other[:, 9:] = (other[:, 9:] + 1) % 7
-    one, two = (model.bound(i, generator=seeded(), draws=2) for i in (ids, other))
+    one, two = (model.bound(i, generator=rng(), draws=2) for i in (ids, other))
     assert torch.equal(one.steps[..., :8], two.steps[..., :8]) and not torch.equal(
         one.steps[..., 8:], two.steps[..., 8:]
     )
-    nll = model.nll(ids, generator=seeded(1))
-    parts = model.bound(ids, generator=seeded(1))
+    nll = model.nll(ids, generator=rng(1))
+    parts = model.bound(ids, generator=rng(1))
     assert nll.shape == (3, 16) and parts.steps.shape == (1, 3, 16)
     torch.testing.assert_close(nll, parts.prior + parts.steps[0] + parts.reconstruction)
 
@@ -531,7 +524,7 @@ def test_a_text_beyond_the_window_is_scored_as_it_is_written():
     def of_last_page(changed):
         other = ids.clone()
         other[:, changed] = (other[:, changed] + 1) % 7
-        return model.bound(other, generator=seeded()).total[:, last:]
+        return model.bound(other, generator=rng()).total[:, last:]
 
     nothing = of_last_page(slice(0, 0))
     assert torch.equal(of_last_page(slice(0, t - room)), nothing)
@@ -543,10 +536,10 @@ def test_the_bound_in_training_is_the_bound():
     context.
     """
     model = scribe().eval()
-    ids = torch.multinomial(model.p, 2000 * 17, replacement=True, generator=seeded()).view(2000, 17)
+    ids = torch.multinomial(model.p, 2000 * 17, replacement=True, generator=rng()).view(2000, 17)
     torch.manual_seed(3)
     seen = torch.stack([model.loss(ids)[1]["bound_nats_per_char"] for _ in range(30)])
-    want = model.nll(ids, generator=seeded(1)).mean()
+    want = model.nll(ids, generator=rng(1)).mean()
     assert abs(seen.mean() - want) < 0.02, (seen.mean(), want)
 
 
@@ -565,7 +558,7 @@ def check_drafts(drafts, start, length):
 @given(prompt=st.integers(0, 45), n=st.integers(0, 30), page=st.integers(1, 16))
 def test_drafts_keep_the_prompt_and_what_is_settled(prompt, n, page):
     model, ids = tiny(page=page), text(2, prompt)
-    drafts = list(model.generate(ids, n, steps=3, generator=seeded()))
+    drafts = list(model.generate(ids, n, steps=3, generator=rng()))
     start = max(prompt, 1)
     check_drafts(drafts, start, start + n)
     first = ids if prompt else torch.zeros(2, 1, dtype=torch.long)
@@ -597,8 +590,8 @@ def test_a_row_does_not_depend_on_its_neighbours_and_a_draft_is_its_receivers(mo
 
     def write(ids):
         return [
-            *model.generate(ids, 12, steps=9, generator=seeded()),
-            *model.infill(ids, mask, steps=9, generator=seeded()),
+            *model.generate(ids, 12, steps=9, generator=rng()),
+            *model.infill(ids, mask, steps=9, generator=rng()),
         ]
 
     together = write(ids)
@@ -612,8 +605,8 @@ def test_a_row_does_not_depend_on_its_neighbours_and_a_draft_is_its_receivers(mo
         assert torch.equal(draft.ids, torch.cat([drafts[k].ids for drafts in alone]))
         assert draft.settled == settled[:, k].min()
     for stream in (
-        model.generate(ids, 12, steps=9, generator=seeded()),
-        model.infill(ids, mask, steps=9, generator=seeded()),
+        model.generate(ids, 12, steps=9, generator=rng()),
+        model.infill(ids, mask, steps=9, generator=rng()),
     ):
         for draft in stream:
             last = draft.ids.clone()
@@ -648,8 +641,7 @@ def test_steps_follow_the_model():
 def test_the_same_seed_writes_the_same_text_and_training_mode_stays():
     model = tiny().train()
     texts = [
-        list(model.generate(text(2, 4), 20, steps=5, generator=seeded(s)))[-1].ids
-        for s in (0, 0, 1)
+        list(model.generate(text(2, 4), 20, steps=5, generator=rng(s)))[-1].ids for s in (0, 0, 1)
     ]
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
     assert model.training
@@ -660,9 +652,7 @@ def test_a_perfect_model_writes_with_the_right_frequencies(unchecked):
     chi-square over single characters.
     """
     model = scribe(window=64, page=64)
-    *_, last = model.generate(
-        torch.zeros(200, 1, dtype=torch.long), 64, steps=150, generator=seeded()
-    )
+    *_, last = model.generate(torch.zeros(200, 1, dtype=torch.long), 64, steps=150, generator=rng())
     seen = last.ids[:, 1:].flatten().bincount(minlength=7).double()
     want = model.p * seen.sum()
     assert ((seen - want) ** 2 / want).sum() < 30  # 6 degrees of freedom: p = 4e-5
@@ -674,13 +664,13 @@ def test_a_perfect_model_writes_with_the_right_frequencies(unchecked):
 @example(mask=[i > 2 for i in range(60)], page=8)
 def test_infilling_keeps_every_other_position(mask, page):
     model, ids, mask = tiny(page=page), text(2, len(mask)), torch.tensor(mask)
-    drafts = list(model.infill(ids, mask, steps=2, generator=seeded()))
+    drafts = list(model.infill(ids, mask, steps=2, generator=rng()))
     gaps = mask.nonzero()[:, 0].tolist()
     check_drafts(drafts, gaps[0] if gaps else len(mask), len(mask))
     for draft in drafts:
         assert torch.equal(draft.ids[:, ~mask], ids[:, ~mask])
     other = torch.where(mask, (ids + 1) % 7, ids)  # what stands in a gap is never read
-    *_, last = model.infill(other, mask, steps=2, generator=seeded())
+    *_, last = model.infill(other, mask, steps=2, generator=rng())
     assert torch.equal(last.ids, drafts[-1].ids)
 
 
@@ -718,7 +708,7 @@ def test_a_long_text_is_filled_with_as_much_before_the_gap_as_after_it(page, spa
     ids = text(1, 5 * room)
     gap = torch.zeros(5 * room, dtype=torch.bool)
     gap[2 * room : 2 * room + span] = True
-    list(model.infill(ids, gap, steps=1, generator=seeded()))
+    list(model.infill(ids, gap, steps=1, generator=rng()))
     before = max(1, (room - min(span, page)) // 2)
     begin = 2 * room - before
     end = begin + room if span <= page else 2 * room + page  # what is not written yet is not read
@@ -747,7 +737,7 @@ def test_infilling_reads_what_comes_after_the_gap():
     model, ids = tiny(), text(1, 16)
     inner, read = model.forward, []
     model.forward = lambda x, tau, ids, *rest: read.append(ids) or inner(x, tau, ids, *rest)
-    list(model.infill(ids, torch.arange(16) == 5, steps=3, generator=seeded()))
+    list(model.infill(ids, torch.arange(16) == 5, steps=3, generator=rng()))
     assert len(read) == 3 and all(torch.equal(page[:, 6:], ids[:, 6:]) for page in read)
 
 
@@ -766,7 +756,7 @@ def test_clamping_rounds_every_guess_to_the_likeliest_character(monkeypatch):
 
     model.forward = read
     monkeypatch.setattr(noise, "step", watched)
-    drafts = list(model.generate(text(2, 4), 8, steps=5, clamp="on", generator=seeded()))
+    drafts = list(model.generate(text(2, 4), 8, steps=5, clamp="on", generator=rng()))
     assert len(guesses) == 5
     assert [draft.note["level"] for draft in drafts[1:]] == model.timesteps(5)
     levels = model.schedule.alpha_bar[torch.tensor(model.timesteps(5)) - 1].tolist()
@@ -780,7 +770,7 @@ def test_temperature_filters_and_clamping_reach_the_text():
     start = torch.zeros(20, 1, dtype=torch.long)
 
     def entropy(**dials):
-        *_, last = model.generate(start, 60, steps=30, generator=seeded(), **dials)
+        *_, last = model.generate(start, 60, steps=30, generator=rng(), **dials)
         p = last.ids[:, 1:].flatten().bincount(minlength=7) / (20 * 60)
         return torch.special.entr(p).sum().item()
 
@@ -799,9 +789,7 @@ def test_a_narrow_choice_is_not_taken_for_a_sure_one(dials):
     """
     model = scribe(window=64, page=64)
     drafts = list(
-        model.generate(
-            torch.zeros(4, 1, dtype=torch.long), 60, steps=12, generator=seeded(), **dials
-        )
+        model.generate(torch.zeros(4, 1, dtype=torch.long), 60, steps=12, generator=rng(), **dials)
     )
     assert drafts[1].settled == 1 and drafts[1].note["sure"] < 0.9
     assert (drafts[-1].ids[:, 1:] != drafts[1].ids[:, 1:]).any()
@@ -828,7 +816,7 @@ def test_a_guide_steers_the_text():
     start = torch.zeros(8, 1, dtype=torch.long)
 
     def written(**how):
-        return list(model.generate(start, 60, steps=40, generator=seeded(), **how))[-1].ids
+        return list(model.generate(start, 60, steps=40, generator=rng(), **how))[-1].ids
 
     guided = written(guide=rare)
     share = [(ids == 6).double().mean() for ids in (written(), guided)]
@@ -871,17 +859,17 @@ def test_one_batch_can_be_learnt_by_heart(unchecked):
     model = Diffusion(DiffusionConfig(**TINY | {"width": 32, "channels": 8}))
     ids = text(4, 17)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    before = model.nll(ids, generator=seeded()).mean()
+    before = model.nll(ids, generator=rng()).mean()
     for _ in range(150):
         optimizer.zero_grad()
         model.loss(ids.repeat(8, 1))[0].backward()
         optimizer.step()
-    after = model.eval().nll(ids, generator=seeded()).mean()
+    after = model.eval().nll(ids, generator=rng()).mean()
     assert before > 1.8 and after < 0.6, (before, after)
 
 
 def test_a_quarter_of_the_rows_is_masked_whole_and_half_to_the_end():
-    mask = denoiser.draw_mask(4000, 65, generator=seeded())
+    mask = denoiser.draw_mask(4000, 65, generator=rng())
     whole, ends = mask[:, 1:].all(1), mask[:, -1]
     assert 0.22 < whole.double().mean() < 0.29  # a quarter, and what begins there by chance
     assert 0.45 < (ends & ~whole).double().mean() < 0.53
@@ -895,7 +883,7 @@ def test_a_guide_sees_what_is_known_without_its_noise():
         seen.append((x.detach(), tau))
         return x.sum((1, 2))
 
-    list(model.infill(ids, gap, steps=3, guide=guide, generator=seeded()))
+    list(model.infill(ids, gap, steps=3, guide=guide, generator=rng()))
     assert len(seen) == 3
     for x, tau in seen:
         clean = model.schedule.noise(model.embeddings[ids], tau, torch.zeros_like(x))
@@ -906,7 +894,7 @@ def test_a_guide_steers_as_strongly_as_it_is_asked_to():
     model, ids, gap = tiny(page=8), text(1, 12), torch.arange(12) > 3
 
     def written(**how):
-        return list(model.infill(ids, gap, steps=9, generator=seeded(), **how))[-1].ids
+        return list(model.infill(ids, gap, steps=9, generator=rng(), **how))[-1].ids
 
     def wish(x, tau):
         return (x @ model.embeddings[6]).sum(1)
@@ -920,7 +908,7 @@ def test_a_guide_steers_as_strongly_as_it_is_asked_to():
 
 def test_the_exact_posterior_is_computed_in_full_precision():
     model = tiny(dtype=torch.float32)
-    x = torch.randn(1, 9, model.config.channels, generator=seeded())
+    x = torch.randn(1, 9, model.config.channels, generator=rng())
     exact = model.log_likelihood(x, 1)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.log_likelihood(x, 1), exact)
@@ -934,7 +922,7 @@ def test_what_is_sure_at_the_temperature_in_use_is_known_at_once(lead, temperatu
     """One of seven characters is ahead by so many nats: p = 1 / (1 + 6 exp(-lead / temperature))."""
     model = tiny()
     model.forward = lambda x, tau, ids, *_: lead * F.one_hot(torch.full_like(ids, 3), 7).double()
-    how = dict(steps=2, temperature=temperature, generator=seeded())
+    how = dict(steps=2, temperature=temperature, generator=rng())
     assert [d.settled for d in model.generate(text(1, 3), 8, **how)] == [3, known, 11]
 
 

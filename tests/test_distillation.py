@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import rng
 from safetensors.torch import load_file
 
 import irann
@@ -29,7 +30,7 @@ def teacher(seed):
     model = tiny("gpt", seed).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)) * 0.3)
+            p.add_(torch.randn(p.shape, generator=rng(seed)) * 0.3)
     return model
 
 
@@ -80,7 +81,7 @@ def test_a_reading_brings_its_settings():
     model = tiny("thinker").eval()
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
+            p.add_(torch.randn(p.shape, generator=rng(1)) * 0.2)
     one, three = (
         soft_targets([partial(model.read, stop="fixed", rounds=r)], TEXT, 16) for r in (1, 3)
     )

@@ -6,6 +6,7 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 import torch
+from helpers import rng
 from matplotlib.colors import to_hex
 
 from irann import figures
@@ -31,7 +32,7 @@ def words(ax) -> list[str]:
 
 
 def test_a_head_is_drawn_with_every_number_of_the_equations():
-    generator = torch.Generator().manual_seed(0)
+    generator = rng(0)
     x, *maps = (torch.randn(n, c, generator=generator) for n, c in ((4, 3), (3, 2), (3, 2), (3, 2)))
     shown = words(attention.head("that", x, *maps))
     q, k, v = (x @ W for W in maps)
@@ -114,7 +115,7 @@ def test_the_thinker_unrolled_shows_its_coins_its_losses_and_where_it_stops():
 
 
 def test_a_staircase_has_a_curve_for_each_number_of_hops_and_names_who_looks_where():
-    right = torch.rand(5, 6, generator=torch.Generator().manual_seed(0))
+    right = torch.rand(5, 6, generator=rng(0))
     weights, names = torch.eye(3), ["a=1", "b=a", "c=b"]
     left, beside = thinking.hops(right, weights, names, trained=4)
     *curves, trained = left.lines

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import excite, refuses, stablelm
+from helpers import ids, rng
 from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 from irann import zoo
@@ -51,10 +52,6 @@ def without_biases(theirs):
     weights = {name: p for name, p in whole.state_dict().items() if not name.endswith("bias")}
     ours.load_state_dict(weights)
     return ours
-
-
-def ids(b, t, seed=0):
-    return torch.randint(65, (b, t), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("options", SHAPES)
@@ -222,7 +219,7 @@ def test_variants_that_compute_something_else_are_refused():
 def test_the_fused_attention_is_the_derived_one():
     for causal in (True, False):
         layer = excite(Attention(24, 3, causal=causal)).double()
-        x = torch.randn(2, 9, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, 9, 24, dtype=torch.float64, generator=rng(0))
         q, k, v = layer.project(x)
         derived = layer.c_proj(core.merge_heads(core.attention(q, k, v, causal=causal)))
         torch.testing.assert_close(layer(x)[0], derived, atol=1e-11, rtol=0)
@@ -265,7 +262,7 @@ def test_rotary_scores_see_distance_only():
     """Su et al. 2021, eq. 16: the score of q at m and k at n depends on m - n; and turning keeps
     lengths.
     """
-    c, generator = 16, torch.Generator().manual_seed(0)
+    c, generator = 16, rng(0)
     q, k = (torch.randn(c, dtype=torch.float64, generator=generator) for _ in range(2))
     table = rotary_table(0, 50, c, like=q)
     turned_q, turned_k = apply_rotary(q.expand(50, c), table), apply_rotary(k.expand(50, c), table)
@@ -381,7 +378,7 @@ def test_the_mode_goes_over_to_transformers_and_back(training):
 
 
 def test_norms_by_hand():
-    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 8, generator=rng(0))
     apart = x - x.mean(-1, keepdim=True)
     plain, rms = (z / (z.square().mean(-1, keepdim=True) + 0.5).sqrt() for z in (apart, x))
     for norm, wanted, learned in (
@@ -395,7 +392,7 @@ def test_norms_by_hand():
 
 
 def test_a_piece_is_masked_on_the_device_it_lies_on():
-    layer, x = Attention(8, 2), torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    layer, x = Attention(8, 2), torch.randn(1, 5, 8, generator=rng(0))
     _, cache = layer(x[:, :2])
     with torch.device("meta"):
         found, _ = layer(x[:, 2:], cache)

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import refuses
+from helpers import rng
 from scipy.special import rel_entr
 from scipy.stats import entropy, ortho_group
 
@@ -25,7 +26,7 @@ F64 = torch.float64
 
 
 def draw(*shape, seed=0):
-    return torch.rand(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(*shape, dtype=F64, generator=rng(seed))
 
 
 def coin(p, rounds):

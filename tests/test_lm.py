@@ -14,6 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import refuses
+from helpers import rng
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -32,7 +33,7 @@ from irann.text import Vocabulary
 
 
 def logits(v=65, b=6, seed=0):
-    return 3 * torch.randn(b, v, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return 3 * torch.randn(b, v, dtype=torch.float64, generator=rng(seed))
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
@@ -78,7 +79,7 @@ def test_by_hand():
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.7, "top_k": 5}, {"top_p": 0.8}])
 def test_samples_follow_the_filtered_probabilities(settings):
     x = filter_logits(logits(12, 1, seed=4), **settings)
-    drawn = sample(x.expand(20_000, -1), torch.Generator().manual_seed(0))
+    drawn = sample(x.expand(20_000, -1), rng(0))
     counts, p = drawn.bincount(minlength=12), x[0].softmax(-1)
     assert counts[p == 0].sum() == 0
     assert chisquare(counts[p > 0].numpy(), (20_000 * p[p > 0]).numpy()).pvalue > 1e-3
@@ -164,12 +165,7 @@ def test_what_of_the_prompt_is_lost_is_said_page_by_page(name):
     model = zoo.build(
         name, zoo.recipe(name, "tiny")[0]
     )  # sees 33 characters at once, and writes 16 of them
-    drafts = model.generate(
-        torch.zeros(1, 30, dtype=torch.long),
-        40,
-        steps=2,
-        generator=torch.Generator().manual_seed(0),
-    )
+    drafts = model.generate(torch.zeros(1, 30, dtype=torch.long), 40, steps=2, generator=rng(0))
     assert {(d.ids.shape[1], d.forgotten) for d in drafts} == {
         (30, 13),
         (46, 13),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.utils.prune
 import transformers
 from conftest import refuses
+from helpers import rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambapy.mamba import MambaBlock as MambapyBlock
@@ -65,7 +66,7 @@ def theirs(**changes):
 
 
 def ids(b, t, v=11, seed=0):
-    return torch.randint(v, (b, t), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(v, (b, t), generator=rng(seed))
 
 
 def close(ours, oracle, relative):
@@ -175,7 +176,7 @@ def test_a_block_is_that_of_mambapy(t):
     oracle = excite(MambapyBlock(MambapyConfig(d_model=24, n_layers=1, d_state=5)))
     ours = Mamba(SMALL).layers[0].mixer
     ours.load_state_dict(oracle.state_dict())
-    x = torch.randn(2, t, 24, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, t, 24, generator=rng(1))
     with torch.no_grad():
         close(ours(x)[0], oracle(x), 5e-6)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import refuses
+from helpers import rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
@@ -22,12 +23,12 @@ F64 = torch.float64
 
 
 def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, dtype=F64, generator=rng(seed))
 
 
 def uneven(steps, count, seed=0):
     """-> strictly decreasing noise levels within steps..1, with gaps of every size."""
-    chosen = torch.randperm(steps, generator=torch.Generator().manual_seed(seed))[:count]
+    chosen = torch.randperm(steps, generator=rng(seed))[:count]
     return sorted((1 + chosen).tolist(), reverse=True)
 
 
@@ -113,7 +114,7 @@ def test_noising_and_its_inverse_agree_for_each_row_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_the_dtype_of_x_is_kept(dtype):
     schedule, x = Schedule("sqrt", 20), draw(2, 3).to(dtype)
-    g = torch.Generator().manual_seed(0)
+    g = rng(0)
     results = [
         *schedule.posterior(x, x, 4),
         *noise.sample(lambda x, tau: 0.5 * x, x, schedule, generator=g),
@@ -153,7 +154,7 @@ def test_ancestral_sampling_equals_diffusers_ddpm(name, count):
     theirs.set_timesteps(count)
     levels = (theirs.timesteps + 1).tolist()
     x = draw(3, 4)
-    g, g2 = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    g, g2 = rng(5), rng(5)
     ours = noise.sample(wobbly, x, schedule, timesteps=levels, eta=1, generator=g)
     for tau, got in zip(theirs.timesteps, ours, strict=True):
         x = theirs.step(wobbly(x, tau.expand(3) + 1), tau, x, generator=g2).prev_sample
@@ -240,7 +241,7 @@ def test_on_a_gaussian_the_sampler_is_a_known_line(name, mu, s2, eta, levels):
 @pytest.mark.parametrize("eta", (0.5, 1.0))
 def test_on_a_gaussian_the_variance_of_the_samples_is_known_too(eta):
     schedule, timesteps, n = Schedule("cosine", 300), uneven(300, 25), 200_000
-    g = torch.Generator().manual_seed(1)
+    g = rng(1)
     denoiser, _ = gaussian(schedule, 0.7, 0.25)
     how = dict(timesteps=timesteps, eta=eta, generator=g)
     *_, last = noise.sample(denoiser, draw(n, 1), schedule, **how)
@@ -402,7 +403,7 @@ def test_not_knowing_its_own_variance_costs_the_bound_something():
 
     def bound(**how):
         how |= dict(reconstruction=lambda x, x0: 0 * x0[:, 0])
-        g = torch.Generator().manual_seed(0)
+        g = rng(0)
         return noise.bound_terms(denoiser, x0, schedule, generator=g, **how)
 
     assert bound().total.mean() > bound(variance=variance).total.mean()
@@ -414,7 +415,7 @@ def test_the_same_generator_gives_the_same_bound():
     denoiser, _ = gaussian(schedule, 0.0, 0.5)
 
     def total(seed):
-        g = torch.Generator().manual_seed(seed)
+        g = rng(seed)
         how = dict(reconstruction=lambda x, x0: 0 * x0[:, 0], generator=g)
         return noise.bound_terms(denoiser, draw(20, 1), schedule, **how).total
 
@@ -466,7 +467,7 @@ def test_the_bound_stays_above_the_entropy_and_comes_down_to_it(name, p):
 @pytest.mark.parametrize("letters, name", [(3, "sqrt"), (3, "cosine"), (3, "linear")])
 def test_a_markov_language_is_spoken_with_the_right_frequencies(letters, name, unchecked):
     """Every sentence of three letters can be listed: the best denoiser is a softmax over all."""
-    g = torch.Generator().manual_seed(letters)
+    g = rng(letters)
     first = torch.rand(letters, generator=g, dtype=F64).add(0.1)
     follows = torch.rand(letters, letters, generator=g, dtype=F64).add(0.05)
     first, follows = first / first.sum(), follows / follows.sum(1, keepdim=True)
@@ -493,9 +494,7 @@ def test_a_markov_language_is_spoken_with_the_right_frequencies(letters, name, u
 @pytest.mark.parametrize("tau", [2, 7, 20])
 def test_a_step_that_is_unsure_of_x0_costs_the_kl_between_the_two_gaussians(tau):
     schedule = Schedule("cosine", 20)
-    x0, guess, x_tau, variance = torch.rand(
-        4, 50, dtype=F64, generator=torch.Generator().manual_seed(0)
-    )
+    x0, guess, x_tau, variance = torch.rand(4, 50, dtype=F64, generator=rng(0))
     mean_q, variance_q = schedule.posterior(x0, x_tau, tau)
     mean_p, _ = schedule.posterior(guess, x_tau, tau)
     coefficient = schedule.posterior_x0[tau - 1]  # of x0 in the mean

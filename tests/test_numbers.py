@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import rng
 
 from irann import shakespeare, zoo
 from irann.bench import quality, races
@@ -34,10 +35,6 @@ FORMS = {
     "gpt as GPT-2": ("gpt", OF_GPT2, dict(optimizer="adamw", lr_schedule="cosine", clip=0.1)),
     "mamba as published": ("mamba", dict(init="mamba", tied=True), dict(optimizer="adamw")),
 }
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def total(x) -> float | list:

@@ -7,6 +7,7 @@ from inspect import unwrap
 
 import pytest
 import torch
+from helpers import rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mambapy.mamba import MambaBlock
@@ -39,7 +40,7 @@ def scan(u, delta, A, B, C, D=None, state=None, *, method):
 
 def draw(b, t, e, n, *, decay=1.0, seed=0, dtype=torch.float64):
     """-> u, delta, A, B, C, D and a state; delta |A| is about `decay`."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = rng(seed)
     shapes = (b, t, e), (b, t, e), (e, n), (b, t, n), (b, t, n), (e,), (b, e, n)
     u, delta, A, *others = (
         torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import small_disk
+from helpers import rng
 
 from irann import machine, runs, shakespeare
 from irann.__main__ import main
@@ -225,7 +226,7 @@ def test_vocabularies_of_the_same_characters_are_equal_and_say_which():
 
 def test_windows_are_stretches_from_everywhere():
     ids = torch.arange(12)
-    drawn = windows(ids, 4, 4000, torch.Generator().manual_seed(0))
+    drawn = windows(ids, 4, 4000, rng(0))
     assert drawn.shape == (4000, 5)
     assert torch.equal(drawn - drawn[:, :1], torch.arange(5).expand(4000, 5))
     counts = drawn[:, 0].bincount(minlength=8)
@@ -244,7 +245,7 @@ def test_windows_are_the_same_whatever_device_is_torch_s_default(device):
     finally:
         torch.set_default_device(None)
     assert drawn.device.type == "cpu"
-    assert drawn.tolist() == windows(text.train, 4, 3, torch.Generator().manual_seed(0)).tolist()
+    assert drawn.tolist() == windows(text.train, 4, 3, rng(0)).tolist()
 
 
 def test_a_text_of_several_pieces_is_encoded_as_one(monkeypatch):

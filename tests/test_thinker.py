@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from conftest import excite, refuses, stablelm
+from helpers import ids, rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -30,14 +31,6 @@ RULES = {
 def thinker(kind=Thinker, std=0.3, **options):
     config = ThinkerConfig(**{"window": 24, "width": 32, "rounds": 6} | options)
     return excite(kind(config), std).double().eval()
-
-
-def ids(b, t, seed=0):
-    return torch.randint(65, (b, t), generator=torch.Generator().manual_seed(seed))
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def close(ours, theirs, atol=1e-10):

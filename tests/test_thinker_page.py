@@ -6,9 +6,10 @@ from itertools import combinations, islice, pairwise
 import pytest
 import torch
 from conftest import refuses
+from helpers import ids, rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_thinker import close, counting, ids, rng, thinker
+from test_thinker import close, counting, thinker
 from torch.nn import functional as F
 
 from irann.models.thinker_page import PageThinker

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PROGRAMS, refuses, small_disk
+from helpers import rng
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -1521,7 +1522,7 @@ def test_texts_and_batches_that_do_not_fit(small, monkeypatch):
 
 
 def test_orthogonalise_brings_singular_values_near_one():
-    generator = torch.Generator().manual_seed(0)
+    generator = rng(0)
     for m, n in ((40, 20), (20, 40), (16, 16)):
         g = torch.randn(3, m, n, generator=generator)
         o = orthogonalise(g)
@@ -1534,7 +1535,7 @@ def test_orthogonalise_brings_singular_values_near_one():
 
 @pytest.mark.parametrize("shape", [(6, 4), (4, 6)])
 def test_muon_by_hand(shape):
-    generator = torch.Generator().manual_seed(0)
+    generator = rng(0)
     w = nn.Parameter(torch.randn(shape, generator=generator))
     stacked = nn.Parameter(torch.cat([w.detach(), w.detach()]))
     groups = [{"params": [w]}, {"params": [stacked], "stacked": 2}]
@@ -1673,7 +1674,7 @@ def test_what_two_processes_have_seen_of_the_noise_levels_is_added(small, monkey
 
 
 def test_an_orthogonal_update_does_not_depend_on_the_size_of_the_gradient():
-    g = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    g = torch.randn(2, 4, 6, generator=rng(0))
     torch.testing.assert_close(orthogonalise(1e-4 * g), orthogonalise(g), rtol=0, atol=4e-3)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import excite
+from helpers import rng
 from safetensors.torch import load_file
 
 from irann import checkpoint, lm, runs, shakespeare, zoo
@@ -98,10 +99,7 @@ def test_the_bound_is_near_the_card_s(name, text):
     """
     model, told = zoo.load(name), card(name)
     part = text.val[: 12 * model.config.window + 1]
-    row = model.nll(
-        part.unfold(0, model.config.window + 1, model.config.window),
-        generator=torch.Generator().manual_seed(0),
-    )
+    row = model.nll(part.unfold(0, model.config.window + 1, model.config.window), generator=rng(0))
     assert row.mean().item() == pytest.approx(told["validation"], abs=0.25)
     assert 0 < told["standard_error"] < 0.03
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import excite
+from helpers import rng
 
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
@@ -52,7 +53,7 @@ def tiny(name, seed=0, std=0.4, **changes):
 
 
 def some_ids(n, seed=0, vocabulary=13):
-    return torch.randint(vocabulary, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randint(vocabulary, (n,), generator=rng(seed)).tolist()
 
 
 # ----------------------------------------------------------------------------------------- the file
@@ -222,7 +223,7 @@ def test_the_same_noise_draws_the_same_text():
     """torch.multinomial divides by exponential numbers and takes the largest."""
     model = zoo.load("gpt")
     ids = model.vocabulary.encode(PROMPT)
-    generator, other = (torch.Generator().manual_seed(3) for _ in range(2))
+    generator, other = (rng(3) for _ in range(2))
     *_, draft = model.generate(ids[None], 60, temperature=0.8, generator=generator)
     engine = Engine(Wasm(), model)
     drawn = engine.write(
@@ -272,7 +273,7 @@ def test_the_denoiser_of_excited_weights(host, options):
     model = tiny("diffusion", std=0.3, **options)
     t, v, channels = 21, model.config.vocabulary, model.config.channels
     engine, ids = Engine(host, model), some_ids(t, vocabulary=v)
-    generator = torch.Generator().manual_seed(1)
+    generator = rng(1)
     mask = torch.rand(t, generator=generator) < 0.7
     x = torch.randn(t, channels, generator=generator)
     engine.begin(ids, mask)
@@ -299,9 +300,9 @@ def test_the_same_noise_settles_the_same_page(eta, temperature):
     text = "KING HENRY:\nWhat says the noble lord of this matter, my friend?\n"
     ids, mask = model.vocabulary.encode(text), torch.zeros(len(text), dtype=torch.bool)
     mask[16:44] = True
-    numbers, settings = torch.Generator().manual_seed(5), {"eta": eta, "temperature": temperature}
+    numbers, settings = rng(5), {"eta": eta, "temperature": temperature}
     drafts = list(model.infill(ids[None], mask, steps=12, generator=numbers, **settings))[1:]
-    noise = torch.Generator().manual_seed(5)
+    noise = rng(5)
     normal = partial(torch.randn, 1, len(ids), model.config.channels, generator=noise)
     pages = list(Engine(Wasm(), model).denoise(ids, mask, 12, eta, temperature, normal))
     assert pages == [(draft.settled, draft.ids[0].tolist()) for draft in drafts]
@@ -325,7 +326,7 @@ def test_the_same_noise_refines_the_same_page(case):
     v = model.config.vocabulary
     ids = torch.tensor(some_ids(t, vocabulary=v))
     mask = torch.arange(t) >= start
-    generator, noise = (torch.Generator().manual_seed(2) for _ in range(2))
+    generator, noise = (rng(2) for _ in range(2))
     prompt = ids[None, :start]
     settings = {"temperature": 0.8, "threshold": 0.6}
     drafts = list(model.generate(prompt, t - start, generator=generator, steps=7, **settings))[1:]
