@@ -23,7 +23,7 @@ import pytest
 import torch
 import wcwidth
 from conftest import excite, small_disk
-from helpers import rng
+from helpers import model_of, rng
 
 from irann import shakespeare, zoo
 from irann.__main__ import main
@@ -373,8 +373,7 @@ def test_the_inside_is_read_by_the_settings_of_the_model(here):
 
 
 def test_a_model_of_another_text_goes_on_with_what_one_writes():
-    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
-    model.vocabulary = Vocabulary("abc \n")
+    model = model_of("abc \n")
     told = []
     assert Session(model, say=told.append).mode == "plain" and "another text" in told[0]
     told.clear()
@@ -394,8 +393,7 @@ def test_a_slash_command_keeps_the_letters_of_its_value(corpus, tmp_path, monkey
 
 
 def test_a_mode_that_was_chosen_stays_whatever_is_set_after_it():
-    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
-    model.vocabulary = Vocabulary("abc \n")
+    model = model_of("abc \n")
     session = Session("gpt")
     session.set("mode", "play")
     for name, value in (("seed", 3), ("temperature", 0.5), ("reader", "NURSE")):
@@ -404,8 +402,7 @@ def test_a_mode_that_was_chosen_stays_whatever_is_set_after_it():
 
 
 def test_a_mode_that_was_asked_for_is_not_said_to_be_another(monkeypatch, capsys):
-    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
-    model.vocabulary = Vocabulary("abc \n")
+    model = model_of("abc \n")
     assert "mode plain" in Chat(model).said
     asked = Chat(model, mode="play", length=7)
     assert asked.session.mode == "play" and asked.session.values["length"] == 7
@@ -1168,8 +1165,7 @@ def test_an_empty_stage_keeps_up_with_model_and_mode(here):
     assert widget.scene.value == ""
     widget.names.value = "gpt"
     assert WHY["play"] in widget.scene.value
-    other = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=5)[0])
-    other.vocabulary = Vocabulary("abc \n")
+    other = model_of("abc \n")
     widget = Chat(other)
     for model, mode in (("gpt", "play"), (other, "plain")):
         widget.names.value = model
@@ -1514,12 +1510,10 @@ def test_what_is_likely_is_read_by_the_settings_too(here):
 
 
 def test_a_scene_that_has_begun_stays_one_whatever_model_comes():
-    one = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
-    one.vocabulary = Vocabulary(shakespeare.CHARACTERS)
+    one = model_of(shakespeare.CHARACTERS)
     session = Session(one)
     session.say("Who is there?")
-    other = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=4)[0])
-    other.vocabulary = Vocabulary("\nabc")
+    other = model_of("\nabc")
     session.use(other)
     assert session.mode == "play"
 
@@ -1533,8 +1527,7 @@ def test_a_reply_is_spelt_by_the_model_that_writes_it(corpus):
 
 
 def test_what_is_likely_in_a_small_alphabet_is_all_of_it():
-    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=3)[0])
-    model.vocabulary = Vocabulary("abc")
+    model = model_of("abc")
     session = Session(model.eval(), mode="plain")
     session.say("abc")
     for row in session.inspect().likely:
@@ -1565,8 +1558,7 @@ def test_a_model_that_ships_is_available_without_a_run(tmp_path, monkeypatch):
 
 
 def test_a_window_of_one_character_is_not_inspected():
-    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=3, window=1)[0])
-    model.vocabulary = Vocabulary("abc")
+    model = model_of("abc", window=1)
     session = Session(model.eval(), mode="plain")
     session.say("abc")
     with pytest.raises(InputError, match="a window of one character"):
@@ -1574,8 +1566,7 @@ def test_a_window_of_one_character_is_not_inspected():
 
 
 def test_a_setting_that_is_refused_uses_up_no_draw():
-    model = zoo.build("diffusion", zoo.recipe("diffusion", "tiny")[0])
-    model.vocabulary = Vocabulary("".join(map(chr, range(60, 125))))
+    model = model_of("".join(map(chr, range(60, 125))), "diffusion")
     session = Session(model.eval(), mode="plain", seed=3, length=4)
     session.say("abc")
     session.values["steps"] = 10**9

@@ -14,7 +14,7 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import refuses
-from helpers import rng
+from helpers import model_of, rng
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare
@@ -379,8 +379,7 @@ def test_a_window_of_one_character_is_room_enough():
 
 
 def test_without_a_prompt_a_text_begins_after_a_line_break():
-    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=4)[0])
-    model.vocabulary = Vocabulary("\t\nab")
+    model = model_of("\t\nab")
     assert next(lm.stream(model, "", 1, seed=0)).ids.tolist() == [[1]]
     model.vocabulary = Vocabulary("abcd")  # a text without lines
     assert next(lm.stream(model, "", 1, seed=0)).ids.tolist() == [[0]]
@@ -414,8 +413,7 @@ def test_an_interrupt_before_anything_is_written_is_an_interrupt(monkeypatch):
 
 
 def test_without_a_seed_each_text_is_another_one():
-    model = zoo.build("gpt", zoo.recipe("gpt", "tiny", vocabulary=4)[0])
-    model.vocabulary = Vocabulary("\nabc")
+    model = model_of("\nabc")
     assert lm.generate(model, "a", 40) != lm.generate(model, "a", 40)
 
 

@@ -2,16 +2,17 @@
 
 import re
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 import torch
 from chromium import CONTRAST
+from helpers import model_of
 
 from irann import export, shakespeare, zoo
 from irann.__main__ import main
-from irann.text import Vocabulary
 
 WAIT = 60_000  # milliseconds
 # Milliseconds from an act, JavaScript, to the next frame in which the piece shows what it is to show
@@ -88,6 +89,21 @@ def page(site, browser):
     reader = Reader(browser, site / "book/live.html", viewport={"width": 1000, "height": 900})
     yield reader
     reader.close()
+
+
+@pytest.fixture
+def open_page(browser, tmp_path):
+    """-> a function that exports a model and opens its page, which is closed in the end."""
+    with ExitStack() as opened:
+
+        def open_page(model, link: str = "", **how) -> Reader:
+            path = tmp_path / "page.html"
+            path.write_text(export.page(model))
+            reader = Reader(browser, path, link, **how)
+            opened.callback(reader.close)
+            return reader
+
+        yield open_page
 
 
 def weights(reader) -> list[str]:
@@ -363,15 +379,11 @@ def test_an_exported_page_lives_alone(browser, tmp_path, capsys):
     reader.close()
 
 
-def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
+def test_a_model_of_another_text_brings_its_own_characters(open_page):
     """They may be signs of HTML; what is typed and they do not have is left out."""
-    vocabulary = Vocabulary("\n </script>&\"'abc\u00e9")
-    config, _ = zoo.recipe("gpt", "tiny", vocabulary=len(vocabulary))
-    model = zoo.build("gpt", config, seed=0)
-    model.vocabulary = vocabulary
-    path = tmp_path / "page.html"
-    path.write_text(export.page(model))
-    reader = Reader(browser, path)
+    model = model_of("\n </script>&\"'abc\u00e9")
+    vocabulary = model.vocabulary
+    reader = open_page(model)
     reader.fill("write", "</script>\u2019\u201cabce\u0301X\n")
     reader.slide("write", "length", 256)  # beyond the window
     reader.at("write", "button:has-text('write')").click()
@@ -393,17 +405,12 @@ def test_a_model_of_another_text_brings_its_own_characters(browser, tmp_path):
     first, second = reader.page.evaluate("asked")
     assert vocabulary.decode(first["ids"]) == "ab " and first["until"] is None
     assert vocabulary.decode(second["ids"]).endswith("cab") and len(second["ids"]) == 400
-    reader.close()
 
 
-def test_line_ends_before_a_word_end_no_answer_and_enter_in_a_word_asks_for_none(browser, tmp_path):
-    config, _ = zoo.recipe("gpt", "tiny")
-    model = zoo.build("gpt", config, seed=0)
+def test_line_ends_before_a_word_end_no_answer_and_enter_in_a_word_asks_for_none(open_page):
+    model = model_of(shakespeare.CHARACTERS)
     torch.nn.init.zeros_(model.lm_head.weight)  # all characters are as likely
-    model.vocabulary = Vocabulary(shakespeare.CHARACTERS)
-    path = tmp_path / "page.html"
-    path.write_text(export.page(model))
-    reader = Reader(browser, path)
+    reader = open_page(model)
     reader.page.evaluate("Math.random = () => 7.5e-6")  # of this seed, a line end comes first
     press = """more => !document.querySelector("#live-chat textarea").dispatchEvent(
         new KeyboardEvent("keydown", { key: "Enter", cancelable: true, ...more }))"""
@@ -414,16 +421,10 @@ def test_line_ends_before_a_word_end_no_answer_and_enter_in_a_word_asks_for_none
     assert reader.page.evaluate(press, {})
     reader.says("chat", "gpt has answered.")
     assert len(reader.at("chat", ".irann-speech").inner_text()) > 9
-    reader.close()
 
 
-def test_a_line_from_right_to_left_stands_so_in_the_dark_too(browser, tmp_path):
-    config, _ = zoo.recipe("gpt", "tiny", vocabulary=5)
-    model = zoo.build("gpt", config, seed=0)
-    model.vocabulary = Vocabulary("\u05d0\u05d1 12")
-    path = tmp_path / "page.html"
-    path.write_text(export.page(model))
-    reader = Reader(browser, path, color_scheme="dark")
+def test_a_line_from_right_to_left_stands_so_in_the_dark_too(open_page):
+    reader = open_page(model_of("\u05d0\u05d1 12"), color_scheme="dark")
     reader.fill("cost", "\u05d0\u05d1 12")
     reader.says("cost", "blind guess")
     lefts = reader.at("cost", ".irann-letters > span").evaluate_all(
@@ -432,20 +433,14 @@ def test_a_line_from_right_to_left_stands_so_in_the_dark_too(browser, tmp_path):
     aleph, bet, space, one, two = lefts
     assert one < two < space < bet < aleph
     reader.readable("cost")
-    reader.close()
 
 
 @pytest.mark.parametrize("name", ["gpt", "mamba", "diffusion", "thinker-page"])
-def test_a_piece_reads_no_more_than_the_window_holds(browser, tmp_path, name):
+def test_a_piece_reads_no_more_than_the_window_holds(open_page, name):
     """A longer text would run over the engine's own weights."""
-    vocabulary = Vocabulary("\nabcdefgh")
     sizes = {"gpt": {"heads": 4}, "diffusion": {"page": 8}}.get(name, {})
-    config, _ = zoo.recipe(name, "tiny", vocabulary=len(vocabulary), window=12, **sizes)
-    model = zoo.build(name, config, seed=0)
-    model.vocabulary = vocabulary
-    path = tmp_path / "page.html"
-    path.write_text(export.page(model))
-    reader = Reader(browser, path, "#live-attention?head=4" if name == "gpt" else "")
+    model = model_of("\nabcdefgh", name, window=12, **sizes)
+    reader = open_page(model, "#live-attention?head=4" if name == "gpt" else "")
     if name in ("gpt", "mamba"):
         piece, most = ("attention", 12) if name == "gpt" else ("forget", 13)
         reader.fill(piece, "abcdefgh" * 3)
@@ -464,24 +459,19 @@ def test_a_piece_reads_no_more_than_the_window_holds(browser, tmp_path, name):
         layers = model.config.layers
         assert reader.at("attention", ".irann-layer output").inner_text() == str(layers)
         assert "head=4" in reader.at("attention", ".irann-link").get_attribute("href")
-    reader.close()
 
 
 def test_a_chat_that_knows_no_character_of_what_is_said_begins_with_its_own_first(
-    browser, tmp_path
+    browser, open_page, tmp_path
 ):
     """And a page that may start no worker says so; a link with odd names changes nothing."""
-    config, _ = zoo.recipe("gpt", "tiny", vocabulary=3)
-    model = zoo.build("gpt", config, seed=0)
-    model.vocabulary = Vocabulary("\u00e4\u00f6\u00fc")
-    path = tmp_path / "page.html"
-    path.write_text(export.page(model))
-    reader = Reader(browser, path, "#live-write?constructor=1&toString=2")
+    model = model_of("\u00e4\u00f6\u00fc")
+    reader = open_page(model, "#live-write?constructor=1&toString=2")
     reader.page.evaluate(ASKED)
     reader.at("chat", "button:has-text('say it')").click()
     reader.says("chat", "has answered")
     assert reader.page.evaluate("window.asked.at(-1).ids") == [0]
-    reader.close()
+    path = tmp_path / "refused.html"
     rule = '<meta http-equiv="Content-Security-Policy" content="worker-src \'none\'">'
     path.write_text(export.page(model).replace("<meta charset", rule + "<meta charset", 1))
     refused = Reader(browser, path)
