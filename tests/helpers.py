@@ -1,10 +1,14 @@
 """What tests of several files make and do."""
 
+from collections.abc import Iterator
+from itertools import islice
+
 import torch
 
 from irann import zoo
 from irann.lm import LanguageModel
 from irann.text import Vocabulary
+from irann.training import Tick
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -22,3 +26,10 @@ def model_of(characters: str, name: str = "gpt", **changes) -> LanguageModel:
     model = zoo.build(name, config, seed=0)
     model.vocabulary = vocabulary
     return model
+
+
+def left_after(n: int, ticks: Iterator[Tick]) -> list[Tick]:
+    """-> the first steps of a training that is then left."""
+    taken = list(islice(ticks, n))
+    ticks.close()
+    return taken

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import rng
+from helpers import left_after, rng
 from safetensors.torch import load_file
 
 import irann
@@ -101,9 +101,7 @@ def test_a_batch_in_pieces_has_the_same_objective(pieces):
 def test_a_run_goes_on_with_its_targets_only(tmp_path):
     targets = soft_targets([teacher(1).read], TEXT, 16)
     run = tmp_path / "run"
-    ticks = train(tiny("gpt"), TEXT, RECIPE, run=run, targets=targets)
-    next(ticks)
-    ticks.close()
+    left_after(1, train(tiny("gpt"), TEXT, RECIPE, run=run, targets=targets))
     for other in (None, targets.bfloat16(), soft_targets([teacher(2).read], TEXT, 16)):
         with pytest.raises(irann.checkpoint.CheckpointError, match="targets of SHA-256"):
             list(train(tiny("gpt"), TEXT, RECIPE, run=run, resume=True, targets=other))

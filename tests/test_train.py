@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PROGRAMS, refuses, small_disk
-from helpers import rng
+from helpers import left_after, rng
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -112,8 +112,7 @@ def test_seconds_are_those_of_every_sitting_and_of_validating_too(small, tmp_pat
     for resume in (False, True):
         model, recipe = tiny(steps=4, evaluate_every=2)
         ticks = train(model, small, recipe, run=tmp_path, resume=resume)
-        seconds += [tick.seconds for tick in itertools.islice(ticks, 3)]
-        ticks.close()
+        seconds += [tick.seconds for tick in left_after(3, ticks)]
     assert seconds == [1, 3, 4, 6]
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["seconds"] for line in lines] == seconds
@@ -447,9 +446,8 @@ def test_whoever_leaves_the_loop_has_the_weights_of_the_last_step_in_training_mo
 def test_without_a_run_nothing_is_written(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, recipe = tiny(steps=4, save_every=1)
-    stream = train(model, small, recipe)
-    assert next(stream).saved is None
-    stream.close()
+    (tick,) = left_after(1, train(model, small, recipe))
+    assert tick.saved is None
     assert all(tick.saved is None for tick in train(model, small, recipe))
     assert os.listdir(tmp_path) == []
 
@@ -927,9 +925,7 @@ def test_resuming_is_bitwise_in_double_precision_too(small, tmp_path):
     recipe = tiny(steps=4, save_every=2)[1]
     model, cut, rest = (tiny()[0].double() for _ in range(3))
     list(train(model, small, recipe))
-    stream = train(cut, small, recipe, run=tmp_path)
-    next(stream), next(stream)
-    stream.close()
+    left_after(2, train(cut, small, recipe, run=tmp_path))
     list(train(rest, small, recipe, run=tmp_path, resume=True))
     assert equal(weights(model), weights(rest))
 
@@ -1112,9 +1108,7 @@ def test_to_resume_or_overwrite_takes_a_run(small):
 def test_averaged_weights_of_a_model_of_other_letters_are_measured_on_the_run_s(small, tmp_path):
     """The letters of a run that is gone on with are its own, whatever the model came with."""
     model, recipe = tiny(steps=4, evaluate_every=2, ema_decay=0.9)
-    stream = train(model, small, recipe, run=tmp_path)
-    next(stream), next(stream)
-    stream.close()
+    left_after(2, train(model, small, recipe, run=tmp_path))
     other, _ = tiny()
     other.vocabulary = Vocabulary("".join(chr(ord(c) + 400) for c in small.vocabulary.characters))
     *_, last = train(other, small, recipe, run=tmp_path, resume=True)
@@ -1148,9 +1142,7 @@ def test_lines_that_a_kill_cut_off_are_written_anew(small, tmp_path):
     ticks = []
     for resume in (False, True):
         model, recipe = tiny(steps=4)
-        stream = train(model, small, recipe, run=tmp_path, resume=resume)
-        ticks += itertools.islice(stream, 2)
-        stream.close()
+        ticks += left_after(2, train(model, small, recipe, run=tmp_path, resume=resume))
         if not resume:
             with open(tmp_path / "metrics.jsonl", "ab") as file:
                 file.write(b'{"step": 3, "loss": 9.0}\n\xff\0\0\n[]\n{"step": 4, "lo')
@@ -1298,18 +1290,14 @@ def test_another_machine_is_warned_of(small, tmp_path, name, then):
 
 def test_resuming_in_another_precision_is_warned_of_and_goes_on(small, tmp_path):
     model, recipe = tiny(steps=4)
-    stream = train(model.double(), small, recipe, run=tmp_path)
-    next(stream)
-    stream.close()
+    left_after(1, train(model.double(), small, recipe, run=tmp_path))
     with pytest.warns(UserWarning, match="saved with weights float64, here it is float32"):
         assert len(list(train(tiny()[0], small, recipe, run=tmp_path, resume=True))) == 3
 
 
 def test_the_streams_of_another_device_are_begun_anew(small, tmp_path):
     model, recipe = tiny("diffusion", steps=3, dropout=0.1)
-    stream = train(model, small, recipe, run=tmp_path)
-    next(stream)
-    stream.close()
+    left_after(1, train(model, small, recipe, run=tmp_path))
     (folder,) = checkpoint.listed(tmp_path)
     saved = checkpoint.load(folder)
     gpu = torch.zeros(16, dtype=torch.uint8)
@@ -1321,9 +1309,7 @@ def test_the_streams_of_another_device_are_begun_anew(small, tmp_path):
 
 def test_a_checkpoint_tells_only_the_loss_it_was_measured_at(small, tmp_path):
     model, recipe = tiny(steps=9, evaluate_every=2, save_every=1)
-    stream = train(model, small, recipe, run=tmp_path)
-    ticks = [next(stream) for _ in range(3)]
-    stream.close()
+    ticks = left_after(3, train(model, small, recipe, run=tmp_path))
     third, second = checkpoint.listed(tmp_path)  # the first is tidied away
     assert checkpoint.validation_of(third) is None
     assert checkpoint.validation_of(second) == ticks[1].validation
@@ -1354,9 +1340,7 @@ def test_optimizer_states_never_go_to_another_parameter(small, tmp_path, name, h
     changed = second if how == "frozen" else first
     victim = next(n for n, p in first.named_parameters() if p.ndim == 2)
     changed.get_parameter(victim).requires_grad_(False)
-    stream = train(first, small, recipe, run=tmp_path)
-    next(stream), next(stream)
-    stream.close()
+    left_after(2, train(first, small, recipe, run=tmp_path))
     with pytest.raises(CheckpointError, match=f"frozen parameters = .*{victim}"):
         list(train(second, small, recipe, run=tmp_path, resume=True))
     if how == "frozen":
