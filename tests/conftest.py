@@ -143,6 +143,21 @@ def unchecked(monkeypatch):
 
 
 @pytest.fixture
+def command(capsys):
+    """The command line in this process -> exit code, stdout, stderr; never a traceback."""
+    from irann.__main__ import main
+
+    def command(*words):
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return ended.value.code or 0, out, err
+
+    return command
+
+
+@pytest.fixture
 def clock(monkeypatch):
     """Time that passes only when it is told to: clock(2) lets two seconds go."""
     now = [0.0]

@@ -26,7 +26,6 @@ from conftest import excite, small_disk
 from helpers import model_of, rng
 
 from irann import shakespeare, zoo
-from irann.__main__ import main
 from irann.chat import streams
 from irann.chat import terminal as in_terminal
 from irann.chat.html import draft_html, inspection_html, note_of, progress, scene_html, stored_html
@@ -487,7 +486,7 @@ def pipe(here, *arguments, text, **env):
     return result.returncode, result.stdout, result.stderr
 
 
-def test_a_pipe_gets_the_replies_only(runs, monkeypatch, capsys):
+def test_a_pipe_gets_the_replies_only(runs, monkeypatch, command):
     path = runs / "runs" / "gpt-tiny"
     code, out, err = pipe(
         runs, path, "--length", 20, "--seed", 3, text="Who is there?\n/nonsense\n/temp 0\n/help\n"
@@ -498,19 +497,16 @@ def test_a_pipe_gets_the_replies_only(runs, monkeypatch, capsys):
     assert "has no setting 'nonsense'" in err and "temperature: 0.0" in err and "/save FILE" in err
     for said, replies in (("", 0), ("no line break at the end", 1)):
         monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-        with pytest.raises(SystemExit) as ended:
-            main(["chat", str(path), "--length", "5", "--mode", "plain"])
-        assert ended.value.code == 0 and len(capsys.readouterr().out) == 6 * replies
+        code, out, _ = command("chat", path, "--length", 5, "--mode", "plain")
+        assert code == 0 and len(out) == 6 * replies
 
 
-def test_a_pipe_that_is_not_text_is_refused_in_a_sentence(runs, monkeypatch, capsys):
+def test_a_pipe_that_is_not_text_is_refused_in_a_sentence(runs, monkeypatch, command):
     stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8")
     monkeypatch.setattr(sys, "stdin", stdin)
-    with pytest.raises(SystemExit) as exit:
-        main(["chat", str(runs / "runs" / "gpt-tiny")])
-    out, err = capsys.readouterr()
+    code, out, err = command("chat", runs / "runs" / "gpt-tiny")
     assert err.startswith("irann: what was said on standard input is not text")
-    assert exit.value.code == 2 and err.count("\n") == 1 and out == ""
+    assert code == 2 and err.count("\n") == 1 and out == ""
 
 
 @pytest.fixture

@@ -44,19 +44,10 @@ ENV = dict(os.environ)
 TINY = ["--recipe", "tiny", "--set", "steps=6"]
 
 
-def call(*arguments, capsys=None):
-    """Run in this process -> exit code, stdout, stderr."""
-    with pytest.raises(SystemExit) as exit:
-        main([str(a) for a in arguments])
-    out = capsys.readouterr()
-    assert "Traceback" not in out.err
-    return exit.value.code or 0, out.out, out.err
-
-
 @pytest.fixture
-def run(capsys, tmp_path, monkeypatch):
+def run(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: call(*arguments, capsys=capsys)
+    return command
 
 
 @pytest.fixture

@@ -68,20 +68,15 @@ def calls(python, *given, **options):
 
 
 @pytest.fixture
-def irann(capsys, tmp_path, monkeypatch):
-    """The command line in this process -> exit code, stdout, stderr; never a traceback, and one
-    sentence if it fails.
-    """
+def irann(command, tmp_path, monkeypatch):
+    """The command line in this process -> exit code, stdout, and the one sentence if it fails."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main(words(*arguments))
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
+        code, out, err = command(*arguments)
         said = [line for line in err.splitlines() if line.startswith("irann: ")]
-        assert len(said) == 1 or not end.value.code
-        return end.value.code or 0, out, said[-1] if said else ""
+        assert len(said) == 1 or not code
+        return code, out, said[-1] if said else ""
 
     return call
 

@@ -13,7 +13,6 @@ import pytest
 
 import irann
 from irann import runs, zoo
-from irann.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "book/intro.md")
@@ -61,36 +60,28 @@ def test_the_pages_have_the_commands_that_a_newcomer_needs():
 
 
 @pytest.mark.parametrize("line", [line for line in commands() if line.startswith("irann ")])
-def test_every_command_runs(line, quick, small, monkeypatch, capsys):
+def test_every_command_runs(line, quick, small, monkeypatch, command):
     opened = []
     monkeypatch.setattr(os, "execve", lambda *words: opened.append(words))
     monkeypatch.setattr("irann.bench.suite.main", lambda *_, **given: opened.append(given))
     monkeypatch.setattr("sys.stdin", open(os.devnull))
     words = shlex.split(line)[1:]
     if words[0] == "--install-completion":  # it would change the shell of whoever tests
-        assert "--install-completion" in help_of(capsys)
+        assert "--install-completion" in command("--help")[1]
         return
     if words[0] == "eval":  # test_weights reads all of the validation part
         monkeypatch.setattr("irann.shakespeare.load", lambda: small)
     if words[0] == "train":  # another run of that name is there already
         words.append("--overwrite")
-    with pytest.raises(SystemExit) as ended:
-        main(words)
-    out, err = capsys.readouterr()
+    code, out, err = command(*words)
     if "--log" in words and importlib.util.find_spec("tensorboard") is None:
-        assert ended.value.code == 2 and "pip install 'irann[log]'" in err
+        assert code == 2 and "pip install 'irann[log]'" in err
         return
-    assert not ended.value.code, (line, err)
+    assert code == 0, (line, err)
     if words[0] in ("book", "bench"):
         assert len(opened) == 1
     elif words[0] != "chat":
         assert out
-
-
-def help_of(capsys) -> str:
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    return capsys.readouterr().out
 
 
 def test_what_pip_is_told_to_install_is_there():

