@@ -1,11 +1,13 @@
 """What tests of several files make and do."""
 
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from conftest import PROGRAMS
@@ -44,6 +46,16 @@ def apart(*command, python=(sys.executable,), env=os.environ, **options):
     done = subprocess.run([*python, *map(str, command)], **options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def book_module(path: str) -> ModuleType:
+    """-> a module of the book, which is in no package."""
+    spec = importlib.util.spec_from_file_location(
+        Path(path).stem, PROGRAMS.parents[1] / "book" / path
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def left_after(n: int, ticks: Iterator[Tick]) -> list[Tick]:

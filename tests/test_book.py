@@ -1,7 +1,6 @@
 """The book builds from the stored notebooks without a warning, and its pages say what is true."""
 
 import base64
-import importlib.util
 import io
 import re
 import tomllib
@@ -16,19 +15,12 @@ import pytest
 import yaml
 from docutils import nodes
 from docutils.utils import new_document
+from helpers import book_module
 from PIL import Image
 
 from irann import figures
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(path):
-    """-> a module of the book, which is in no package."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "book" / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_page_is_built(site):
@@ -289,7 +281,7 @@ def test_execute_stores_a_clean_notebook(tmp_path):
     page.write_text(
         header + "".join(f"\n```{{code-cell}} ipython3\n{cell}\n```\n" for cell in cells)
     )
-    notebook = nbformat.read(load("execute.py").execute(page), as_version=4)
+    notebook = nbformat.read(book_module("execute.py").execute(page), as_version=4)
     summed, drawn, moved = notebook.cells[-3:]
     assert [out.get("text") for out in moved.outputs] == ["beside it\n"]
     assert summed.outputs[0].text == "2\n" and summed.execution_count == 1
@@ -326,12 +318,12 @@ def test_the_citation_and_the_licence_agree_with_the_package():
     ],
 )
 def test_a_docstring_s_shapes_and_code_are_set_as_code(said, set_as):
-    assert load("extension/house.py").prose(said) == set_as
+    assert book_module("extension/house.py").prose(said) == set_as
 
 
 def test_a_docstring_s_tables_and_examples_stay_as_they_are():
     lines = ["One", "sentence.", "", "| a | b |", "|---|---|", "", "    x = 1", "", "- a list", ""]
-    load("extension/house.py").docstring(None, "", "", None, None, lines)
+    book_module("extension/house.py").docstring(None, "", "", None, None, lines)
     table = ["::", "", "    | a | b |", "    |---|---|", ""]
     code, listed = ["::", "", "        x = 1", ""], ["::", "", "    - a list", ""]
     assert lines == ["One sentence.", "", *table, *code, *listed]
@@ -342,7 +334,7 @@ def picture(**attributes):
 
 
 def test_a_picture_says_what_stands_above_it_and_is_as_wide_as_it_was_drawn(tmp_path):
-    house, page = load("extension/house.py"), new_document("page")
+    house, page = book_module("extension/house.py"), new_document("page")
     Image.new("RGB", (640, 20)).save(tmp_path / "a.png", dpi=(200, 200))
     Image.new("RGB", (640, 20)).save(tmp_path / "b.png")
     mine = picture(uri="b.png", alt="mine", width="7px")
@@ -364,7 +356,7 @@ def test_a_picture_says_what_stands_above_it_and_is_as_wide_as_it_was_drawn(tmp_
 
 
 def test_all_figures_are_gathered_anew_where_any_page_is():
-    house, app = load("extension/house.py"), Mock()
+    house, app = book_module("extension/house.py"), Mock()
     house.setup(app)
     (gather,) = [
         call.args[1] for call in app.connect.call_args_list if call.args[0] == "env-get-outdated"
@@ -385,7 +377,7 @@ def test_the_site_has_a_button_for_binder_if_it_is_told_where_its_notebooks_are(
 
     listeners = {"event": [SimpleNamespace(handler=f) for f in (init_thebe_core, print)]}
     app = SimpleNamespace(events=SimpleNamespace(listeners=listeners))
-    load("extension/house.py").configure(app, config)
+    book_module("extension/house.py").configure(app, config)
     assert [one.handler for one in listeners["event"]] == [print]
     options = config.html_theme_options
     assert options["kept"] == 1 and options.get("repository_url", "") == address
@@ -393,7 +385,7 @@ def test_the_site_has_a_button_for_binder_if_it_is_told_where_its_notebooks_are(
 
 
 def test_a_chapter_with_a_cell_that_failed_or_never_ran_is_not_shown(tmp_path):
-    house, page = load("extension/house.py"), tmp_path / "page.ipynb"
+    house, page = book_module("extension/house.py"), tmp_path / "page.ipynb"
     cells = [nbformat.v4.new_markdown_cell("words"), nbformat.v4.new_code_cell("1")]
     cells += [nbformat.v4.new_code_cell("2")]
     env = SimpleNamespace(doc2path=lambda name: tmp_path / name)
@@ -424,7 +416,8 @@ def chapter(*titles):
     "titles, place", [(("One", "4.2 Exercises", "Further"), 3), (("One", "An exercise"), 4)]
 )
 def test_a_live_piece_stands_before_a_chapter_s_exercises_or_at_its_end(titles, place):
-    live, html = load("extension/live.py"), SimpleNamespace(builder=SimpleNamespace(format="html"))
+    live = book_module("extension/live.py")
+    html = SimpleNamespace(builder=SimpleNamespace(format="html"))
     page = chapter(*titles)
     live.add_to_chapter(html, page, "notebooks/04_mamba")
     heading, piece = page[0][place : place + 2]
@@ -438,7 +431,7 @@ def test_a_live_piece_stands_before_a_chapter_s_exercises_or_at_its_end(titles, 
 
 
 def test_only_a_page_with_a_live_piece_loads_its_script():
-    live, loaded = load("extension/live.py"), []
+    live, loaded = book_module("extension/live.py"), []
     app = SimpleNamespace(
         add_css_file=loaded.append, add_js_file=lambda name, **_: loaded.append(name)
     )
@@ -452,16 +445,16 @@ def test_only_a_page_with_a_live_piece_loads_its_script():
 def test_a_build_that_failed_is_given_no_files(tmp_path):
     app = SimpleNamespace(outdir=tmp_path, builder=SimpleNamespace(format="html"))
     for module, write in (("live", "write_files"), ("house", "bring_mathjax")):
-        getattr(load(f"extension/{module}.py"), write)(app, ValueError("no"))
+        getattr(book_module(f"extension/{module}.py"), write)(app, ValueError("no"))
     app.builder.format = "latex"
     for module, write in (("live", "write_files"), ("house", "bring_mathjax")):
-        getattr(load(f"extension/{module}.py"), write)(app, None)
+        getattr(book_module(f"extension/{module}.py"), write)(app, None)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_in_the_moving_picture_ink_has_settled_and_grey_is_a_guess():
     """Newlines before the text are not drawn, but count; a long line is broken and none is lost."""
-    moving = load("moving.py")
+    moving = book_module("moving.py")
     drawn = []
     pen = SimpleNamespace(text=lambda at, sign, colour, font: drawn.append((at, sign, colour)))
     text = "\n\nab\n\n" + "c" * 30 + " " + "d" * 20
@@ -478,7 +471,7 @@ def test_in_the_moving_picture_ink_has_settled_and_grey_is_a_guess():
 
 
 def test_students_get_what_they_write_empty_and_no_solution(tmp_path, capsys):
-    student = load("student.py")
+    student = book_module("student.py")
     student.main(str(tmp_path / "class"))
     table = (ROOT / "book/teaching.md").read_text()
     for entry in student.WRITTEN:

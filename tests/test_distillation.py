@@ -1,13 +1,11 @@
 """Soft targets: what teachers expect at each position, and a student that learns it."""
 
-import importlib.util
 import json
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import left_after, rng
+from helpers import book_module, left_after, rng
 from safetensors.torch import load_file
 
 import irann
@@ -141,10 +139,7 @@ def test_a_window_that_the_text_does_not_hold_is_refused(window):
 
 
 def test_the_script_teaches_measures_and_ships(tmp_path, monkeypatch):
-    path = Path(__file__).parent.parent / "book" / "distil.py"
-    spec = importlib.util.spec_from_file_location("distil", path)
-    distil = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(distil)
+    distil = book_module("distil.py")
     trained = {name: tiny(name).eval() for name in READERS}
     for model in trained.values():
         model.vocabulary = TEXT.vocabulary

@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib.util
 import json
 import math
 import re
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import excite
-from helpers import rng
+from helpers import book_module, rng
 
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
@@ -60,10 +59,7 @@ def some_ids(n, seed=0, vocabulary=13):
 
 
 def test_the_engine_is_what_its_source_compiles_to(tmp_path):
-    spec = importlib.util.spec_from_file_location("build", ROOT / "book/live/build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
-    build.build(tmp_path / "engine.wasm")
+    book_module("live/build.py").build(tmp_path / "engine.wasm")
     same = (tmp_path / "engine.wasm").read_bytes() == (LIVE / "engine.wasm").read_bytes()
     assert same, "engine.c has changed: python book/live/build.py"
 
