@@ -63,3 +63,28 @@ def left_after(n: int, ticks: Iterator[Tick]) -> list[Tick]:
     taken = list(islice(ticks, n))
     ticks.close()
     return taken
+
+
+def cut(draws, rows):
+    """The part of what was drawn for a batch that belongs to some of its rows."""
+    return {
+        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim else value
+        for name, value in draws.items()
+    }
+
+
+def objective(model, batch, draws, rows):
+    """-> loss, parts and gradients of a batch that is cut into groups of rows."""
+    model.zero_grad(set_to_none=True)
+    model.absorb()
+    total, mean = 0.0, {}
+    for group in rows:
+        loss, parts = model.loss(batch[group], cut(draws, group))
+        (loss / len(rows)).backward()
+        total += loss.item() / len(rows)
+        for part, value in parts.items():
+            mean[part] = mean.get(part, 0.0) + value.item() / len(rows)
+    model.absorb()
+    slopes = {n: p.grad.clone() for n, p in model.named_parameters()}
+    numbers = {"loss": total} | mean
+    return {k: torch.tensor(v, dtype=torch.double) for k, v in numbers.items()} | slopes

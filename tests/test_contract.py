@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 from conftest import PROGRAMS, excite, refuses
-from helpers import apart, ids, rng
+from helpers import apart, ids, objective, rng
 from torch.func import functional_call, grad, vmap
 
 import irann
@@ -283,30 +283,6 @@ def test_a_loss_in_inference_mode_does_not_forbid_training_later(name):
     with torch.inference_mode():
         model.loss(ids(2, 33))
     model.loss(ids(2, 33))[0].backward()
-
-
-def cut(draws, rows):
-    """The part of what was drawn for a batch that belongs to some of its rows."""
-    return {
-        name: value[rows] if isinstance(value, torch.Tensor) and value.ndim else value
-        for name, value in draws.items()
-    }
-
-
-def objective(model, batch, draws, rows):
-    """-> loss, parts and gradients of a batch that is cut into groups of rows."""
-    model.zero_grad(set_to_none=True)
-    model.absorb()
-    total, mean = 0.0, {}
-    for group in rows:
-        loss, parts = model.loss(batch[group], cut(draws, group))
-        (loss / len(rows)).backward()
-        total += loss.item() / len(rows)
-        for part, value in parts.items():
-            mean[part] = mean.get(part, 0.0) + value.item() / len(rows)
-    model.absorb()
-    slopes = {n: p.grad.clone() for n, p in model.named_parameters()}
-    return {"loss": torch.tensor(total)} | {k: torch.tensor(v) for k, v in mean.items()} | slopes
 
 
 @pytest.mark.parametrize("name", NAMES)
