@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import refuses
 from filelock import FileLock
-from helpers import rng
+from helpers import rng, threads
 
 from irann import shakespeare, zoo
 from irann.bench import quality, races, report, scan, speed, suite
@@ -247,16 +247,16 @@ def test_what_was_not_installed_is_measured_when_it_is(tmp_path, monkeypatch, ca
 
 
 def test_a_part_that_fails_takes_nothing_of_the_others_with_it(tmp_path, monkeypatch):
-    parts = {"scan": lambda quick: 1, "step": lambda quick: 1 / 0}
+    """And each is measured on one thread."""
+    parts = {"scan": lambda quick: torch.get_num_threads(), "step": lambda quick: 1 / 0}
     monkeypatch.setattr(suite, "parts_of", lambda what: parts)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with threads(2):
         with pytest.raises(ZeroDivisionError):
             suite.measure("scan", True, tmp_path)
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+        del parts["step"]
+        suite.measure("scan", True, tmp_path)
+        assert torch.get_num_threads() == 2
     stored = json.loads((tmp_path / "scan.json").read_text())
     assert stored["scan"] == 1 and "step" not in stored
 
@@ -375,17 +375,6 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
     assert measured["irann, after 100"] == {"median": 150, "low": 100, "high": 200}
     assert measured["irann, after 1,000"] == {"median": 15, "low": 10, "high": 20}
     assert measured["transformers, cached, after 100"] == pytest.approx(speed.summary([5.0, 5.0]))
-
-
-def test_the_benchmark_measures_on_one_thread(tmp_path, monkeypatch):
-    parts = {"scan": lambda quick: torch.get_num_threads()}
-    monkeypatch.setattr(suite, "parts_of", lambda what: parts)
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        assert suite.measure("scan", True, tmp_path)["scan"] == 1 and torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_words_count_as_existing_by_the_training_part_alone(small, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import refuses
+from helpers import threads
 from test_scan import close, draw, everything
 
 from irann import kernels
@@ -151,14 +152,11 @@ def test_backward_takes_the_kernel_of_forward(monkeypatch):
     close(gradients, everything(inputs, "auto")[2:])
 
 
-@pytest.mark.parametrize("texts, threads", [(1, 1), (1, 2), (1, 3), (2, 5), (3, 4)])
-def test_the_kernel_shares_texts_among_threads(texts, threads):
-    inputs, before = draw(texts, 40, 50, 3), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+@pytest.mark.parametrize("texts, n", [(1, 1), (1, 2), (1, 3), (2, 5), (3, 4)])
+def test_the_kernel_shares_texts_among_threads(texts, n):
+    inputs = draw(texts, 40, 50, 3)
+    with threads(n):
         close(everything(inputs, "auto"), everything(inputs, "sequential"))
-    finally:
-        torch.set_num_threads(before)
 
 
 # --- operators of torch ---------------------------------------------------------------------------

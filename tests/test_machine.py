@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import PROGRAMS
-from helpers import apart
+from helpers import apart, threads
 
 import irann
 from irann import machine
@@ -51,8 +51,8 @@ def test_where_one_thread_computes_no_pool_is_started(monkeypatch):
 def test_the_watcher_is_for_two_threads_to_as_many_as_most_cores(monkeypatch):
     for name in machine.CHOSEN:
         monkeypatch.delenv(name, raising=False)
-    for threads, waits in ((1, False), (2, True), (8, True), (9, False)):
-        monkeypatch.setattr(machine.torch, "get_num_threads", lambda threads=threads: threads)
+    for n, waits in ((1, False), (2, True), (8, True), (9, False)):
+        monkeypatch.setattr(machine.torch, "get_num_threads", lambda n=n: n)
         assert machine.waits_politely() == waits
 
 
@@ -117,18 +117,14 @@ def test_others_are_all_that_computes_but_this_process(monkeypatch, tmp_path):
 def test_what_is_too_small_to_share_is_one_threads_work_and_the_count_is_put_back(monkeypatch):
     for name in (*machine.CHOSEN, *machine.THREADS):
         monkeypatch.delenv(name, raising=False)
-    before = machine.torch.get_num_threads()
-    try:
-        for threads in (1, 2, machine.MOST_CORES + 1):
-            machine.torch.set_num_threads(threads)
-            small = 1 if threads <= machine.MOST_CORES else threads
-            for work, expected in ((machine.SMALL, small), (machine.SMALL + 1, threads)):
+    for n in (1, 2, machine.MOST_CORES + 1):
+        with threads(n):
+            small = 1 if n <= machine.MOST_CORES else n
+            for work, expected in ((machine.SMALL, small), (machine.SMALL + 1, n)):
                 with pytest.raises(KeyError), machine.threads_for(work):
                     assert machine.torch.get_num_threads() == expected
                     raise KeyError
-                assert machine.torch.get_num_threads() == threads
-    finally:
-        machine.torch.set_num_threads(before)
+                assert machine.torch.get_num_threads() == n
 
 
 @pytest.mark.parametrize("name", [*machine.CHOSEN, *machine.THREADS])
@@ -149,9 +145,8 @@ def test_a_thread_count_that_the_reader_set_is_kept(name, monkeypatch):
 def test_a_small_training_and_a_text_are_one_threads_work(small, monkeypatch):
     for name in (*machine.CHOSEN, *machine.THREADS):
         monkeypatch.delenv(name, raising=False)
-    before, seen = machine.torch.get_num_threads(), []
-    machine.torch.set_num_threads(2)
-    try:
+    seen = []
+    with threads(2):
         config, recipe = irann.recipe("gpt", "tiny", steps=2, evaluate_every=0)
         model = irann.build("gpt", config, seed=1)
         next(model.children()).register_forward_pre_hook(
@@ -161,8 +156,6 @@ def test_a_small_training_and_a_text_are_one_threads_work(small, monkeypatch):
         irann.generate(model, "a", 3)
         assert len(seen) >= 4 and set(seen) == {1}
         assert machine.torch.get_num_threads() == 2
-    finally:
-        machine.torch.set_num_threads(before)
 
 
 def test_the_cache_is_where_it_is_said_to_be(monkeypatch):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import excite
-from helpers import book_module, rng
+from helpers import book_module, rng, threads
 
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
@@ -35,10 +35,8 @@ def host(request):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 def tiny(name, seed=0, std=0.4, **changes):
