@@ -1,6 +1,7 @@
 """What tests of several files make and do."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -68,6 +69,11 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def rows_of(run: str | Path) -> list[dict]:
+    """-> what a run's metrics.jsonl tells, a dict for each step."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def left_after(n: int, ticks: Iterator[Tick]) -> list[Tick]:

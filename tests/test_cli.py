@@ -29,6 +29,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROGRAMS, small_disk
+from helpers import rows_of
 
 import irann
 import irann.__main__ as main_module
@@ -339,8 +340,7 @@ def test_a_closed_stream_is_one_sentence_or_no_matter(trained, tmp_path, command
     assert done.stderr.count("\n") == bool(words)
     if "closed" in command:  # no file was taken for a stream
         assert newest_step(tmp_path / "closed") == 6
-        lines = (tmp_path / "closed" / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert [row["step"] for row in rows_of(tmp_path / "closed")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_streams_that_python_does_not_have(run, trained, monkeypatch):
@@ -550,7 +550,7 @@ def test_each_step_is_logged_as_the_tools_ask_for_it(run, short, monkeypatch):
         assert run("train", "gpt", *arguments)[0] == 0
         assert (seen[-1] == "closed") == (tool == "tensorboard")
         seen[:] = [row for row in seen if row != "closed"]
-        told = [json.loads(line) for line in open("runs/gpt-tiny/metrics.jsonl")]
+        told = rows_of("runs/gpt-tiny")
         for name in ("loss", "lr", "nats_per_char", "validation"):
             rows = [(row["step"], name, row[name]) for row in told if name in row]
             assert [row for row in seen if row[1] == name] == rows, (tool, name)
@@ -867,8 +867,7 @@ def test_a_text_of_ones_own_is_validated_ten_times_unless_it_is_set(run, recipe,
     changes = [f"--set={name}={n}" for name, n in small.items() if n is not None]
     where = ("--corpus", "digits.txt", "--run", "mine", "--recipe", recipe)
     assert run("train", "gpt", *where, *changes)[0] == 0
-    rows = [json.loads(line) for line in open("mine/metrics.jsonl")]
-    assert sum(row.get("validation") is not None for row in rows) == validated
+    assert sum(row.get("validation") is not None for row in rows_of("mine")) == validated
 
 
 def test_who_speaks_is_said_where_a_name_could_mean_two(run, short, monkeypatch):

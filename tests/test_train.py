@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import PROGRAMS, refuses, small_disk
-from helpers import left_after, rng
+from helpers import left_after, rng, rows_of
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -114,8 +114,7 @@ def test_seconds_are_those_of_every_sitting_and_of_validating_too(small, tmp_pat
         ticks = train(model, small, recipe, run=tmp_path, resume=resume)
         seconds += [tick.seconds for tick in left_after(3, ticks)]
     assert seconds == [1, 3, 4, 6]
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["seconds"] for line in lines] == seconds
+    assert [row["seconds"] for row in rows_of(tmp_path)] == seconds
     told = checkpoint.newest(tmp_path)[1].config
     assert (told["seconds"], told["characters"], told["exact"]) == (6, 4 * 8 * 32, True)
     assert not State(*tiny("diffusion")[:1], small, recipe).describe()["exact"]
@@ -814,8 +813,7 @@ def test_a_validation_that_was_cut_off_is_made_up_for(small, tmp_path, monkeypat
         return train(model, small, recipe, run=tmp_path / name, **options)
 
     def told(name):
-        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
+        rows = rows_of(tmp_path / name)
         return [(row["step"], row["loss"], row.get("validation")) for row in rows]
 
     list(run("straight"))
@@ -848,8 +846,7 @@ def test_what_fails_while_the_first_step_is_validated_is_raised_and_the_step_kep
         patch.setattr(loop, "evaluate", lambda *_, **__: 1 / 0)
         list(train(model, small, recipe, run=tmp_path))
     assert [folder.name for folder in checkpoint.listed(tmp_path)] == ["step-00000001"]
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(line)["step"] == 1
+    assert [row["step"] for row in rows_of(tmp_path)] == [1]
 
 
 @pytest.mark.parametrize("answer", [None, 0, signal.SIGINT])
@@ -913,9 +910,8 @@ def test_resuming_after_a_break_is_bitwise_with_dropout_and_average(small, tmp_p
     assert losses + [t.loss for t in rest] == straight
     assert "resumed from" in rest[0].notes[0] and not rest[1].notes
     assert equal(weights(model), weights(third))
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 10))
-    assert [json.loads(line)["loss"] for line in lines] == straight
+    told = [(row["step"], row["loss"]) for row in rows_of(tmp_path)]
+    assert told == list(enumerate(straight, 1))
     fourth = zoo.build("gpt", model.config, seed=4)  # nothing left to do: as at the end
     assert list(train(fourth, small, recipe, run=tmp_path, resume=True)) == []
     assert equal(weights(model), weights(fourth))
@@ -942,11 +938,10 @@ def test_a_step_is_told_before_it_is_saved(small, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(DiskError):
         patch.setattr(checkpoint, "save", full)
         next(stream)
-    metrics = tmp_path / "metrics.jsonl"
-    assert "validation" in json.loads(metrics.read_text().splitlines()[3])
+    assert "validation" in rows_of(tmp_path)[3]
     again = train(tiny()[0], small, recipe, run=tmp_path, resume=True)
     assert [tick.step for tick in again] == [3, 4]
-    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("fault", [ZeroDivisionError, KeyboardInterrupt])
@@ -1125,7 +1120,7 @@ def test_resuming_where_nothing_was_saved_begins_and_says_so(small, tmp_path):
 def test_metrics_tell_what_the_ticks_told(small, tmp_path):
     model, recipe = tiny("thinker", steps=4, evaluate_every=2)
     ticks = list(train(model, small, recipe, run=tmp_path))
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(tmp_path)
     assert len(ticks) == len(rows) and len(ticks[0].parts) > 1
     for tick, row in zip(ticks, rows, strict=True):
         told = {name: getattr(tick, name) for name in ("step", "loss", "lr", "grad_norm")}
@@ -1146,8 +1141,7 @@ def test_lines_that_a_kill_cut_off_are_written_anew(small, tmp_path):
         if not resume:
             with open(tmp_path / "metrics.jsonl", "ab") as file:
                 file.write(b'{"step": 3, "loss": 9.0}\n\xff\0\0\n[]\n{"step": 4, "lo')
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    told = [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+    told = [(row["step"], row["loss"]) for row in rows_of(tmp_path)]
     assert told == [(tick.step, tick.loss) for tick in ticks] and len(told) == 4
 
 
