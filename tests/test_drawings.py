@@ -13,7 +13,7 @@ from irann import figures
 from irann.core import halting, noise
 from irann.core.noise import Schedule
 from irann.figures import attention, diffusion, mamba, thinking
-from irann.figures.sketch import canvas, matrix
+from irann.figures.sketch import arrow, canvas, matrix
 
 
 @pytest.fixture(autouse=True)
@@ -34,17 +34,27 @@ def words(ax) -> list[str]:
 def test_a_head_is_drawn_with_every_number_of_the_equations():
     generator = rng(0)
     x, *maps = (torch.randn(n, c, generator=generator) for n, c in ((4, 3), (3, 2), (3, 2), (3, 2)))
-    shown = words(attention.head("that", x, *maps))
+    held, numbers, letters = {}, [], ""
+    for word in words(attention.head("that", x, *maps)):
+        if " × " in word:  # a name stands after what it names
+            held[word] = (numbers, letters)
+            numbers, letters = [], ""
+        elif word in [*"that"]:
+            letters += word
+        elif word:
+            numbers.append(word)
     q, k, v = (x @ W for W in maps)
-    z = (q @ k.mT / 2**0.5).masked_fill(torch.ones(4, 4).triu(1) == 1, -torch.inf)
-    a = z.softmax(-1)
-    for values in (x, *maps, q, k, v, z[3], a @ v):
-        for value in values.flatten().tolist():
-            assert f"{value:.1f}" in shown
-    for value in a[3].tolist():
-        assert f"{100 * value:.0f}" in shown
-    assert "x  4 × 3" in shown and "$W_q$  3 × 2" in shown and "masked  4 × 4" in shown
-    assert not {"nan", "-inf", "inf"} & set(shown)
+    z, past = q @ k.mT / 2**0.5, torch.ones(4, 4).tril() == 1
+    a = z.masked_fill(~past, -torch.inf).softmax(-1)
+    want = {f"$W_{name}$  3 × 2": (W, "") for name, W in zip("qkv", maps, strict=True)}
+    want |= {
+        f"{name}  4 × 2": (y, "that") for name, y in zip("qkvy", (q, k, v, a @ v), strict=True)
+    }
+    want |= {"x  4 × 3": (x, "that"), "z  4 × 4": (z, "that"), "masked  4 × 4": (z[past], "that")}
+    for name, (values, beside) in want.items():
+        assert held.pop(name) == ([f"{value:.1f}" for value in values.flatten()], beside), name
+    assert held == {"a in %  4 × 4": ([f"{100 * value:.0f}" for value in a[past]], "thatthat")}
+    assert numbers == ["softmax"]
 
 
 def test_a_matrix_is_as_dark_as_its_numbers_are_large_and_empty_where_there_is_none():
@@ -54,6 +64,9 @@ def test_a_matrix_is_as_dark_as_its_numbers_are_large_and_empty_where_there_is_n
     assert words(ax) == ["1.0", "-2.0", "0.0", "0.5", *"ab", *"xyz", "z  2 × 3"]
     one, two, none, zero, half, _ = (cell.get_facecolor()[0] for cell in ax.patches)
     assert two < one < half < zero == none == 1
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0, 6), (4, 0))  # downwards, as text is read
+    arrow(ax, (0, 1), (4, 2), "way")
+    assert ax.texts[-1].get_position() == (2, 1.5)
 
 
 def test_the_model_is_drawn_with_its_shapes():
@@ -80,6 +93,7 @@ def test_weights_and_losses_are_drawn_as_they_are():
     assert [bar.get_height() for bar in panels[0].patches] == [0.25] * 4
     assert [bar.get_center()[0] for bar in panels[0].patches] == [1, 2, 3, 4]
     assert [panel.get_title(loc="left") for panel in panels] == ["bare", "scaled"]
+    assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("key", "attention weight")
 
     ax = attention.curve(
         plt.subplots()[1], [float(i) for i in range(40)], 500, color="C0", label=""
@@ -103,15 +117,20 @@ def test_the_two_heads_drawn_large_are_the_ones_the_titles_say():
     shown = [*weights.flatten(0, 1), weights[1, 0], weights[0, 1]]
     for image, want in zip(titled.values(), shown, strict=True):
         assert image.get_array().tolist() == want.tolist() and image.get_clim() == (0, 1)
+    for name in large:
+        ax = titled[name].axes
+        assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
 
 
 def test_the_thinker_unrolled_shows_its_coins_its_losses_and_where_it_stops():
     ax = thinking.unrolled([0.1, 0.5, 0.3], [2.0, 1.5, 1.25], character="q")
     shown = " ".join(words(ax))
     p = halting.halting_distribution(torch.tensor([0.1, 0.5, 0.3], dtype=torch.float64))
-    assert "of 'q'" in shown and "takes the rest" in shown and "stop: 0.30" not in shown
+    assert "of 'q'" in shown and "weights\n3 times" in shown
+    coins = re.findall(r"stop: \S+|takes the rest", shown)
+    assert coins == ["stop: 0.10", "stop: 0.50", "takes the rest"]
     for r, (probability, nats) in enumerate(zip(p.tolist(), ("2.00", "1.50", "1.25")), 1):
-        assert f"$p_{r}$ = {probability:.2f}" in shown and f"{nats} nats" in shown
+        assert f"$p_{r}$ = {probability:.2f}" in shown and f"$z_{r} W$\n{nats} nats" in shown
 
 
 def test_a_staircase_has_a_curve_for_each_number_of_hops_and_names_who_looks_where():
@@ -124,7 +143,9 @@ def test_a_staircase_has_a_curve_for_each_number_of_hops_and_names_who_looks_whe
         assert curve.get_xdata().tolist() == list(range(1, 7))
         assert curve.get_ydata() == pytest.approx(right[far].numpy())
     assert list(trained.get_xdata()) == [4, 4]
-    assert [tick.get_text() for tick in beside.get_yticklabels()] == names
+    for labels in (beside.get_xticklabels(), beside.get_yticklabels()):
+        assert [tick.get_text() for tick in labels] == names
+    assert (left.get_xlabel(), left.get_ylabel()) == ("round", "right answers")
     assert beside.images[0].get_array().tolist() == weights.tolist()
     assert (beside.get_xlabel(), beside.get_ylabel()) == ("looked at", "looks")
 
@@ -150,8 +171,15 @@ def test_the_forward_process_shows_every_level_with_its_number():
     seen = " ".join(words(ax))
     for part in ("+1.00", "+0.25", "-0.50", "x_{300}", "= 0.80"):
         assert part in seen
-    ways = [(text.xy[0] > text.xyann[0]) for text in ax.texts if getattr(text, "arrow_patch", None)]
-    assert ways == [True, False] * 2  # there and back, between neighbours
+    arrows = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
+    ways = [(way.xy[0] > way.xyann[0], way.arrow_patch.get_linestyle()) for way in arrows]
+    assert ways == [(True, "-"), (False, "--")] * 2  # there and back, between neighbours
+    frames = [to_hex(box.get_edgecolor()) for box in ax.patches]
+    assert frames == [
+        figures.HUES["diffusion"].lower(),
+        figures.INK,
+        figures.INK,
+    ]  # what is data stands out
 
 
 def test_a_reverse_step_lands_where_the_package_lands():
@@ -185,6 +213,9 @@ def test_schedules_draw_the_signal_and_its_snr():
     assert torch.allclose(torch.tensor(signal.lines[0].get_ydata()), schedule.alpha_bar)
     assert torch.allclose(torch.tensor(snr.lines[0].get_ydata()), schedule.snr.log())
     assert list(read.lines[0].get_ydata()) == [1.0, 0.5]
+    levels = list(range(1, 11))
+    for ax, at, what in ((signal, levels, "signal"), (snr, levels, "SNR"), (read, [1, 6], "read")):
+        assert list(ax.lines[0].get_xdata()) == at and what in ax.get_title() + ax.get_title("left")
 
 
 def test_humps_and_cosines_show_what_they_are_given():
@@ -193,6 +224,8 @@ def test_humps_and_cosines_show_what_they_are_given():
     diffusion.humps(left, grid, grid**2, grid.abs(), 0.25)
     assert list(left.lines[0].get_ydata()) == grid.abs().tolist()
     assert list(left.lines[1].get_xdata()) == [0.25, 0.25]
+    drawn = [each.get_label() for each in (*left.collections, *left.lines)]
+    assert drawn == ["true", "the model's", "$x_\\tau$"]
     true = zip(grid.tolist(), (grid**2).tolist(), strict=True)
     assert set(true) <= set(map(tuple, left.collections[0].get_paths()[0].vertices.tolist()))
     diffusion.cosines(right, torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]), "ab\n")
@@ -217,15 +250,28 @@ def test_the_tree_shows_every_pair_of_every_level():
     done, will_change, new = figures.INK, figures.PALE, figures.HUES["mamba"].lower()
     frames = [done, will_change, will_change, done, new, will_change, done, done, new]
     assert [to_hex(cell.get_edgecolor()) for cell in ax.patches] == frames
+    arrows = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
+    ways = [arrow for arrow in arrows if to_hex(arrow.arrow_patch.get_edgecolor()) == new]
+    columns = sorted({cell.get_x() + cell.get_width() / 2 for cell in ax.patches})
+    taken = [(arrow.xyann[0], arrow.xy[0]) for arrow in ways]
+    assert taken == [(pytest.approx(a), pytest.approx(b)) for a, b in zip(columns, columns[1:])]
 
 
 def test_the_block_shows_its_sizes():
     said = words(mamba.block(d=48, e=96, n=5, k=3, rank=2))
-    assert {"48", "96", "2", "$B$, $C$:\n2×5", "$\\delta$: 96", "conv1d\n3 positions"} <= set(said)
+    assert {"$B$, $C$:\n2×5", "$\\delta$: 96", "$u$: 96", "conv1d\n3 positions"} <= set(said)
+    assert {"gate: 96", "residual stream: 48"} <= set(said)
+    assert [word for word in said if word.isdigit()] == ["48", "96", "96", "2"]  # along the way
 
 
-def test_a_slider_that_is_moved_draws_anew():
-    seen = []
+def test_a_slider_that_is_moved_draws_anew(monkeypatch):
+    seen, asked, stopping = [], [], thinking.stopping
+
+    def noted(nats, *given):
+        asked.append(given)
+        return stopping(nats, *given)
+
+    monkeypatch.setattr(thinking, "stopping", noted)
 
     def draw(value):
         seen.append(value)
@@ -241,6 +287,7 @@ def test_a_slider_that_is_moved_draws_anew():
     ranges = diffusion.slide(draw_on, level=(500, 1, 1000), eta=(1.0, 0, 1))
     ends = [(slider.min, slider.max) for slider in ranges.children[:-1]]
     assert ends == [(1, 1000), (0, 1)]
+    assert [type(slider.value) for slider in ranges.children[:-1]] == [int, float]
     for widget, moves in (
         (options, {"c": 3}),
         (ranges, {"level": 300, "eta": 0.5}),
@@ -254,3 +301,4 @@ def test_a_slider_that_is_moved_draws_anew():
             slider.value = value
             assert picture.value != before
     assert seen == [2, (500, 1.0), 3, (300, 1.0), (300, 0.5)] and not plt.get_fignums()
+    assert asked == [(0.1, 0.3), (0.2, 0.3), (0.2, 0.4)]

@@ -84,7 +84,8 @@ def test_a_long_learning_curve_is_smoothed_over_twenty_steps_in_the_hue_of_its_m
     ticks = [SimpleNamespace(step=i, loss=float(i), validation=2.0) for i in range(100)]
     figures.learning_curve(ticks, name="mamba", against="step", ax=ax, label="ours")
     raw, mean, validation = ax.lines  # no line of another text, unless it is asked for
-    assert mean.get_label() == "ours" and data(mean)[1][0] == 9.5 and len(data(mean)[1]) == 81
+    centred = (list(range(10, 91)), [9.5 + i for i in range(81)])
+    assert mean.get_label() == "ours" and data(mean) == centred
     assert {line.get_color() for line in (raw, mean, validation)} == {figures.HUES["mamba"]}
 
 
@@ -135,7 +136,9 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     figures.lengths({"thinker": row, "thinker-page": row}, ax=ax)
     assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])] * 2
     assert [line.get_ls() for line in ax.lines] == ["-", "--"]  # of one hue
-    assert "250" in ax.get_title("left")
+    assert [line.get_label() for line in ax.lines] == ["thinker", "thinker-page"]
+    assert "250" in ax.get_title("left") and ax.get_ylim()[1] > 81  # nothing is cut off
+    assert "prompt" in ax.get_xlabel() and "per second" in ax.get_ylabel()
     ax.clear()
 
     (words, fewer), (rate, slow) = summaries(0.9, 0.8), summaries(50, 20)
@@ -147,6 +150,8 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     assert "per second" in ax.get_xlabel() and "words" in ax.get_ylabel()
     figures.parallel({"thinker": row, "thinker-page": row}, ax=ax)
     assert [line.get_marker() for line in ax.lines[1:]] == ["o", "s"]  # of one hue
+    names = ["diffusion", "thinker", "thinker-page"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == names
 
 
 def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
