@@ -341,7 +341,9 @@ def run_arm(
     if arm.measure:
         results["measured"] = arm.measure(model, text)
     for key, value in results.items():
-        row.setdefault(key, [])[seed : seed + 1] = [value]  # later seeds may be there already
+        values = row.setdefault(key, [])
+        values += [math.nan] * (seed - len(values))  # older reports lack what is new
+        values[seed : seed + 1] = [value]  # later seeds may be there already
 
 
 def training_seconds(log: list[dict]) -> float:
