@@ -15,6 +15,7 @@ from irann.training import Recipe, soft_targets, train
 READERS = ("gpt", "mamba", "thinker")
 TEXT = irann.Text.of("to be or not to be, that is the question\n" * 12)
 VOCABULARY = len(TEXT.vocabulary)
+SURE = torch.eye(VOCABULARY)[TEXT.train]
 RECIPE = Recipe(steps=3, batch=4, optimizer="muon", seed=5)
 
 
@@ -34,10 +35,9 @@ def teacher(seed):
 
 @pytest.mark.parametrize("name", READERS)
 def test_targets_that_are_sure_of_the_text_train_as_the_text_does(name):
-    sure = torch.nn.functional.one_hot(TEXT.train.long(), VOCABULARY).float()
     plain, taught = tiny(name), tiny(name)
     without = list(train(plain, TEXT, RECIPE))
-    ticks = list(train(taught, TEXT, RECIPE, targets=sure))
+    ticks = list(train(taught, TEXT, RECIPE, targets=SURE))
     assert [t.loss for t in ticks] == pytest.approx([t.loss for t in without], abs=1e-5)
     for ours, theirs in zip(taught.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
@@ -122,7 +122,8 @@ def test_a_run_goes_on_with_its_targets_only(tmp_path):
         ),
         ("gpt", [1.0], "probabilities of shape"),
         ("gpt", torch.ones(len(TEXT.train), VOCABULARY), "probabilities of shape"),  # logits
-        ("gpt", torch.eye(VOCABULARY)[TEXT.train] * 2 - 1 / VOCABULARY, "probabilities of shape"),
+        ("gpt", SURE * 2 - 1 / VOCABULARY, "probabilities of shape"),
+        ("gpt", SURE.index_fill(0, torch.tensor(3), 0.0), "probabilities of shape"),  # one of many
         ("diffusion", torch.ones(len(TEXT.train), VOCABULARY), "from left to right"),
     ],
 )
@@ -132,10 +133,16 @@ def test_targets_that_cannot_be_learnt_are_refused(name, targets, said):
         train(model, TEXT, RECIPE, targets=targets)
 
 
-@pytest.mark.parametrize("window", [1, 10_000])
-def test_a_window_that_the_text_does_not_hold_is_refused(window):
-    with pytest.raises(InputError, match="a window is of 2 to"):
-        soft_targets([teacher(1).read], TEXT, window)
+def test_a_window_that_the_text_does_not_hold_is_refused():
+    def read(ids):
+        return torch.zeros(*ids.shape, VOCABULARY), None
+
+    longest = len(TEXT.train) - 1
+    for window in (1, longest + 1):
+        with pytest.raises(InputError, match=f"a window is of 2 to {longest} .*; got {window}"):
+            soft_targets([read], TEXT, window)
+    for window in (2, longest):
+        assert len(soft_targets([read], TEXT, window)) == len(TEXT.train)
 
 
 def test_the_script_teaches_measures_and_ships(tmp_path, monkeypatch):

@@ -81,6 +81,7 @@ def test_a_text_is_read_as_the_value_it_spells(setting, text, value):
         (Setting(0.5, "", above=0.0, below=1.0), "1", "x is a number above 0 to below 1; got 1"),
         (Setting(0.5, "", above=0.0, below=1.0), "0", "x is a number above 0 to below 1; got 0"),
         (Setting(0.5, ""), "nan", "x is a number; got nan"),
+        (Setting(1, "", high=5000), "5001", "x is a whole number to 5,000; got 5001"),
     ],
 )
 def test_a_text_that_is_no_such_value_is_refused_in_the_same_words(setting, text, words):
