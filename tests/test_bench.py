@@ -109,7 +109,7 @@ def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, c
     monkeypatch.setattr(quality, "counted", quality.Corpus)
     monkeypatch.setattr(quality, "samples", samples)
     monkeypatch.setattr(suite, "evaluate", lambda model, text: likelihood)
-    monkeypatch.setattr(suite, "by_position", lambda model, text, pages: [[0, 2.0]])
+    monkeypatch.setattr(suite, "by_position", lambda model, text, pages: [[0, pages]])
     rows = suite.main("gpt", out=tmp_path)["models"]
     page = capsys.readouterr().out
     assert list(rows) == ["validation text", "gpt"] and page.startswith("## Models")
@@ -119,6 +119,7 @@ def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, c
     assert {path.name for path in tmp_path.glob("gpt*")} == {"gpt.json", "gpt.md"}
     timed = [(1, seed) for seed in range(3)] + [(quality.SAMPLES, seed) for seed in range(3)]
     assert asked[-6:] == [(count, 200, 1.0, seed) for count, seed in timed]
+    assert rows["gpt"]["by_position"] == [[0, 60]]
 
 
 def test_models_without_weights_are_named(tmp_path, monkeypatch):
@@ -219,7 +220,9 @@ def test_parts_are_measured_under_the_same_conditions(tmp_path, monkeypatch, cap
     assert suite.measure("all", True, tmp_path) == done
     assert "already, with weights of mamba other (here " in capsys.readouterr().err
     assert "weights of gpt" not in suite.conditions("scan")
-    assert [key for key in suite.conditions("mamba") if "weights" in key] == ["weights of mamba"]
+    for what, names in (("mamba", ["mamba"]), ("stopping", ["thinker"]), ("engine", zoo.MODELS)):
+        shared = [key for key in suite.conditions(what) if "weights" in key]
+        assert shared == [f"weights of {name}" for name in names]
 
 
 def test_a_run_is_known_by_its_step_where_nothing_ships(tmp_path, monkeypatch):
@@ -266,8 +269,10 @@ def test_a_race_gets_the_seeds_and_the_device_that_are_asked_for(tmp_path, monke
     monkeypatch.setattr(races, "run", lambda *what, **how: asked.append((what, how)) or {})
     monkeypatch.setattr(report, "markdown", lambda measured: "h \u2192 x")
     suite.main("thinker", quick=True, out=tmp_path, seeds=5, device="cuda:1")
+    suite.main("nanogpt", out=tmp_path)
     how = {"quick": True, "out": tmp_path, "seeds": 5, "device": "cuda:1"}
-    assert asked == [(("thinker",), how)]
+    default = {"quick": False, "out": tmp_path, "seeds": 3, "device": "cpu"}
+    assert asked == [(("thinker",), how), (("nanogpt",), default)]
     assert (tmp_path / "thinker.md").read_bytes() == b"h \xe2\x86\x92 x\n"
 
 
@@ -290,6 +295,38 @@ def test_another_subject_and_what_is_for_races_only_are_refused(tmp_path):
 
 
 # ----------------------------------------------------------------------------------- its arithmetic
+
+
+def test_a_table_tells_the_sizes_of_what_ran_and_which_peers_it_lacks(monkeypatch):
+    def random_ids(b, t, vocabulary=65):
+        seen.append((b, t - 1))
+        return torch.zeros(b, t, dtype=torch.long)
+
+    seen, made, config = [], [], scan.MambaConfig
+    monkeypatch.setattr(scan, "MambaConfig", lambda **sizes: made.append(sizes) or config(**sizes))
+    for module in (scan, speed):
+        monkeypatch.setattr(module, "random_ids", random_ids)
+        monkeypatch.setattr(module, "in_turn", lambda runners, _: {"rows": list(runners)})
+    monkeypatch.setattr(scan, "inputs_of", lambda *sizes: seen.append(sizes) or [])
+    monkeypatch.setattr(scan, "alternate", lambda runners, _: dict.fromkeys(runners, [1.0]))
+    for quick in (True, False):
+        told = scan.times(quick)
+        assert seen.pop() == (told["b"], told["t"], told["e"])
+        for part in (scan.training_step, speed.gpt_beside_transformers, speed.training_steps):
+            told = part(quick)
+            assert set(seen) == {(told["b"], told["t"])}, part
+            seen.clear()
+            if part is scan.training_step:
+                sizes = {"window": told["t"], "layers": told["layers"], "width": told["width"]}
+                assert made.pop() == sizes
+    parts = {name: suite.parts_of("all")[name] for name in ("scan", "step", "writing", "gpt")}
+    whole = {name: part(True) for name, part in parts.items()}
+    for peer in ("mambapy", "transformers"):
+        with monkeypatch.context() as patch:
+            for module in (peer, f"{peer}.pscan", f"{peer}.mamba"):
+                patch.setitem(sys.modules, module, None)
+            lacking = [name for name, part in parts.items() if part(True) != whole[name]]
+        assert lacking == [name for name in parts if peer in suite.PEERS[name]]
 
 
 def test_rows_are_named_after_what_they_run(monkeypatch):

@@ -489,10 +489,10 @@ def test_where_all_stand_when_the_fastest_is_done_by_hand():
         "When the fastest of them is done, after 2 or 6 s of training by seed, they stand at: "
         "quick 1.500 (1.000, 2.000), slow at most 4.250 (4.000, 4.500)."
     )
-    rows = {name: row([s], True, [[1, s, 3.0]]) for name, s in (("a", 1.0), ("b", 2.0))}
-    (line,) = report.of_models(rows)
-    assert "a 3.000" in line or "a not measured yet" in line
-    assert "b not measured yet" in line
+    a = row([1.0, 1.0], True, [[1, 1.0, 3.0]], [[1, 1.0, 3.0]])
+    b = row([2.0, 2.0], True, [[1, 1.0, 3.0], [2, 2.0, 2.5]], [[1, 2.0, 3.0]])  # of one seed only
+    (line,) = report.of_models({"a": a, "b": b})
+    assert "a 3.000 (3.000, 3.000), b not measured yet" in line
 
 
 def test_where_each_was_lowest_by_hand():
@@ -518,6 +518,8 @@ def test_a_speedrun_is_judged_by_its_mean_in_the_windows_of_the_other_by_hand():
     assert "| 1 | 20 | 22 | 1.4700 |" in page and page[0] == "## one GPU"
     words = "The mean, 1.4700, is above nanoGPT's 1.4697, after 22 s by the clock (median)."
     assert page[-1].startswith(words)
+    row["measured"] = [{"windows of 256": races.PUBLISHED}]
+    assert "is at or under nanoGPT's 1.4697" in report.of_speedrun({"one GPU": row})[-1]
 
 
 def test_only_what_every_seed_reaches_is_set_against_the_line():

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import refuses
 
-from irann import zoo
+from irann import machine, zoo
 from irann.bench import engine, regressions, report, speed, suite, waiting
 from irann.lm import Draft
 from irann.text import Vocabulary
@@ -183,7 +183,8 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
     waiting.waiting(quick=False)
     assert asked[:6] == [[way] for way in ways] * 2
     page = (tmp_path / "waiting.md").read_text()
-    assert page.startswith("## Seconds of training the tiny GPT beside other work (steps 40, ")
+    given = f"(steps 40, rounds 1, cores {machine.cores()})\n"
+    assert page.startswith(f"## Seconds of training the tiny GPT beside other work {given}")
     assert "| quiet | 1.00 (1.00, 1.00) | 2.00 (2.00, 2.00) | 3.00 (3.00, 3.00) |" in page
 
 
@@ -267,7 +268,7 @@ def test_what_became_slower_than_in_the_stored_report_is_named(tmp_path, monkeyp
     assert "Not timed, for want of a peer: scan: ours, over mambapy." in page
     quick = report.markdown({"regressions": regressions.regressions(quick=True)})
     assert "| cache: with, over without | 0.2500 | 0.5000 |\n" in quick and "slower**" not in quick
-    assert "--quick cannot say what became slower" in quick
+    assert "--quick cannot say what became slower" in quick and "--quick" not in page
     monkeypatch.setattr(regressions, "STORED", tmp_path / "none.json")
     with refuses("clone of the repository"):
         suite.main("regressions", quick=True, out=tmp_path / "other")
@@ -293,6 +294,7 @@ def test_the_engine_is_timed_beside_pytorch_and_what_cannot_run_it_is_named(
     suite.main("engine", quick=True, out=tmp_path)
     engine.library.cache_clear()
     page = (tmp_path / "engine.md").read_text()
+    assert page.startswith("## Greedy text, batch 1, one thread (n 8, rounds 1)\n")
     assert "| gpt, PyTorch | 10.0 (10.0, 10.0) | 1.00 (1.00, 1.00) |" in page
     assert "| gpt, WebAssembly | 40.0 (40.0, 40.0) | 4.00 (4.00, 4.00) |" in page
     assert ", native |" not in page and "no C compiler built the engine" in page

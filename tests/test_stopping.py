@@ -1,15 +1,17 @@
 """The numbers that say what a rule of stopping is worth, by hand and by definition."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import excite
 
 from irann import shakespeare, zoo
-from irann.bench import stopping, suite
+from irann.bench import races, stopping, suite
 from irann.models.recurrent import round_nats
 from irann.text import Text
+from irann.training import evaluate
 
 FIXED = {"1": 2.0, "2": 1.5, "3": 1.4, "4": 1.4, "8": 1.6}
 
@@ -88,6 +90,18 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
             f"| {nats:.4f} |" in page for nats in against.values()
         )
     assert "| threshold 0.5 |" in page
+
+
+def test_only_a_quick_benchmark_measures_no_more_than_four_windows(few, monkeypatch):
+    model, _ = few
+    text = shakespeare.load()
+    monkeypatch.setattr(stopping, "writing", lambda model, quick: {})
+    monkeypatch.setattr(shakespeare, "load", lambda: replace(text, val=text.val[:160]))
+    for quick, part in ((True, 128), (False, 160)):
+        nll = races.Counted(model, stop="fixed", rounds=2)
+        nats = evaluate(model, replace(text, val=text.val[:part]), nll=nll).nats_per_char
+        fixed = stopping.stopping(quick, model)["fixed"]
+        assert list(fixed) == [*"1234"] and fixed["2"] == pytest.approx(nats, abs=1e-5)
 
 
 def test_writing_is_timed_by_the_rules_that_it_names(few, monkeypatch):
