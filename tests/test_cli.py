@@ -969,6 +969,8 @@ def test_a_column_of_a_curve_is_the_mean_of_its_steps(tmp_path):
     curve = drawn(6, s1=4.0, s2=2.0, s7=1.0, s8=0.0)  # between them the steps are missing
     assert curve == ["  3.00 |*", *empty, "  0.50 |   *"]
     assert drawn(3, s1=2.0, s2=2.0) == ["  2.00 |**", empty[0], "  0.00 |"]
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "validation": 1.0}\n')
+    assert list(runs.plot(tmp_path, height=3))[:3] == ["  2.00 |*", empty[0], "  1.00 |o"]
 
 
 def test_a_run_is_listed_with_what_its_newest_checkpoint_says(run):

@@ -173,6 +173,7 @@ def test_in_a_notebook_the_curve_grows_and_at_last_holds_every_step(monkeypatch)
             break  # a reader who stops sees what there is
     assert drawn[-1] == (5, "mine", 5) and len(pictures) == len(drawn) > 1
     assert pictures[0].format == "png" and len({picture.data for picture in pictures}) > 1
+    assert list(bars.watch(iter(()), 9)) == []  # of a run that is done no step is left to draw
 
 
 def test_a_curve_takes_a_tenth_of_the_time_at_most(monkeypatch):
@@ -1495,6 +1496,9 @@ def test_texts_and_batches_that_do_not_fit(small, monkeypatch):
         patch.setattr(evaluation, "rank_and_world", lambda: (1, 3))
         with pytest.raises(InputError, match="batch of 8 .* 3 processes in 1 pieces"):
             train(model, small, recipe)
+        patch.setattr(evaluation, "rank_and_world", lambda: (1, 2))
+        with pytest.raises(InputError, match="batch of 6 .* 2 processes in 2 pieces"):
+            train(model, small, dataclasses.replace(recipe, batch=6, accumulate=2))
     with pytest.raises(InputError, match="every parameter of the model is frozen"):
         train(model.requires_grad_(False), small, recipe)
 
