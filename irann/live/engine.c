@@ -36,10 +36,10 @@ static void *take(size_t bytes) {  // 0 if there is no more
 }
 #else
 #include <stdlib.h>
-static void *taken[256];
+static void *taken[1024];
 static int count;
 static void free_all(void) { while (count) free(taken[--count]); }
-static void *take(size_t bytes) { return count < 256 ? taken[count++] = calloc(1, bytes + 16) : 0; }
+static void *take(size_t bytes) { return count < 1024 ? taken[count++] = calloc(1, bytes + 16) : 0; }
 #endif
 static float *numbers(size_t n) { return take(n * sizeof(float)); }
 

@@ -17,7 +17,7 @@ from helpers import book_module, rng, threads
 
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
-from irann.export import LIVE, PIECES, box, counts_script, model_script, weights_file
+from irann.export import LIVE, MOST_LAYERS, PIECES, box, counts_script, model_script, weights_file
 from irann.export import page as exported
 from irann.lm import LanguageModel
 from irann.settings import InputError
@@ -190,6 +190,15 @@ def test_logits_of_excited_weights(host, case):
             np.testing.assert_allclose(engine.logits(), logits[0, -1], atol=1e-3, rtol=1e-4)
             engine.call("push", ids[end])
     assert largest > 2  # excited
+
+
+@torch.no_grad()
+def test_as_many_layers_as_there_can_be(host):
+    model, ids = tiny("mamba", std=0.2, layers=MOST_LAYERS), some_ids(5)
+    engine = Engine(host, model)
+    engine.start(ids)
+    logits, _ = model.read(torch.tensor([ids]))
+    np.testing.assert_allclose(engine.logits(), logits[0, -1], atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("threshold, rounds", [(0.0, 0), (0.3, 0), (0.7, 0), (1.0, 2)])
