@@ -112,6 +112,10 @@ def test_a_page_s_script_says_what_the_model_is():
     assert call == 'irannLive.models["mine"]' and data == weights_file(model)
     sha256 = hashlib.sha256(data).hexdigest()
     assert told == {"characters": "\nabcdefghijkl", "sha256": sha256, "page": model.config.page}
+    levels = model.config.levels  # for the page, after twenty whole numbers
+    alpha_bar, below = np.frombuffer(data, np.float64, 2 * levels, offset=80).reshape(2, levels)
+    assert alpha_bar.tolist() == model.schedule.alpha_bar.tolist()
+    assert below.tolist() == model.level_probabilities().cumsum(0).tolist()
 
 
 def test_pairs_are_counted_as_they_stand():
@@ -160,11 +164,11 @@ def test_a_long_text_is_pytorchs_to_the_letter(name, n, unchecked):
 
 READERS = {
     "gpt": {},
-    "gpt, one head, odd width": {"width": 22, "heads": 1, "inner": 33},
+    "gpt, odd sizes": {"width": 22, "heads": 1, "inner": 33, "window": 9, "tied": True},
     "thinker": {},
     "thinker, gains and a prelude": {"round_gains": True, "prelude": 1, "core": 2, "rounds": 5},
     "mamba": {},
-    "mamba, other sizes": {"d_state": 8, "d_conv": 3, "dt_rank": 3, "d_inner": 38},
+    "mamba, other sizes": {"d_state": 8, "d_conv": 3, "dt_rank": 3, "d_inner": 38, "tied": True},
     "mamba, more state than width": {"width": 32, "d_inner": 24, "d_state": 64},
 }
 
@@ -222,15 +226,16 @@ def test_a_prompt_that_the_window_cannot_hold_loses_its_beginning(host):
     assert Engine(host, model).write(ids, 30) == draft.ids[0, len(ids) :].tolist()
 
 
-def test_the_same_noise_draws_the_same_text():
+@pytest.mark.parametrize("temperature", [0.8, 0.02])
+def test_the_same_noise_draws_the_same_text(temperature):
     """torch.multinomial divides by exponential numbers and takes the largest."""
     model = zoo.load("gpt")
     ids = model.vocabulary.encode(PROMPT)
     generator, other = (rng(3) for _ in range(2))
-    *_, draft = model.generate(ids[None], 60, temperature=0.8, generator=generator)
+    *_, draft = model.generate(ids[None], 40, temperature=temperature, generator=generator)
     engine = Engine(Wasm(), model)
     drawn = engine.write(
-        ids.tolist(), 60, 0.8, lambda: torch.empty(65).exponential_(1, generator=other)
+        ids.tolist(), 40, temperature, lambda: torch.empty(65).exponential_(1, generator=other)
     )
     assert drawn == draft.ids[0, len(ids) :].tolist()
 
@@ -247,7 +252,9 @@ def test_attention_is_what_inspect_shows(host):
 
 def test_what_mamba_remembers(host):
     model = tiny("mamba", std=0.2)
-    engine, ids = Engine(host, model), some_ids(9)
+    engine, ids, before = Engine(host, model), some_ids(9), some_ids(12, seed=1)
+    engine.start(before)
+    engine.call("remembered", len(before))
     engine.start(ids)
     kept = engine.floats("remembered", model.config.layers, len(ids), arguments=(len(ids),))
     x = model.embeddings(torch.tensor([ids]))
@@ -274,24 +281,24 @@ def test_what_mamba_remembers(host):
 )
 def test_the_denoiser_of_excited_weights(host, options):
     model = tiny("diffusion", std=0.3, **options)
-    t, v, channels = 21, model.config.vocabulary, model.config.channels
-    engine, ids = Engine(host, model), some_ids(t, vocabulary=v)
-    generator = rng(1)
-    mask = torch.rand(t, generator=generator) < 0.7
-    x = torch.randn(t, channels, generator=generator)
-    engine.begin(ids, mask)
-    engine.put("get_noisy", x)
-    alpha_bar = model.schedule.alpha_bar
-    guess = None
-    for tau in (150, 60):  # the second time with the guess of the first
-        engine.call("see_through", float(alpha_bar[tau - 1]))
-        with torch.no_grad():
-            logits = model(x[None], torch.tensor([tau]), torch.tensor([ids]), mask[None], guess)
-        np.testing.assert_allclose(
-            engine.floats("get_logits", t, v), logits[0], atol=1e-3, rtol=1e-4
-        )
-        engine.call("keep_guess", 1.0)
-        guess = logits.softmax(-1)
+    v, channels = model.config.vocabulary, model.config.channels
+    engine, generator = Engine(host, model), rng(1)
+    for t in (model.config.window + 1, 21, 1):  # page after page
+        ids, mask = some_ids(t, vocabulary=v), torch.rand(t, generator=generator) < 0.7
+        x = torch.randn(t, channels, generator=generator)
+        engine.begin(ids, mask)
+        engine.put("get_noisy", x)
+        alpha_bar = model.schedule.alpha_bar
+        guess = None
+        for tau in (150, 60, 10):  # from the second time on with the guess before
+            engine.call("see_through", float(alpha_bar[tau - 1]))
+            with torch.no_grad():
+                page = torch.tensor([ids]), mask[None], guess
+                logits = model(x[None], torch.tensor([tau]), *page)
+            found = engine.floats("get_logits", t, v)
+            np.testing.assert_allclose(found, logits[0], atol=1e-3, rtol=1e-4)
+            engine.call("keep_guess", 1.0)
+            guess = logits.softmax(-1)
     points = engine.floats("get_embeddings", v, channels)
     np.testing.assert_allclose(points, model.embeddings.detach(), atol=1e-5)
 
@@ -324,8 +331,8 @@ def test_the_same_noise_refines_the_same_page(case):
         model, t, start = tiny("thinker-page", std=0.3, **more), 20, 4
     if "motion" in case:
         with torch.no_grad():
-            model.halt_head.weight.zero_()[0, model.config.width] = -30
-            model.halt_head.bias.fill_(3)
+            model.halt_head.weight.zero_()[0, model.config.width] = -150
+            model.halt_head.bias.fill_(15)
     v = model.config.vocabulary
     ids = torch.tensor(some_ids(t, vocabulary=v))
     mask = torch.arange(t) >= start
@@ -335,6 +342,8 @@ def test_the_same_noise_refines_the_same_page(case):
     drafts = list(model.generate(prompt, t - start, generator=generator, steps=7, **settings))[1:]
     engine = Engine(Wasm(), model)
     engine.call("set_rule", 0.6, 0)
+    full = model.config.window + 1  # the largest page, which leaves nothing behind
+    list(engine.refine([1] * full, [1] * full, 2, 0.0, partial(torch.ones, full, v)))
     rounds = 0
     pages = engine.refine(
         ids, mask, 7, 0.8, lambda: torch.empty(t, v).exponential_(1, generator=noise)
@@ -390,6 +399,7 @@ def test_an_exported_page_writes_first_and_its_signs_end_no_script():
     assert pieces == [(piece, "gpt") for piece in ("write", "cost", "attention", "chat")]
     assert "only a picture" not in page and 'class="irann-still' not in page
     assert page.count("a browser that has JavaScript and WebAssembly.</p>") == len(pieces)
+    assert page.count('data-plain="yes"') == len(pieces)  # of a text of its own
     assert "data-counts" not in page and page.index("<h2>It writes</h2>") < page.index("cost")
     assert page.count("</script>") == page.count("<script>") == 4
     assert '"characters":"\\n&/\\u003c>abciprst"' in page
