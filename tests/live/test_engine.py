@@ -303,7 +303,7 @@ def test_the_denoiser_of_excited_weights(host, options):
     np.testing.assert_allclose(points, model.embeddings.detach(), atol=1e-5)
 
 
-@pytest.mark.parametrize("eta, temperature", [(1.0, 1.0), (0.0, 0.0), (0.5, 0.7)])
+@pytest.mark.parametrize("eta, temperature", [(1.0, 1.0), (0.0, 0.0), (0.5, 0.2)])
 def test_the_same_noise_settles_the_same_page(eta, temperature):
     """A prompt, a gap, and text after it; drafts and what has settled, step by step."""
     model = zoo.load("diffusion")
