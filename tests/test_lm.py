@@ -9,6 +9,7 @@ import time
 import warnings
 from dataclasses import dataclass, replace
 from inspect import unwrap
+from itertools import islice
 from typing import ClassVar
 
 import pytest
@@ -259,10 +260,13 @@ def test_writing_half_way_can_be_stopped():
 
 
 def test_a_reader_writes_with_settings_of_its_own():
+    drew = []
+
     class Louder(Counting):
         settings: ClassVar = {"by": Setting(1, "added", low=0, high=9)}
 
         def read(self, ids, state=None, *, generator=None, by=1):
+            drew.append(generator)
             return super().read((ids + by - 1) % 10, state)
 
     (*_, plain), (*_, louder) = (
@@ -275,6 +279,11 @@ def test_a_reader_writes_with_settings_of_its_own():
     assert (Louder().nll(text, by=3) < Louder().nll(text)).all()
     with refuses("by is a whole number from 0 to 9"):
         Louder().nll(text, by=10)
+    drew.clear()
+    generator = torch.Generator()
+    Louder().nll(text, generator=generator)
+    list(Louder().generate(text, 1, generator=generator))
+    assert drew == [generator, generator]
 
 
 def test_generate_from_text(corpus):
@@ -410,6 +419,22 @@ def test_an_interrupt_before_anything_is_written_is_an_interrupt(monkeypatch):
     monkeypatch.setattr(model, "generate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         lm.generate(model, "0")
+
+
+def test_an_interrupt_while_a_page_is_written_leaves_what_has_settled_and_says_so(monkeypatch):
+    model = Stamping(window=8)
+    model.vocabulary = Vocabulary("0123456789")
+    write = model.generate
+
+    def interrupted(prompt, n, generator):
+        yield from islice(write(prompt, n), 3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "generate", interrupted)
+    words = "interrupted: the text ends after 3 characters, prompt included"
+    with pytest.warns(UserWarning, match=words) as told:
+        assert unwrap(lm.generate)(model, "4", 6) == "456"
+    assert len(told) == 1 and told[0].filename == __file__
 
 
 def test_without_a_seed_each_text_is_another_one():
