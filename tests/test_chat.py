@@ -1251,6 +1251,9 @@ def test_loading_and_writing_show_how_far_they_are(here, monkeypatch):
         for timing in timings
     )
     assert "6 characters in " in timings[-1] and "progress" not in timings[-1]
+    monkeypatch.setattr(zoo, "load", load)
+    widget.names.value = "gpt"
+    assert widget.message.value == ""  # what loading another one had to say was said then
 
 
 def test_the_note_beside_a_draft_is_its_numbers():
