@@ -246,10 +246,13 @@ def test_no_bit_of_the_past_depends_on_the_future(stop):
 @pytest.mark.parametrize("stop", RULES)
 @torch.no_grad()
 def test_what_has_stopped_is_not_computed(stop):
-    model, rule = thinker(core=2), {"stop": stop} | RULES[stop]
+    model, rule, text = thinker(core=2), {"stop": stop} | RULES[stop], ids(3, 21)
     with counting(model) as calls:
-        _, state = model.read(ids(3, 20), packed=True, generator=rng(), **rule)
+        _, state = model.read(text[:, :-1], packed=True, generator=rng(), **rule)
     assert calls == [int(state.rounds.sum())] * 2
+    with counting(model) as scored:
+        model.nll(text, generator=rng(), **rule)
+    assert scored == calls
     assert calls[0] == 3 * 20 * 4 if stop == "fixed" else calls[0] < 3 * 20 * 6
     with counting(model) as calls:
         drafts = list(model.generate(ids(1, 4), 12, generator=rng(), **rule))
