@@ -378,7 +378,10 @@ def test_a_new_checkpoint_survives_older_damaged_ones_with_higher_numbers(run_of
         shutil.copytree(folder, folder.with_name(f"step-{step:08d}"))
         (folder.with_name(f"step-{step:08d}") / "model.safetensors").write_bytes(b"")
     (tick,) = left_after(1, train(zoo.build("gpt", config), small, recipe, run=run, resume=True))
-    assert tick.step == 2
+    assert tick.step == 2 and len(tick.notes) == 3
+    for step, note in zip((8, 7), tick.notes):  # the newest first
+        assert note.startswith(f"skipped, and set aside as skipped-step-0000000{step}: ")
+        assert f"/step-0000000{step}/model.safetensors has 0 bytes" in note
     assert checkpoint.newest(run)[1].config["step"] == 2
     assert len(list((run / "checkpoints").glob("skipped-*"))) == 2
     with pytest.raises(DiskError, match="step-00000099 cannot be renamed"):

@@ -1001,9 +1001,19 @@ def test_what_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, what):
     assert not checkpoint.listed(tmp_path)
 
 
+def test_who_leaves_with_weights_that_are_not_finite_saves_none(small, tmp_path):
+    model, recipe = tiny(steps=2)
+    stream = train(model, small, recipe, run=tmp_path)
+    next(stream)
+    model.wte.weight.data[0, 0] = math.inf
+    stream.close()
+    assert not checkpoint.listed(tmp_path)
+
+
 def test_a_run_directory_holds_one_run(small, tmp_path):
     model, recipe = tiny(steps=2)
     list(train(model, small, recipe, run=tmp_path))
+    (tmp_path / "metrics.jsonl").unlink()  # its checkpoints are enough
     other = tiny()[0]
     with pytest.raises(RunError, match="holds another run; resume it"):
         list(train(other, small, recipe, run=tmp_path))
@@ -1675,9 +1685,13 @@ def test_a_bound_that_processes_measure_in_shares_is_the_same_bound(small, monke
     assert shared.standard_error == pytest.approx(whole.standard_error, rel=1e-9)
 
 
-def test_overwriting_begins_the_metrics_anew_even_where_nothing_was_saved(small, tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+def test_metrics_of_which_nothing_was_saved_are_a_run_and_begin_anew_if_it_is(small, tmp_path):
+    told = '{"step": 1, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(told)
     model, recipe = tiny(steps=1)
+    with pytest.raises(RunError, match="holds another run"):
+        next(train(model, small, recipe, run=tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_text() == told
     assert list(train(model, small, recipe, run=tmp_path, overwrite=True))[-1].step == 1
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
