@@ -453,7 +453,7 @@ def test_without_a_run_nothing_is_written(small, tmp_path, monkeypatch):
 
 
 def test_the_average_by_hand(small, states):
-    model, recipe = tiny(ema_decay=0.3)
+    model, recipe = tiny(ema_decay=0.3, warmup=0, lr=0.1, muon_lr=0.5)
     stream = train(model, small, recipe)
     expected = {n: p.detach().clone() for n, p in model.named_parameters()}
     for step in range(1, 7):
@@ -1001,11 +1001,12 @@ def test_what_is_not_finite_is_not_saved(small, tmp_path, monkeypatch, what):
     assert not checkpoint.listed(tmp_path)
 
 
-def test_who_leaves_with_weights_that_are_not_finite_saves_none(small, tmp_path):
-    model, recipe = tiny(steps=2)
+@pytest.mark.parametrize("which", ["model", "average"])
+def test_who_leaves_with_weights_that_are_not_finite_saves_none(small, tmp_path, states, which):
+    model, recipe = tiny(steps=2, ema_decay=0.5)
     stream = train(model, small, recipe, run=tmp_path)
     next(stream)
-    model.wte.weight.data[0, 0] = math.inf
+    getattr(states[0], which).wte.weight.data[0, 0] = math.inf
     stream.close()
     assert not checkpoint.listed(tmp_path)
 
