@@ -251,7 +251,13 @@ def test_the_error_that_is_reported_is_the_guess_s_distance_from_the_clean_point
     model, ids = tiny(), text(8, 17)
     draws = model.draw(ids, generator=rng())
     model.forward = lambda x, tau, ids, mask, previous_guess=None: 99.0 * F.one_hot(ids, 7).double()
-    assert model.loss(ids, draws)[1]["mse"] < 1e-12
+    with torch.no_grad():
+        model.word_embedding.mul_(0.05).add_(1)  # close together: rounding costs something
+    parts = model.loss(ids, draws)[1]
+    assert parts["mse"] < 1e-12 and parts["rounding"] > 1e-3
+    prior = noise.prior_kl(model.schedule, model.embeddings[ids]).sum(-1)
+    bound = prior[draws["mask"]].mean() + parts["rounding"]  # all that a perfect guess costs
+    torch.testing.assert_close(parts["bound_nats_per_char"], bound)
     model.forward = lambda x, tau, ids, mask, previous_guess=None: (
         99.0 * F.one_hot((ids + 1) % 7, 7).double()
     )
@@ -715,6 +721,18 @@ def test_a_long_text_is_filled_with_as_much_before_the_gap_as_after_it(page, spa
     assert torch.equal(read[0][:before], ids[0, begin : 2 * room])
     assert len(read[0]) == end - begin
     assert torch.equal(read[0][before + span :], ids[0, 2 * room + span : end])
+
+
+@pytest.mark.parametrize("start, begin", [(1, 0), (5, 0), (30, 22), (82, 68), (84, 68)])
+def test_a_gap_near_an_end_of_a_text_is_seen_with_a_whole_window_around_it(start, begin):
+    model, read = tiny(window=16, page=4), []
+    inner = model.forward
+    model.forward = lambda x, tau, ids, *rest: read.append(ids[0]) or inner(x, tau, ids, *rest)
+    ids = text(1, 85)
+    list(model.infill(ids, torch.arange(85) == start, steps=1, generator=seeded()))
+    wanted = ids[0, begin : begin + 17]
+    others = torch.arange(begin, begin + 17) != start
+    assert len(read[0]) == 17 and torch.equal(read[0][others], wanted[others])
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
