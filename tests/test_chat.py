@@ -160,6 +160,9 @@ def test_plain_mode_goes_on_with_the_text_itself_and_over_empty_lines(corpus):
     assert session.turns[-1].ended == "length"
     session.say("\nAy.\n\n")  # here its line breaks are part of the text
     assert session.scene().endswith("That is it.\nAy.\n\n")
+    session.set("mode", "play")  # where one empty line parts two speeches
+    said = ["ROMEO:\nTo be, or not to", "JULIET:\n be.", "That is it.", "ROMEO:\nAy."]
+    assert session.scene().split("\n\n") == said
 
 
 def test_leaving_the_frames_is_a_stop_that_keeps_what_has_settled(corpus):
@@ -1532,6 +1535,8 @@ def test_what_is_likely_in_a_small_alphabet_is_all_of_it():
     for row in session.inspect().likely:
         assert sorted(character for character, _ in row) == ["a", "b", "c"]
         assert sum(p for _, p in row) == pytest.approx(1)
+    session.set("mode", "play")  # of ROMEO it knows no letter
+    assert session.inspect().text == "abc"
 
 
 def test_a_loss_that_is_no_number_is_not_described(corpus):
