@@ -250,6 +250,7 @@ def test_accents_are_composed_first_and_taken_apart_only_if_they_must():
         ("cafe\u0301 ", "caf\u00e9 x", "cafe\u0301 "),
         ("\ud55c ", "\u1112\u1161\u11ab x", "\ud55c "),
         ("cafe \n", "cafe\u0301 \u3000\u00a0\r\n", "cafe   \n"),
+        ("'\"- ", "\u2018\u2019\u201c\u201d\u2013\t\u2014", "''\"\"- --"),
     ):
         session = Session(Parrot(Vocabulary(known), ""))
         assert session.clean(typed)[0] == heard
