@@ -944,6 +944,15 @@ def test_what_is_sure_at_the_temperature_in_use_is_known_at_once(lead, temperatu
     assert [d.settled for d in model.generate(text(1, 3), 8, **how)] == [3, known, 11]
 
 
+def test_how_sure_a_page_is_counts_its_own_guesses_and_not_what_it_was_given():
+    model = tiny()
+    lead = torch.tensor([20.0] * 3 + [1.0, 3.0] * 4).double()  # in nats, as above
+    model.forward = lambda x, tau, ids, *_: lead[:, None] * F.one_hot(ids * 0 + 3, 7).double()
+    drafts = list(model.generate(text(2, 3), 8, steps=2, generator=seeded()))
+    mean = (1 / (1 + 6 * (-lead[3:]).exp())).mean().item()
+    assert [draft.note["sure"] for draft in drafts[1:]] == [pytest.approx(mean, abs=6e-4)] * 2
+
+
 def test_a_network_without_bayes_rule_trains_in_mixed_precision():
     model = excite(tiny(bayes=False, dtype=torch.float32), 0.2).train()
     losses = []

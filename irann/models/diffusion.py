@@ -173,8 +173,7 @@ class Diffusion(Denoiser):
         return Bound(*(torch.cat(part, -1) for part in zip(*parts, strict=True)))
 
     def _page_bound(self, ids: Ids, start: int, generator: Generator | None, draws: int) -> Bound:
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        mask[:, start:] = True
+        mask = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) >= start
         x0 = self.embeddings[ids]
         normal = noise.normal(generator)
         taus, ps = self.draw_levels(draws * len(ids), generator)
@@ -306,6 +305,7 @@ class Diffusion(Denoiser):
         position = torch.arange(ids.shape[1], device=ids.device)
         x = normal(self.embeddings.new_empty(*ids.shape, self.config.channels))
         guess = None
+        written = mask
         for tau, tau_next in pairwise([*how.levels, 0]):
             with evaluating(self, ids.numel()):
                 level = torch.full((len(x),), tau, device=x.device)
@@ -325,7 +325,7 @@ class Diffusion(Denoiser):
             sure = (logits / temperature).softmax(-1).amax(-1)  # a filter makes no guess surer
             settled = leading(~mask | (sure > SURE))  # in each row
             mask = mask & (position >= settled[:, None])  # what has settled is known from here on
-            note = {"level": tau, "sure": round(sure.mean().item(), 3)}
+            note = {"level": tau, "sure": round(sure[written].mean().item(), 3)}
             if tau_next:
                 first = min(settled.tolist(), default=ids.shape[1])
                 yield Draft(torch.where(mask, nearest, ids), first, note)
