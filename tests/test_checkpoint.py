@@ -347,6 +347,13 @@ def test_damaged_ones_are_skipped_and_named(tmp_path):
         checkpoint.newest(tmp_path)
 
 
+def test_one_that_may_have_been_the_best_is_named(tmp_path):
+    save_run(tmp_path, 2.0, 1.0, 3.0)
+    (tmp_path / "checkpoints" / "step-00000002" / "config.json").write_bytes(b"")
+    folder, _, (reason,) = checkpoint.best(tmp_path)
+    assert folder.name == "step-00000001" and "step-00000002/config.json has 0 bytes" in reason
+
+
 def test_where_all_are_damaged_the_way_out_is_to_begin_anew(tmp_path):
     save_run(tmp_path, 3.0)
     (tmp_path / "checkpoints" / "step-00000001" / "rng.safetensors").unlink()

@@ -223,6 +223,8 @@ def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
         other = checkpoint.Snapshot({}, {}, {}, {"model": "Mamba"}, "ab")
         made = checkpoint.save(tmp_path / name / "checkpoints" / "step-00000001", other)
         os.utime(made, (200, 200) if name == "e" else (99.5, 99.5))
+    older = checkpoint.save(tmp_path / "e" / "checkpoints" / "step-00000000", saved)
+    os.utime(older, (1, 1))  # the newest of a run counts
     (tmp_path / "f").mkdir()
     assert [run.name for run in zoo.runs(tmp_path)] == ["e", "b", "d", "c", "a"]
     assert zoo.newest_run("gpt", tmp_path).name == "b"
