@@ -1337,6 +1337,8 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
     widget.kind.value = "attention"
     widget.layer.value, widget.head.value = 1, 0
     assert "layer 2, head 1" in widget.view.value
+    titles = [float(number) for number in re.findall("title='(.*?)'", widget.view.value)]
+    assert titles == pytest.approx(attention[1, 0, 7].tolist(), abs=6e-4)
     widget.picked.value = "what is no number"
     assert widget.position.value == 7 and widget.picked.value == ""
     widget.picked.value = "9999"
