@@ -113,7 +113,9 @@ def _runs(problems: list[str]) -> Iterator[str]:
         try:
             folder, _, skipped = checkpoint.newest(run)
             yield f"{folder}"
-            skipped += checkpoint.best(run)[2]  # it is what speaks, and may be another
+            best, saved, skipped_for_it = checkpoint.best(run)  # what speaks may be another
+            zoo.restore(saved, best)
+            skipped += skipped_for_it
             problems += [f"skipped: {reason}" for reason in dict.fromkeys(skipped)]
         except (CheckpointError, InputError) as error:
             problems.append(str(error))

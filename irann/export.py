@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import shakespeare
+from . import shakespeare, zoo
 from .lm import LanguageModel, vocabulary_of
 from .models.diffusion import Diffusion
 from .models.gpt import GPT
@@ -53,11 +53,13 @@ MAMBA_OPTIONS = {"bias": False, "conv_bias": True, "activation": "silu", "eps": 
 
 def weights_file(model: LanguageModel) -> bytes:
     """-> what engine.c opens: whole numbers, for diffusion two tables of float64, then all
-    parameters in half precision. Raises InputError for a model that the engine does not know.
+    parameters in half precision. Raises InputError for a model that the engine does not know, or
+    whose weights are not those of its config.
     """
     kind = KINDS.get(type(model))
     if kind is None:
         raise InputError(f"a page can run {', '.join(KINDS.values())}; got {type(model).__name__}")
+    zoo.check_weights(model)
     own, names = LAYOUTS[type(model)](model)
     numbers = {name: getattr(model.config, name, 0) for name in CONFIG}
     numbers |= {"kind": list(KINDS).index(type(model)), "inner": 4 * model.config.width} | own

@@ -319,7 +319,8 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
 
     An older model there is replaced. Raises InputError for a link or a folder that holds anything
     else, for a name by which `load` finds another model, and for a model without a vocabulary, with
-    one of another size, or of a class that `load` does not know; DiskError.
+    one of another size, of a class that `load` does not know, or as `check_weights` does;
+    DiskError.
     """
     characters = vocabulary_of(model).characters
     if type(model) not in (known.model for known in MODELS.values()):
@@ -327,6 +328,7 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
             f"a {type(model).__name__} is none of {', '.join(MODELS)}, and could not be loaded "
             "again: keep its state_dict()"
         )
+    check_weights(model)
     if isinstance(folder, str) and folder in names():
         raise InputError(f"{folder} is a model of the book: give another name, such as my-{folder}")
     folder = Path(folder)
@@ -339,6 +341,23 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
         "config": dataclasses.asdict(model.config),
     }
     return checkpoint.save(folder, Snapshot(model.state_dict(), {}, {}, card, characters))
+
+
+def check_weights(model: LanguageModel) -> None:
+    """Raises InputError for a model that has other weights than one that its config makes."""
+    states = (_made(type(model), model.config).state_dict(), model.state_dict())
+    plain, own = ({name: weight.shape for name, weight in state.items()} for state in states)
+    if other := sorted(dict(plain.items() ^ own.items())):
+        raise InputError(
+            f"a {type(model).__name__} of this config has other weights, see {other[0]}: undo what "
+            "was added to it (as prune.remove does), or build a model of this size"
+        )
+
+
+def _made(kind: type[LanguageModel], config: Any) -> LanguageModel:
+    """-> a model on the CPU; its weights, which are drawn, cost torch's generator nothing."""
+    with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        return kind(config)
 
 
 def restore(saved: Snapshot, path: Path) -> LanguageModel:
@@ -360,8 +379,7 @@ def _assemble(
     if not isinstance(kind, str) or kind not in kinds:
         raise CheckpointError(f"{path} holds a {kind!r}; this irann knows {', '.join(kinds)}")
     try:
-        with GLOBAL_GENERATOR, torch.random.fork_rng(devices=[]):  # first weights are drawn, too
-            model = kinds[kind].model(kinds[kind].config(**card["config"]))
+        model = _made(kinds[kind].model, kinds[kind].config(**card["config"]))
         for name, tensor in model.state_dict(keep_vars=True).items():
             if name in weights:
                 tensor.data = tensor.data.to(weights[name].dtype)

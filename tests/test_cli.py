@@ -30,6 +30,7 @@ import pytest
 import torch
 from conftest import PROGRAMS, small_disk
 from helpers import rows_of
+from torch.nn.utils import prune
 
 import irann
 import irann.__main__ as main_module
@@ -407,6 +408,9 @@ def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch
     monkeypatch.setenv("CC", "nosuch 'compiler")
     run("train", "gpt", *TINY, "--run", "runs/mine", "--corpus", __file__)
     (tmp_path / "runs" / "mine" / "checkpoints" / "step-00000009").mkdir()
+    config = {"model": "GPT", "config": dataclasses.asdict(zoo.recipe("gpt", "tiny")[0])}
+    folder = Path("runs", "pruned", "checkpoints", "step-00000001")
+    checkpoint.save(folder, checkpoint.Snapshot({}, {}, {}, config, "ab"))
     code, out, err = run("doctor")
     assert (code, err) == (0, "") and "s3cr3t" not in out and "step-00000006" in out
     with monkeypatch.context() as patch:
@@ -418,7 +422,7 @@ def test_the_doctor_says_what_is_wrong_and_no_secrets(run, tmp_path, monkeypatch
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(tmp_path) in out and str(tmp_path) not in run("doctor")[1]
     for line, words in zip(
-        wrong, ("nosuch 'compiler", "nowhere.txt", "step-00000009"), strict=True
+        wrong, ("nosuch 'compiler", "nowhere.txt", "step-00000009", "pruned"), strict=True
     ):
         assert words in line
 
@@ -1096,10 +1100,19 @@ def test_what_could_not_be_loaded_again_is_not_saved(tmp_path, small):
 
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
     other = Mine(model.config)
-    model.vocabulary, other.vocabulary = irann.Vocabulary("abc"), small.vocabulary
+    pruned, shorter, wider = (zoo.build("gpt", model.config) for _ in range(3))
+    prune.l1_unstructured(pruned.h[0].mlp.c_fc, "weight", 0.5)
+    shorter.h = shorter.h[:1]
+    wider.lm_head = torch.nn.Linear(32, 70, bias=False)
+    for one in (other, pruned, shorter, wider):
+        one.vocabulary = small.vocabulary
+    model.vocabulary = irann.Vocabulary("abc")
     for wrong, words in (
         (model, "made for 65 characters, .* has 3"),
         (other, "a Mine is none of gpt, "),
+        (pruned, r"of this config has other weights, see h\.0\.mlp\.c_fc\.weight: undo"),
+        (shorter, r"other weights, see h\.1\."),
+        (wider, r"other weights, see lm_head\.weight"),
     ):
         with pytest.raises(InputError, match=words):
             irann.save(wrong, tmp_path / "mine")

@@ -141,6 +141,10 @@ def test_options_that_the_engine_lacks_are_named():
         weights_file(tiny("mamba", activation="relu"))
     with pytest.raises(InputError, match="a multiple of 4; got d_state=6"):
         weights_file(tiny("mamba", d_state=6))
+    longer = tiny("gpt")
+    longer.h.append(tiny("gpt").h[0])
+    with pytest.raises(InputError, match=r"has other weights, see h\.2\."):
+        weights_file(longer)
     with pytest.raises(InputError, match="run gpt, thinker, mamba, .*-page; got LanguageModel"):
         exported(LanguageModel(tiny("gpt").config))
     with pytest.raises(InputError, match="half precision"):
