@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Snapshot
-from .lm import SEED, LanguageModel, stream, vocabulary_of
+from .lm import SEED, LanguageModel, exclusive, stream, vocabulary_of
 from .models.diffusion import Diffusion, DiffusionConfig
 from .models.gpt import GPT, GPTConfig
 from .models.mamba import Mamba, MambaConfig
@@ -340,7 +340,9 @@ def save(model: LanguageModel, folder: str | Path) -> Path:
         "model": type(model).__name__,
         "config": dataclasses.asdict(model.config),
     }
-    return checkpoint.save(folder, Snapshot(model.state_dict(), {}, {}, card, characters))
+    with exclusive(model):  # in another thread it may be in training
+        weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    return checkpoint.save(folder, Snapshot(weights, {}, {}, card, characters))
 
 
 def check_weights(model: LanguageModel) -> None:

@@ -19,6 +19,7 @@ import sysconfig
 import termios
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -34,7 +35,7 @@ from torch.nn.utils import prune
 
 import irann
 import irann.__main__ as main_module
-from irann import book, checkpoint, doctor, runs, shakespeare, zoo
+from irann import book, checkpoint, doctor, lm, runs, shakespeare, zoo
 from irann.__main__ import _again, main
 from irann.chat.session import Session
 from irann.chat.widget import Chat
@@ -1075,6 +1076,16 @@ def test_a_model_is_saved_and_loaded_again(tmp_path, corpus):
     assert torch.equal(again(corpus.val[None, :50]), model(corpus.val[None, :50]))
     irann.save(again, folder)  # what was a model may be replaced
     assert irann.load(folder).card["validation"] == model.card["validation"]
+
+
+def test_what_is_saved_is_from_between_two_steps(tmp_path):
+    model = zoo.load("gpt")
+    with ThreadPoolExecutor() as pool, torch.no_grad():
+        with lm.exclusive(model):  # as a step that is being taken
+            saving = pool.submit(irann.save, model, tmp_path / "mine")
+            time.sleep(0.2)
+            model.lm_head.weight.zero_()
+        assert not irann.load(saving.result()).lm_head.weight.any()
 
 
 def test_only_a_model_is_replaced_by_a_model(tmp_path, small):
