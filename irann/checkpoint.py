@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import secrets
 import shlex
 import shutil
@@ -234,11 +235,14 @@ def renamed(recipe: dict) -> dict:
 
 
 def listed(run: Path) -> list[Path]:
-    """-> the checkpoints of a run, newest first, valid or not."""
+    """-> the checkpoints of a run, newest first, valid or not. Raises OSError if it may not be
+    read.
+    """
+    folder = Path(run) / "checkpoints"
     found = [
         p
-        for p in (Path(run) / "checkpoints").glob("step-*")
-        if p.name.removeprefix("step-").isdecimal() and p.is_dir()
+        for p in (folder.iterdir() if folder.is_dir() else ())
+        if re.fullmatch(r"step-\d+", p.name) and p.is_dir()
     ]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 

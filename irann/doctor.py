@@ -108,9 +108,12 @@ def _weights(problems: list[str]) -> Iterator[str]:
 
 
 def _runs(problems: list[str]) -> Iterator[str]:
-    runs = [folder for folder in sorted(Path("runs").glob("*")) if checkpoint.listed(folder)]
-    for run in runs:
+    none = True
+    for run in sorted(Path("runs").glob("*")):
         try:
+            if not checkpoint.listed(run):
+                continue
+            none = False
             folder, _, skipped = checkpoint.newest(run)
             yield f"{folder}"
             best, saved, skipped_for_it = checkpoint.best(run)  # what speaks may be another
@@ -119,7 +122,9 @@ def _runs(problems: list[str]) -> Iterator[str]:
             problems += [f"skipped: {reason}" for reason in dict.fromkeys(skipped)]
         except (CheckpointError, InputError) as error:
             problems.append(str(error))
-    if not runs:
+        except OSError as error:
+            problems.append(f"{run} cannot be read ({checkpoint.why(error)})")
+    if none:
         yield f"none in {Path('runs').absolute()}"
 
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -290,10 +290,11 @@ def runs(folder: str | Path = "runs") -> dict[Path, tuple[float, dict]]:
     """-> a folder's runs, last saved first: when, and what its newest readable checkpoint says."""
     found = {}
     for run in Path(folder).glob("*"):
-        for saved in checkpoint.listed(run):
-            if config := checkpoint.config_of(saved):
-                found[run] = (saved.stat().st_mtime, config)
-                break
+        with suppress(OSError):  # it may not be read, or a trainer is removing what was listed
+            for saved in checkpoint.listed(run):
+                if config := checkpoint.config_of(saved):
+                    found[run] = (saved.stat().st_mtime, config)
+                    break
     return dict(sorted(found.items(), key=lambda item: item[1][0], reverse=True))
 
 

@@ -504,6 +504,28 @@ def test_the_doctor_finds_each_trouble(run, healthy, tmp_path, monkeypatch):
         assert list(doctor._torch(problems := [])) and len(problems) == told
 
 
+def test_a_run_that_may_not_be_read_is_named_and_hides_no_other(run, healthy, monkeypatch):
+    about = {"model": "GPT", "config": dataclasses.asdict(zoo.recipe("gpt", "tiny")[0])}
+    for name in "ab":
+        state = zoo.build("gpt", **about["config"]).state_dict()
+        saved = checkpoint.Snapshot(state, {}, {}, about, shakespeare.CHARACTERS)
+        checkpoint.save(Path("runs", name, "checkpoints", "step-00000001"), saved)
+    listed = Path.iterdir
+
+    def sealed(folder):
+        if folder.parent.name == "a":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", sealed)
+    assert list(zoo.runs()) == [Path("runs", "b")]
+    code, out, _ = run("doctor")
+    place = os.path.join("runs", "a")
+    assert out.splitlines()[-1] == f"wrong    {place} cannot be read (Permission denied)"
+    code, _, err = run("sample", place)
+    assert code == 1 and f"{place}/checkpoints cannot be written or read (Permission" in err
+
+
 def test_sample_and_eval(run, trained, corpus):
     code, out, err = run("sample", trained, "--prompt", "ROMEO:", "--length", 30, "--seed", 1)
     assert (code, err) == (0, "") and out.startswith("ROMEO:") and len(out) == len("ROMEO:") + 31
