@@ -396,7 +396,7 @@ def export(model: Trained, out: Annotated[Path | None, PageOption] = None) -> No
     network = zoo.load(model, say=streams.tell)
     written = page(network)
     out = out or Path(f"{Path(model).resolve().name}.html")
-    out.write_text(written, encoding="utf-8")
+    runs.write(out, written.encode())
     print(f"wrote {out}, {len(written) / 1e6:.1f} MB; open it in a browser")
 
 

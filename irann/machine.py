@@ -131,13 +131,17 @@ def cache() -> Path:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path` and rename: whoever looks sees the old file or the whole new one."""
+    """Write beside `path` and rename: whoever looks sees the old file or the whole new one. Raises
+    OSError that names `path`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
     try:
         with open(aside, "xb") as file:  # to be read by whom the umask lets
             file.write(data)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)
         raise

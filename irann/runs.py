@@ -1,5 +1,6 @@
 """What the command line says around a training: the text before it, models, runs, a run's curve."""
 
+import io
 import json
 import os
 import shlex
@@ -8,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-from . import checkpoint, shakespeare, zoo
+from . import checkpoint, machine, shakespeare, zoo
 from .checkpoint import CheckpointError
 from .settings import InputError
 from .text import BOM, CRLF, Text, describe
@@ -205,8 +206,10 @@ def plot(run: Path, width: int = 72, height: int = 16) -> Iterator[str]:
 
 def picture(run: Path, path: Path) -> Path:
     """Write a run's curve as a picture of matplotlib, a PNG unless the name says another -> its
-    path. Raises InputError where there is no matplotlib.
+    path. Raises InputError where there is no matplotlib, and for what is no file's name; OSError.
     """
+    if not path.name or path.is_dir():
+        raise InputError(f"--out takes the name of a file, such as curve.png; {path} is a folder")
     path = path if path.suffix else path.with_suffix(".png")
     try:
         import matplotlib
@@ -220,11 +223,21 @@ def picture(run: Path, path: Path) -> Path:
     ticks = [SimpleNamespace(**{"validation": None} | row) for row in metrics(run)]
     figures.use()
     ax = figures.learning_curve(ticks, against="step", references={}, label="training")
-    ax.set_title(str(run))
+    ax.set_title(str(run), parse_math=False)
+    drawn = io.BytesIO()
     try:
-        ax.figure.savefig(path)
+        ax.figure.savefig(drawn, format=path.suffix[1:])
     except ValueError as error:  # an ending that is no picture's
         raise InputError(f"{path} cannot be drawn: {error}") from None
     finally:
         plt.close(ax.figure)
+    write(path, drawn.getvalue())
     return path
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole, or leave what is there. Raises OSError that names it."""
+    if path.exists() and not path.is_file():  # such as /dev/stdout
+        path.write_bytes(data)
+    else:
+        machine.write_atomically(path.resolve(), data)

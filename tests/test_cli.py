@@ -768,6 +768,26 @@ def test_a_full_disk_is_one_sentence(run, short):
     assert os.listdir("full/checkpoints") == []
 
 
+def test_an_output_that_the_disk_has_no_room_for_leaves_the_older_one(run, trained, tmp_path):
+    for command, out in (("plot", "curve.png"), ("export", "page.html")):
+        path = tmp_path / "pages" / out  # made, as the encoded data's is
+        assert run(command, trained, "--out", path)[0] == 0
+        whole = path.read_bytes()
+        with small_disk(5_000):
+            code, _, err = run(command, trained, "--out", path)
+        assert code == 1 and f"{path} cannot be written or read (the disk is full" in err
+        assert path.read_bytes() == whole and os.listdir(path.parent) == [out]
+        path.unlink()
+    link = tmp_path / "link.html"
+    link.symlink_to(tmp_path / "page.html")
+    assert run("export", trained, "--out", link)[0] == 0 and link.is_symlink()
+    os.mkfifo("pipe.png")
+    pipe = os.open("pipe.png", os.O_RDONLY | os.O_NONBLOCK)
+    assert run("plot", trained, "--out", "pipe.png")[0] == 0
+    assert os.read(pipe, 4) == b"\x89PNG" and not Path("pipe.png").is_file()
+    os.close(pipe)
+
+
 def training(run, *more, **changes):
     """-> the command that trains a tiny GPT in `run` for a long time."""
     command = [sys.executable, "-m", "irann", "train", "gpt", "--recipe", "tiny", "--run", str(run)]
@@ -961,6 +981,13 @@ def test_list_and_plot_show_the_runs(run, short, tmp_path):
     assert code == 0 and (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert not plt.get_fignums()  # nothing stays in memory
     assert "cannot be drawn" in run("plot", "runs/gpt-tiny", "--out", "curve.xyz")[2]
+    for folder in (".", "..", "/"):
+        code, _, err = run("plot", "runs/gpt-tiny", "--out", folder)
+        assert code == 2 and f"{folder} is a folder" in err
+    odd = "cost$5_$x{"
+    shutil.copytree("runs/gpt-tiny", odd)
+    assert run("plot", odd, "--out", "curve.svg")[0] == 0
+    assert odd in Path("curve.svg").read_text()
     with open("runs/gpt-tiny/metrics.jsonl", "a") as file:
         file.write('{"step": 7, "loss": 2.0, "validation": null}\n')
     assert run("plot", "runs/gpt-tiny")[0] == 0
