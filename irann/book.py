@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import site
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .settings import InputError
+from .shakespeare import write_atomically
 
 BESIDE = Path(__file__).parents[1] / "notebooks"  # in the book's own folder
 # Beside an installed package, wherever pip put its data: as it does by default, or for one user
@@ -58,12 +58,12 @@ def folder() -> Path:
     for chapter in installed.glob("notebooks/*.ipynb"):
         mine = copy / chapter.name
         # What the reader has changed stays; a chapter as an older edition had it is replaced.
-        if not mine.exists() or _sha256(mine) == copied.get(chapter.name):
-            shutil.copy(chapter, mine)
+        if not mine.exists() or _sha256(mine) in (copied.get(chapter.name), _sha256(chapter)):
+            write_atomically(mine, chapter.read_bytes())
             copied[chapter.name] = _sha256(mine)
-    record.write_text(json.dumps(copied))
+    write_atomically(record, json.dumps(copied).encode())
     for report in installed.glob("book/report/*.json"):
-        shutil.copy(report, reports)
+        write_atomically(reports / report.name, report.read_bytes())
     return copy
 
 

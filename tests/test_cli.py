@@ -1218,6 +1218,12 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
         (chapters / name).write_text("{}")
     (reports / "all.json").write_text("{}")
     mine = Path("irann-book", "notebooks")
+    (chapters / "02_long.ipynb").write_text("long " * 1000)
+    with small_disk(1000):
+        code, _, err = run("book")
+    assert code == 1 and f"{mine / '02_long.ipynb'} cannot be written" in err
+    assert not (mine / "02_long.ipynb").exists()
+    (chapters / "02_long.ipynb").unlink()
     assert run("book")[0] == 0 and seen[-1][4] == str(mine)
     assert sorted(os.listdir(mine)) == ["01_gpt.ipynb", "welcome.ipynb"]
     assert (mine / "../book/report/all.json").read_text() == "{}"  # where the chapters look
