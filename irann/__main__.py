@@ -29,6 +29,7 @@ from .sampling import SAMPLING
 from .settings import InputError, Setting
 from .text import CorpusError, Text, printable, read_text, slug
 from .training import InUse, NotFinite, Signals, Tick, evaluate, progress, train
+from .training.state import sha256_of
 
 EXIT_CODES: dict[type[Exception], int] = {
     CheckpointError: 3,
@@ -349,18 +350,7 @@ def eval_command(
     """Measure nats per character over the whole validation part, every character once."""
     network = _load(model, device)
     text, what = _measured(network, model, corpus)
-    vocabulary = lm.vocabulary_of(network)
-    if text.vocabulary != vocabulary:
-        everything = text.vocabulary.decode(torch.cat([text.train, text.val]))
-        if vocabulary.unknown(everything):
-            raise InputError(
-                f"{text.source} has characters that are not among the {len(vocabulary)} of the "
-                f"model, such as {vocabulary.unknown(everything)[:20]!r}: measure it on a text of "
-                "its own characters, such as the one it was trained on"
-            )
-        cut = len(text.train)
-        ids = vocabulary.encode(everything)
-        text = dataclasses.replace(text, train=ids[:cut], val=ids[cut:], vocabulary=vocabulary)
+    text = _in_its_characters(network, text)
     print(evaluate(network, text))
     print(
         f"windows of {network.config.window} characters that do not overlap, "
@@ -503,14 +493,35 @@ def _measured(network: lm.LanguageModel, name: str, given: Path | None) -> tuple
         text = read_text(path)
         if text.sha256 != corpus["sha256"]:
             raise CorpusError(f"{path} is not any more what {name} was trained on; {way_out}")
+    text = _in_its_characters(network, text)
     cut = corpus.get("training_characters", len(text.train))
     if cut != len(text.train):  # it was split elsewhere for the training
         whole = torch.cat([text.train, text.val])
         text = dataclasses.replace(text, train=whole[:cut], val=whole[cut:])
+    if corpus.get("ids") not in (None, sha256_of(text.train, text.val)):
+        otherwise = "cut otherwise then: this may hold some of what it was trained with"
+        return text, f"the text {name} was trained on, {otherwise}"
     return (
         text,
         f"the text {name} was trained on: the last part, which it has not been trained with",
     )
+
+
+def _in_its_characters(network: lm.LanguageModel, text: Text) -> Text:
+    """-> the text in the model's vocabulary. Raises InputError where that lacks some of it."""
+    vocabulary = lm.vocabulary_of(network)
+    if text.vocabulary != vocabulary:
+        everything = text.vocabulary.decode(torch.cat([text.train, text.val]))
+        if vocabulary.unknown(everything):
+            raise InputError(
+                f"{text.source} has characters that are not among the {len(vocabulary)} of the "
+                f"model, such as {vocabulary.unknown(everything)[:20]!r}: measure it on a text of "
+                "its own characters, such as the one it was trained on"
+            )
+        cut = len(text.train)
+        ids = vocabulary.encode(everything)
+        text = dataclasses.replace(text, train=ids[:cut], val=ids[cut:], vocabulary=vocabulary)
+    return text
 
 
 def _device(name: str, rank: int = 0) -> torch.device:

@@ -713,7 +713,12 @@ def test_what_is_measured_was_not_trained_with_wherever_the_text_was_split(run, 
     list(train(zoo.build("gpt", config), wider, recipe, run="wider"))
     measured = str(evaluate(zoo.load("wider"), wider))
     assert "over 50 characters" in measured
-    assert measured in run("eval", "wider", "--corpus", "play.txt")[1]
+    out = run("eval", "wider", "--corpus", "play.txt")[1]
+    assert measured in out and "has not been trained with" in out
+    swapped = dataclasses.replace(text, train=whole[50:], val=whole[:50])
+    list(train(zoo.build("gpt", config, vocabulary=9), swapped, recipe, run="swapped"))
+    out = run("eval", "swapped")[1]
+    assert "may hold some of what it was trained with" in out
 
 
 def test_a_model_whose_text_is_not_known_is_measured_on_none_but_a_given_one(run):

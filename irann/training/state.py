@@ -42,9 +42,9 @@ class State:
         self.model = model
         self.text = text
         self.targets = targets
-        self.sha256 = {"ids": _sha256(text.train, text.val)}
+        self.sha256 = {"ids": sha256_of(text.train, text.val)}
         if targets is not None:
-            self.sha256["targets"] = _sha256(targets)
+            self.sha256["targets"] = sha256_of(targets)
         self.recipe = recipe
         self.rank, self.world = rank_and_world()
         self.device = model.device
@@ -277,7 +277,8 @@ class PrivateStream:
         return before
 
 
-def _sha256(*parts: Tensor) -> str:
+def sha256_of(*parts: Tensor) -> str:
+    """-> how a text's ids, or targets, are known again."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy().data)
