@@ -24,6 +24,7 @@ import re
 import secrets
 import shlex
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,7 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     """Write a snapshot to `folder`, there whole or not at all -> folder. Raises DiskError."""
     folder = Path(folder)
     files = packed(snapshot)
+    older = list(_moved_away(folder))  # by processes that were killed, or that we overtake
     aside = before = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +121,10 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
             os.rename(folder, before / folder.name)
         os.rename(aside, folder)
         _fsync(folder.parent)
+        for replaced in older:
+            shutil.rmtree(replaced, ignore_errors=True)
+            with suppress(OSError):
+                replaced.parent.rmdir()
     except OSError as error:
         raise DiskError(
             f"the checkpoint {folder} could not be written ({why(error)}); the older ones are "
@@ -153,7 +159,12 @@ def found(folder: Path) -> Path:
     """-> the folder, or, if a process was killed while it replaced it, where the old one lies."""
     if folder.exists():
         return folder
-    return next(folder.parent.glob(f"{UNFINISHED}*/{glob.escape(folder.name)}"), folder)
+    return next(_moved_away(folder), folder)
+
+
+def _moved_away(folder: Path) -> Iterator[Path]:
+    """Yields the older versions of a checkpoint that were being replaced."""
+    return folder.parent.glob(f"{UNFINISHED}*/{glob.escape(folder.name)}")
 
 
 def replaceable(folder: Path) -> bool:

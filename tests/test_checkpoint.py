@@ -472,6 +472,7 @@ def test_a_model_of_any_name_outlives_a_failed_replacement(tmp_path, monkeypatch
     assert checkpoint.load(checkpoint.found(mine)).config["step"] == 1
     newer = checkpoint.save(mine, snapshot(2, 2.0))
     assert checkpoint.found(mine) == newer and checkpoint.found(tmp_path / "no") == tmp_path / "no"
+    assert os.listdir(tmp_path) == ["mine[1]"]  # nothing older comes back when it is removed
 
 
 @pytest.mark.parametrize("put_back", [True, False])
