@@ -105,7 +105,8 @@ def test_a_run_goes_on_with_its_targets_only(tmp_path):
             list(train(tiny("gpt"), TEXT, RECIPE, run=run, resume=True, targets=other))
     resumed, straight = tiny("gpt"), tiny("gpt")
     list(train(resumed, TEXT, RECIPE, run=run, resume=True, targets=targets))
-    list(train(straight, TEXT, RECIPE, targets=targets))
+    with_a_past = (targets.float().requires_grad_() * 1).half()  # whose gradient nobody wants
+    list(train(straight, TEXT, RECIPE, targets=with_a_past))
     for ours, theirs in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -143,6 +144,21 @@ def test_a_window_that_the_text_does_not_hold_is_refused():
             soft_targets([read], TEXT, window)
     for window in (2, longest):
         assert len(soft_targets([read], TEXT, window)) == len(TEXT.train)
+
+
+def test_teachers_that_cannot_teach_this_text_are_refused():
+    other = teacher(1)
+    other.vocabulary = irann.Vocabulary("".join(map(chr, range(VOCABULARY))))
+    config, _ = irann.recipe("gpt", "tiny", window=16, vocabulary=VOCABULARY + 1)
+    for reads, more, said in (
+        ([], {}, "at least one teacher"),
+        ([other.read], {}, "not those that the model was trained on"),
+        ([partial(other.read)], {}, "not those that the model was trained on"),
+        ([irann.build("gpt", config).read], {}, f"{VOCABULARY + 1} different .* has {VOCABULARY}"),
+        ([teacher(1).read], {"batch": 0}, "batch is a whole number from 1"),
+    ):
+        with pytest.raises(InputError, match=said):
+            soft_targets(reads, TEXT, 16, **more)
 
 
 def test_the_script_teaches_measures_and_ships(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from ..lm import Ids, LanguageModel, Reader
 from ..settings import InputError
 from ..text import Text
 from .bars import bar
+from .evaluation import BATCH, check_vocabulary
 
 Read = Callable[[Ids], tuple[Float[Tensor, "b t v"], Any]]
 
@@ -30,7 +31,15 @@ def soft_targets(
     `reads` are the teachers' `read`, in eval mode and on the CPU, with settings bound as by
     `functools.partial`. A position is predicted from at least half a `window` before it; at the
     beginning of the text from all that is there, and the very first, from nothing, is uniform.
+    Raises InputError without teachers, and for one that expects other characters.
     """
+    if not reads:
+        raise InputError("at least one teacher is needed: irann.load('gpt').read is one's reading")
+    batch = BATCH.check("batch", batch)
+    for read in reads:
+        teacher = getattr(getattr(read, "func", read), "__self__", None)
+        if isinstance(teacher, LanguageModel):
+            check_vocabulary(teacher, text)
     half = window // 2
     last = len(text.train) - window - 1
     if last < 0 or not half:
@@ -43,7 +52,12 @@ def soft_targets(
     targets = torch.full(shape, 1 / shape[1], dtype=torch.float16, device="cpu")
     for some in bar(starts.split(batch), desc="teachers read", leave=False, delay=5, disable=None):
         ids = text.train[some[:, None] + torch.arange(window, device="cpu")]
-        p = torch.stack([read(ids)[0].softmax(-1) for read in reads]).mean(0).half()
+        logits = [read(ids)[0] for read in reads]
+        if other := [len(each[0, 0]) for each in logits if len(each[0, 0]) != shape[1]]:
+            raise InputError(
+                f"a teacher expects {other[0]} different characters, the text has {shape[1]}"
+            )
+        p = torch.stack([each.softmax(-1) for each in logits]).mean(0).half()
         for start, row in zip(some.tolist(), p, strict=True):
             late = half if start else 0
             targets[start + late + 1 : start + window + 1] = row[late:]

@@ -41,7 +41,7 @@ class State:
     ):
         self.model = model
         self.text = text
-        self.targets = targets
+        self.targets = None if targets is None else targets.detach()  # they are no part of it
         self.sha256 = {"ids": sha256_of(text.train, text.val)}
         if targets is not None:
             self.sha256["targets"] = sha256_of(targets)
