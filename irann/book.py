@@ -11,8 +11,8 @@ import sysconfig
 from contextlib import suppress
 from pathlib import Path
 
+from .machine import write_atomically
 from .settings import InputError
-from .shakespeare import write_atomically
 
 BESIDE = Path(__file__).parents[1] / "notebooks"  # in the book's own folder
 # Beside an installed package, wherever pip put its data: as it does by default, or for one user
