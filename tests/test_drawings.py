@@ -79,9 +79,8 @@ def test_the_model_is_drawn_with_its_shapes():
 
 
 def test_weights_and_losses_are_drawn_as_they_are():
-    rows = {
-        c: {"bare": torch.zeros(1, 4), "scaled": torch.tensor([[99.0, 0, 0, 0]])} for c in (2, 4)
-    }
+    sure = torch.tensor([[99.0, 0, 0, 0], [0, 99.0, 0, 0]])  # of another key in each row
+    rows = {c: {"bare": torch.zeros(2, 4), "scaled": sure} for c in (2, 4)}
     largest, slope = attention.widths(rows)
     assert [list(line.get_ydata()) for line in largest.lines] == [[0.25, 0.25], [1, 1]]
     assert [list(line.get_ydata()) for line in slope.lines] == [[0.75, 0.75], [0, 0]]
