@@ -468,6 +468,13 @@ def test_none_means_the_default_here_too(corpus):
     session = Session(Parrot(corpus.vocabulary, ""), top_k=None, temperature=0.5)
     session.set("temperature", None)
     assert session.get("top_k") == 0 and session.get("temperature") == 1 and not session.values
+    for vocabulary, mode in ((corpus.vocabulary, "play"), (Vocabulary("Ay"), "plain")):
+        session = Session(Parrot(vocabulary, ""), reader=None, mode=None)
+        assert (session.reader, session.mode) == ("ROMEO", mode)
+        session.set("mode", {"play": "plain", "plain": "play"}[mode])
+        session.set("speaker", "nurse")
+        session.set_all({"mode": None, "speaker": None})
+        assert (session.speaker, session.mode) == ("JULIET", mode)
 
 
 def test_a_model_without_a_vocabulary_is_refused_and_seeds_never_run_out(corpus):

@@ -139,7 +139,7 @@ class Session:
         self.device = device
         self.notify = say
         self.values: dict[str, Any] = {}
-        self.mode_is_chosen = "mode" in settings
+        self.mode_is_chosen = settings.get("mode") is not None
         notes = [self.use(model)]
         notes += self.set_all(settings)
         for note in notes:
@@ -175,14 +175,18 @@ class Session:
                 dropped.append(option)
         notes = [f"{name} cannot take what was set for {', '.join(dropped)}"] if dropped else []
         if not self.mode_is_chosen and not self.turns:
-            characters = lm.vocabulary_of(new).characters
-            self.mode = "play" if characters == shakespeare.CHARACTERS else "plain"
+            self.mode = self._own_mode()
             if self.mode == "plain":
                 notes.append(
                     f"{name} was trained on another text than the plays: it goes on with what you "
                     "write (mode plain)"
                 )
         return "; ".join(notes)
+
+    def _own_mode(self) -> str:
+        """-> the mode for this model where none was chosen."""
+        characters = lm.vocabulary_of(self.model).characters
+        return "play" if characters == shakespeare.CHARACTERS else "plain"
 
     # ------------------------------------------------------------------------------------- settings
 
@@ -207,10 +211,14 @@ class Session:
         set and its range.
         """
         if name in NAMES:
-            setattr(self, name, _name(value))
+            setattr(self, name, _name(NAMES[name].default if value is None else value))
             return self.clean(self.get(name))[1]
         if value is None and name in self.options:
             self.values.pop(name, None)
+            return ""
+        if value is None and name == "mode":
+            self.mode = self._own_mode()
+            self.mode_is_chosen = False
             return ""
         value = self.option(name).read(name, value)
         if name in SCENE:
