@@ -134,13 +134,14 @@ class LanguageModel(nn.Module):
                 f"ids are whole numbers of shape (b, t); got {ids.dtype} of shape "
                 f"{tuple(ids.shape)}"
             )
+        ids = ids.long()  # torch knows no least or greatest of uint16
         if not torch.compiler.is_compiling() and ids.numel():
             with suppress(RuntimeError):  # inside vmap, and on meta, nobody can look
                 low, high = int(ids.min()), int(ids.max())
                 last = self.config.vocabulary - 1
                 if not 0 <= low <= high <= last:
                     raise InputError(f"ids lie in 0..{last}; got {low}..{high}")
-        return ids.long()
+        return ids
 
 
 def check_pairs(ids: Ids) -> Ids:

@@ -337,6 +337,7 @@ def test_ids_are_checked():
         torch.zeros(1, 3),
         torch.tensor([[-1]]),
         torch.tensor([[10]]),
+        torch.tensor([[60_000]], dtype=torch.uint16),
     ):
         with refuses("ids"):
             model.generate(wrong, 1)
