@@ -1,5 +1,6 @@
 """Text as whole numbers and back: the vocabulary of characters, the split, random windows."""
 
+import codecs
 import difflib
 import hashlib
 import io
@@ -212,7 +213,7 @@ def read_text(path: str | os.PathLike) -> Text:
     """
     name = printable(path)
     data = read_bytes(path)
-    if not data:
+    if not data.removeprefix(codecs.BOM_UTF8):
         raise CorpusError(
             f"{name} is empty: give a text of some thousand characters, or none for "
             "tiny-shakespeare"
@@ -226,7 +227,7 @@ def read_text(path: str | os.PathLike) -> Text:
             f"{name} is not UTF-8 text (byte {error.start:,} is "
             f"{error.object[error.start]:#04x}): save it as UTF-8"
         ) from None
-    if data.startswith(b"\xef\xbb\xbf"):
+    if data.startswith(codecs.BOM_UTF8):
         name += BOM
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")

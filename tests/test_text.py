@@ -291,6 +291,7 @@ def test_a_file_of_one_s_own_is_a_corpus(tmp_path):
     ("content", "words"),
     [
         (b"", "is empty"),
+        (b"\xef\xbb\xbf", "is empty"),
         ("abc\n".encode("utf-16"), "looks like UTF-16.*save it as UTF-8"),
         ("abc\n".encode("utf-16-le"), "looks like UTF-16.*save it as UTF-8"),
         ("\ufeff\u4e2d\u6587".encode("utf-16-le"), "looks like UTF-16.*save it as UTF-8"),  # no NUL
