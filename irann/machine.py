@@ -126,7 +126,7 @@ def _clocks() -> tuple[float, float]:
 def cache() -> Path:
     """-> the user's cache folder: IRANN_CACHE, or irann under XDG_CACHE_HOME or ~/.cache."""
     if given := os.environ.get("IRANN_CACHE"):
-        return Path(given)
+        return Path(given).absolute()  # of a library, a bare name is looked for elsewhere
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "irann"
 
 

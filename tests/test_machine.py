@@ -161,6 +161,7 @@ def test_a_small_training_and_a_text_are_one_threads_work(small, monkeypatch):
 def test_the_cache_is_where_it_is_said_to_be(monkeypatch):
     for chosen, xdg, folder in (
         ("/a", "/b", "/a"),
+        ("a", "/b", Path.cwd() / "a"),
         ("", "/b", "/b/irann"),
         ("", "", "/home/will/.cache/irann"),
     ):
