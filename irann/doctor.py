@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -143,4 +144,5 @@ def _disk(problems: list[str]) -> Iterator[str]:
 def _short(line: str) -> str:
     """-> a line without the name of the reader's home."""
     home = os.path.expanduser("~")
-    return line if home in ("/", "~") else line.replace(home, "~")
+    whole = re.escape(home) + r"(?![\w-])"  # not the beginning of another's name
+    return line if home in ("/", "~") else re.sub(whole, "~", line)
