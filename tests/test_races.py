@@ -301,8 +301,8 @@ def test_what_a_log_says_is_entered_under_its_seed_by_hand(short, tmp_path, monk
     arm = races.nanogpt_arms(quick=True)["ours, short"]
     recipe = replace(arm.recipe, steps=4)
     arm = replace(arm, recipe=recipe, measure=lambda model, text: {"trained": model})
-    log = [{"step": 1, "seconds": 1.0}, {"step": 2, "seconds": 9.0, "validation": 1.5}]
-    log += [{"step": 3, "seconds": 10.0}, {"step": 4, "seconds": 20.0, "validation": 2.0}]
+    log = [{"step": 1, "seconds": 1.001}, {"step": 2, "seconds": 9.0, "validation": 1.5}]
+    log += [{"step": 3, "seconds": 10.001}, {"step": 4, "seconds": 20.0, "validation": 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     row = {key: ["first", "old", "third"] for key in ("nats", "seconds", "curves")}
     row["measured"] = ["first"]  # and no clock, as older reports have none
@@ -311,7 +311,7 @@ def test_what_a_log_says_is_entered_under_its_seed_by_hand(short, tmp_path, monk
     curve = [[2 * a_step, 2.0, 1.5], [4 * a_step, 4.0, 2.0]]
     assert row == {
         "nats": ["first", 2.0, "third"],  # the last, which is not the lowest
-        "seconds": ["first", 4.0, "third"],
+        "seconds": ["first", 4.004, "third"],  # two steps of a fast device are not nothing
         "clock": [math.nan, 20.0],  # with validation
         "curves": ["first", curve, "third"],
         "measured": ["first", {"trained": asked[0][0][0]}],

@@ -336,7 +336,7 @@ def run_arm(
     row["parameters"] = model.num_parameters
     row["characters"] = recipe.steps * per_step
     row["exact"] = model.exact
-    results = {"nats": log[-1]["validation"], "seconds": round(seconds, 1), "curves": curve}
+    results = {"nats": log[-1]["validation"], "seconds": round(seconds, 3), "curves": curve}
     results["clock"] = log[-1].get("seconds", math.nan)  # with validation, and all that disturbed
     if arm.measure:
         results["measured"] = arm.measure(model, text)
