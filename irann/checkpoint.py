@@ -167,6 +167,11 @@ def _moved_away(folder: Path) -> Iterator[Path]:
     return folder.parent.glob(f"{UNFINISHED}*/{glob.escape(folder.name)}")
 
 
+def holds_any(folder: Path) -> bool:
+    """-> whether any file of a checkpoint is in a folder."""
+    return any((folder / name).exists() for name in (*FILES, "manifest.json"))
+
+
 def replaceable(folder: Path) -> bool:
     """-> whether nothing but a checkpoint is lost with what lies at `folder`: it is nothing, an
     empty folder, or one that holds the files of a checkpoint and no others.

@@ -211,7 +211,7 @@ def load(
         model = _load_run(run, say)
     elif (path / "checkpoints").is_dir() or (path / "metrics.jsonl").is_file():
         model = _load_run(path, say)
-    elif path.exists():
+    elif path.is_file() or path.parent.name == "checkpoints" or checkpoint.holds_any(path):
         try:
             saved = checkpoint.load(path)
         except CheckpointError as error:

@@ -182,6 +182,10 @@ def test_what_is_not_there_is_told_with_a_way_out(tmp_path, monkeypatch):
         zoo.load("elsewhere")
     with pytest.raises(CheckpointError, match="no trained weights for gpt yet; .*irann train gpt"):
         zoo.load("gpt")
+    Path("runs", "x", "checkpoints").mkdir(parents=True)
+    for place in ("runs", "runs/x/checkpoints"):
+        with pytest.raises(InputError, match=f"'{place}' is neither a model"):
+            zoo.load(place)
     with pytest.raises(
         InputError, match="no recipe 'huge' for gpt; there are tiny, demo, full, gpu"
     ):
