@@ -129,7 +129,9 @@ class Run:
         return None
 
     def _claim(self) -> None:
-        """Take the lock. Raises InUse that names who has it."""
+        """Take the lock. Raises InUse that names who has it, RunError where a model was saved."""
+        if (self.folder / "manifest.json").exists() and not checkpoint.listed(self.folder):
+            raise RunError(f"{self.folder} holds a saved model; choose another --run")
         try:
             with _disk(f"the run directory {self.folder} cannot be used"):
                 self.folder.mkdir(parents=True, exist_ok=True)
