@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from . import checkpoint, machine, shakespeare, zoo
+from .chat import streams
 from .checkpoint import CheckpointError
 from .settings import InputError
 from .text import BOM, CRLF, Text, describe
@@ -33,6 +34,12 @@ def advice(
     """What to expect of a recipe on a text: yields lines. How long it lasts is known of a recipe
     that was not `changed`.
     """
+    if len(text.train) <= config.window:
+        yield (
+            f"too little text for windows of {config.window:,} characters: a longer one is needed, "
+            "or a smaller window, as by --set window=8"
+        )
+        return
     characters = recipe.steps * recipe.batch * config.window
     passes = characters / len(text.train)
     lasts = f", {LASTS[name]}" if name in LASTS and not changed else ""
@@ -141,9 +148,11 @@ def _nats(config: dict) -> str:
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+    taken = [[sum(map(streams.cells, cell)) for cell in row] for row in rows]
+    widths = [max(column) for column in zip(*taken)]
+    for row, lengths in zip(rows, taken):
+        padded = [cell + " " * (w - n) for cell, w, n in zip(row, widths, lengths)]
+        yield "  ".join(padded).rstrip()
 
 
 # ------------------------------------------------------------------------------------- the curve

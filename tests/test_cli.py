@@ -274,7 +274,10 @@ def test_bad_checkpoints_exit_3(run, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for command in ("eval", "chat"):
         code, _, err = run(command, tmp_path / "empty")
-        assert code == 3 and "manifest.json is missing" in err
+        assert code == 2 and "empty' is neither a model" in err
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    code, _, err = run("eval", tmp_path / "empty")
+    assert code == 3 and "manifest.json is missing" in err
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch, trained):
@@ -445,7 +448,9 @@ def healthy(tmp_path, monkeypatch):
     return usage
 
 
-def test_the_doctor_has_nothing_to_say_of_a_machine_that_is_well(run, healthy, monkeypatch):
+def test_the_doctor_has_nothing_to_say_of_a_machine_that_is_well(
+    run, healthy, tmp_path, monkeypatch
+):
     lines = run("doctor")[1].splitlines()
     assert lines[-1] == "wrong    nothing that shows from here"
     assert {"weights  none", "runs     none in ~/runs", "torch    no variables are set"} < {*lines}
@@ -453,6 +458,8 @@ def test_the_doctor_has_nothing_to_say_of_a_machine_that_is_well(run, healthy, m
     monkeypatch.setenv("CC", "nosuch")  # nobody asks it for a kernel
     monkeypatch.setenv("IRANN_KERNEL", "0")
     assert run("doctor")[1].endswith("nothing that shows from here\n")
+    monkeypatch.setenv("HOME", str(tmp_path)[:-1])  # another's, whose name begins alike
+    assert f"runs     none in {tmp_path}{os.sep}runs" in list(doctor.report())
     monkeypatch.setenv("HOME", "/")
     assert any(line.startswith("runs     none in /") for line in doctor.report())
 
@@ -1043,6 +1050,10 @@ def test_a_run_is_listed_with_what_its_newest_checkpoint_says(run):
         (folder / "config.json").write_text(json.dumps(about | more))
         os.utime(folder, (0, time.mktime((2024, 5, 6, 7, 8, ord("c") - ord(name), 0, 0, -1))))
     rows = [re.split("  +", line) for line in runs.listing()][-2:]
+    Path("runs", "b").rename(Path("runs", "\u7ea2\u697c\u68a6"))
+    wide = [line for line in runs.listing()][-3:]
+    assert wide[0].index("model") == wide[1].index("diffusion") == wide[2].index("diffusion") + 3
+    Path("runs", "\u7ea2\u697c\u68a6").rename(Path("runs", "b"))
     rest = ["my play.txt", "2024-05-06 07:08"]
     assert rows[0] == [os.path.join("runs", "a"), "diffusion", "3 of 9", "at most 2.500", *rest]
     rest[0] = "a" * 40
@@ -1086,6 +1097,8 @@ def test_a_text_is_told_what_a_recipe_does_with_it():
     for size, little in ((19_999, True), (20_000, False)):
         said = " ".join(runs.advice(irann.Text.of("a" * size), "demo", config, recipe))
         assert ("little text" in said) == little
+    (line,) = runs.advice(irann.Text.of("a" * 100), "demo", config, recipe)
+    assert "too little text for windows of 128" in line and "--set window=8" in line
     large = irann.Text.of("abcdefgh\n" * 200_000)
     assert "--recipe full" in list(runs.advice(large, "demo", *zoo.recipe("gpt", "demo")))[-1]
     assert len(list(runs.advice(large, "gpu", *zoo.recipe("gpt", "demo")))) == 1
@@ -1149,7 +1162,12 @@ def test_only_a_model_is_replaced_by_a_model(tmp_path, small):
     (tmp_path / "extension").mkdir()
     (tmp_path / "extension" / "manifest.json").write_text('{"manifest_version": 3}')
     (irann.save(model, tmp_path / "noted") / "notes.txt").write_text("a year of work")
-    list(irann.train(model, small, recipe, run=irann.save(model, tmp_path / "run")))
+    irann.save(model, tmp_path / "saved")
+    for more in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(InputError, match="saved holds a saved model; choose another --run"):
+            list(irann.train(model, small, recipe, run=tmp_path / "saved", **more))
+    irann.save(model, tmp_path / "saved")  # nothing of a run is in it
+    list(irann.train(model, small, recipe, run=tmp_path / "run"))
     (tmp_path / "link").symlink_to(irann.save(model, tmp_path / "whole"))
     (tmp_path / "file").write_text("")
     before = sorted(tmp_path.rglob("*"))

@@ -145,7 +145,7 @@ def check_trainable(model: LanguageModel, text: Text, recipe: Recipe) -> None:
     if len(text.train) < model.config.window + 1:
         raise InputError(
             f"the training part has {len(text.train):,} characters; one window and its target take "
-            f"{model.config.window + 1}"
+            f"{model.config.window + 1}: give a longer text, or a smaller window (--set window=8)"
         )
     if not len(text.val):
         raise InputError(
