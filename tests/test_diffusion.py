@@ -862,14 +862,9 @@ def test_what_cannot_be_is_refused_before_any_work():
             unwrap(Diffusion.infill)(model, ids, mask)  # without the type checker
     with refuses(r"ids lie in 0\.\.6"):
         model.generate(ids + 7, 4)
-    for changes, word in [
-        ({"page": 17}, "page"),
-        ({"heads": 3}, "heads"),
-        ({"levels": 10}, "levels"),
-        ({"schedule": "cubic"}, "schedule"),
-    ]:
-        with refuses(word):
-            Diffusion(DiffusionConfig(**TINY | changes))
+    for name, value in (("page", 17), ("heads", 3)):
+        with refuses(name):
+            DiffusionConfig(**TINY | {name: value})
 
 
 def test_one_batch_can_be_learnt_by_heart(unchecked):
