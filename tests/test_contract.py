@@ -79,6 +79,19 @@ def test_loss_is_finite_and_every_parameter_learns(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_dropout_is_active_in_training_only(name):
+    losses = {}
+    for p in (0.0, 0.5):
+        model = excite(tiny(name, dropout=p), 0.2)
+        assert {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {p}
+        draws = model.draw(ids(8, 33), generator=rng())
+        for mode in (True, False):
+            torch.manual_seed(0)
+            losses[p, mode] = model.train(mode).loss(ids(8, 33), draws)[0].item()
+    assert losses[0.0, True] != losses[0.5, True] and losses[0.0, False] == losses[0.5, False]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_one_batch_can_be_memorised(name, small, unchecked):
     model = tiny(name)
     batch = small.train[: 2 * (model.config.window + 1)].view(2, -1)

@@ -299,16 +299,6 @@ def test_gpt2s_initialisation():
     assert not fast.h[0].attn.c_proj.weight.any() and not list(fast.ln_f.parameters())
 
 
-def test_dropout_is_active_in_training_only():
-    torch.manual_seed(0)
-    model = GPT(
-        GPTConfig(dropout=0.5, attention_dropout=0.5, layers=1, width=16, heads=2, window=8)
-    )
-    page = ids(1, 8)
-    assert not torch.equal(model.train()(page), model(page))
-    assert torch.equal(model.eval()(page), model(page))
-
-
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_dropout_reaches_the_input_both_halves_of_a_block_and_the_weights(positions):
     sizes = {"layers": 2, "width": 16, "heads": 2, "window": 8, "positions": positions}

@@ -409,17 +409,6 @@ def test_the_objective_depends_neither_on_pieces_nor_on_the_order_of_rows(kind, 
     assert carried == ({True, False} if kind is PageThinker else {None})
 
 
-@pytest.mark.parametrize("kind", [Thinker, PageThinker])
-def test_dropout_is_active_in_training(kind):
-    losses = []
-    for p in (0.0, 0.5):
-        model = thinker(kind, dropout=p).train()
-        assert {part.p for part in model.modules() if isinstance(part, torch.nn.Dropout)} == {p}
-        torch.manual_seed(0)
-        losses.append(model.loss(ids(4, 25))[0])
-    assert not torch.equal(*losses)
-
-
 def test_random_rounds_are_drawn_while_training_only():
     model = Thinker(ThinkerConfig(window=8, width=16, rounds=5, random_rounds=True))
     text, generator = ids(1, 9), rng()
