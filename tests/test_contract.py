@@ -541,11 +541,12 @@ def test_any_chunking_of_read_equals_one_read(name):
 def test_a_state_can_be_continued_twice(name):
     model = excite(tiny(name), 0.3).double().eval()
     with torch.no_grad():
-        _, state = model.read(ids(1, 6))
-        one, _ = model.read(ids(1, 4, seed=1), state)
-        model.read(ids(1, 4, seed=2), state)
-        again, _ = model.read(ids(1, 4, seed=1), state)
-    assert torch.equal(one, again)
+        for t in (1, 4):
+            _, state = model.read(ids(1, 6))
+            one, _ = model.read(ids(1, t, seed=1), state)
+            model.read(ids(1, t, seed=2), state)
+            again, _ = model.read(ids(1, t, seed=1), state)
+            assert torch.equal(one, again)
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -585,8 +586,8 @@ def test_the_future_never_moves_past_logits(name):
 
 @pytest.mark.parametrize("name", READERS)
 def test_greedy_text_is_the_likeliest_character_each_time(name):
-    model = tiny(name, seed=3).eval()
-    *_, last = model.generate(ids(1, 4), 8, temperature=0)
+    model = excite(tiny(name), 0.3).double().eval()
+    *_, last = model.generate(ids(2, 4), 8, temperature=0)
     with torch.no_grad():
         for t in range(4, 12):
-            assert model(last.ids[:, :t])[0, -1].argmax() == last.ids[0, t]
+            assert torch.equal(model(last.ids[:, :t])[:, -1].argmax(-1), last.ids[:, t])
