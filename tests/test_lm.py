@@ -175,15 +175,6 @@ def test_what_of_the_prompt_is_lost_is_said_page_by_page(name):
     }
 
 
-def test_a_draft_belongs_to_its_receiver():
-    drafts = []
-    for draft in Counting().generate(torch.tensor([[1]]), 5):
-        drafts.append(draft.ids.clone())
-        draft.ids.zero_()
-    assert [ids[0].tolist() for ids in drafts] == [list(range(1, 2 + i)) for i in range(6)]
-    assert draft == draft != lm.Draft(draft.ids, draft.settled)
-
-
 class Stamping(lm.LanguageModel):
     """Writes pages by counting on from the position before; logs the windows it was given."""
 
@@ -350,12 +341,6 @@ def test_ids_are_checked():
             model.check_ids(wrong)
 
 
-@pytest.mark.parametrize("name", sorted(zoo.MODELS))
-def test_ids_that_are_no_tensor_are_named(name):
-    with refuses("ids are a tensor of whole numbers"):
-        zoo.build(name, zoo.recipe(name, "tiny")[0]).nll([[1, 2, 3]])
-
-
 def test_a_vocabulary_of_another_model_is_named_before_anything_is_written():
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
     model.vocabulary = Vocabulary("abc")
@@ -388,6 +373,8 @@ def test_a_prompt_read_in_pieces_fills_the_window_as_one_read_at_once_does(monke
     model = Counting()
     *_, draft = model.generate(torch.arange(6)[None], 3)
     assert draft.ids[0].tolist() == list(range(9))
+    same = lm.Draft(draft.ids, draft.settled, draft.note, draft.forgotten)
+    assert draft == draft != same  # tensors are not compared
     assert model.asked == [(0, 2), (2, 2), (4, 2), (0, 2), (2, 1), (3, 1)]
 
 
