@@ -713,7 +713,7 @@ def test_a_gap_near_an_end_of_a_text_is_seen_with_a_whole_window_around_it(start
     inner = model.forward
     model.forward = lambda x, tau, ids, *rest: read.append(ids[0]) or inner(x, tau, ids, *rest)
     ids = text(1, 85)
-    list(model.infill(ids, torch.arange(85) == start, steps=1, generator=seeded()))
+    list(model.infill(ids, torch.arange(85) == start, steps=1, generator=rng()))
     wanted = ids[0, begin : begin + 17]
     others = torch.arange(begin, begin + 17) != start
     assert len(read[0]) == 17 and torch.equal(read[0][others], wanted[others])
@@ -913,7 +913,7 @@ def test_how_sure_a_page_is_counts_its_own_guesses_and_not_what_it_was_given():
     model = tiny()
     lead = torch.tensor([20.0] * 3 + [1.0, 3.0] * 4).double()  # in nats, as above
     model.forward = lambda x, tau, ids, *_: lead[:, None] * F.one_hot(ids * 0 + 3, 7).double()
-    drafts = list(model.generate(text(2, 3), 8, steps=2, generator=seeded()))
+    drafts = list(model.generate(text(2, 3), 8, steps=2, generator=rng()))
     mean = (1 / (1 + 6 * (-lead[3:]).exp())).mean().item()
     assert [draft.note["sure"] for draft in drafts[1:]] == [pytest.approx(mean, abs=6e-4)] * 2
 

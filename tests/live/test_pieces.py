@@ -546,11 +546,12 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
 
 @pytest.mark.parametrize(
     "arguments, code, words",
-    [(["nothing"], 2, "neither a model"), (["gpt", "--out", "missing/page.html"], 1, "missing")],
+    [(["nothing"], 2, "neither a model"), (["gpt", "--out", "file/page.html"], 1, "file")],
 )
 def test_what_cannot_be_exported_is_one_sentence(
     arguments, code, words, command, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
+    Path("file").touch()
     ended, _, said = command("export", *arguments)
     assert ended == code and words in said and said.count("\n") == 1
