@@ -73,11 +73,12 @@ def main(folder: str, *written: str) -> None:
     for entry in written or WRITTEN:
         chapter, _, function = entry.partition(":")
         chapters.setdefault(chapter, []).append(function)
+    pages = BOOK.parent / "notebooks"
+    made = {name: for_students(pages / f"{name}.md", chapters[name]) for name in chapters}
     out = Path(folder)
     (out / "notebooks").mkdir(parents=True)
-    for chapter, functions in chapters.items():
-        notebook = for_students(BOOK.parent / "notebooks" / f"{chapter}.md", functions)
-        nbformat.write(notebook, out / "notebooks" / f"{chapter}.ipynb")
+    for name, notebook in made.items():
+        nbformat.write(notebook, out / "notebooks" / f"{name}.ipynb")
     shutil.copytree(BOOK / "report", out / "book" / "report")
     for page in BOOK.glob("*.md"):  # what they link to
         shutil.copy(page, out / "book")
@@ -87,4 +88,7 @@ def main(folder: str, *written: str) -> None:
 if __name__ == "__main__":
     if not sys.argv[1:]:
         sys.exit("where to? python book/student.py FOLDER")
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except (OSError, ValueError) as error:
+        sys.exit(f"{error}")
