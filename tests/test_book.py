@@ -483,8 +483,12 @@ def test_students_get_what_they_write_empty_and_no_solution(tmp_path, capsys):
         assert f' raise NotImplementedError("write {name}")\n' in "\n".join([*sources, ""])
         assert not any(cell.get("outputs") for cell in notebook.cells)
         assert not any("<details>" in source for source in sources)
-        tasks = next(s for s in sources if "## Exercises" in s.splitlines())
-        assert "".join(sources[sources.index(tasks) :]).count("(easy") >= 2
+        tasks, all_tasks = (
+            next(i for i, c in enumerate(each) if "## Exercises" in c.source.splitlines())
+            for each in (notebook.cells, whole.cells)
+        )
+        assert "".join(sources[tasks:]).count("(easy") >= 2 and tasks == all_tasks
+        assert not any("hide-cell" in c.metadata.get("tags", []) for c in notebook.cells[tasks:])
         # all else is as it was: where the body is put back, the cell is the chapter's
         originals = {cell.source for cell in whole.cells}
         emptied = [cell for cell in notebook.cells if "NotImplementedError" in cell.source]
