@@ -14,6 +14,7 @@ import torch
 
 from irann import checkpoint
 
+torch.set_num_threads(1)  # OpenMP's threads are not there after a fork, and are waited for
 rng = random.Random(0)
 
 
