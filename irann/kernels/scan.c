@@ -5,8 +5,12 @@
 // Layouts, last axis fastest: u, delta, y (b t e); A2 (n e); B, C (b t n); state, last (b n e);
 // entry (b k n e), the state before every SPAN positions. One share is one text of the batch and
 // `wide` channels, a multiple of LANES. Built by native.py with -DN=... -DSPAN=... and -DREAL=float
-// or double; loops over n have a constant length and unroll.
+// or double. Loops over n have a constant length and unroll, beyond 16 states in part: all 64 would
+// take a compiler six seconds.
 #include <string.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 #ifdef __AVX512F__
 #define BYTES 64
@@ -14,7 +18,7 @@
 #define BYTES 32
 #endif
 #define LANES (BYTES / (long)sizeof(REAL))
-#define FOR_N for (int n = 0; n < N; n++)
+#define FOR_N _Pragma("GCC unroll 16") for (int n = 0; n < N; n++)
 
 typedef REAL vec __attribute__((vector_size(BYTES)));
 #if WIDE  // double
@@ -56,23 +60,30 @@ static inline vec power_of_two(vec x) {
   return pick(x >= (REAL)MOST, all(__builtin_inf()), pick(x < (REAL)LEAST, all(0), sum));
 }
 
+// Span by span, and in it channel by channel, so that a span's rows are read while they are near.
+// Between spans the state waits in `last`.
 static void forward_share(const REAL *u, const REAL *delta, const REAL *A2, const REAL *B,
                           const REAL *C, const REAL *state, REAL *y, REAL *last, REAL *entry,
                           long times, long width, long from, long to) {
-  for (long e = from; e < to; e += LANES) {
-    vec h[N], a2[N];
-    FOR_N h[n] = get(state + n * width + e), a2[n] = plain(get(A2 + n * width + e));
-    REAL *next = entry + e;
-    for (long t = 0; t < times; t++) {
-      if (t % SPAN == 0) { FOR_N put(next + n * width, h[n]); next += N * width; }
-      vec d = plain(get(delta + t * width + e)), x = d * get(u + t * width + e), sum = all(0);
+  for (long start = 0; start < times; start += SPAN, state = last, entry += N * width) {
+    long end = times - start < SPAN ? times : start + SPAN;
+    for (long e = from; e < to; e += LANES) {
+      vec h[N], a2[N];
       FOR_N {
-        h[n] = power_of_two(d * a2[n]) * h[n] + x * B[t * N + n];
-        sum += h[n] * C[t * N + n];
+        long i = n * width + e;
+        h[n] = get(state + i), a2[n] = plain(get(A2 + i));
+        put(entry + i, h[n]);
       }
-      put(y + t * width + e, sum);
+      for (long t = start; t < end; t++) {
+        vec d = plain(get(delta + t * width + e)), x = d * get(u + t * width + e), sum = all(0);
+        FOR_N {
+          h[n] = power_of_two(d * a2[n]) * h[n] + x * B[t * N + n];
+          sum += h[n] * C[t * N + n];
+        }
+        put(y + t * width + e, sum);
+      }
+      FOR_N put(last + n * width + e, h[n]);
     }
-    FOR_N put(last + n * width + e, h[n]);
   }
 }
 
@@ -134,6 +145,23 @@ static void backward_share(const REAL *dy, const REAL *u, const REAL *delta, con
   }
 }
 
+// A number too small for a full mantissa, such as softplus(-90), costs an x86 core some hundred
+// cycles each time. While a thread is in the kernel it is zero; restore() gives the old mode back.
+static inline unsigned flush_to_zero(void) {
+#ifdef __SSE__
+  unsigned mode = _mm_getcsr();
+  _mm_setcsr(mode | 0x8040);  // results, operands
+  return mode;
+#else
+  return 0;
+#endif
+}
+static inline void restore(unsigned mode) {
+#ifdef __SSE__
+  _mm_setcsr(mode);
+#endif
+}
+
 // Share i is text i / parts and part i % parts of the channels. dA is (b n e); dB and dC are
 // (b parts t n): summed by the caller.
 #define SHARES                                                                                   \
@@ -141,7 +169,8 @@ static void backward_share(const REAL *dy, const REAL *u, const REAL *delta, con
   for (long i = 0; i < batch * parts; i++) {                                                     \
     long b = i / parts, from = i % parts * wide, to = from + wide < width ? from + wide : width; \
     long te = b * times * width, tn = b * times * N, ne = b * N * width;                         \
-    long k = (times + SPAN - 1) / SPAN * ne;
+    long k = (times + SPAN - 1) / SPAN * ne;                                                     \
+    unsigned mode = flush_to_zero();
 
 void forward(const REAL *u, const REAL *delta, const REAL *A2, const REAL *B, const REAL *C,
              const REAL *state, REAL *y, REAL *last, REAL *entry,
@@ -149,6 +178,7 @@ void forward(const REAL *u, const REAL *delta, const REAL *A2, const REAL *B, co
   SHARES
     forward_share(u + te, delta + te, A2, B + tn, C + tn, state + ne, y + te, last + ne, entry + k,
                   times, width, from, to);
+    restore(mode);
   }
 }
 
@@ -160,5 +190,6 @@ void backward(const REAL *dy, const REAL *u, const REAL *delta, const REAL *A2, 
     backward_share(dy + te, u + te, delta + te, A2, B + tn, C + tn, entry + k, carry + ne, du + te,
                    ddelta + te, dA + ne, dB + i * times * N, dC + i * times * N,
                    times, width, from, to);
+    restore(mode);
   }
 }
