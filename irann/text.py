@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from . import machine
 from .settings import InputError, Setting
 
 # characters of a large text that are encoded at once, so that little memory is needed beside it
@@ -147,7 +148,7 @@ class Text:
         """Write train_encoded.npy, val_encoded.npy (uint16, or uint32 beyond 65,536 characters) and
         vocab.json (the characters in order of id) -> their paths.
 
-        Raises OSError that names the file; one that broke off half-way is removed.
+        Raises OSError that names the file; an older one is then as it was.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,13 +160,7 @@ class Text:
             folder / "vocab.json": characters.encode(),
         }
         for path, data in files.items():
-            try:
-                path.write_bytes(data)
-            except OSError as error:
-                if error.filename is None:  # the file was open, so what is written of it is ours
-                    error.filename = str(path)
-                    path.unlink()
-                raise
+            machine.write_atomically(path.resolve(), data)  # of a link, what it points to
         return list(files)
 
 

@@ -349,17 +349,18 @@ def test_write(corpus, tmp_path):
     assert "".join(json.loads(paths[2].read_text())) == corpus.vocabulary.characters
     assert np.load(paths[0]).dtype == np.load(paths[1]).dtype == np.uint16
     paths[1].unlink()
-    paths[1].symlink_to(tmp_path / "unplugged" / "val.npy")
-    with pytest.raises(FileNotFoundError, match=r"val_encoded\.npy"):
-        corpus.write(tmp_path / "encoded")
-    assert paths[1].is_symlink()  # what is not ours is not removed
+    paths[1].symlink_to(tmp_path / "elsewhere.npy")
+    corpus.write(tmp_path / "encoded")
+    assert paths[1].is_symlink() and len(np.load(tmp_path / "elsewhere.npy")) == len(corpus.val)
 
 
-def test_a_full_disk_is_named_and_leaves_no_half_file(corpus, tmp_path):
+def test_a_full_disk_is_named_and_leaves_what_was_there(corpus, tmp_path):
+    before = {path: path.read_bytes() for path in Text.of("abcd").write(tmp_path)}
     words = "File too large: .*train_encoded.npy"
     with small_disk(1_000_000), pytest.raises(OSError, match=words) as error:
         corpus.write(tmp_path)
-    assert "the disk is full" in why(error.value) and not list(tmp_path.iterdir())
+    assert "the disk is full" in why(error.value)
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_reference_likelihoods(corpus):
