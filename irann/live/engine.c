@@ -236,6 +236,14 @@ static int sensible(void) {
   return right && m.heads > 0 && m.width % (2 * m.heads) == 0;
 }
 
+static float threshold;
+static int round_limit;
+// A position stops once the probability of having stopped reaches `limit`, and at last after `rounds` (0: all).
+EXPORT void set_rule(float limit, int rounds) {
+  threshold = limit;
+  round_limit = rounds > 0 && rounds < m.rounds ? rounds : m.rounds;
+}
+
 // Where a file of so many bytes is to be put.
 EXPORT unsigned char *room(int bytes) { free_all(); return file = take(bytes); }
 
@@ -294,6 +302,7 @@ EXPORT int open_model(int bytes) {
     for (int j = 0; j < m.channels; j++) point[j] *= scale;
   }
   held = length = positions = 0;
+  set_rule(.5f, 0);
   return mask ? 0 : 3;
 }
 
@@ -417,14 +426,6 @@ static float halt(int r, int i) {
   return sigmoid(sum);
 }
 
-static float threshold = .5f;
-static int round_limit;
-// A position stops once the probability of having stopped reaches `limit`, and at last after `rounds` (0: all).
-EXPORT void set_rule(float limit, int rounds) {
-  threshold = limit;
-  round_limit = rounds > 0 && rounds < m.rounds ? rounds : m.rounds;
-}
-
 static void inject(int n, int first) {  // what every round sees of the characters: norm(prelude(wte))
   int d = m.width, size = page_model() ? 0 : (m.window + 1) * d;  // nobody comes back to a page's keys
   for (int i = 0; i < m.prelude; i++) block(blocks + i, injected, n, first, keys + i * size, values + i * size, 0, scores);
@@ -432,7 +433,7 @@ static void inject(int n, int first) {  // what every round sees of the characte
 }
 
 static void thinker(int id) {
-  int d = m.width, size = (m.window + 1) * d, per_round = m.core * size, limit = round_limit ? round_limit : m.rounds;
+  int d = m.width, size = (m.window + 1) * d, per_round = m.core * size, limit = round_limit;
   float *k = keys + m.prelude * size, *v = values + m.prelude * size, survival = 1;
   memcpy(injected, wte + id * d, d * sizeof(float));
   inject(1, held);
@@ -664,7 +665,7 @@ EXPORT int denoise(double alpha_bar, double after, double eta, float temperature
 // The page at once: think until every masked position would stop, guess, keep the surest of them, of which an equal
 // part is due in each of the steps that are `left` -> how many are still masked. `shown` has all guesses.
 EXPORT int refine(int left, float temperature) {
-  int t = positions, d = m.width, v = m.vocabulary, limit = round_limit ? round_limit : m.rounds, masked = 0;
+  int t = positions, d = m.width, v = m.vocabulary, limit = round_limit, masked = 0;
   float *survival = answer;
   for (int i = 0; i < t; i++) {
     memcpy(injected + i * d, wte + (mask[i] ? v : ids[i]) * d, d * sizeof(float));

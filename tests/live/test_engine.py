@@ -200,6 +200,30 @@ def test_logits_of_excited_weights(host, case):
     assert largest > 2  # excited
 
 
+@pytest.mark.parametrize("name", [*zoo.MODELS])
+def test_a_host_opens_one_model_after_another(host, name):
+    """Of a larger one before it, with gains and another rule of stopping, nothing is left."""
+    model, prompt = tiny(name), some_ids(6)
+
+    def written(engine):
+        v = model.config.vocabulary
+        if name == "diffusion":
+            noise = partial(torch.ones, 1, 6, model.config.channels)
+            return list(engine.denoise(prompt, [0, 1] * 3, 3, 1.0, 0.0, noise))
+        if name == "thinker-page":
+            return list(engine.refine(prompt, [0, 1] * 3, 3, 0.0, partial(torch.ones, 6, v)))
+        engine.start(prompt)
+        return engine.logits().tolist()
+
+    alone = written(Engine(type(host)(), model))
+    for other in zoo.MODELS:
+        more = {"rounds": 9, "round_gains": True, "core": 2} if "thinker" in other else {}
+        engine = Engine(host, tiny(other, window=40, **more))
+        engine.call("set_rule", 1.0, 0)
+        engine.begin(prompt, [0, 1] * 3) if "-" in other else engine.start(prompt)
+        assert written(Engine(host, model)) == alone, other
+
+
 @torch.no_grad()
 def test_as_many_layers_as_there_can_be(host):
     model, ids = tiny("mamba", std=0.2, layers=MOST_LAYERS), some_ids(5)
