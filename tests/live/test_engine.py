@@ -169,8 +169,9 @@ def test_a_long_text_is_pytorchs_to_the_letter(name, n, unchecked):
 READERS = {
     "gpt": {},
     "gpt, odd sizes": {"width": 22, "heads": 1, "inner": 33, "window": 9, "tied": True},
+    "gpt, a window of one": {"window": 1},
     "thinker": {},
-    "thinker, gains and a prelude": {"round_gains": True, "prelude": 1, "core": 2, "rounds": 5},
+    "thinker, gains and a prelude": {"round_gains": True, "prelude": 2, "core": 2, "rounds": 5},
     "mamba": {},
     "mamba, other sizes": {"d_state": 8, "d_conv": 3, "dt_rank": 3, "d_inner": 38, "tied": True},
     "mamba, more state than width": {"width": 32, "d_inner": 24, "d_state": 64},
@@ -191,13 +192,27 @@ def test_logits_of_excited_weights(host, case):
         for end in range(start, len(ids)):
             new = ids[:start] if end == start else ids[end - 1 : end]
             if model.max_context and held + len(new) > model.max_context:
-                new, state, held = ids[end - model.max_context // 2 : end], None, 0
+                again = max(1, model.max_context // 2)
+                new, state, held = ids[end - again : end], None, 0
             logits, state = model.read(torch.tensor([new]), state)
             held += len(new)
             largest = max(largest, float(logits.abs().max()))
             np.testing.assert_allclose(engine.logits(), logits[0, -1], atol=1e-3, rtol=1e-4)
             engine.call("push", ids[end])
     assert largest > 2  # excited
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("std", [3e-5, 1.2])
+@pytest.mark.parametrize("name", ["gpt", "mamba"])
+def test_weights_that_are_nearly_nothing_and_very_large(host, name, std):
+    """Below half precision's normal numbers, where the norms' eps counts; and far out in SiLU."""
+    model, ids = tiny(name, std=std), some_ids(12)
+    engine = Engine(host, model)
+    engine.start(ids)
+    logits, _ = model.read(torch.tensor([ids]))
+    largest = float(logits.abs().max())
+    np.testing.assert_allclose(engine.logits(), logits[0, -1], atol=1e-3 * largest, rtol=0)
 
 
 @pytest.mark.parametrize("name", [*zoo.MODELS])
@@ -234,8 +249,14 @@ def test_as_many_layers_as_there_can_be(host):
 
 
 @pytest.mark.parametrize("threshold, rounds", [(0.0, 0), (0.3, 0), (0.7, 0), (1.0, 2)])
-def test_rounds_of_the_thinker(host, threshold, rounds):
-    model = tiny("thinker", std=0.3, rounds=5)
+@pytest.mark.parametrize("gains", [False, True])
+def test_rounds_of_the_thinker(host, threshold, rounds, gains):
+    model = tiny("thinker", std=0.3, rounds=5, round_gains=gains)
+    with torch.no_grad():
+        if gains:
+            model.halt_bias.copy_(torch.tensor([-1, 1, -2, 2, 0]))
+        if threshold == 0:
+            model.halt_head.bias.fill_(-1000)  # it would never stop
     engine = Engine(host, model)
     engine.call("set_rule", threshold, rounds)
     ids = some_ids(30)
@@ -309,6 +330,7 @@ def test_what_mamba_remembers(host):
 )
 def test_the_denoiser_of_excited_weights(host, options):
     model = tiny("diffusion", std=0.3, **options)
+    torch.nn.init.zeros_(model.word_embedding.data[2])  # no point of the sphere
     v, channels = model.config.vocabulary, model.config.channels
     engine, generator = Engine(host, model), rng(1)
     for t in (model.config.window + 1, 21, 1):  # page after page
@@ -349,6 +371,7 @@ def test_the_same_noise_settles_the_same_page(eta, temperature, steps):
 
 
 CASES = ["thinker-page", "tiny", "tiny with gains", "tiny, prelude of 2", "tiny, halts by motion"]
+CASES += ["tiny, halts by doubt"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -357,12 +380,16 @@ def test_the_same_noise_refines_the_same_page(case):
         model, t, start = zoo.load(case), 50, 10
     else:
         more = {"round_gains": "gains" in case, "prelude": 2 if "prelude" in case else 1}
-        more["rounds"] = 8 if "motion" in case else 3
+        more["rounds"] = 8 if "halts" in case else 3
         model, t, start = tiny("thinker-page", std=0.3, **more), 20, 4
     if "motion" in case:
         with torch.no_grad():
             model.halt_head.weight.zero_()[0, model.config.width] = -150
             model.halt_head.bias.fill_(15)
+    if "doubt" in case:
+        with torch.no_grad():
+            model.halt_head.weight.zero_()[0, -1] = -8
+            model.halt_head.bias.fill_(8)
     v = model.config.vocabulary
     ids = torch.tensor(some_ids(t, vocabulary=v))
     mask = torch.arange(t) >= start
