@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,16 @@ from helpers import book_module, rng, threads
 
 from irann import zoo
 from irann.bench.engine import Engine, Native, Wasm, module
-from irann.export import LIVE, MOST_LAYERS, PIECES, box, counts_script, model_script, weights_file
+from irann.export import (
+    CONFIG,
+    LIVE,
+    MOST_LAYERS,
+    PIECES,
+    box,
+    counts_script,
+    model_script,
+    weights_file,
+)
 from irann.export import page as exported
 from irann.lm import LanguageModel
 from irann.settings import InputError
@@ -85,6 +95,17 @@ def test_what_is_no_model_is_refused(host):
     assert Engine(host, data=b"").refused == Engine(host, data=data[:40]).refused == 1
     assert Engine(host, data=b"x" + data[1:]).refused == 1
     assert Engine(host, data=data[:-2]).refused == Engine(host, data=data + b"ab").refused == 2
+    numbers = (
+        ("kind", 5),
+        ("vocabulary", 0),
+        ("layers", MOST_LAYERS + 1),
+        ("heads", 0),
+        ("heads", 32),
+    )
+    for name, value in numbers:
+        at = 4 + 4 * CONFIG.index(name)
+        other = data[:at] + value.to_bytes(4, "little") + data[at + 4 :]
+        assert Engine(host, data=other).refused == 1, name
     assert Engine(host, data=data).refused == 0
     with pytest.raises(InputError, match="cannot open this model .code 1."):
         Engine(host, data=b"").start([1])
@@ -268,9 +289,10 @@ def test_rounds_of_the_thinker(host, threshold, rounds, gains):
         assert abs(engine.call("get_halted") - state.halted[0, i]) < 1e-4
 
 
-def test_a_prompt_that_the_window_cannot_hold_loses_its_beginning(host):
+@pytest.mark.parametrize("more", [0, 1, 20])
+def test_a_prompt_that_the_window_cannot_hold_loses_its_beginning(host, more):
     model = tiny("gpt")
-    ids = some_ids(model.config.window + 20)
+    ids = some_ids(model.config.window + more)
     *_, draft = model.generate(torch.tensor([ids]), 30, temperature=0)
     assert Engine(host, model).write(ids, 30) == draft.ids[0, len(ids) :].tolist()
 
@@ -323,11 +345,10 @@ def test_what_mamba_remembers(host):
 # -------------------------------------------------------------------------------------- whole pages
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bayes": False}, {"self_condition": False}, {"vocabulary": 300, "width": 16}],
-    ids=str,
-)
+DENOISERS = [{}, {"bayes": False}, {"self_condition": False}, {"vocabulary": 300, "width": 16}]
+
+
+@pytest.mark.parametrize("options", DENOISERS, ids=str)
 def test_the_denoiser_of_excited_weights(host, options):
     model = tiny("diffusion", std=0.3, **options)
     torch.nn.init.zeros_(model.word_embedding.data[2])  # no point of the sphere
@@ -409,6 +430,25 @@ def test_the_same_noise_refines_the_same_page(case):
         rounds += engine.call("get_rounds")
         assert (masked, rounds) == (draft.note["masked"], draft.note["rounds"])
         assert page == draft.ids[0].tolist()
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="cc")
+def test_the_engine_keeps_to_its_own_memory(tmp_path):
+    """Whatever a model's sizes; more than a text of the window, and the largest page."""
+    models = [tiny(case.partition(",")[0], **READERS[case]) for case in READERS]
+    models += [tiny("mamba", layers=MOST_LAYERS), tiny("gpt", vocabulary=300, width=16)]
+    models += [tiny("diffusion", **options) for options in DENOISERS]
+    models += [tiny("thinker-page", prelude=2, round_gains=True, vocabulary=300, width=16)]
+    files = [tmp_path / str(i) for i in range(len(models))]
+    for file, model in zip(files, models, strict=True):
+        file.write_bytes(weights_file(model))
+    program, source = tmp_path / "memory", Path(__file__).parents[1] / "programs" / "memory.c"
+    options = ["-fsanitize=address", "-g", "-O1", f"-I{LIVE}", "-o", program]
+    built = subprocess.run(["cc", source, *options, "-lm"], capture_output=True, timeout=60)
+    if built.returncode:
+        pytest.skip("this compiler has no address sanitizer")
+    told = subprocess.run([program, *files], capture_output=True, text=True, timeout=60)
+    assert told.returncode == 0, told.stderr[:2000]
 
 
 def test_every_function_of_the_engine_is_tested_here_or_used_by_the_page():
