@@ -195,7 +195,7 @@ READERS = {
     "thinker, gains and a prelude": {"round_gains": True, "prelude": 2, "core": 2, "rounds": 5},
     "mamba": {},
     "mamba, other sizes": {"d_state": 8, "d_conv": 3, "dt_rank": 3, "d_inner": 38, "tied": True},
-    "mamba, more state than width": {"width": 32, "d_inner": 24, "d_state": 64},
+    "mamba, more state than width": {"width": 16, "d_inner": 24, "d_state": 64},
 }
 
 
@@ -409,8 +409,8 @@ def test_the_same_noise_refines_the_same_page(case):
             model.halt_head.bias.fill_(15)
     if "doubt" in case:
         with torch.no_grad():
-            model.halt_head.weight.zero_()[0, -1] = -8
-            model.halt_head.bias.fill_(8)
+            model.halt_head.weight.zero_()[0, -1] = -20
+            model.halt_head.bias.fill_(36)
     v = model.config.vocabulary
     ids = torch.tensor(some_ids(t, vocabulary=v))
     mask = torch.arange(t) >= start
@@ -434,7 +434,7 @@ def test_the_same_noise_refines_the_same_page(case):
 
 @pytest.mark.skipif(not shutil.which("cc"), reason="cc")
 def test_the_engine_keeps_to_its_own_memory(tmp_path):
-    """Whatever a model's sizes; more than a text of the window, and the largest page."""
+    """Whatever a model's sizes, and the model before it: texts and pages of the largest size."""
     models = [tiny(case.partition(",")[0], **READERS[case]) for case in READERS]
     models += [tiny("mamba", layers=MOST_LAYERS), tiny("gpt", vocabulary=300, width=16)]
     models += [tiny("diffusion", **options) for options in DENOISERS]
@@ -447,7 +447,9 @@ def test_the_engine_keeps_to_its_own_memory(tmp_path):
     built = subprocess.run(["cc", source, *options, "-lm"], capture_output=True, timeout=60)
     if built.returncode:
         pytest.skip("this compiler has no address sanitizer")
-    told = subprocess.run([program, *files], capture_output=True, text=True, timeout=60)
+    told = subprocess.run(
+        [program, *files, *files[::-1]], capture_output=True, text=True, timeout=60
+    )
     assert told.returncode == 0, told.stderr[:2000]
 
 
