@@ -510,6 +510,7 @@ const pieces = {
     },
     async update(piece) {
       const names = piece.get("models").split(" ").filter(Boolean), rows = names.map(name => row(name, "", "..."));
+      if (!names.length) return piece.nothing("Choose a model.");
       piece.out.replaceChildren(...rows);
       await Promise.all(names.map(async (name, at) => {
         const show = (signs, cost) => {
@@ -678,10 +679,11 @@ const pieces = {
     },
     names: piece => piece.models.length > 1 ? piece.get("models").split(" ").filter(Boolean) : piece.models,
     async run(piece) {
-      const names = this.names(piece), panels = names.map(name =>
+      const names = this.names(piece), turn = piece.anew(), failed = [];
+      if (!names.length) return piece.nothing("Choose who writes.");
+      const panels = names.map(name =>
         h("section", { class: "irann-panel", "aria-label": name }, h("b", {}, name), h("span", { class: "irann-rate" }), h("pre", { dir: "auto", tabindex: 0 })));
       piece.out.replaceChildren(...panels);
-      const failed = [], turn = piece.anew();
       await Promise.all(names.map(async (name, at) => {
         const [, rate, text] = panels[at].children;
         try {

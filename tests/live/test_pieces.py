@@ -296,6 +296,17 @@ def test_where_nothing_is_left_to_read_nothing_old_stays(page):
         assert page.at(piece, ".irann-out").inner_text() == "", piece
     page.fill("cost", "")
     page.wait("cost", ".irann-row:has-text('gpt') .irann-words:has-text('nothing to read')")
+    for piece in ("cost", "write"):  # nor where nobody is chosen
+        chosen = page.at(piece, "[type=checkbox]:checked").all()
+        names = [box.get_attribute("value") for box in chosen]
+        for name in names:
+            page.at(piece, f"[value={name}]").uncheck()
+        if piece == "write":
+            page.at(piece, "button:has-text('write')").click()
+        page.says(piece, "Choose")
+        assert page.at(piece, ".irann-out").inner_text() == ""
+        for name in names:
+            page.at(piece, f"[value={name}]").check()
 
 
 def test_a_link_keeps_the_state_on_a_phone_in_the_dark(site, browser):
