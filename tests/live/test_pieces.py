@@ -1,17 +1,24 @@
 """The live pieces in a real browser: on a page of the built site, and in an exported one."""
 
+import math
 import re
 import shutil
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 import torch
 from chromium import CONTRAST
+from conftest import excite
 from helpers import model_of
+from pytest import approx
 
 from irann import export, shakespeare, zoo
+from irann.bench.engine import Engine, Wasm
+from irann.lm import Draft, page_by_page
 
 WAIT = 60_000  # milliseconds
 # Milliseconds from an act, JavaScript, to the next frame in which the piece shows what it is to show
@@ -29,7 +36,35 @@ ASKED = """() => { window.asked = []; const post = Worker.prototype.postMessage
     Worker.prototype.postMessage = function (data) {
         if (data.job && data.job != "open") window.asked.push(data.given)
         post.call(this, data) } }"""
+# What they answer from now on, part by part, kept in window.heard
+HEARD = """() => { window.heard = []; const Thread = Worker
+    window.Worker = class extends Thread { constructor(address) {
+        super(address)
+        this.addEventListener("message", ({ data }) => {
+            if (data.part && !data.over) window.heard.push(data.part) }) } } }"""
 EVIL = '<img src=x onerror="window.broken=1">'
+
+
+def uniform(seed: int) -> Iterator[float]:
+    """The numbers that a seed stands for, mulberry32's: a link writes its text for good."""
+    while True:
+        seed = seed + 0x6D2B79F5 & 0xFFFFFFFF
+        x = (seed ^ seed >> 15) * (1 | seed) & 0xFFFFFFFF
+        x = (x + (x ^ x >> 7) * (61 | x) ^ x) & 0xFFFFFFFF
+        yield (x ^ x >> 14) / 2**32
+
+
+def exponential(u: Iterator[float], *shape: int) -> torch.Tensor:
+    return torch.tensor([-math.log(1 - next(u)) for _ in range(math.prod(shape))]).view(shape)
+
+
+def normal(u: Iterator[float], *shape: int) -> torch.Tensor:
+    """By Box and Muller."""
+    drawn = [
+        math.sqrt(-2 * math.log(1 - next(u))) * math.cos(2 * math.pi * next(u))
+        for _ in range(math.prod(shape))
+    ]
+    return torch.tensor(drawn).view(shape)
 
 
 class Reader:
@@ -66,11 +101,20 @@ class Reader:
         self.at(piece, f".irann-{name} input").evaluate(move, value)
         self.settled(piece)
 
+    def heard(self, act: Callable[[], object], piece: str) -> list[dict]:
+        """-> what the worker answers to an act."""
+        self.page.evaluate("window.heard = []")
+        act()
+        self.settled(piece)
+        return self.page.evaluate("window.heard.map(part => JSON.parse(JSON.stringify(part)))")
+
     def readable(self, piece: str) -> None:
-        """The darkest letters, and the numbers below them, can still be read."""
+        """The darkest letters, the numbers below them, and all around them can still be read."""
         letters = f"#live-{piece} .irann-letters > span"
         self.page.add_style_tag(content=f"{letters} {{ --shade: 1 !important }}")
-        ratios = self.page.evaluate(CONTRAST, f"{letters}, {letters} small")
+        others = "textarea, select, button, output, label, legend, b, pre, pre span, p"
+        others = f"#live-{piece} :is({others}, .irann-words)"
+        ratios = self.page.evaluate(CONTRAST, f"{letters}, {letters} small, {others}")
         assert ratios and min(ratios) > 4.5, min(ratios)
 
     def written(self, name: str) -> str:
@@ -170,18 +214,26 @@ def test_nats_of_a_text_are_the_models_own(page):
     with torch.no_grad():
         nats = model.nll(ids).mean().item()
     page.wait("cost", f".irann-words:has-text('{nats:.3f} nats')")
-    page.wait("cost", ".irann-row:has-text('counts') .irann-words:has-text('nats')")
+    train = shakespeare.load().train
+    v, before, after = len(shakespeare.CHARACTERS), ids[0, :-1], ids[0, 1:]
+    pairs = torch.bincount(train[:-1] * v + train[1:], minlength=v * v).view(v, v) + 1.0
+    counted = -(pairs[before, after] / pairs[before].sum(1)).log().mean().item()
+    words = f"{counted:.3f} nats per character, {counted / math.log(2):.2f} bits"
+    page.wait("cost", f".irann-row:has-text('counts') .irann-words:has-text('{words}')")
     for box in page.at("cost", "[type=checkbox]").all():
         box.set_checked(box.get_attribute("value") == "counts")
-    page.fill("cost", "To be\u00e9")
-    assert "\u00e9" in page.says("cost", "Left out, for the counts do not know them")
+    page.fill("cost", "To \u00e9be\u00e9")
+    left = page.says("cost", "Left out, for the counts do not know them")
+    assert left.endswith("do not know them: \u00e9.")
     assert page.at("cost", ".irann-letters").count() == 1
     page.fill("cost", text)
     page.at("cost", "[value=gpt]").check()
     page.settled("cost")
-    page.fill("cost", "What\u2019s")  # as a phone writes it
+    page.fill("cost", "What\u2019s\tthis\u2014\r\nNo\u00e9\u00e9")  # as phones and tables write it
     for name in ("counts", "gpt"):
-        page.wait("cost", f".irann-row:has-text('{name}') [aria-label=\"What's\"]")
+        letters = page.at("cost", f".irann-row:has-text('{name}') .irann-letters")
+        assert letters.get_attribute("aria-label") == "What's this--\nNo"
+    assert page.says("cost", "Left out").endswith("does not know them: \u00e9.")
 
 
 def test_attention_the_next_character_and_its_temperature(page):
@@ -195,6 +247,13 @@ def test_attention_the_next_character_and_its_temperature(page):
     first = page.at("attention", ".irann-words").inner_text()
     page.slide("attention", "head", 2)
     assert page.at("attention", ".irann-words").inner_text() != first
+    page.at("attention", ".irann-letters > span").nth(4).click()
+    page.settled("attention")
+    assert page.at("attention", ".irann-mark").inner_text() == "\u00a0"
+    page.at("attention", ".irann-letters > span").nth(1).click()
+    page.settled("attention")
+    assert page.at("attention", ".irann-mark").inner_text() == "I"
+    assert "position=2&" in page.at("attention", ".irann-link").get_attribute("href")
 
 
 def test_noise_is_dragged_and_a_gap_is_filled(page):
@@ -315,6 +374,7 @@ def test_a_link_keeps_the_state_on_a_phone_in_the_dark(site, browser):
     reader = Reader(browser, site / "book/live.html", f"#live-rounds?{state}", **phone)
     reader.says("rounds", "Under each character")
     assert reader.at("rounds", "textarea").input_value() == "Exeunt all"
+    assert -1 < reader.page.locator("#live-rounds").bounding_box()["y"] < 400  # it is in view
     assert "threshold=0.05" in reader.at("rounds", ".irann-link").get_attribute("href")
     reader.fill("rounds", "W" * 120)
     reader.readable("rounds")
@@ -337,6 +397,9 @@ def test_damaged_weights_are_refused_in_a_sentence(site, browser, tmp_path):
     reader.page.reload()
     reader.at("forget", "textarea").focus()
     reader.says("forget", "mamba.js could not be read")
+    path.write_text(script)
+    reader.fill("forget", "To be")
+    reader.says("forget", "How much")
     reader.close()
 
 
@@ -405,6 +468,7 @@ def test_a_model_of_another_text_brings_its_own_characters(open_page):
     reader.says("write", "Written. Only the last 1000 characters are read.")
     assert reader.written("gpt").startswith("a" * 100 + "b" * 900)
     reader.page.evaluate(ASKED)
+    reader.slide("chat", "temperature", 0.3)
     for said in ("ab ", "cab"):  # it goes on with what is said, as irann.Chat does
         reader.fill("chat", said)
         reader.at("chat", "button:has-text('say it')").click()
@@ -412,6 +476,7 @@ def test_a_model_of_another_text_brings_its_own_characters(open_page):
         reader.page.evaluate("document.querySelector('#live-chat .irann-status').textContent = ''")
     assert note == " Only the last 400 characters of the conversation are read."
     first, second = reader.page.evaluate("asked")
+    assert first["temperature"] == second["temperature"] == 0.3
     assert vocabulary.decode(first["ids"]) == "ab " and first["until"] is None
     assert vocabulary.decode(second["ids"]).endswith("cab") and len(second["ids"]) == 400
 
@@ -423,8 +488,8 @@ def test_line_ends_before_a_word_end_no_answer_and_enter_in_a_word_asks_for_none
     reader.page.evaluate("Math.random = () => 7.5e-6")  # of this seed, a line end comes first
     press = """more => !document.querySelector("#live-chat textarea").dispatchEvent(
         new KeyboardEvent("keydown", { key: "Enter", cancelable: true, ...more }))"""
-    for more in ({"isComposing": True}, {"keyCode": 229}):
-        assert not reader.page.evaluate(press, more)  # the word gets the key
+    for more in ({"isComposing": True}, {"keyCode": 229}, {"shiftKey": True}):
+        assert not reader.page.evaluate(press, more)  # the word gets the key, or the text a line
     assert reader.page.evaluate(press, {"repeat": True})
     assert reader.at("chat", ".irann-status").inner_text().startswith("Say something")
     assert reader.page.evaluate(press, {})
@@ -433,7 +498,7 @@ def test_line_ends_before_a_word_end_no_answer_and_enter_in_a_word_asks_for_none
 
 
 def test_a_line_from_right_to_left_stands_so_in_the_dark_too(open_page):
-    reader = open_page(model_of("\u05d0\u05d1 12"), color_scheme="dark")
+    reader = open_page(model_of("\u05d0\u05d1 12e\u0301"), color_scheme="dark")
     reader.fill("cost", "\u05d0\u05d1 12")
     reader.says("cost", "blind guess")
     lefts = reader.at("cost", ".irann-letters > span").evaluate_all(
@@ -442,6 +507,9 @@ def test_a_line_from_right_to_left_stands_so_in_the_dark_too(open_page):
     aleph, bet, space, one, two = lefts
     assert one < two < space < bet < aleph
     reader.readable("cost")
+    reader.fill("cost", "\u00e9")  # which the model has as a letter and its accent
+    assert "Left out" not in reader.says("cost", "blind guess")
+    assert reader.at("cost", ".irann-letters > span").count() == 2
 
 
 @pytest.mark.parametrize("name", ["gpt", "mamba", "diffusion", "thinker-page"])
@@ -470,6 +538,246 @@ def test_a_piece_reads_no_more_than_the_window_holds(open_page, name):
         assert "head=4" in reader.at("attention", ".irann-link").get_attribute("href")
 
 
+def test_a_link_writes_the_same_text_again_whatever_was_typed(page):
+    """By the models that it names, and it leaves the other pieces, and names of none, alone."""
+    text = "a&b=c#d? 41+1;\nROMEO: %41 \u00e9"
+    page.fill("rounds", "To be")
+    page.fill("write", text)
+    page.slide("write", "length", 64)
+    page.slide("write", "temperature", 0.8)
+    for box in page.at("write", "[type=checkbox]").all():
+        box.set_checked(box.get_attribute("value") == "thinker-page")
+    page.at("write", "button:has-text('write')").click()
+    page.settled("write")
+    written, link = page.written("thinker-page"), page.at("write", ".irann-link")
+    link = link.get_attribute("href")
+    page.slide("write", "seed", 7)
+    page.fill("write", "")
+    page.at("write", "[value=gpt]").check()
+    page.at("write", "button:has-text('write')").click()
+    page.settled("write")
+    assert page.written("thinker-page").startswith("\n") and page.written("thinker-page") != written
+    page.page.evaluate("link => { location.hash = link }", link)
+    page.page.wait_for_function("!document.querySelector('#live-write [value=gpt]').checked")
+    page.settled("write")
+    assert page.at("write", "textarea").input_value() == text
+    assert page.written("thinker-page") == written
+    assert page.at("write", "pre").count() == 1
+    assert page.at("rounds", "textarea").input_value() == "To be"
+    page.page.evaluate("location.hash = '#live-gaps?model=nothing&seed=3'")
+    page.page.wait_for_function("document.querySelector('#live-gaps .irann-seed input').value == 3")
+    assert page.at("gaps", "select").input_value() in zoo.shipped()
+
+
+# Write, and stop once something is written
+STOPPED = """() => {
+    const box = document.querySelector("#live-write"), press = word =>
+        [...box.querySelectorAll("button")].find(one => one.innerText == word).click()
+    new MutationObserver((_, watch) => {
+        if (!box.querySelector(".irann-rate")?.textContent) return
+        watch.disconnect()
+        press("stop")
+    }).observe(box.querySelector(".irann-out"), { childList: true, subtree: true })
+    press("write") }"""
+
+
+def test_stop_ends_what_is_written_and_a_fault_in_the_worker_is_told(open_page):
+    phone = {"viewport": {"width": 320, "height": 700}, "is_mobile": True, "color_scheme": "dark"}
+    slow = excited("mamba", window=64, layers=12, width=128, d_state=64)
+    reader = open_page(slow, **phone)
+    reader.page.evaluate(HEARD)
+    reader.slide("write", "length", 1024)
+    reader.page.evaluate(STOPPED)
+    reader.says("write", "Stopped.")
+    written = reader.written("mamba")
+    reader.fill("forget", "abba")  # answered when the worker is done with the rest
+    reader.says("forget", "How much")
+    assert reader.page.evaluate("heard.length") < 12
+    assert reader.written("mamba") == written and len(written) < 1024
+    for piece in ("write", "forget"):
+        reader.readable(piece)
+    assert reader.page.evaluate("document.documentElement.scrollWidth") <= 320
+    reader.page.evaluate(
+        """() => { const post = Worker.prototype.postMessage
+            Worker.prototype.postMessage = function (data) {
+                if (data.job == "forget" && data.given.ids.length == 3) data.given.ids = null
+                post.call(this, data) } }"""
+    )
+    reader.fill("forget", "abc")
+    reader.says("forget", "This cannot run here")
+    reader.fill("forget", "abcd")
+    reader.says("forget", "How much")
+
+
+# What a screen reader finds in each piece: roles and names
+ROLES = {
+    "cost": ["textbox 'your text'", "group 'what each character costs under'", "checkbox 'gpt'"],
+    "attention": ["textbox 'your line'", "slider 'layer'", "slider 'looking from character'"],
+    "rounds": ["slider 'stop once it is so likely to have stopped'", "img 'T 1, o 1'", "status"],
+    "denoise": ["slider 'noise on the text'", "button 'fill the gaps'", "link 'link to this'"],
+    "gaps": ["combobox 'who fills'", "slider 'seed'", "button 'write all anew'"],
+    "write": ["group 'who writes'", "slider 'characters'", "button 'stop'"],
+    "chat": ["combobox 'who answers'", "textbox 'you say'", "button 'say it'", "log"],
+}
+
+
+def test_a_screen_reader_finds_a_name_for_everything(page):
+    page.fill("rounds", "To")
+    page.slide("rounds", "threshold", 0)
+    for piece, wanted in ROLES.items():
+        box = page.page.locator(f"#live-{piece}")
+        assert box.get_attribute("aria-label") == export.PIECES[piece][0]
+        for words in wanted:
+            role, _, name = words.partition(" ")
+            how = {"name": name.strip("'")} if name else {}
+            assert box.get_by_role(role, **how).first.is_visible(), (piece, words)
+    threshold = page.at("rounds", ".irann-threshold input")
+    assert threshold.get_attribute("aria-valuetext") == "0.00"
+
+
+LETTERS = "\nabcdefghijkl"
+
+
+def excited(name: str, std: float = 0.3, **changes):
+    """-> a small model with large weights, as half precision holds them."""
+    model = excite(model_of(LETTERS, name, **changes), std).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+    return model
+
+
+@pytest.mark.parametrize("name", ["gpt", "thinker", "mamba", "thinker-page", "diffusion"])
+def test_a_seed_writes_what_the_same_numbers_do_beside_pytorch(open_page, name):
+    """Drafts and what is settled in them, over several pages, at a temperature."""
+    model, v = excited(name), len(LETTERS)
+    prompt, n, u = model.vocabulary.encode("abba\nec"), 128, uniform(5)
+    engine = Engine(Wasm(), model)
+    if name == "thinker":
+        engine.call("set_rule", 0.5, 0)
+
+    def write(ids, mask):
+        t, page = ids.shape[1], (ids[0], mask[0])
+        if name == "diffusion":
+            noise = partial(normal, u, 1, t, model.config.channels)
+            for settled, text in engine.denoise(*page, 16, 1.0, 0.7, noise):
+                yield Draft(torch.tensor([text]), settled)
+            noise()  # a page draws for its last step too, although it adds no noise
+            return
+        engine.call("set_rule", 0.5, 0)
+        steps = math.ceil(int(mask.sum()) / 4)
+        for _, text in engine.refine(*page, steps, 0.7, partial(exponential, u, t, v)):
+            still = engine.host.read(engine.call("get_mask"), t).find(1)
+            yield Draft(torch.tensor([text]), t if still < 0 else still)
+
+    if name in ("thinker-page", "diffusion"):
+        size = model.config.page if name == "diffusion" else (model.config.window + 1) // 2
+        drafts = list(page_by_page(model, prompt[None], n, size, write))[1:]
+        wanted = [(draft.settled, draft.ids[0].tolist()) for draft in drafts]
+    else:
+        written = engine.write(prompt.tolist(), n, 0.7, partial(exponential, u, v))
+        wanted = [(len(prompt) + n, prompt.tolist() + written)]
+    reader = open_page(model)
+    reader.page.evaluate(HEARD)
+    reader.fill("write", "abba\nec")
+    for control, value in (("temperature", 0.7), ("length", n), ("seed", 5)):
+        reader.slide("write", control, value)
+    parts = reader.heard(lambda: reader.at("write", "button:has-text('write')").click(), "write")
+    found = [(part["settled"], part["ids"]) for part in parts]
+    assert found == wanted if len(wanted) > 1 else found[-1:] == wanted
+    assert reader.written(name) == model.vocabulary.decode(wanted[-1][1])
+
+
+def test_noise_on_a_text_is_that_of_its_level_and_the_second_guess_sees_the_first(open_page):
+    """And gaps are filled with the steps and the fresh noise that are asked for."""
+    model, text = excited("diffusion"), "abba_ec_adhd"
+    reader = open_page(model)
+    reader.page.evaluate(HEARD)
+    reader.fill("denoise", text)
+    for control, value in (("noise", 0.35), ("seed", 3), ("eta", 0.5), ("steps", 7)):
+        last = reader.heard(partial(reader.slide, "denoise", control, value), "denoise")[-1]
+    ids, levels = model.vocabulary.encode(text.replace("_", ""))[None], model.config.levels
+    tau, drawn = round(0.35 * levels), normal(uniform(3), 1, ids.shape[1], model.config.channels)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    with torch.no_grad():
+        x = model.schedule.noise(model.embeddings[ids], torch.tensor([tau]), drawn)
+        guess = None
+        for _ in range(2):
+            logits = model(x, torch.tensor([tau]), ids, mask, guess)
+            guess = logits.softmax(-1)
+        near = (x @ model.embeddings.T).argmax(-1)
+    assert (last["tau"], last["near"], last["guess"]) == (
+        tau,
+        near[0].tolist(),
+        logits.argmax(-1)[0].tolist(),
+    )
+    nats = torch.nn.functional.cross_entropy(logits[0], ids[0], reduction="none")
+    torch.testing.assert_close(torch.tensor(last["cost"]), nats, atol=1e-3, rtol=1e-3)
+
+    fill = reader.at("denoise", "button:has-text('fill')")
+    parts = reader.heard(fill.click, "denoise")
+    u, ids = uniform(3), model.vocabulary.encode("\n" + text.replace("_", "\n"))
+    gaps = torch.tensor([sign == "_" for sign in "\n" + text])
+    noise = partial(normal, u, 1, len(ids), model.config.channels)
+    pages = list(Engine(Wasm(), model).denoise(ids, gaps, 7, 0.5, 0.8, noise))
+    assert [(part["settled"], part["ids"]) for part in parts] == pages
+
+
+def test_attention_costs_rounds_and_what_is_left_are_pytorchs(open_page):
+    """Letter by letter, as who points at them reads."""
+    text = "abba\necadhdgl"
+    gpt, thinker, mamba = (excited(name) for name in ("gpt", "thinker", "mamba"))
+    ids, whole = (gpt.vocabulary.encode(words)[None] for words in (text, "\n" + text))
+
+    def numbers(line) -> list[float]:
+        """What is said of each letter, whose name goes before it."""
+        told = line.locator("> span").evaluate_all("all => all.map(one => one.title)")
+        names = [{"\n": "line end"}.get(sign, sign) for sign in text]
+        assert [words.split(": ")[0] for words in told] == names
+        return [float(re.search("[0-9.]+", words.split(": ")[1])[0]) for words in told]
+
+    reader = open_page(gpt)
+    reader.fill("attention", text)
+    maps = gpt.inspect(ids)["attention"]
+    for layer, head, at in ((1, 2, 13), (2, 1, 5), (1, 1, 1)):
+        for control, value in (("layer", layer), ("head", head), ("position", at)):
+            reader.slide("attention", control, value)
+        weights = maps[layer - 1, head - 1, at - 1].tolist()
+        assert numbers(reader.at("attention", ".irann-letters")) == approx(weights, abs=6e-4)
+    with torch.no_grad():
+        p, best = gpt(ids)[0, -1].softmax(-1).topk(8)
+        nats = gpt.nll(whole)[0].tolist()
+    bars = [bar.split() for bar in reader.at("attention", ".irann-bars li").all_inner_texts()]
+    assert [float(percent) for *_, percent, _ in bars] == approx((100 * p).tolist(), abs=0.06)
+    assert bars[0][0] == gpt.vocabulary.characters[best[0]].replace("\n", "\u21b5")
+    reader.fill("cost", text)
+    assert numbers(reader.at("cost", ".irann-letters")) == approx(nats, abs=6e-3)
+
+    with torch.no_grad():  # it stops where it has few doubts
+        thinker.halt_head.weight.zero_()[0, -1] = -8
+        thinker.halt_head.bias.fill_(12)
+    reader = open_page(thinker)
+    reader.fill("rounds", text)
+    for threshold in (0.4, 0.9):
+        reader.slide("rounds", "threshold", threshold)
+        rounds = thinker.inspect(whole[:, :-1], threshold=threshold)["rounds"].tolist()
+        assert numbers(reader.at("rounds", ".irann-letters").first) == rounds
+        assert len(set(rounds)) > 1
+
+    reader = open_page(mamba)
+    reader.fill("forget", text)
+    engine, layers = Engine(Wasm(), mamba), mamba.config.layers
+    engine.start(ids[0].tolist())
+    kept = engine.floats("remembered", layers, len(text), arguments=(len(text),))
+    steps, *rows = reader.at("forget", ".irann-letters").all()
+    assert numbers(steps) == approx(mamba.inspect(ids)["delta"].tolist(), abs=6e-4)
+    words = reader.at("forget", ".irann-words").all_inner_texts()[1:]
+    for row, own, said in zip(rows, kept, words, strict=True):
+        assert numbers(row) == approx((100 * own).tolist(), abs=0.6)
+        after = int((own >= 0.5).sum())
+        assert said.startswith(f"half is gone after {after} " if after < len(text) else "even of")
+
+
 def test_a_chat_that_knows_no_character_of_what_is_said_begins_with_its_own_first(
     browser, open_page, tmp_path
 ):
@@ -486,6 +794,8 @@ def test_a_chat_that_knows_no_character_of_what_is_said_begins_with_its_own_firs
     refused = Reader(browser, path)
     refused.at("chat", "button:has-text('say it')").click()
     assert "gpt: " in refused.says("chat", "This cannot run here")
+    refused.at("write", "button:has-text('write')").click()
+    assert "gpt: " in refused.says("write", "This cannot run here")
     refused.page.close()
 
 
@@ -535,6 +845,7 @@ def test_what_is_said_into_an_answer_ends_it_and_the_conversation_keeps_its_orde
     page.says("chat", "has answered")
     shown = page.at("chat", ".irann-speech").all_inner_texts()
     asked = [zoo.load("gpt").vocabulary.decode(one["ids"]) for one in page.page.evaluate("asked")]
+    assert len(set(page.page.evaluate("asked.map(one => one.seed)"))) == 2
     first, second = asked
     assert first == "FIRST CITIZEN:\nWhat news?\n\n" and len(shown) == 2
     assert second == (first + shown[0].rstrip() + "\n\nFIRST CITIZEN:\nIs it so?\n\n")[-400:]
