@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -972,6 +973,10 @@ def test_a_very_long_scene_shows_its_end(chat):
     widget.session.say("word " * 6000 + "THE & END")
     shown = scene_html(widget.session)
     assert "... " in shown and "THE &amp; END" in shown and 20_000 < len(shown) < 21_000
+    widget.session.turns[-1] = replace(widget.session.turns[-1], text="'" * 20_001, ended="stopped")
+    shown = scene_html(widget.session)
+    assert shown.count("x27;") == shown.count("&#x27;") == 20_000  # no sign is cut in two
+    assert "stopped" in shown
     widget.session.clear()
     for letter in "XYZ":
         widget.session.say(letter * 15_000)

@@ -122,9 +122,8 @@ def stored_html(text: str) -> str:
 
 
 def _turn_html(turn: Turn, room: int) -> str:
-    if len(turn.text) > room:
-        return _bubble(turn.speaker, "... " + escape(turn.text[-room:]), turn.model)
-    bubble = _bubble(turn.speaker, escape(turn.text), turn.model)
+    before = "... " if len(turn.text) > room else ""
+    bubble = _bubble(turn.speaker, before + escape(turn.text[-room:]), turn.model)
     return bubble + small(ENDINGS.get(turn.ended, ""))
 
 
