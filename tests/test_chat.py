@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +30,15 @@ from helpers import model_of, rng
 from irann import shakespeare, zoo
 from irann.chat import streams
 from irann.chat import terminal as in_terminal
-from irann.chat.html import draft_html, inspection_html, note_of, progress, scene_html, stored_html
+from irann.chat.html import (
+    draft_html,
+    draft_view,
+    inspection_html,
+    note_of,
+    progress,
+    scene_html,
+    stored_html,
+)
 from irann.chat.session import WHY, Frame, Inspection, Session, _keep, _speech_end, available
 from irann.chat.streams import advance, cells, visible
 from irann.chat.terminal import Pen, Terminal
@@ -918,6 +927,30 @@ def test_without_a_loop_the_widget_answers_at_once_and_shows_a_transcript(chat):
     assert widget.session.turns == [] and "The stage is empty" in widget.scene.value
     widget.regenerate()
     assert "no reply yet" in widget.message.value and "irann-error" in widget.message.value
+    widget.begin()
+    assert widget.message.value == ""
+
+
+def test_each_button_does_what_it_says_and_does_it_once(chat):
+    widget = chat("Ay, madam.\n\n")
+    buttons = {one.description: one for one in widget.children[5].children if hasattr(one, "click")}
+    assert list(buttons) == ["Send", "Stop", "Regenerate", "Clear"]
+    widget.line.value = "Who is there?"
+    buttons["Send"].click()
+    said = ["Who is there?", "Ay, madam."]
+    assert [turn.text for turn in widget.session.turns] == said and widget.line.value == ""
+    buttons["Regenerate"].click()
+    assert [turn.text for turn in widget.session.turns] == said
+    assert len(widget.session.model.prompts) == 2
+    assert not widget.stopping and [one.disabled for one in buttons.values()] == [
+        False,
+        True,
+        *[False] * 2,
+    ]
+    buttons["Stop"].click()
+    assert widget.stopping
+    buttons["Clear"].click()
+    assert widget.session.turns == [] and len(widget.session.model.prompts) == 2
 
 
 def test_what_was_forgotten_is_said_beside_another_note(chat):
@@ -929,11 +962,17 @@ def test_what_was_forgotten_is_said_beside_another_note(chat):
     assert widget.message.value.count("could not read") == 1
 
 
-def test_a_chat_in_plain_python_is_a_sentence(here, monkeypatch):
+def test_a_chat_in_plain_python_is_a_sentence(here, monkeypatch, capsys):
     assert re.fullmatch(
         r"gpt: 28,736 parameters, .*; a chat for a notebook cell; .*", repr(Chat("gpt"))
     )
-    assert repr(Chat("gtp")).startswith("a chat without a model: 'gtp' is neither a model")
+    capsys.readouterr()
+    widget = Chat("gtp")
+    assert repr(widget).startswith("a chat without a model: 'gtp' is neither a model")
+    assert capsys.readouterr().err == f"irann: {widget.said}\n"
+    shell = SimpleNamespace(kernel=SimpleNamespace())  # a reader sees the widget
+    monkeypatch.setattr("irann.chat.widget.get_ipython", lambda: shell)
+    assert "neither a model" in Chat("gtp").said and capsys.readouterr().err == ""
 
 
 def test_bubbles_say_which_model_wrote_them(here):
@@ -1026,6 +1065,34 @@ def test_stop_works_while_the_model_writes(chat, monkeypatch):
     assert len(widget.session.turns) == 4
 
 
+def test_of_a_reply_that_has_ended_the_settled_characters_and_the_seconds_are_said(
+    chat, monkeypatch
+):
+    widget, now = chat(""), [100.0]
+    monkeypatch.setattr("irann.chat.widget.time", SimpleNamespace(monotonic=lambda: now[-1]))
+
+    def reply():
+        for settled in (0, 3):
+            yield Frame("abcdefgh", settled)
+            now.append(now[-1] + 2)
+
+    for _ in range(2):
+        widget._answer(reply)
+        assert "3 characters in 4.0 s" in widget.timing.value
+
+
+def test_what_a_page_has_stored_beside_the_widget_keeps_up_with_the_scene(chat, monkeypatch):
+    stored = []
+    shown = SimpleNamespace(update=lambda bundle, raw: stored.append(bundle["text/html"]))
+    monkeypatch.setattr("irann.chat.widget.updatable_output", lambda bundle: shown)
+    widget = chat("Ay, madam.\n\n")
+    widget._repr_mimebundle_()
+    widget.say("<Who>")
+    assert stored[-1] == stored_html(widget.session.scene()) and "Ay, madam." in stored[-1]
+    widget.begin()
+    assert stored[-1] == stored_html("")
+
+
 def test_redraws_are_throttled(chat, monkeypatch):
     widget, drawn = chat("word " * 60), []
     original = widget._draw
@@ -1041,17 +1108,20 @@ EVIL = "<img src=x onerror=alert(1)> & '\"</div>"
 def test_markup_stays_text_everywhere():
     vocabulary = Vocabulary(EVIL + "ABCDEFGHIJKLMNOPQRSTUVWXYZ:\n abcdefghijklmnopqrstuvwxyz")
     for pages in (False, True):
-        widget = Chat(Parrot(vocabulary, EVIL, pages=pages))
-        widget.session.set("reader", "<b>&")
+        widget = Chat(Parrot(vocabulary, EVIL, pages=pages), mode="play", reader="<b>&")
         widget.say(EVIL)
         widget._tell(EVIL, error=True)
         numbers = {"nll": [float(i) for i in range(len(EVIL))]}
-        look = Inspection(EVIL, numbers, {"attention": torch.eye(len(EVIL))[None, None]})
+        heads = {"attention": torch.eye(len(EVIL))[None, None]}
+        look = Inspection(EVIL, numbers, heads, likely=[[("<", 0.5)]] * len(EVIL))
         page = widget.scene.value + widget.drafts.value + widget.message.value
-        page += inspection_html(look, "nll") + inspection_html(look, "attention", 2)
+        for inside in (inspection_html(look, "nll"), inspection_html(look, "attention", 2)):
+            page += inside
+            letters = re.findall("<span title=[^>]*>(.*?)</span>", inside)
+            assert "".join(letters) == escape(EVIL) and ": &lt; 50%" in inside
         page += progress(EVIL) + stored_html(EVIL)
         assert "<img" not in page
-        assert "<b>" not in page.lower()
+        assert "<b>" not in page.lower() and "&lt;B&gt;&amp;</div>" in page
         assert "&lt;img src=x onerror=alert(1)&gt;" in page
         assert page.count("</div>") == page.count("<div")
         frame = draft_html(Frame(EVIL, 4))
@@ -1096,6 +1166,7 @@ def test_a_page_at_once_leaves_its_drafts_on_a_slider(chat):
     assert "<span class='irann-open'>ll at once." in widget.drafts.value
     widget.slide.value = widget.slide.max
     assert "irann-open" not in widget.drafts.value and "All at once." in widget.drafts.value
+    assert "noise level 7</span>" in draft_view(Frame("Ay", 0, {"level": 7}))
     widget.begin()
     assert "leave their drafts here" in widget.drafts.value and widget.slide.max == 0
 
@@ -1155,6 +1226,7 @@ def test_a_knob_shows_what_is_set(chat):
     assert widget.message.value == ""
     knobs["length"].value = 50
     assert knobs["length"].value == widget.session.get("length") == 50
+    assert type(knobs["length"].value) is type(knobs["top_k"].value) is int
     bold = Chat(widget.session.model, temperature=5)
     slider = knobs_of(bold)["temperature"]
     assert slider.value == slider.max == 5 and bold.session.get("temperature") == 5
@@ -1324,8 +1396,18 @@ def test_an_open_inside_keeps_up_with_the_settings_of_the_model(here):
     knobs_of(widget)["temperature"].value = 0.5  # the draw's: nothing is computed
     assert widget.inspected is seen
 
+    async def scene():
+        widget.say("More")
+        await asyncio.sleep(0)
+        knobs_of(widget)["threshold"].value = 1.0  # nor while a reply is written
+        assert widget.busy and widget.inspected is seen
+        await widget.task
 
-def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
+    asyncio.run(scene())
+    assert "More" in widget.inspected.text and widget.inspected.values["rounds"] != seen
+
+
+def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here, monkeypatch):
     widget = Chat("gpt", length=8, seed=1)
     widget.say("Hello there, gentle cousin")
     widget.more.selected_index = 1
@@ -1355,6 +1437,11 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here):
     assert widget.position.value == 7 and widget.picked.value == ""
     widget.picked.value = "9999"
     assert widget.position.value == widget.position.max
+    square = torch.eye(len(shown.text))
+    deep = {"attention": square.expand(3, 1, *square.shape)}
+    monkeypatch.setattr(session.model, "inspect", lambda ids, **_: deep)
+    widget.inspect()
+    assert [len(aim.options) for aim in (widget.layer, widget.head)] == [4, 2]  # and "all"
 
 
 def test_a_model_of_another_text_goes_on_with_it(here):
@@ -1383,6 +1470,12 @@ def test_runs_are_among_the_models_of_the_chat(here):
     assert "runs/gpt-tiny" in [label for label, _ in Chat("gpt").names.options]
     widget = Chat("runs/gpt-tiny")
     assert widget.names.value == "runs/gpt-tiny" and widget.session.name == "runs/gpt-tiny"
+
+
+def test_without_a_name_the_first_model_that_has_weights_talks(here, monkeypatch):
+    monkeypatch.setattr("irann.chat.widget.available", lambda: ["mamba", "gpt"])
+    widget = Chat()
+    assert widget.session.name == widget.names.value == "mamba"
 
 
 def test_of_a_model_of_ones_own_the_list_shows_its_class(chat):
@@ -1436,6 +1529,9 @@ def test_a_map_is_coloured_by_what_comes_before_the_character():
     )
     page = inspection_html(Inspection("abcd", {}, {"attention": rows[None, None]}), "attention", 2)
     shades = [float(part.split(")")[0]) for part in page.split("rgba(230,159,0,")[1:]]
+    assert "from 0.10 (plain) to 0.30 (orange); all layers, all heads" in page
+    inks = [";color:" in part for part in page.split("<span")[1:5]]
+    assert inks == [False, True, True, False]  # dark on orange, whatever the page's theme
     # b is the strongest before c; c itself is no measure, and d is not seen
     assert shades == [0.0, 1.0, 1.0, 0.0]
     assert [part.split(">")[1][0] for part in page.split("<span")[1:] if "outline" in part] == ["c"]
