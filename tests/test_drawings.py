@@ -64,6 +64,11 @@ def test_a_matrix_is_as_dark_as_its_numbers_are_large_and_empty_where_there_is_n
     assert words(ax) == ["1.0", "-2.0", "0.0", "0.5", *"ab", *"xyz", "z  2 × 3"]
     one, two, none, zero, half, _ = (cell.get_facecolor()[0] for cell in ax.patches)
     assert two < one < half < zero == none == 1
+    assert two == plt.get_cmap("Greys")(0.75)[0]  # the largest, whatever its sign
+    assert [cell.get_xy() for cell in ax.patches] == [(x, y) for y in (1, 2) for x in (1, 2, 3)]
+    at = {text.get_text(): text.get_position() for text in ax.texts}
+    assert (at["-2.0"], at["0.5"]) == ((2.5, 1.5), (2.5, 2.5))
+    assert (at["a"][1], at["b"][1], at["x"][0], at["y"][0]) == (1.5, 2.5, 1.5, 2.5)
     assert (ax.get_xlim(), ax.get_ylim()) == ((0, 6), (4, 0))  # downwards, as text is read
     arrow(ax, (0, 1), (4, 2), "way")
     assert ax.texts[-1].get_position() == (2, 1.5)
@@ -79,17 +84,18 @@ def test_the_model_is_drawn_with_its_shapes():
 
 
 def test_weights_and_losses_are_drawn_as_they_are():
-    sure = torch.tensor([[99.0, 0, 0, 0], [0, 99.0, 0, 0]])  # of another key in each row
-    rows = {c: {"bare": torch.zeros(2, 4), "scaled": sure} for c in (2, 4)}
+    sure = torch.tensor([[99.0, 0, 0, 0], [0, 99.0, 0, 0], [0, 0, 0, 0]])  # of another key each
+    rows = {c: {"bare": torch.zeros(3, 4), "scaled": sure} for c in (2, 4)}
     largest, slope = attention.widths(rows)
-    assert [list(line.get_ydata()) for line in largest.lines] == [[0.25, 0.25], [1, 1]]
-    assert [list(line.get_ydata()) for line in slope.lines] == [[0.75, 0.75], [0, 0]]
+    assert [list(line.get_ydata()) for line in largest.lines] == [[0.25, 0.25], [0.75, 0.75]]
+    assert [list(line.get_ydata()) for line in slope.lines] == [[0.75, 0.75], [0.25, 0.25]]
     assert [list(line.get_xdata()) for line in largest.lines] == [[2, 4]] * 2
     assert [line.get_label() for line in largest.lines] == ["bare", "scaled"]
     titles = [panel.get_title(loc="left") for panel in (largest, slope)]
     assert titles == ["largest weight", "slope that is left"]
     panels = attention.bars(rows[2])
-    assert [bar.get_height() for bar in panels[0].patches] == [0.25] * 4
+    heights = [[bar.get_height() for bar in panel.patches] for panel in panels]
+    assert heights == [[0.25] * 4, pytest.approx([1, 0, 0, 0])]
     assert [bar.get_center()[0] for bar in panels[0].patches] == [1, 2, 3, 4]
     assert [panel.get_title(loc="left") for panel in panels] == ["bare", "scaled"]
     assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("key", "attention weight")
@@ -128,13 +134,16 @@ def test_the_thinker_unrolled_shows_its_coins_its_losses_and_where_it_stops():
     assert "of 'q'" in shown and "weights\n3 times" in shown
     coins = re.findall(r"stop: \S+|takes the rest", shown)
     assert coins == ["stop: 0.10", "stop: 0.50", "takes the rest"]
+    lines = [one.arrow_patch for one in ax.texts if getattr(one, "arrow_patch", None)]
+    dashed = [line for line in lines if line.get_linestyle() == "--"]  # those to the three coins
+    assert [to_hex(line.get_edgecolor()) for line in dashed] == [figures.PALE] * 3
     for r, (probability, nats) in enumerate(zip(p.tolist(), ("2.00", "1.50", "1.25")), 1):
         assert f"$p_{r}$ = {probability:.2f}" in shown and f"$z_{r} W$\n{nats} nats" in shown
 
 
 def test_a_staircase_has_a_curve_for_each_number_of_hops_and_names_who_looks_where():
     right = torch.rand(5, 6, generator=rng(0))
-    weights, names = torch.eye(3), ["a=1", "b=a", "c=b"]
+    weights, names = torch.eye(3).roll(-1, 1), ["a=1", "b=a", "c=b"]
     left, beside = thinking.hops(right, weights, names, trained=4)
     *curves, trained = left.lines
     assert [curve.get_label() for curve in curves] == ["1", "2", "3"]
@@ -150,14 +159,16 @@ def test_a_staircase_has_a_curve_for_each_number_of_hops_and_names_who_looks_whe
 
 
 def test_stopping_is_the_closed_form():
-    ax = thinking.stopping([1.5, 1.4, 1.4], 0.1, 0.5)
+    ax = thinking.stopping([1.5, 1.4, 1.4], 0.1, 0.4)
     heights = [bar.get_height() for bar in ax.patches]
-    assert heights[:3] == pytest.approx([0.5, 0.25, 0.25])
-    weights = [0.5 * math.exp(-15), 0.25 * math.exp(-14), 0.25 * math.exp(-14)]
+    assert heights[:3] == pytest.approx([0.4, 0.24, 0.36])
+    weights = [0.4 * math.exp(-15), 0.24 * math.exp(-14), 0.36 * math.exp(-14)]
     assert heights[3:] == pytest.approx([w / sum(weights) for w in weights])
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     rounds = sum(r * height for r, height in enumerate(heights[3:], 1))
-    assert labels[1].endswith(f"= 0.10: {rounds:.2f} rounds") and labels[0].endswith("= 0.50")
+    assert labels[1].endswith(f"= 0.10: {rounds:.2f} rounds") and labels[0].endswith("= 0.40")
+    sides = sorted((bar.get_x(), bar.get_x() + bar.get_width()) for bar in ax.patches)
+    assert all(right <= left for (_, right), (left, _) in zip(sides, sides[1:]))  # none hides one
     assert [tick.get_text() for tick in ax.get_xticklabels()] == [
         "1\n1.5000",
         "2\n1.4000",
@@ -190,6 +201,9 @@ def test_a_reverse_step_lands_where_the_package_lands():
     after = noise.step(guess, x, a, b, noise=lambda x: eps).item()
     shown = " ".join(words(ax))
     assert f"x_{{40}}$ = {after:+.2f}" in shown and "x_{60}$ = +0.30" in shown
+    follows = (0.3 - a**0.5 * 0.7) / (1 - a) ** 0.5
+    for name, value in (("\\hat x_0", 0.7), ("\\hat\\varepsilon", follows), ("\\varepsilon", -0.4)):
+        assert f"${name}$ = {value:+.2f}" in shown
     terms = re.findall(r"([\d.]+) · \((.[\d.]+)\)", shown)
     assert [float(part) for _, part in terms][::2] == [0.7, -0.4]
     assert sum(float(weight) * float(part) for weight, part in terms) == pytest.approx(
@@ -203,6 +217,8 @@ def test_a_film_has_a_row_for_each_level():
     assert " ".join(words(ax)) == "a b \u21b5 a b c 700 20"
     shades = [sum(cell.get_facecolor()[:3]) for cell in ax.patches]
     assert len(set(shades)) == 2 and shades[2] == max(shades)  # the only one that will change
+    height = {text.get_text(): text.get_position()[1] for text in ax.texts}
+    assert (height["700"], height["20"]) == (height["\u21b5"], height["c"])
 
 
 def test_schedules_draw_the_signal_and_its_snr():
@@ -212,6 +228,11 @@ def test_schedules_draw_the_signal_and_its_snr():
     assert torch.allclose(torch.tensor(signal.lines[0].get_ydata()), schedule.alpha_bar)
     assert torch.allclose(torch.tensor(snr.lines[0].get_ydata()), schedule.snr.log())
     assert list(read.lines[0].get_ydata()) == [1.0, 0.5]
+    axes = diffusion.schedules(dict.fromkeys(("cosine", "sqrt", "linear"), (alpha_bar, [1])), [1])
+    looks = [[(line.get_color(), line.get_linestyle()) for line in ax.lines] for ax in axes]
+    assert looks[0] == looks[1] == looks[2] and len(set(looks[0])) == 3
+    legend = axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["cosine", "sqrt", "linear"]
     levels = list(range(1, 11))
     for ax, at, what in ((signal, levels, "signal"), (snr, levels, "SNR"), (read, [1, 6], "read")):
         assert list(ax.lines[0].get_xdata()) == at and what in ax.get_title() + ax.get_title("left")
@@ -230,12 +251,20 @@ def test_humps_and_cosines_show_what_they_are_given():
     diffusion.cosines(right, torch.tensor([[2.0, 0.0], [0.0, 3.0], [-1.0, 0.0]]), "ab\n")
     assert right.images[0].get_array().tolist() == [[1, 0, -1], [0, 1, 0], [-1, 0, 1]]
     assert [tick.get_text() for tick in right.get_xticklabels()] == ["a", "b", "\u21b5"]
+    assert right.images[0].get_clim() == (-1, 1) and right.figure.axes[-1].get_ylabel() == "cosine"
 
 
 def test_the_unrolled_recurrence_shows_what_is_kept_added_and_held():
-    said = words(mamba.unrolled([0.5, 0.5, 0.37], [8, 0, 1], [8, 4, 2.48]))
+    ax = mamba.unrolled([0.5, 0.5, 0.37], [8, 0, 1], [8, 4, 2.48])
+    said = words(ax)
     for word in ("$h_1$ = 8", "$h_3$ = 2.5", "$x_2$ = 0", "$\\times\\,$1/2", "$\\times\\,$0.37"):
         assert word in said
+    across = {text.get_text().partition(" =")[0]: text.get_position()[0] for text in ax.texts}
+    positions = [across[f"$h_{t}$"] for t in (1, 2, 3)]
+    assert positions == sorted(positions)
+    for name in "xy":
+        assert [across[f"${name}_{t}$"] for t in (1, 2, 3)] == positions
+    assert positions[1] < across["$\\times\\,$0.37"] < positions[2]
 
 
 def test_the_tree_shows_every_pair_of_every_level():
