@@ -1,5 +1,6 @@
 """Figures show the numbers they are given, and what is printed is what the package holds."""
 
+import threading
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
@@ -32,6 +33,15 @@ def font_size(size):
 
 def data(line):
     return list(line.get_xdata()), list(line.get_ydata())
+
+
+def ticks(axis):
+    return [x for x in axis.get_major_locator().tick_values(10, 100) if 10 <= x <= 100]
+
+
+def luminance(hue):
+    parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(hue)]
+    return sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
 
 
 def arm(*points, exact=True, seeds=1):
@@ -117,7 +127,7 @@ def test_what_a_benchmark_says_of_models_is_drawn_where_it_is_known(ax):
     assert [data(line) for line in ax.lines] == [([1, 2], [2.5, 2.0]), ([1, 5], [3.0, 2.5])]
     assert [line.get_ls() for line in ax.lines] == ["-", "--"] and "position" in ax.get_xlabel()
     assert ax.get_xscale() == "log" and ax.xaxis.get_major_formatter()(20) == "20"
-    assert ax.xaxis.get_major_formatter()(0.5) == "0.5"
+    assert ax.xaxis.get_major_formatter()(0.5) == "0.5" and ticks(ax.xaxis) == [10, 20, 50, 100]
 
 
 def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
@@ -125,6 +135,8 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     figures.windows({"lengths": [128, 256], "rows": rows}, ax=ax)
     assert [data(line) for line in ax.lines] == [([128, 256], [5, 20]), ([128, 256], [6, 12])]
     assert [line.get_label() for line in ax.lines] == list(rows) and ax.get_ylabel() == "ms"
+    hues = [figures.HUES["gpt"], figures.HUES["mamba"]]
+    assert [line.get_color() for line in ax.lines] == hues
     ends = [(128, 4), (128, 6), (256, 19), (256, 21)]  # from the lowest to the highest
     assert set(ends) <= set(map(tuple, ax.collections[0].get_paths()[0].vertices.tolist()))
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
@@ -137,6 +149,8 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     figures.lengths({"thinker": row, "thinker-page": row}, ax=ax)
     assert [data(line) for line in ax.lines] == [([100, 1000], [70, 80])] * 2
     assert [line.get_ls() for line in ax.lines] == ["-", "--"]  # of one hue
+    assert {line.get_color() for line in ax.lines} == {figures.HUES["thinker"]}
+    assert ticks(ax.xaxis) == [10, 100]
     assert [line.get_label() for line in ax.lines] == ["thinker", "thinker-page"]
     assert "250" in ax.get_title("left") and ax.get_ylim()[1] > 81  # nothing is cut off
     assert "prompt" in ax.get_xlabel() and "per second" in ax.get_ylabel()
@@ -149,6 +163,7 @@ def test_what_was_measured_is_drawn_on_the_axis_that_names_it(ax):
     assert [data(line) for line in ax.lines] == [([50, 20], [0.8, 0.9])]
     assert [(text.get_text(), text.xy) for text in ax.texts] == [("4", (50, 0.8)), ("8", (20, 0.9))]
     assert "per second" in ax.get_xlabel() and "words" in ax.get_ylabel()
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
     figures.parallel({"thinker": row, "thinker-page": row}, ax=ax)
     assert [line.get_marker() for line in ax.lines[1:]] == ["o", "s"]  # of one hue
     names = ["diffusion", "thinker", "thinker-page"]
@@ -163,10 +178,11 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("character", "character")
     assert len(ax.figure.axes) == 2  # the second is the bar
     assert ax.images[0].get_clim() == (0, 6)
-    words = {"xlabel": "key", "ylabel": "query", "label": "weight"}
+    words = {"xlabel": "key", "ylabel": "query", "label": "weight", "title": "who", "cmap": "gray"}
     ax = figures.heat(torch.eye(2), "ab", "ab", vmax=4, **words)
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("key", "query")
-    assert ax.images[0].get_clim() == (0, 4)
+    assert ax.images[0].get_clim() == (0, 4) and ax.images[0].get_cmap().name == "gray"
+    assert ax.get_title("left") == "who"
     assert ax.figure.axes[1].get_ylabel() == "weight"
     ax = figures.heat(torch.eye(2), "ab", "ab", bar=False)
     assert ax.figure.axes == [ax]
@@ -185,9 +201,7 @@ def test_pictures_are_sharp_and_their_letters_are_legible_on_their_own_white(ax)
     assert min(font_size(plt.rcParams[name]) for name in (*sizes, "xtick.labelsize")) >= 9
     assert plt.rcParams["savefig.facecolor"] == plt.rcParams["figure.facecolor"] == "white"
     for hue in (figures.PALE, figures.INK):  # at least 4.5 to 1, as WCAG asks
-        parts = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in to_rgb(hue)]
-        luminance = sum(a * b for a, b in zip((0.2126, 0.7152, 0.0722), parts, strict=True))
-        assert 1.05 / (luminance + 0.05) >= 4.5
+        assert 1.05 / (luminance(hue) + 0.05) >= 4.5
     plt.close("all")
 
 
@@ -202,11 +216,43 @@ def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
     assert [patch.get_facecolor()[0] for patch in ax.patches[-2:]] == pytest.approx(
         [0.5, 0.75], abs=0.01
     )
-    # legible on its own ground
-    assert (ax.texts[0].get_color(), ax.texts[-1].get_color()) == ("white", figures.INK)
+    for text, patch in zip(ax.texts, ax.patches, strict=True):  # legible on its own ground
+        lights = sorted(luminance(hue) for hue in (text.get_color(), patch.get_facecolor()[:3]))
+        assert (lights[1] + 0.05) / (lights[0] + 0.05) > 3.5
     assert ax.figure.axes == [ax]
     figures.on_text("ab", [2.0, 3.0], label="nats", ax=ax)
     assert ax.figure.axes[1].get_ylabel() == "nats" and ax.figure.axes[1].get_ylim() == (2, 3)
+
+
+def test_a_cell_that_runs_long_says_so_every_second_and_at_its_end_how_long(monkeypatch):
+    now, waited, shown = [100.0], [], []
+
+    class Over(threading.Event):
+        def wait(self, timeout=None):
+            waited.append(timeout)
+            now.append(now[-1] + timeout)
+            return len(waited) == 4
+
+    def note(text, **_):
+        shown.append(text["text/plain"])
+        return SimpleNamespace(update=note)
+
+    monkeypatch.setattr("IPython.display.display", note)
+    monkeypatch.setattr(figures.lab, "time", SimpleNamespace(monotonic=lambda: now[-1]))
+    figures.lab.Watch()._say(Over())
+    assert waited == [3, 1, 1, 1]
+    assert shown == ["running, 3 s", "running, 4 s", "running, 5 s", "6 s"]
+
+
+def test_a_notebook_that_sets_the_style_again_is_watched_once(monkeypatch):
+    registered = []
+    events = SimpleNamespace(register=lambda name, call: registered.append(name))
+    shell = SimpleNamespace(events=events, kernel=SimpleNamespace(_allow_stdin=True))
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: None)
+    for _ in range(2):
+        figures.lab.attend()
+    assert registered == ["pre_run_cell", "post_run_cell"]
 
 
 SLOW = """from irann import figures
