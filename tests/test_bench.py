@@ -152,9 +152,13 @@ def test_any_part_is_a_table_of_its_rows_however_deep_they_lie():
     ]
     mean = {"mean": 0.5, "low": 0.0001, "high": 1.0}
     assert report.cell(mean) == "0.500 (0.000, 1.000)" and report.cell(12345) == "12,345"
-    assert [report.digits(x) for x in (0.0123, 9.99, 10.0, 99999.0, 0)] == (
-        ["0.0123", "9.99", "10.0", "99999", "0"]
+    assert [report.digits(x) for x in (0.0123, 9.99, 9.996, 10.0, 99999.0, 0)] == (
+        ["0.0123", "9.99", "10.0", "10.0", "99999", "0"]
     )
+    rows = {"gpt": [speed.summary([1.0]), speed.summary([2.0])]}  # by length
+    page = report.part("Ways", {"lengths": [128, 1024], "rows": rows})
+    assert page[3] == "|  | 128 | 1024 |"
+    assert page[5] == "| gpt | 1.00 (1.00, 1.00) | 2.00 (2.00, 2.00) |"
 
 
 def test_a_table_of_models_has_a_cell_for_what_is_not_known():
@@ -173,6 +177,10 @@ def test_a_table_of_models_has_a_cell_for_what_is_not_known():
     )
     assert "| mamba | 1,234 | not measured |  | 10.0 (10.0, 10.0) |" in page
     assert "| thinker | none yet |  |  |  |  |" in page
+    rows["gpt"]["quality"] = {"0.8": {"words": 0.5}, "1.0": {"words": 0.25}}
+    _, cool, warm = report.markdown({"models": rows}).split("## Text at temperature ")
+    assert cool.startswith("0.8") and "| gpt | 0.5000 |" in cool
+    assert warm.startswith("1.0") and "| gpt | 0.2500 |" in warm
 
 
 # ----------------------------------------------------------------------------- what is gone on with

@@ -109,7 +109,10 @@ def cell(value: Any) -> str:
 
 def digits(x: float) -> str:
     """-> a positive number to three digits."""
-    return f"{x:.{max(0, 2 - math.floor(math.log10(x)))}f}" if x else "0"
+    if not x:
+        return "0"
+    tens = math.floor(math.log10(float(f"{x:.2e}")))  # of 9.996, which is 10.0, one
+    return f"{x:.{max(0, 2 - tens)}f}"
 
 
 def over(values: Sequence[float | None], form: str = ".3f") -> str:
