@@ -57,6 +57,13 @@ def test_the_judge_by_hand():
     assert corpus.judge("a") == pytest.approx(-math.log(p))
     assert corpus.judge("qa", 1) == pytest.approx(-math.log(p))
     assert corpus.judge("ba", 1) == pytest.approx(-math.log(p))  # nothing was ever seen after b
+    b = (1 + 2 * (1 + 2 * 0.5) / (3 + 2)) / (2 + 2)  # after a; after aa only b was ever seen
+    assert corpus.judge("aab", 2) == pytest.approx(-math.log((1 + b) / (1 + 1)))
+
+
+def test_a_corpus_is_counted_once_and_another_is_another():
+    assert quality.counted("the cat") is quality.counted("the cat")
+    assert quality.counted("a dog").words == {"a", "dog"}
 
 
 def test_the_judge_sees_six_characters_and_no_more():

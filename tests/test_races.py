@@ -453,13 +453,13 @@ def test_sooner_by_hand():
         return {"seconds": seconds, "measured": [{"windows of 64": x} for x in nats]}
 
     rows = {
-        "nanoGPT's recipe": row([20.0, 30.0], [1.9, 1.8]),
-        "ours, short": row([5.0, 10.0], [1.8, 1.6]),
-        "ours, long": row([30.0, 30.0], [1.5, 1.5]),
+        "nanoGPT's recipe": row([20.0, 30.0, 100.0], [1.9, 1.8, 1.9]),
+        "ours, short": row([5.0, 10.0, 10.0], [1.8, 1.6, 1.3]),
+        "ours, long": row([30.0, 30.0, 100.0], [1.5, 1.5, 1.5]),
     }
     (line,) = report.of_nanogpt(rows)
-    assert "takes 1/3.5 of its time (3.0 to 4.0) and ends 0.150 nats lower (0.100 to 0.200)" in line
-    assert "takes 1.25 times its time and ends 0.350 nats lower" in line
+    assert "takes 1/4.0 of its time (3.0 to 10.0) and ends 0.200 nats lower (0.100 to 0.600" in line
+    assert "takes 1.00 times its time and ends 0.400 nats lower" in line  # all of it medians
 
 
 def test_gap_and_lead_by_hand():

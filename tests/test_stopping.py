@@ -82,6 +82,10 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
     assert list(measured["rules"]) == ["learned", "unfrozen", "informed"]
     nats = model.nll(torch.cat([text.train[-1:], text.val]).unfold(0, 33, 32), threshold=0.5)
     assert measured["rules"]["learned"]["0.5"][0] == pytest.approx(nats.mean().item(), abs=1e-4)
+    nll = races.Counted(model, threshold=0.5)
+    evaluate(model, text, nll=nll)
+    nats, rounds = measured["rules"]["learned"]["0.5"]
+    assert rounds == nll.mean_rounds
     told = stopping.against_line(measured["fixed"], measured["rules"]["learned"])
     assert measured["against"]["learned"] == told != {}
     page = capsys.readouterr().out
@@ -89,7 +93,7 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
         assert f"| {rule} | " in page and all(
             f"| {nats:.4f} |" in page for nats in against.values()
         )
-    assert "| threshold 0.5 |" in page
+    assert "| threshold 0.5 |" in page and f"| learned | 0.5 | {nats:.4f} | {rounds:.4f} |" in page
 
 
 def test_only_a_quick_benchmark_measures_no_more_than_four_windows(few, monkeypatch):
