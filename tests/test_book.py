@@ -18,7 +18,7 @@ from docutils.utils import new_document
 from helpers import book_module
 from PIL import Image
 
-from irann import figures
+from irann import export, figures, zoo
 
 ROOT = Path(__file__).parents[1]
 
@@ -355,6 +355,29 @@ def test_a_picture_says_what_stands_above_it_and_is_as_wide_as_it_was_drawn(tmp_
     assert house.said("Figure. A\nB") == "A B"
 
 
+def test_the_page_of_pictures_says_of_each_what_it_shows_and_leads_to_where_it_stands(tmp_path):
+    house, index = book_module("extension/house.py"), new_document("index")
+    index += nodes.section("", nodes.title("", "All pictures"))
+    page = new_document("page")
+    part = nodes.section("", nodes.title("", "The head"), ids=["the-head"])
+    part += [nodes.paragraph("", "Who looks where"), picture(uri="a.png")]
+    page += nodes.section(
+        "", nodes.title("", "GPT"), nodes.paragraph("", "words"), part, ids=["gpt"]
+    )
+    trees = {"notebooks/01_gpt": page, "notebooks/02_none": chapter("One"), "book/intro": page}
+    env = SimpleNamespace(found_docs=set(trees), get_doctree=trees.get)
+    builder = SimpleNamespace(get_relative_uri=lambda here, there: f"{there}.html")
+    app = SimpleNamespace(srcdir=tmp_path, env=env, builder=builder)
+    house.index_pictures(app, index, "book/intro")
+    assert not list(index.findall(nodes.image))
+    house.index_pictures(app, index, "book/figures")
+    (link,) = index.findall(nodes.reference)
+    assert (link["refuri"], link.astext()) == ("notebooks/01_gpt.html#the-head", "The head")
+    assert link.parent.astext() == "The head. Who looks where"
+    assert [each.astext() for each in index.findall(nodes.rubric)] == ["GPT"]
+    assert [each["uri"] for each in index.findall(nodes.image)] == ["a.png"]
+
+
 def test_all_figures_are_gathered_anew_where_any_page_is():
     house, app = book_module("extension/house.py"), Mock()
     house.setup(app)
@@ -410,6 +433,13 @@ def chapter(*titles):
     page += nodes.section("", nodes.title("", "A chapter"), nodes.paragraph("", "words"))
     page[0] += [nodes.section("", nodes.title("", title)) for title in titles]
     return page
+
+
+def test_a_chapter_s_live_piece_is_about_its_model():
+    for page, piece in book_module("extension/live.py").CHAPTERS.items():
+        assert (ROOT / f"{page}.md").is_file() and piece in export.PIECES
+        name = page.partition("_")[2].replace("page", "thinker-page")
+        assert name not in zoo.MODELS or name in export.PIECES[piece][1], page
 
 
 @pytest.mark.parametrize(
