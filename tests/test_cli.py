@@ -499,6 +499,8 @@ def test_the_doctor_finds_each_trouble(run, healthy, tmp_path, monkeypatch):
     for line, words in zip(wrong, said, strict=True):
         assert words in line
     assert "no ipywidgets, " in out and "weights  none" in out and out.count(" GB free") == 1
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: f"GPU {number}")
     for policy, waits, threads, told in (
         ("active", False, 2, 1),
         ("passive", False, 2, 0),
@@ -508,7 +510,9 @@ def test_the_doctor_finds_each_trouble(run, healthy, tmp_path, monkeypatch):
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
         monkeypatch.setattr(doctor.machine, "waits_politely", Mock(return_value=waits))
         monkeypatch.setattr(torch, "get_num_threads", Mock(return_value=threads))
-        assert list(doctor._torch(problems := [])) and len(problems) == told
+        line, _ = doctor._torch(problems := [])
+        assert len(problems) == told
+        assert line.endswith(f"GPU 0, GPU 1, {threads} threads on 2 cores")
 
 
 def test_a_run_that_may_not_be_read_is_named_and_hides_no_other(run, healthy, monkeypatch):
@@ -1221,7 +1225,8 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     assert code == 0 and "welcome.ipynb in JupyterLab" in out
     *words, env = seen.pop()
     assert words[4] == str(book.BESIDE) and words[-1] == "--no-browser"
-    assert any("hide_globs" in word for word in words)
+    (hidden,) = (word for word in words if "hide_globs" in word)
+    assert "'*.md'" in hidden and "'runs'" in hidden
     assert "--LabApp.default_url=/lab/tree/welcome.ipynb" in words
     assert "--ServerApp.jpserver_extensions={'jupyterlab_jupytext': False}" in words
     assert env["PATH"] == os.environ["PATH"]
@@ -1257,6 +1262,7 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     assert run("book")[0] == 0 and (mine / "08_new.ipynb").exists()
     assert (mine / "welcome.ipynb").read_text() == "mine"
     assert (mine / "01_gpt.ipynb").read_text() == "better"  # nobody had touched it
+    assert run("book")[0] == 0 and (mine / "welcome.ipynb").read_text() == "mine"  # nor later
     (mine / "01_gpt.ipynb").write_text("mine")
     (mine / "../book/copied.json").write_text("damaged")
     assert run("book")[0] == 0 and (mine / "01_gpt.ipynb").read_text() == "mine"
@@ -1268,9 +1274,10 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
         patch.setattr(book, "os", types.SimpleNamespace(**vars(os) | {"name": "nt"}))
         patch.setattr(book.subprocess, "call", lambda words, env: seen.append([*words, env]) or 7)
         assert run("book", "--no-browser")[0] == 7 and seen[-1][-2] == "--no-browser"
+        assert seen[-1][-1]["JUPYTER_CONFIG_PATH"] == ours
     monkeypatch.setattr(book.importlib.util, "find_spec", lambda name: None)
     code, _, err = run("book")
-    assert code == 2 and "pip install 'irann[book]'" in err and len(seen) == 6
+    assert code == 2 and "pip install 'irann[book]'" in err and len(seen) == 7
 
 
 def test_chapters_are_looked_for_wherever_pip_puts_data():
