@@ -61,7 +61,9 @@ def main() -> None:
         longer = dataclasses.replace(text, train=torch.cat([text.train, pages.flatten()]))
         RUN.mkdir(parents=True, exist_ok=True)
         targets = soft_targets(list(reads.values()), longer, window)
-        save_file({"train": longer.train, "targets": targets}, lesson)
+        part = lesson.with_suffix(".part")  # a lesson is there whole, or not at all
+        save_file({"train": longer.train, "targets": targets}, part)
+        part.replace(lesson)
     learnt = load_file(lesson)
     longer = dataclasses.replace(text, train=learnt["train"])
     ticks = irann.train(student, longer, RECIPE, run=RUN, resume=True, targets=learnt["targets"])

@@ -2,9 +2,11 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import excite
 from helpers import book_module, left_after, rng
 from safetensors.torch import load_file
 
@@ -166,23 +168,68 @@ def test_the_script_teaches_measures_and_ships(tmp_path, monkeypatch):
     trained = {name: tiny(name).eval() for name in READERS}
     for model in trained.values():
         model.vocabulary = TEXT.vocabulary
-    load = irann.load
+    excite(trained["thinker"], 0.1)
+    load, learn, save = irann.load, irann.train, distil.save_file
+    begun = []
+
+    def noted(student, *given, **how):
+        begun.append({name: p.clone() for name, p in student.named_parameters()})
+        return learn(student, *given, **how)
+
+    def interrupted(lesson, path):
+        Path(path).write_bytes(b"half of a lesson")
+        raise KeyboardInterrupt
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(irann, "train", noted)
     monkeypatch.setattr(irann, "load", lambda name: trained.get(name) or load(name))
     monkeypatch.setattr(irann.shakespeare, "load", lambda: TEXT)
     monkeypatch.setattr(irann.zoo, "WEIGHTS", tmp_path / "weights")
     monkeypatch.setattr(distil, "REPORT", tmp_path / "report.json")
-    monkeypatch.setattr(distil, "WRITTEN", 1)
+    monkeypatch.setattr(distil, "WRITTEN", 2)
     monkeypatch.setattr(distil, "PROMPT", 4)
     monkeypatch.setattr(distil, "RECIPE", RECIPE)
 
-    distil.main()
+    monkeypatch.setattr(distil, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        distil.main()
+    monkeypatch.setattr(distil, "save_file", save)
+    distil.main()  # it goes on
     lesson = load_file(distil.RUN / "lesson.safetensors")
-    assert len(lesson["train"]) == len(lesson["targets"]) == len(TEXT.train) + 256 * 16
-    nats = json.loads((tmp_path / "report.json").read_text())["nats"]
+    assert len(lesson["train"]) == len(lesson["targets"]) == len(TEXT.train) + 2 * 256 * 16
+    pages = distil.write(trained["mamba"], TEXT.train, 16)
+    assert torch.equal(lesson["train"], torch.cat([TEXT.train, pages.flatten()]))
+    assert not torch.equal(pages[:256], pages[256:])  # none is written again
+    train = TEXT.vocabulary.decode(TEXT.train)
+    assert all(TEXT.vocabulary.decode(page[:4]) in train for page in pages)
+    for name, p in trained["gpt"].named_parameters():
+        assert torch.equal(begun[0][name], p)
+    measured = json.loads((tmp_path / "report.json").read_text())
+    nats = measured["nats"]
     assert list(nats)[:4] == ["gpt", "mamba", "thinker", "gpt, mamba"]
     assert nats["gpt"] == pytest.approx(irann.evaluate(trained["gpt"], TEXT).nats_per_char)
     assert nats["gpt, mamba"] < (nats["gpt"] + nats["mamba"]) / 2
     student = irann.load("gpt-distilled")
     assert student.card["teachers"] == list(READERS) and student.config.dropout == 0.05
+    assert measured["curve"][-1][0] == student.card["characters"] == 3 * 4 * 16
     assert irann.evaluate(student, TEXT).nats_per_char == pytest.approx(nats["gpt-distilled"])
+    thinker = trained["thinker"]
+    fixed = irann.evaluate(thinker, TEXT, nll=partial(thinker.nll, stop="fixed")).nats_per_char
+    assert nats["thinker"] == pytest.approx(fixed, abs=1e-5)
+    assert nats["thinker"] != pytest.approx(irann.evaluate(thinker, TEXT).nats_per_char, abs=1e-3)
+
+    metrics = distil.RUN / "metrics.jsonl"
+    *before, last = metrics.read_text().splitlines()
+    slow = json.dumps(json.loads(last) | {"seconds": 5400.0})
+    metrics.write_text("\n".join([*before, slow]) + "\n")
+    distil.main()  # there is nothing left to learn
+    assert json.loads((tmp_path / "report.json").read_text()) == measured
+    assert irann.load("gpt-distilled").card["hours"] == 1.5
+
+
+def test_a_vote_is_the_mean_of_probabilities():
+    distil = book_module("distil.py")
+    votes = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()
+    reads = [lambda ids, vote=vote: (vote.expand(*ids.shape, 2), None) for vote in votes]
+    nats = distil.vote_nll(reads, torch.tensor([[1, 0, 1]]))
+    torch.testing.assert_close(nats, -torch.tensor([[0.7, 0.3]]).log())
