@@ -271,7 +271,7 @@ plt.show()"""
 
 MOVED = """from IPython.display import display
 display({"application/vnd.jupyter.widget-view+json": {}, "text/plain": "a slider"}, raw=True)
-print("beside it")"""
+print("beside", open("page.md").name)"""
 
 
 def test_execute_stores_a_clean_notebook(tmp_path):
@@ -283,7 +283,7 @@ def test_execute_stores_a_clean_notebook(tmp_path):
     )
     notebook = nbformat.read(book_module("execute.py").execute(page), as_version=4)
     summed, drawn, moved = notebook.cells[-3:]
-    assert [out.get("text") for out in moved.outputs] == ["beside it\n"]
+    assert [out.get("text") for out in moved.outputs] == ["beside page.md\n"]
     assert summed.outputs[0].text == "2\n" and summed.execution_count == 1
     shown = drawn.outputs[0].metadata["image/png"]
     picture = Image.open(io.BytesIO(base64.b64decode(drawn.outputs[0].data["image/png"])))
@@ -498,6 +498,39 @@ def test_in_the_moving_picture_ink_has_settled_and_grey_is_a_guess():
     assert settled == ["a", "b", "c"]  # of seven, four are newlines
     rows = [(y - 14) // 20 for (_, y), *_ in drawn[1:]]
     assert rows == [1] * 2 + [3] * 31 + [4] * 20
+
+
+def test_the_moving_picture_goes_evenly_from_the_first_moment_to_the_last_and_rests_there(
+    tmp_path, monkeypatch
+):
+    moving = book_module("moving.py")
+    text = "Thou art a moving picture.\n" * 4
+    reply = [SimpleNamespace(text=text, settled=settled) for settled in range(101)]
+    session = SimpleNamespace(say=lambda text: None, reply=lambda: iter(reply))
+    monkeypatch.setattr(moving, "Session", lambda name, **settings: session)
+    shown = [frame.settled for frame in moving.frames_of("gpt")]
+    steps = [after - before for before, after in zip(shown, shown[1:])]
+    assert (len(shown), shown[0], shown[-1]) == (moving.COUNT, 0, 100)
+    assert max(steps) - min(steps) <= 1
+    first, last = (
+        moving.draw({"gpt": reply[0], "diffusion": reply[n]}).convert("L") for n in (0, 100)
+    )
+    middle = first.width // 2
+    halves = [
+        (picture.crop((0, 0, middle, 128)), picture.crop((middle, 0, 2 * middle, 128)))
+        for picture in (first, last)
+    ]
+    assert halves[0][0].tobytes() == halves[1][0].tobytes()  # each model in its own half
+    assert halves[0][1].tobytes() != halves[1][1].tobytes()
+    monkeypatch.setattr(moving, "__file__", str(tmp_path / "moving.py"))
+    (tmp_path / "images").mkdir()
+    moving.main()
+    picture = Image.open(tmp_path / "images" / "writing.gif")
+    times = []
+    for number in range(picture.n_frames):
+        picture.seek(number)
+        times.append(picture.info["duration"])
+    assert times == [160] * (moving.COUNT - 1) + [4000] and picture.info["loop"] == 0
 
 
 def test_students_get_what_they_write_empty_and_no_solution(tmp_path, capsys):
