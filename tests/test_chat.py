@@ -620,6 +620,7 @@ def test_a_full_disk_leaves_no_half_scene_in_the_way(corpus, tmp_path):
 
 def test_spaces_stay_spaces_and_controls_do_not_reach_the_terminal(typed, capsys):
     assert visible("a\x1b[2J\nb\x07\u2028") == "a\ufffd[2J\nb\ufffd\ufffd"
+    assert visible("a\u200cb\u200d") == "a\u200cb\u200d"
     odd = "a\tb\u00a0c\u3000d\u200ce e\u0301"
     assert visible(odd) == odd and visible("a\tb", "  ") == "a  b" and visible("a\r\nb") == "a\nb"
     talker = Parrot(Vocabulary(odd + "\r\nX"), f"{odd}\r\n\r\nX")
@@ -651,8 +652,9 @@ def test_the_command_line_sets_what_slash_commands_set(corpus, monkeypatch, caps
     (session,) = sessions
     assert session.values == {"temperature": 0.5, "top_k": 3} and session.seed == 4
     assert session.speaker == "NURSE" and "'\u6731': not among" in capsys.readouterr().err
-    with pytest.raises(InputError, match="length is a whole number"):  # before anything is loaded
-        in_terminal.main("nobody", {"length": "0"})
+    for name, value, words in (("length", "0", "is a whole number"), ("mode", "opera", "is one")):
+        with pytest.raises(InputError, match=f"{name} {words}"):  # before anything is loaded
+            in_terminal.main("nobody", {name: value})
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
     in_terminal.main(Parrot(Vocabulary("caf\u00e9"), ""), {})
     assert "standard output is ascii" in capsys.readouterr().err
@@ -741,6 +743,31 @@ def test_one_interrupt_ends_the_step_a_second_ends_it_at_once(corpus, capsys, ty
     assert out.startswith("Ay" if times == 1 else "A\n") and ("[stopped]" in out) == typed
 
 
+def test_a_reply_that_is_stopped_is_in_the_scene_before_more_is_said(corpus, capsys):
+    terminal = Terminal(parrot(corpus, "Ay, madam."))
+    terminal.typed = True
+    terminal.session.say("word " * 40)
+
+    def reply():
+        for frame in terminal.session.reply():
+            if frame.settled == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield frame
+
+    terminal.answer(reply)
+    out, err = capsys.readouterr()
+    assert terminal.session.turns[-1].text == "Ay," and "[stopped]" in out
+    assert "could not read" in err  # of this reply, not of the one before
+
+
+def test_a_thread_that_hears_no_signals_gets_its_reply(corpus):
+    terminal = Terminal(parrot(corpus, "Ay."))
+    thread = threading.Thread(target=terminal.answer, args=(terminal.session.reply,))
+    thread.start()
+    thread.join()
+    assert terminal.session.turns[-1].text == "Ay."
+
+
 def test_a_terminal_tells_what_can_be_set_and_what_another_model_does_not_take(
     here, monkeypatch, capsys
 ):
@@ -766,7 +793,8 @@ def test_a_terminal_tells_what_can_be_set_and_what_another_model_does_not_take(
 
 
 def test_columns_are_those_of_the_screen():
-    assert [cells(c) for c in "a\u4f60\u0301\u200d\uff01\U0001f600\u00e9"] == [1, 2, 0, 0, 2, 2, 1]
+    assert [cells(c) for c in "a\u4f60\uff01\U0001f600\u00e9"] == [1, 2, 2, 2, 1]
+    assert [cells(c) for c in "\u0301\u20dd\u200d"] == [0, 0, 0]
     after = {"\u4f60": 20, "a\u4f60": 2, "a\nb": 1, "ab": 20, "abc": 1}
     assert {text: advance(18, text, 20) for text in after} == after
 
@@ -782,6 +810,7 @@ def test_proposals_leave_room_on_the_line_for_what_the_terminal_writes_at_ctrl_c
     pen.column = 0
     assert pen.tail("\u0301x", 20) == "x"  # an accent would join what is written for good
     assert Pen(live=True, colours=False).tail("words", 20) == ""
+    assert pen.tail("\x1b[2J\tx", 20) == "\ufffd[2J    x"  # a guess is obeyed no more than a reply
 
 
 def screen(written, width):
