@@ -468,6 +468,7 @@ def test_a_model_of_another_text_brings_its_own_characters(open_page):
     reader.at("write", "button:has-text('write')").click()
     reader.says("write", "Written. Only the last 1000 characters are read.")
     assert reader.written("gpt").startswith("a" * 100 + "b" * 900)
+    assert reader.at("write", "pre").evaluate("pre => pre.scrollWidth <= pre.clientWidth")
     reader.page.evaluate(ASKED)
     reader.slide("chat", "temperature", 0.3)
     for said in ("ab ", "cab"):  # it goes on with what is said, as irann.Chat does
