@@ -123,8 +123,12 @@ class LanguageModel(nn.Module):
         check_settings(self, settings, sampling=False)
         return {}
 
-    def check_ids(self, ids: Any) -> Int[Tensor, "b t"]:
-        """-> ids as int64. Raises InputError that says why they are not this model's characters."""
+    def check_ids(self, ids: Any, *, look: bool = True) -> Int[Tensor, "b t"]:
+        """-> ids as int64. Raises InputError that says why they are not this model's characters.
+
+        To look at ids on a GPU makes the program wait for it: without `look`, only those on a CPU
+        are looked at. `loss` does not look where it is given draws: the trainer has, once.
+        """
         if not isinstance(ids, Tensor):
             raise InputError(
                 f"ids are a tensor of whole numbers of shape (b, t); got a {type(ids).__name__}"
@@ -135,7 +139,7 @@ class LanguageModel(nn.Module):
                 f"{tuple(ids.shape)}"
             )
         ids = ids.long()  # torch knows no least or greatest of uint16
-        if not torch.compiler.is_compiling() and ids.numel():
+        if (look or ids.is_cpu) and not torch.compiler.is_compiling() and ids.numel():
             with suppress(RuntimeError):  # inside vmap, and on meta, nobody can look
                 low, high = int(ids.min()), int(ids.max())
                 last = self.config.vocabulary - 1
@@ -186,7 +190,7 @@ class Reader(LanguageModel):
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         """`nats_per_char`; with `targets` (b t v) among the draws, cross-entropy with those."""
-        ids = check_pairs(self.check_ids(ids))
+        ids = check_pairs(self.check_ids(ids, look=draws is None))
         logits, _ = self.read(ids[:, :-1])
         nats = cross_entropy(logits, ids[:, 1:]).mean()
         targets = (draws or {}).get("targets")

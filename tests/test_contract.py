@@ -5,12 +5,14 @@ unchanged.
 import copy
 import dataclasses
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import PROGRAMS, excite, refuses
 from helpers import apart, ids, objective, rng
 from torch.func import functional_call, grad, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import irann
 from irann import lm, zoo
@@ -571,6 +573,35 @@ def test_each_row_has_a_gradient_of_its_own_under_vmap(name):
 @pytest.mark.parametrize("name", STRAIGHT)
 def test_shapes_can_be_asked_on_meta(name):
     assert tiny(name).to("meta")(ids(2, 9).to("meta")).shape == (2, 9, 65)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loss_does_not_make_a_gpu_wait(name, monkeypatch):
+    """On meta, where nothing can be read: nobody asks, but for ids that come without draws."""
+
+    class Asked(TorchDispatchMode):
+        times = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten._local_scalar_dense.default:
+                self.times += args[0].is_meta
+            return op(*args, **kwargs or {})
+
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
+    # Which rows are self-conditioned has to be known, so that only those are computed.
+    model = tiny(name, **{"self_condition": False} if name == "diffusion" else {})
+    batch = ids(4, model.config.window + 1)
+    draws = model.draw(batch, generator=rng())
+    draws |= {"carried": True} if "carried" in draws else {}
+    draws = {key: x.to("meta") if isinstance(x, torch.Tensor) else x for key, x in draws.items()}
+    model = model.to("meta")
+    batch = batch.to("meta")
+    with Asked() as asked:
+        model.loss(batch, draws)[0].backward()
+    assert asked.times == 0
+    with asked:
+        model.check_ids(batch)
+    assert asked.times == 1
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -23,12 +23,14 @@ from torch import Tensor
 def survival(halt: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r"]:
     """The probability that round r takes place: the product of 1 - halt over the rounds before it.
 
-    Raises ValueError for halting probabilities outside [0, 1]; NaN passes through, so that a
-    diverged run is seen where it began.
+    Raises ValueError for halting probabilities outside [0, 1], on a CPU; NaN passes through, so
+    that a diverged run is seen where it began.
     """
     _check_rounds("halting probabilities", halt)
-    with suppress(RuntimeError):  # inside vmap, and on meta, nobody can look
-        if not torch.compiler.is_compiling() and ((halt < 0) | (halt > 1)).any():
+    # Looking would make a GPU wait in every step of training, and a compiler cannot look.
+    look = halt.is_cpu and not torch.compiler.is_compiling()
+    with suppress(RuntimeError):  # inside vmap nobody can
+        if look and ((halt < 0) | (halt > 1)).any():
             got = f"{halt.min().item():g} to {halt.max().item():g}"
             raise ValueError(f"halting probabilities lie in [0, 1]; got {got}")
     return torch.cat([torch.ones_like(halt[..., :1]), (1 - halt[..., :-1]).cumprod(-1)], -1)

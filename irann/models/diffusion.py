@@ -125,7 +125,7 @@ class Diffusion(Denoiser):
         A surrogate, not a likelihood. `bound_nats_per_char` among the parts is a one-draw estimate
         of the bound for these masks, half of it without self-conditioning; `nll` scores by page.
         """
-        ids = check_pairs(self.check_ids(ids))
+        ids = check_pairs(self.check_ids(ids, look=draws is None))
         draws = self.draw(ids) if draws is None else draws
         mask = draws["mask"]
         tau = draws["tau"]

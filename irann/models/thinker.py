@@ -95,7 +95,7 @@ class Thinker(RecurrentDepth, Reader):
 
         With `targets` (b t v) among the draws, every round learns those probabilities.
         """
-        ids = check_pairs(self.check_ids(ids))
+        ids = check_pairs(self.check_ids(ids, look=draws is None))
         draws = self.draw(ids) if draws is None else draws
         logits, halt, _ = self.every_round(ids[:, :-1], draws["rounds"])
         nats = round_nats(logits, ids[:, 1:])

@@ -100,7 +100,7 @@ class PageThinker(RecurrentDepth):
 
         `bound_nats_per_char` is a one-draw estimate by the last round, from rows without a prompt.
         """
-        ids = check_pairs(self.check_ids(ids))
+        ids = check_pairs(self.check_ids(ids, look=draws is None))
         draws = self.draw(ids) if draws is None else draws
         hidden = None
         if draws["carried"]:
