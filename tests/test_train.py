@@ -381,6 +381,15 @@ def test_draws_are_made_once_for_the_whole_batch_and_cut_with_it(small, monkeypa
     assert absorbed == [4]  # once, after all pieces
 
 
+def test_no_piece_of_a_step_is_read_before_the_next(small):
+    """On meta, where nothing can be: to read makes a GPU wait."""
+    model, recipe = tiny(batch=8, accumulate=4)
+    state = State(model, small, recipe)
+    batch = small.train[: 8 * 33].view(8, 33).to("meta")
+    told = loop._gradients(loop._Loss(model.to("meta")), state, batch, {})
+    assert len(told) == 4 and all(loss.is_meta for loss, _ in told)
+
+
 def test_clipping_bounds_the_gradient(small, monkeypatch):
     model, recipe = tiny(clip=0.01, optimizer="adamw", steps=1)
     norms, step = [], torch.optim.AdamW.step

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .. import checkpoint
-from ..lm import LanguageModel
+from ..lm import LanguageModel, Loss
 from ..settings import InputError
 from ..text import Text, window_positions
 from .distillation import check_targets
@@ -178,8 +178,10 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
     if state.targets is not None:
         draws["targets"] = state.targets[where].to(state.device)
     model.zero_grad(set_to_none=True)  # a notebook may have called backward itself
-    loss, parts = _gradients(loss_of, state, ids, draws)
+    told = _gradients(loss_of, state, ids, draws)
+    # To read makes a GPU wait: not before it has been given all that leads to the gradient.
     norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf).item()
+    loss, parts = _means(told, state.world)
     factor = recipe.lr_factor(state.step)
     _check_step(state, loss, norm, recipe.lr * factor)
     for optimizer in state.optimizers:
@@ -228,31 +230,37 @@ def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick
     return tick
 
 
-def _gradients(
-    loss_of: nn.Module, state: State, ids: Tensor, draws: dict[str, Any]
-) -> tuple[float, dict[str, float]]:
-    """Backward through the whole batch -> its loss and parts, means over pieces and processes."""
+def _gradients(loss_of: nn.Module, state: State, ids: Tensor, draws: dict[str, Any]) -> list[Loss]:
+    """Backward through the whole batch -> each piece's loss and parts, which nobody has read."""
     recipe = state.recipe
-    loss = 0.0
-    parts: dict[str, float] = {}
-    mine = torch.arange(recipe.batch, device="cpu")[state.rank :: state.world]
-    pieces = mine.chunk(recipe.accumulate)
-    for i, rows in enumerate(pieces):
-        last = i + 1 == len(pieces)
+    told = []
+    size = recipe.batch // recipe.accumulate  # of a piece, in all processes together
+    for i in range(recipe.accumulate):
+        rows = slice(i * size + state.rank, (i + 1) * size, state.world)
+        last = i + 1 == recipe.accumulate
         alone = state.world == 1 or last  # gradients are exchanged once, with the last piece
         with nullcontext() if alone else loss_of.no_sync():  # pyright: ignore[reportCallIssue]
             mixed = recipe.precision == "bfloat16"
             with torch.autocast(state.device.type, torch.bfloat16, enabled=mixed):
                 piece_loss, piece_parts = loss_of(ids[rows], _rows_of(draws, rows))
-            (piece_loss / len(pieces)).backward()
-        loss += piece_loss.item() / len(pieces)
+            (piece_loss / recipe.accumulate).backward()
+        told.append((piece_loss.detach(), piece_parts))
+    return told
+
+
+def _means(told: list[Loss], world: int) -> tuple[float, dict[str, float]]:
+    """-> the loss and its parts, means over pieces and processes."""
+    loss = 0.0
+    parts: dict[str, float] = {}
+    for piece_loss, piece_parts in told:
+        loss += piece_loss.item() / len(told)
         for name, value in piece_parts.items():
-            parts[name] = parts.get(name, 0.0) + float(value) / len(pieces)
-    loss, *values = (total / state.world for total in summed([loss, *parts.values()]))
+            parts[name] = parts.get(name, 0.0) + float(value) / len(told)
+    loss, *values = (total / world for total in summed([loss, *parts.values()]))
     return loss, dict(zip(parts, values, strict=True))
 
 
-def _rows_of(draws: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+def _rows_of(draws: dict[str, Any], rows: slice) -> dict[str, Any]:
     """-> the draws of some rows of the batch; what has no batch axis is everybody's."""
     return {
         name: value[rows] if isinstance(value, Tensor) and value.ndim else value
