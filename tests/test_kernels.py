@@ -3,9 +3,11 @@
 Their numbers are held against oracles in test_scan.py.
 """
 
+import importlib.util
 import os
 import platform
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -252,6 +254,22 @@ def test_compile_export_and_func_see_one_operator(method, unchecked):
     close(torch.func.grad(loss, tuple(range(7)))(*inputs), expected, 1e-12)
     per_text = torch.func.vmap(torch.func.grad(one_text))(u, delta, B, C, state)
     close([per_text], expected[:1], 1e-12)
+
+
+def test_a_torch_without_its_private_parts_scans_all_the_same(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch._functorch.utils", None)
+    spec = importlib.util.spec_from_file_location("elsewhere", kernels.operator.__file__)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parts = chunked._forward, chunked._backward, chunked._spans
+    scan = module.operator("chunked_elsewhere", *parts, options=("span", "trees"))
+    *_, inputs = (inputs for _, inputs in calls(2, 9, 16, 3))
+    found = []
+    for each in (scan, chunked.SCAN):
+        y, last, _ = each(*inputs)
+        gradients = torch.autograd.grad(y.sin().sum() + last.sum(), inputs[:6])
+        found.append([y, last, *gradients])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 # --- Triton: on a GPU, or in its interpreter (conftest.py) ----------------------------------------

@@ -15,8 +15,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction  # the one that an autograd kernel may use
+
+try:  # private parts of torch: what an autograd kernel is to use
+    from torch._functorch.utils import enable_single_level_autograd_function
+    from torch.autograd.function import _SingleLevelFunction as Function
+except ImportError:  # of another torch: its public part does the same, but refuses torch.func
+    from contextlib import nullcontext as enable_single_level_autograd_function
+
+    from torch.autograd import Function
 
 LOG2E = 1 / math.log(2)  # exp(x) = exp2(x log2 e), and exp2 is the cheaper one
 LIBRARY = torch.library.Library("irann", "FRAGMENT")
@@ -53,7 +59,7 @@ def operator(
     forward_op = getattr(torch.ops.irann, name).default
     backward_op = getattr(torch.ops.irann, f"{name}_backward").default
 
-    class Scan(_SingleLevelFunction):
+    class Scan(Function):  # pyright: ignore[reportGeneralTypeIssues]
         @staticmethod
         def forward(ctx, *inputs):
             with torch._C._AutoDispatchBelowAutograd():
@@ -74,7 +80,7 @@ def operator(
             inputs = backward_op(dy, dlast, u, delta, A, B, C, entry, *ctx.numbers)
             return *inputs, *(None for _ in ctx.numbers)
 
-    class Once(_SingleLevelFunction):
+    class Once(Function):  # pyright: ignore[reportGeneralTypeIssues]
         @staticmethod
         def forward(ctx, *inputs):
             with torch._C._AutoDispatchBelowAutograd():
