@@ -51,7 +51,8 @@ def filter_logits(
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if chosen.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-        p = ordered.softmax(-1)
+        # half precision cannot add up what the rare characters have
+        p = ordered.softmax(-1, dtype=torch.promote_types(ordered.dtype, torch.float32))
         out = p.cumsum(-1) - p >= chosen.top_p  # the likelier characters already have that much
         out[..., 0] = False
         logits = logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)

@@ -53,6 +53,15 @@ def test_equals_transformers_warpers_in_probability(temperature, top_k, top_p):
     )
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_in_half_precision_the_same_characters_have_the_probability(kind):
+    x = logits().to(kind)
+    x = x - x.amax(-1, keepdim=True)
+    kept = filter_logits(x, top_p=0.999)
+    assert kept.dtype == kind
+    assert torch.equal(kept.isfinite(), filter_logits(x.float(), top_p=0.999).isfinite())
+
+
 def test_by_hand():
     x = torch.tensor([0.5, 0.3, 0.15, 0.05]).double().log()
     assert filter_logits(x, top_p=0.49).isfinite().tolist() == [True, False, False, False]
