@@ -133,7 +133,8 @@ class LanguageModel(nn.Module):
             raise InputError(
                 f"ids are a tensor of whole numbers of shape (b, t); got a {type(ids).__name__}"
             )
-        if ids.ndim != 2 or ids.is_floating_point():
+        fractions = ids.is_floating_point() or ids.is_complex()
+        if ids.ndim != 2 or fractions or ids.dtype == torch.bool:  # as a mask in place of a text
             raise InputError(
                 f"ids are whole numbers of shape (b, t); got {ids.dtype} of shape "
                 f"{tuple(ids.shape)}"

@@ -344,6 +344,8 @@ def test_ids_are_checked():
     for wrong, words in (
         (torch.zeros(3, dtype=torch.long), r"\(b, t\); got torch.int64 of shape \(3,\)"),
         (torch.zeros(1, 3), "whole numbers .*; got torch.float32"),
+        (torch.zeros(1, 3, dtype=torch.bool), "whole numbers .*; got torch.bool"),
+        (torch.zeros(1, 3, dtype=torch.complex64), "whole numbers .*; got torch.complex64"),
         ([[1, 2]], "ids are a tensor .*; got a list"),
     ):
         with pytest.raises(InputError, match=words):
