@@ -142,7 +142,8 @@ def check_trainable(model: LanguageModel, text: Text, recipe: Recipe) -> None:
             f"the text has {found} different characters, the model was made for {made_for}: "
             f"build it with vocabulary={found}"
         )
-    model.check_ids(text.train[None])  # once: a step does not look again where it would wait
+    for part in (text.train, text.val):  # once: a step does not look again where it would wait
+        model.check_ids(part[None])
     if len(text.train) < model.config.window + 1:
         raise InputError(
             f"the training part has {len(text.train):,} characters; one window and its target take "
