@@ -254,6 +254,18 @@ def test_humps_and_cosines_show_what_they_are_given():
     assert right.images[0].get_clim() == (-1, 1) and right.figure.axes[-1].get_ylabel() == "cosine"
 
 
+def test_a_ladder_draws_the_loss_and_the_bound_of_each_rung():
+    curves = {"first": [(50, 2.0, 9.0), (100, 1.5, 4.0)], "then": [(50, 1.2, 3.5)]}
+    curves |= {"last": [(50, 1.0, 3.0)]}
+    axes = diffusion.ladder(curves, 3.3)
+    for ax, column in zip(axes, (1, 2)):
+        for line, (name, rows) in zip(ax.lines, curves.items()):
+            assert line.get_label() == name
+            drawn = list(zip(line.get_xdata(), line.get_ydata()))
+            assert drawn == [(row[0], row[column]) for row in rows]
+    assert list(axes[1].lines[-1].get_ydata()) == [3.3, 3.3]
+
+
 def test_the_unrolled_recurrence_shows_what_is_kept_added_and_held():
     ax = mamba.unrolled([0.5, 0.5, 0.37], [8, 0, 1], [8, 4, 2.48])
     said = words(ax)

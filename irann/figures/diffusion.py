@@ -1,5 +1,6 @@
 """Drawings of chapter 3: the forward process and one step of the reverse process, with real
-numbers; schedules, the two humps of a step, texts at several noise levels, cosines between points.
+numbers; schedules, the two humps of a step, what each decision adds, texts at several noise levels,
+cosines between points.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -126,6 +127,33 @@ def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int], title:
         ax.text(-1.2, y, str(tau), ha="right", va="center", fontsize=SMALL, color=PALE)
     ax.set_title(title)
     return ax
+
+
+def ladder(curves: Mapping[str, Sequence[tuple[int, float, float]]], unigram: float) -> Any:
+    """Draw the loss and the bound of each curve, rows of (step, loss, bound), by name. From the
+    second on a curve is darker than the one before; the first is dashed, the last stands out.
+    """
+    import matplotlib.pyplot as plt
+
+    axes = plt.subplots(1, 2, figsize=(7.2, 3.3))[1]
+    steps = torch.linspace(0.35, 1, len(curves) - 2).tolist()
+    hues = [PALE, *map(plt.get_cmap("YlGn"), steps), ACCENT]
+    for (name, rows), hue in zip(curves.items(), hues, strict=True):
+        look: dict[str, Any] = {"color": hue, "ls": "--" if hue == PALE else "-", "label": name}
+        at, *values = zip(*rows)
+        for ax, column in zip(axes, values):
+            ax.plot(at, column, marker=".", **look)
+    axes[1].axhline(unigram, color=PALE, ls=":", label="letter frequencies")
+    axes[0].set(title="loss (13), on new text", ylabel="nats per character")
+    axes[1].set(title="bound, on new text", yscale="log")
+    axes[1].set_yticks([3, 4, 5, 7, 10], [3, 4, 5, 7, 10])
+    axes[1].minorticks_off()
+    axes[1].legend()
+    for ax in axes:
+        ax.set(xlabel="step", xscale="log")
+        ax.set_xticks([50, 100, 150, 300, 600], [50, 100, 150, 300, 600])
+        ax.minorticks_off()
+    return axes
 
 
 def slide(draw: Callable[..., Any], **ranges: tuple[float, float, float]) -> Any:
