@@ -156,8 +156,6 @@ ELSEWHERE = {
     | dict.fromkeys(FORMS.split(), "logs of the first races, which no report keeps"),
     "03_diffusion": {"0.464": "the sum stands before it"},
     "03b_bound": dict.fromkeys(("2.234", "2.105", "0.012"), "a run on a CPU, its log"),
-    "04_mamba": {"1.82": "the cell that trains, with C = 0"}
-    | dict.fromkeys(("2.12", "2.20", "2.10"), "exercise 4, run once"),
     "05_compare": dict.fromkeys(("1.4697", "10.65"), "nanoGPT's README")
     | {"0.126": "1.558 less 1.432, both in the reports"},
     "05b_speedrun": {"10.65": "counted by nanoGPT's script"}
