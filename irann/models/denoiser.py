@@ -218,7 +218,7 @@ class Denoiser(LanguageModel):
         edges = F.pad(p.cumsum(0), (1, 0))
         at = torch.arange(self.config.levels + 1, dtype=torch.float64, device="cpu")
         at = at / (self.config.levels / BINS)
-        low = at.floor().long().clamp(max=BINS - 1)
+        low = at.long().clamp(max=BINS - 1)
         p = (edges[low] + (at - low) * (edges[low + 1] - edges[low])).diff()
         p[0] = 0
         return p / p.sum()
