@@ -58,7 +58,13 @@ TESTS = {  # what should notice a fault in a file, fastest first; a folder's tes
     "irann/models/thinker_page.py": [*OF_ALL, "tests/test_thinker_page.py", *ALL_MODELS],
     "irann/models/diffusion.py": [*OF_ALL, "tests/test_diffusion.py", *ALL_MODELS],
     "irann/models/denoiser.py": [*OF_ALL, "tests/test_diffusion.py", *ALL_MODELS],
-    "irann/training": [*OF_ALL, "tests/test_train.py", "tests/test_faults.py", *ALL_MODELS],
+    "irann/training": [
+        *OF_ALL,
+        "tests/test_distillation.py",
+        "tests/test_train.py",
+        "tests/test_faults.py",
+        *ALL_MODELS,
+    ],
     "irann/checkpoint.py": ["tests/test_checkpoint.py", "tests/test_faults.py"],
     "irann/chat/session.py": ["tests/test_chat.py"],
 }
