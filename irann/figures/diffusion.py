@@ -151,7 +151,7 @@ def ladder(curves: Mapping[str, Sequence[tuple[int, float, float]]], unigram: fl
     axes[1].legend()
     for ax in axes:
         ax.set(xlabel="step", xscale="log")
-        ax.set_xticks([50, 100, 150, 300, 600], [50, 100, 150, 300, 600])
+        ax.set_xticks([50, 100, 150, 300], [50, 100, 150, 300])
         ax.minorticks_off()
     return axes
 
