@@ -135,7 +135,7 @@ def ladder(curves: Mapping[str, Sequence[tuple[int, float, float]]], unigram: fl
     """
     import matplotlib.pyplot as plt
 
-    axes = plt.subplots(1, 2, figsize=(7.2, 3.3))[1]
+    axes = plt.subplots(1, 2, figsize=(7.2, 3.7))[1]
     steps = torch.linspace(0.35, 1, len(curves) - 2).tolist()
     hues = [PALE, *map(plt.get_cmap("YlGn"), steps), ACCENT]
     for (name, rows), hue in zip(curves.items(), hues, strict=True):
@@ -148,7 +148,8 @@ def ladder(curves: Mapping[str, Sequence[tuple[int, float, float]]], unigram: fl
     axes[1].set(title="bound, on new text", yscale="log")
     axes[1].set_yticks([3, 4, 5, 7, 10], [3, 4, 5, 7, 10])
     axes[1].minorticks_off()
-    axes[1].legend()
+    names = axes[1].get_legend_handles_labels()
+    axes[0].figure.legend(*names, loc="outside lower center", ncols=4)
     for ax in axes:
         ax.set(xlabel="step", xscale="log")
         ax.set_xticks([50, 100, 150, 300], [50, 100, 150, 300])
