@@ -264,6 +264,10 @@ def test_a_ladder_draws_the_loss_and_the_bound_of_each_rung():
             drawn = list(zip(line.get_xdata(), line.get_ydata()))
             assert drawn == [(row[0], row[column]) for row in rows]
     assert list(axes[1].lines[-1].get_ydata()) == [3.3, 3.3]
+    (legend,) = axes[0].figure.legends
+    told = [text.get_text() for text in legend.get_texts()]
+    assert told == [*curves, "letter frequencies"]
+    assert [ax.get_title(loc="left").split()[0] for ax in axes] == ["loss", "bound,"]
 
 
 def test_the_unrolled_recurrence_shows_what_is_kept_added_and_held():

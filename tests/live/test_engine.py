@@ -35,7 +35,12 @@ from irann.text import Text, Vocabulary
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "ROMEO:\nWhat light"
-HOSTS = [Wasm, pytest.param(Native, marks=pytest.mark.skipif(not shutil.which("cc"), reason="cc"))]
+HOSTS = [
+    Wasm,
+    pytest.param(
+        Native, marks=pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
+    ),
+]
 
 
 @pytest.fixture(params=HOSTS)
@@ -432,7 +437,7 @@ def test_the_same_noise_refines_the_same_page(case):
         assert page == draft.ids[0].tolist()
 
 
-@pytest.mark.skipif(not shutil.which("cc"), reason="cc")
+@pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler here")
 def test_the_engine_keeps_to_its_own_memory(tmp_path):
     """Whatever a model's sizes, and the model before it: texts and pages of the largest size."""
     models = [tiny(case.partition(",")[0], **READERS[case]) for case in READERS]
