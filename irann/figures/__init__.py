@@ -115,6 +115,7 @@ def lines(ax: Any, references: dict[str, float] = REFERENCES) -> None:
     for name, nats in references.items():
         ax.axhline(nats, color=PALE, lw=1, ls=":")
         style = {"va": "bottom", "color": PALE, "fontsize": SMALL}
+        style["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}  # over curves
         at = {"xycoords": ("axes fraction", "data")}
         ax.annotate(f"{name} {nats:.2f}", (0.3, nats), **at, **style)
 
