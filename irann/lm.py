@@ -175,6 +175,10 @@ class Reader(LanguageModel):
         """
         raise NotImplementedError
 
+    def reading(self, own: dict[str, Any], generator: Generator | None) -> Callable:
+        """-> `read` with the model's own settings, checked already, for one call or many."""
+        return partial(self.read, generator=generator, **own) if self.settings else self.read
+
     def notes(self, state: Any) -> dict:
         """What the last call of `read` has to show about its last position; goes on the draft."""
         return {}
@@ -186,8 +190,7 @@ class Reader(LanguageModel):
         """`settings` are those of `read`."""
         ids = self.check_ids(ids)
         own = check_settings(self, settings, sampling=False)
-        read = partial(self.read, generator=generator, **own) if self.settings else self.read
-        return cross_entropy(read(ids[:, :-1])[0], ids[:, 1:])
+        return cross_entropy(self.reading(own, generator)(ids[:, :-1])[0], ids[:, 1:])
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         """`nats_per_char`; with `targets` (b t v) among the draws, cross-entropy with those."""
@@ -201,10 +204,15 @@ class Reader(LanguageModel):
     def generate(
         self, prompt: Ids, n: int, *, generator: Generator | None = None, **settings: Any
     ) -> Iterator[Draft]:
-        """`settings` are temperature, top_k, top_p, and those of `read`."""
+        """`settings` are temperature, top_k, top_p, and those of `read`.
+
+        An empty prompt starts from character 0, the newline of a sorted vocabulary. Raises
+        InputError for ids that are not characters of the model, and for a setting or a length out
+        of range, before any work.
+        """
         sampling, own = split_settings(self, settings)
-        read = partial(self.read, generator=generator, **own) if own else self.read
-        return left_to_right(self, prompt, n, sampling, generator=generator, read=read)
+        text, start = _with_room(self, prompt, n)
+        return left_to_right(self, text, start, sampling, generator, self.reading(own, generator))
 
 
 def cross_entropy(
@@ -223,31 +231,8 @@ def cross_entropy(
 # ------------------------------------------------------------------------------------------ writing
 
 
-def left_to_right(
-    model: Reader,
-    prompt: Ids,
-    n: int,
-    sampling: Sampling,
-    *,
-    generator: Generator | None = None,
-    read: Callable | None = None,
-) -> Iterator[Draft]:
-    """Drafts that grow by one character each, all of it settled.
-
-    The prompt is read once; after that each character costs one call of `read` (default: the
-    model's) with the state, and a copy of the text for its draft: 10 microseconds at 10,000
-    characters, 100 at 100,000. When the state is full, the last half of its window is read anew, so
-    that a long text pays for one rereading per half window; what lies before is forgotten, and each
-    draft counts how much of the prompt that is. An empty prompt starts from character 0, the
-    newline of a sorted vocabulary. Raises InputError for ids that are not characters of the model
-    and for a length out of range, before any work.
-    """
-    text, start = _with_room(model, prompt, n)
-    return _left_to_right(model, text, start, sampling, generator, read or model.read)
-
-
 @torch.no_grad()
-def _left_to_right(
+def left_to_right(
     model: Reader,
     text: Ids,
     start: int,
@@ -255,7 +240,14 @@ def _left_to_right(
     generator: Generator | None,
     read: Callable,
 ) -> Iterator[Draft]:
-    """Write over `text` from `start` on: a draft for each character."""
+    """Write over `text` from `start` on: drafts that grow by one character each, all settled.
+
+    The prompt is read once; after that each character costs one call of `read` with the state, and
+    a copy of the text for its draft: 10 microseconds at 10,000 characters, 100 at 100,000. When the
+    state is full, the last half of its window is read anew, so that a long text pays for one
+    rereading per half window; what lies before is forgotten, and each draft counts how much of the
+    prompt that is.
+    """
     unfiltered = sampling == Sampling()
     context = model.max_context
     state = None

@@ -425,9 +425,9 @@ class Session:
         """-> likeliest characters after each, with probabilities; [] if the model is no Reader."""
         if not isinstance(self.model, lm.Reader):
             return []
-        drawn = {"generator": lm.seeded(self.model, 0), **own} if self.model.settings else {}
+        read = self.model.reading(own, lm.seeded(self.model, 0))
         with lm.evaluating(self.model, ids.numel()):
-            p = self.model.read(ids, **drawn)[0][0].float().softmax(-1)
+            p = read(ids)[0][0].float().softmax(-1)
         best = p.topk(min(LIKELY, p.shape[-1]))
         characters = lm.vocabulary_of(self.model).characters
         return [

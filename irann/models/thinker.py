@@ -4,7 +4,7 @@ A position that has stopped is frozen: its hidden state, its prediction, and the
 that later positions look back at. The papers stand in recurrent.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,18 +16,7 @@ from torch.nn import functional as F
 
 from ..core.halting import expected_rounds, halting_distribution
 from ..layers import Block, KeyValue, check_window, scale
-from ..lm import (
-    Draft,
-    Ids,
-    Loss,
-    Nats,
-    Reader,
-    check_pairs,
-    cross_entropy,
-    evaluating,
-    left_to_right,
-    split_settings,
-)
+from ..lm import Ids, Loss, Reader, check_pairs, evaluating
 from ..settings import InputError, Setting
 from .recurrent import (
     STOPPING,
@@ -78,7 +67,8 @@ class Thinker(RecurrentDepth, Reader):
 
     At round r a position looks back at what earlier positions were at round r, or at their last
     round if they stopped before. So it depends on earlier positions only, and reading in pieces is
-    the same as reading at once.
+    the same as reading at once. With stop=sampled the likelihood is that of the rounds drawn, on
+    average a bound of the whole.
     """
 
     settings: dict[str, Setting] = STOPPING
@@ -103,15 +93,6 @@ class Thinker(RecurrentDepth, Reader):
         learnt = nats if targets is None else round_nats(logits, targets[:, 1:])
         loss, parts = self.rounds_loss(learnt, halt)
         return loss, {"nats_per_char": nats[..., -1].mean().detach()} | parts
-
-    def nll(self, ids: Ids, *, generator: Generator | None = None, **settings: Any) -> Nats:
-        """Exact, whatever the rule of stopping; see `read` for the settings.
-
-        With stop=sampled it is that of the rounds drawn, on average a bound of the whole.
-        """
-        ids = self.check_ids(ids)
-        logits, _ = self.read(ids[:, :-1], packed=True, generator=generator, **settings)
-        return cross_entropy(logits, ids[:, 1:])
 
     def read(
         self,
@@ -190,6 +171,9 @@ class Thinker(RecurrentDepth, Reader):
             core.append(frozen(earlier, core[-1], t))
         return thought, core
 
+    def reading(self, own: dict[str, Any], generator: Generator | None) -> Callable:
+        return partial(self.read, packed=True, generator=generator, rule=self.rule(own))
+
     def notes(self, state: ThinkerCache) -> dict:
         return {"rounds": state.rounds[:, -1].tolist(), "halted": state.halted[:, -1].tolist()}
 
@@ -206,14 +190,6 @@ class Thinker(RecurrentDepth, Reader):
             "rounds": state.rounds[0].float(),
             "expected_rounds": expected_rounds(halting_distribution(halt))[0],
         }
-
-    def generate(
-        self, prompt: Ids, n: int, *, generator: Generator | None = None, **settings: Any
-    ) -> Iterator[Draft]:
-        """`settings` are temperature, top_k, top_p, and those of `read`."""
-        sampling, own = split_settings(self, settings)
-        read = partial(self.read, rule=self.rule(own), packed=True, generator=generator)
-        return left_to_right(self, prompt, n, sampling, generator=generator, read=read)
 
 
 # ------------------------------------------------------------ positions that still think, packed
