@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from . import shakespeare, zoo
+from .layers import FAST
 from .lm import LanguageModel, vocabulary_of
 from .models.diffusion import Diffusion
 from .models.gpt import GPT
@@ -37,17 +38,8 @@ CONFIG = (
     "kind vocabulary window layers heads width inner prelude core rounds round_gains d_state "
     "d_conv dt_rank channels neighbours levels bayes self_condition"
 ).split()
-KINDS = {GPT: "gpt", Thinker: "thinker", Mamba: "mamba"}
-KINDS |= {Diffusion: "diffusion", PageThinker: "thinker-page"}
 # What the engine computes; a model with other options is refused
-GPT_OPTIONS = {
-    "bias": False,
-    "eps": 1e-5,
-    "positions": "rotary",
-    "qk_norm": True,
-    "activation": "squared_relu",
-    "norm": "plain",
-}
+GPT_OPTIONS = {"positions": "rotary", "eps": 1e-5} | FAST
 MAMBA_OPTIONS = {"bias": False, "conv_bias": True, "activation": "silu", "eps": 1e-5}
 
 
@@ -56,11 +48,9 @@ def weights_file(model: LanguageModel) -> bytes:
     parameters in half precision. Raises InputError for a model that the engine does not know, or
     whose weights are not those of its config.
     """
-    kind = KINDS.get(type(model))
-    if kind is None:
-        raise InputError(f"a page can run {', '.join(KINDS.values())}; got {type(model).__name__}")
+    _, layout = _kind(model)
     zoo.check_weights(model)
-    own, names = LAYOUTS[type(model)](model)
+    own, names = layout(model)
     numbers = {name: getattr(model.config, name, 0) for name in CONFIG}
     numbers |= {"kind": list(KINDS).index(type(model)), "inner": 4 * model.config.width} | own
     if numbers["layers"] > MOST_LAYERS:
@@ -126,13 +116,21 @@ def _blocks(part: str, layers: int) -> list[str]:
     return [f"{part}.{i}.{name}.weight" for i in range(layers) for name in BLOCK]
 
 
-LAYOUTS: dict[type, Callable[[Any], Layout]] = {
-    GPT: _gpt,
-    Thinker: _recurrent,
-    PageThinker: _recurrent,
-    Mamba: _mamba,
-    Diffusion: _diffusion,
+# The models by their names in live.js, and in its order
+KINDS: dict[type, tuple[str, Callable[[Any], Layout]]] = {
+    GPT: ("gpt", _gpt),
+    Thinker: ("thinker", _recurrent),
+    Mamba: ("mamba", _mamba),
+    Diffusion: ("diffusion", _diffusion),
+    PageThinker: ("thinker-page", _recurrent),
 }
+
+
+def _kind(model: LanguageModel) -> tuple[str, Callable[[Any], Layout]]:
+    if type(model) not in KINDS:
+        known = ", ".join(name for name, _ in KINDS.values())
+        raise InputError(f"a page can run {known}; got {type(model).__name__}")
+    return KINDS[type(model)]
 
 
 def _check_options(config: Any, known: dict[str, Any]) -> None:
@@ -209,7 +207,7 @@ def box(piece: str, models: Sequence[str] = (), *, alone: bool = False, plain: b
 
 def page(model: LanguageModel) -> str:
     """-> one HTML file in which the model is live: what is to be seen of it, and what it writes."""
-    name = KINDS[type(model)] if type(model) in KINDS else ""
+    name, _ = _kind(model)
     model_js = model_script(model, name)
     titles = {piece: title for piece, (title, models) in PIECES.items() if name in models}
     titles["write"] = "It writes"
