@@ -33,25 +33,13 @@ def squared_relu(x: Tensor) -> Tensor:
     return F.relu(x) * x
 
 
-def quick_gelu(x: Tensor) -> Tensor:
-    """x sigmoid(1.702 x) (Hendrycks and Gimpel 2016, arXiv 1606.08415, section 2)."""
-    return x * torch.sigmoid(1.702 * x)
-
-
 ACTIVATIONS = {
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
     "squared_relu": squared_relu,
-    # others that a model of transformers may have, under its names
+    # others that transformers' GPT-2 and Mamba have
     "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
     "silu": F.silu,
-    "swish": F.silu,
-    "mish": F.mish,
-    "hardswish": F.hardswish,
-    "quick_gelu": quick_gelu,
-    "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
 
