@@ -91,13 +91,6 @@ class Round(NamedTuple):
     halt: Float[Tensor, "b t"]
 
 
-def at_all_positions(
-    block: nn.Module, x: Tensor, cache: KeyValue | None, rotary: Rotary, gains: Tensor | None
-) -> Any:
-    """A block as it is; `Packing.through` applies it to some positions only."""
-    return block(x, cache, rotary, gains)
-
-
 class RecurrentDepth(LanguageModel):
     """What `Thinker` and `PageThinker` share: embedding, prelude, core, and two heads."""
 
@@ -144,17 +137,18 @@ class RecurrentDepth(LanguageModel):
         x: Float[Tensor, "*batch d"],
         rotary: Rotary,
         caches: list[KeyValue] | None = None,
-        through: Callable = at_all_positions,
+        through: Callable | None = None,
     ) -> tuple[Float[Tensor, "*batch d"], list[KeyValue]]:
         """Round r (from 0): from hidden + injected to hidden, and the KV cache of the core.
 
         Rounds beyond the trained ones take the last one's gains. `through` says how a block is
-        applied; by default to all positions.
+        applied, as `Packing.through` does; by default to all positions.
         """
         new_caches = []
         for i, block in enumerate(self.core):
             gains = None if self.gains is None else self.gains[min(r, len(self.gains) - 1), i]
-            x, cache = through(block, x, None if caches is None else caches[i], rotary, gains)
+            apply = block if through is None else partial(through, block)
+            x, cache = apply(x, None if caches is None else caches[i], rotary, gains)
             new_caches.append(cache)
         return self.ln_f(x), new_caches
 
