@@ -120,12 +120,6 @@ class Schedule:
         signal = self.at(self.alpha_bar.sqrt(), tau, x0)
         return signal * x0 + self.at((1 - self.alpha_bar).sqrt(), tau, x0) * eps
 
-    def to_x0(self, x: Data, eps: Data, tau: Level) -> Data:
-        """The x0 that this noise turned into x: `noise` solved for x0."""
-        _check_shapes(x=x, eps=eps)
-        signal = self.at(self.alpha_bar.sqrt(), tau, x)
-        return (x - self.at((1 - self.alpha_bar).sqrt(), tau, x) * eps) / signal
-
     def posterior(self, x0: Data, x_tau: Data, tau: Level) -> tuple[Data, Float[Tensor, "..."]]:
         """Mean and variance of q(x_{tau-1} | x_tau, x0), one level back when x0 is known (eqs. 6
         and 7 of Ho et al.).
