@@ -760,14 +760,6 @@ def test_a_reply_that_is_stopped_is_in_the_scene_before_more_is_said(corpus, cap
     assert "could not read" in err  # of this reply, not of the one before
 
 
-def test_a_thread_that_hears_no_signals_gets_its_reply(corpus):
-    terminal = Terminal(parrot(corpus, "Ay."))
-    thread = threading.Thread(target=terminal.answer, args=(terminal.session.reply,))
-    thread.start()
-    thread.join()
-    assert terminal.session.turns[-1].text == "Ay."
-
-
 def test_a_terminal_tells_what_can_be_set_and_what_another_model_does_not_take(
     here, monkeypatch, capsys
 ):

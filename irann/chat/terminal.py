@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -262,9 +261,6 @@ class Pen:
 def _interrupts(catch: bool) -> Iterator[list[int]]:
     """-> a list that Ctrl-C's signal goes to: step, then reply end; a second interrupts at once."""
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
 
     def note(signum: int, frame: Any) -> None:
         if caught:
