@@ -183,30 +183,27 @@ def plot(run: Path, width: int = 72, height: int = 16) -> Iterator[str]:
     """Yields a run's curve in characters: each column's mean loss as a line, validation as `o`."""
     rows = metrics(run)
     last = rows[-1]["step"]
-    columns: list[list[float]] = [[] for _ in range(min(width, len(rows)))]
-    at = {
-        i: min(len(columns) - 1, row["step"] * len(columns) // (last + 1))
-        for i, row in enumerate(rows)
-    }
-    for i, row in enumerate(rows):
-        columns[at[i]].append(row["loss"])
-    means = [sum(losses) / len(losses) if losses else None for losses in columns]
-    validated = [
-        (at[i], value) for i, row in enumerate(rows) if (value := row.get("validation")) is not None
-    ]
-    values = [mean for mean in means if mean is not None] + [value for _, value in validated]
-    low = min(values)
+    width = min(width, len(rows))
+    columns: list[list[float]] = [[] for _ in range(width)]
+    validated = []
+    for row in rows:
+        x = min(width - 1, row["step"] * width // (last + 1))
+        columns[x].append(row["loss"])
+        if row.get("validation") is not None:
+            validated.append((x, row["validation"]))
+    means = [(x, sum(losses) / len(losses)) for x, losses in enumerate(columns) if losses]
+    values = [value for _, value in means + validated]
     high = max(values)
-    step = (high - low) / (height - 1) or 1.0
-    page = [[" "] * len(columns) for _ in range(height)]
-    marks = [(x, value, "*") for x, value in enumerate(means) if value is not None]
-    for x, value, mark in marks + [(x, value, "o") for x, value in validated]:
-        page[round((high - value) / step)][x] = mark
+    step = (high - min(values)) / (height - 1) or 1.0
+    page = [[" "] * width for _ in range(height)]
+    for mark, points in (("*", means), ("o", validated)):
+        for x, value in points:
+            page[round((high - value) / step)][x] = mark
     for i, line in enumerate(page):
         label = f"{high - i * step:6.2f}" if i % 5 == 0 or i == height - 1 else " " * 6
         yield f"{label} |{''.join(line).rstrip()}"
-    yield " " * 7 + "+" + "-" * len(columns)
-    yield " " * 8 + "1 " + f"{last:,} steps".rjust(len(columns) - 2)
+    yield " " * 7 + "+" + "-" * width
+    yield " " * 8 + "1 " + f"{last:,} steps".rjust(width - 2)
     caption = f"* nats per character while training, last {rows[-1]['loss']:.3f}"
     if validated:
         caption += f"; o validation, lowest {min(value for _, value in validated):.3f}"
