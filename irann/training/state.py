@@ -70,7 +70,7 @@ class State:
         self.midstep = True
         rows = self.recipe.batch // (self.world * self.recipe.accumulate)
         characters = rows * self.model.config.window
-        with exclusive(self.model, characters), self.dropout, torch.enable_grad():
+        with exclusive(self.model, characters), self.dropout.drawing(), torch.enable_grad():
             self._begin()
             yield
         # not in a `finally`: after an error the weights may be half updated, and Run must not save
@@ -247,34 +247,29 @@ class State:
 
 
 class PrivateStream:
-    """A random stream for dropout: `with stream:` swaps it in for torch's global one, and out.
+    """A random stream for dropout: inside the block it takes the place of torch's global one.
 
     What the caller draws between two steps, a sample or a plot, therefore cannot change what
     training draws.
     """
 
     def __init__(self, seed: int, device: torch.device):
-        self.cuda = device if device.type == "cuda" else None
-        self.states = {"cpu": torch.Generator("cpu").manual_seed(seed).get_state()}
-        if self.cuda:
-            self.states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+        self.gpus = [device] if device.type == "cuda" else []
+        devices = [torch.device("cpu"), *self.gpus]
+        self.states = {d.type: torch.Generator(d).manual_seed(seed).get_state() for d in devices}
 
-    def __enter__(self) -> None:
-        GLOBAL_GENERATOR.acquire()
-        self.outer = self._swap(self.states)
-
-    def __exit__(self, *_: Any) -> None:
-        self.states = self._swap(self.outer)
-        GLOBAL_GENERATOR.release()
-
-    def _swap(self, states: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Set torch's global generators -> what they were."""
-        before = {"cpu": torch.get_rng_state()}
-        torch.set_rng_state(states["cpu"])
-        if self.cuda:
-            before["cuda"] = torch.cuda.get_rng_state(self.cuda)
-            torch.cuda.set_rng_state(states["cuda"], self.cuda)
-        return before
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        with GLOBAL_GENERATOR, torch.random.fork_rng(self.gpus):
+            torch.set_rng_state(self.states["cpu"])
+            for gpu in self.gpus:
+                torch.cuda.set_rng_state(self.states["cuda"], gpu)
+            try:
+                yield
+            finally:
+                self.states["cpu"] = torch.get_rng_state()
+                for gpu in self.gpus:
+                    self.states["cuda"] = torch.cuda.get_rng_state(gpu)
 
 
 def sha256_of(*parts: Tensor) -> str:
