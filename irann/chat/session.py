@@ -411,6 +411,7 @@ class Session:
             generator = lm.seeded(self.model, 0)
             nats = self.model.nll(ids, generator=generator, **nll_settings)[0].float().tolist()
             shown = self.model.inspect(ids, generator=lm.seeded(self.model, 0), **own)
+            likely = self._likely(ids, own)
         values = {"nll": [0.0, *nats]}  # nothing comes before the first character
         heads = {}
         for name, tensor in shown.items():
@@ -419,15 +420,14 @@ class Session:
             elif tensor.ndim > 2 and tensor.shape[-1] == tensor.shape[-2]:
                 layered = tensor if tensor.ndim == 4 else tensor.flatten(0, -3).unsqueeze(0)
                 heads[name] = layered.float().cpu()
-        return Inspection(text, values, heads, self.model.exact, self._likely(ids, own))
+        return Inspection(text, values, heads, self.model.exact, likely)
 
     def _likely(self, ids: Tensor, own: dict[str, Any]) -> list[list[tuple[str, float]]]:
         """-> likeliest characters after each, with probabilities; [] if the model is no Reader."""
         if not isinstance(self.model, lm.Reader):
             return []
         read = self.model.reading(own, lm.seeded(self.model, 0))
-        with lm.evaluating(self.model, ids.numel()):
-            p = read(ids)[0][0].float().softmax(-1)
+        p = read(ids)[0][0].float().softmax(-1)
         best = p.topk(min(LIKELY, p.shape[-1]))
         characters = lm.vocabulary_of(self.model).characters
         return [
