@@ -311,12 +311,12 @@ def config_of(folder: Path) -> dict:
     return config if isinstance(config, dict) else {}
 
 
-def tidy(run: Path, keep: int = 2) -> None:
-    """Keep only the newest `keep` checkpoints, the best, and if that is damaged the next best."""
+def tidy(run: Path) -> None:
+    """Keep only the two newest checkpoints, the best, and if that is damaged the next best."""
     folders = listed(run)
-    if not folders[keep:]:
+    if not folders[2:]:
         return
-    spared = set(folders[:keep])
+    spared = set(folders[:2])
     for folder in by_validation(folders):
         spared.add(folder)
         with suppress(CheckpointError):
