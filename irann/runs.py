@@ -168,10 +168,7 @@ def metrics(run: Path) -> list[dict]:
     for line in lines:
         try:
             row = json.loads(line)
-            row |= {"step": int(row["step"]), "loss": float(row["loss"])}
-            if row.get("validation") is not None:
-                row["validation"] = float(row["validation"])
-            rows.append(row)
+            rows.append(row | {"step": int(row["step"]), "loss": float(row["loss"])})
         except (ValueError, KeyError, TypeError):
             continue  # cut off by a kill
     if not rows:
