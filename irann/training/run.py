@@ -210,12 +210,11 @@ class Run:
             if "allocate" in reason and "memory" in reason:  # which is no fault of the checkpoint
                 raise
             raise CheckpointError(f"{folder} does not fit: {reason}") from None
-        notes = [f"resumed from {folder} at step {self.state.step}"]
-        newer = zip(found, skipped if self.writes else (), strict=False)
-        for damaged, reason in reversed(list(newer)):
+        notes = []
+        for damaged, reason in zip(found, skipped if self.writes else (), strict=False):
             aside = checkpoint.set_aside(damaged)
-            notes.insert(0, f"skipped, and set aside as {aside}: {reason}")
-        return tuple(notes)
+            notes.append(f"skipped, and set aside as {aside}: {reason}")
+        return (*notes, f"resumed from {folder} at step {self.state.step}")
 
     def _warn_of_differences(self, folder: Path, saved: Snapshot) -> None:
         before = saved.config["environment"]
