@@ -201,42 +201,53 @@ def train_command(
         plan = dataclasses.replace(plan, evaluate_every=runs.evaluations(text, config, plan))
     place = f"{model}-{recipe}-{slug(corpus)}" if own and corpus else f"{model}-{recipe}"
     run = run or Path("runs") / place
-    with _processes(device) as rank:
-        network = zoo.build(model, config, seed=plan.seed)
-        network = network.to(_device(device, int(os.environ.get("LOCAL_RANK", 0))))
+    with _processes(device) as (rank, own_device):
+        network = zoo.build(model, config, seed=plan.seed).to(own_device)
         characters = plan.batch * network.config.window
-
-        def say(line: str) -> None:
-            if rank == 0:  # one of several processes tells
-                print(line)
-
-        changed = bool(pairs.keys() - {"seed", "evaluate_every", "save_every"})
-        if own:
-            for line in runs.look(text, config, plan, recipe, changed=changed):
-                say(streams.visible(line))
-        say(
-            f"{model}, {network.num_parameters:,} parameters, recipe {recipe}: "
-            f"{plan.steps:,} steps of {characters:,} characters; {run}"
-        )
+        if rank == 0:  # one of several processes tells
+            if own:
+                changed = bool(pairs.keys() - {"seed", "evaluate_every", "save_every"})
+                for line in runs.look(text, config, plan, recipe, changed=changed):
+                    print(streams.visible(line))
+            print(
+                f"{model}, {network.num_parameters:,} parameters, recipe {recipe}: "
+                f"{plan.steps:,} steps of {characters:,} characters; {run}"
+            )
         with Signals() as stop, contextlib.ExitStack() as stack:
             logger = None if rank else _logger(log, run, stack)
             ticks = train(
                 network, text, plan, run=run, resume=resume, overwrite=overwrite, stop=stop
             )
             last, losses = _follow(ticks, plan.steps, rank == 0, logger)
-            if last is None:
-                nats = checkpoint.validation_of(checkpoint.listed(run)[0])
-                say(f"nothing left to do: {run} has reached its {plan.steps:,} steps")
-                say(f"{_likelihood(nats, network.exact)} after the last of them")
-            elif last.step < plan.steps:
-                say(f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}")
-                _say_who_speaks(run, say)
-            else:
-                _say_result(last, losses, network.exact, say)
-            if last is None or last.step == plan.steps:
-                _go_on(run, model, say)
+            if rank == 0:
+                for line in _ending(model, run, plan.steps, last, losses, network.exact):
+                    print(line)
             if last is not None and last.interrupted:
                 raise typer.Exit(128 + last.interrupted)
+
+
+def _ending(
+    name: str, run: Path, steps: int, last: Tick | None, losses: deque[float], exact: bool
+) -> Iterator[str]:
+    """Yields how the training of a model ended, and the commands that go on with its run."""
+    if last is None:
+        nats = checkpoint.validation_of(checkpoint.listed(run)[0])
+        yield f"nothing left to do: {run} has reached its {steps:,} steps"
+        yield f"{_likelihood(nats, exact)} after the last of them"
+    elif last.step < steps:
+        yield f"stopped at step {last.step:,}, saved in {last.saved}; go on with: {_again()}"
+        yield from _who_speaks(run)
+        return
+    else:
+        nats = _likelihood(last.validation, exact)
+        yield f"{nats} after {last.seconds:,.0f} s; saved in {last.saved}"
+        if learned := runs.by_heart(sum(losses) / len(losses), last.validation or 0.0):
+            yield learned
+    yield "go on with:"
+    yield from runs.nexts(run)
+    yield from _who_speaks(run)
+    if name in zoo.shipped():
+        yield f"(irann chat {name} talks with the model that ships, as the notebooks do)"
 
 
 def _likelihood(validation: float | None, exact: bool) -> str:
@@ -244,29 +255,13 @@ def _likelihood(validation: float | None, exact: bool) -> str:
     return f"{validation or 0.0:.4f} {nats} per character of the validation part"
 
 
-def _say_result(last: Tick, losses: deque[float], exact: bool, say: Callable[[str], Any]) -> None:
-    """Say how a training ended."""
-    nats = _likelihood(last.validation, exact)
-    say(f"{nats} after {last.seconds:,.0f} s; saved in {last.saved}")
-    if learned := runs.by_heart(sum(losses) / len(losses), last.validation or 0.0):
-        say(learned)
-
-
-def _go_on(run: Path, name: str, say: Callable[[str], Any]) -> None:
-    """Say what can be done with a run, and which of its checkpoints and which name speaks."""
-    say("\n".join(["go on with:", *runs.nexts(run)]))
-    _say_who_speaks(run, say)
-    if name in zoo.shipped():
-        say(f"(irann chat {name} talks with the model that ships, as the notebooks do)")
-
-
-def _say_who_speaks(run: Path, say: Callable[[str], Any]) -> None:
-    """Say which checkpoint `load` takes, where it is not the newest."""
+def _who_speaks(run: Path) -> Iterator[str]:
+    """Yields which checkpoint `load` takes, where it is not the newest."""
     saved = checkpoint.listed(run)
     best = checkpoint.by_validation(saved)
     if best and best[0] != saved[0]:
         lowest = checkpoint.validation_of(best[0])
-        say(f"what speaks is {best[0].name}, whose validation was the lowest, {lowest:.4f}")
+        yield f"what speaks is {best[0].name}, whose validation was the lowest, {lowest:.4f}"
 
 
 def _follow(
@@ -539,19 +534,19 @@ def _device(name: str, rank: int = 0) -> torch.device:
 
 
 @contextlib.contextmanager
-def _processes(device: str) -> Iterator[int]:
-    """Under torchrun, join the other processes, which compute on `device` -> this one's rank."""
+def _processes(device: str) -> Iterator[tuple[int, torch.device]]:
+    """Under torchrun, join the other processes -> this one's rank, and what it computes on."""
+    own = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if "LOCAL_RANK" not in os.environ:
-        yield 0
+        yield 0, own
         return
     import torch.distributed as dist
 
-    own = _device(device, int(os.environ["LOCAL_RANK"]))
     if own.type == "cuda":  # NCCL talks from the current GPU: the first one, unless told so
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:
-        yield dist.get_rank()
+        yield dist.get_rank(), own
     finally:
         dist.destroy_process_group()
 

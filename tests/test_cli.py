@@ -222,13 +222,13 @@ def test_what_a_training_tells_is_the_mean_of_its_last_twenty_steps_in_nats(caps
     ticks = [Tick(n, 9.0, {"nats_per_char": n / 10}, 0.1, 1234.4, 1.0, **told) for n in range(24)]
     last, losses = main_module._follow((tick for tick in ticks), 24, False, None)
     assert list(losses) == [n / 10 for n in range(4, 24)] and last == ticks[-1]
-    main_module._say_result(last, losses, True, print)
+    run = "mine", Path("there"), last.step
+    lines = list(main_module._ending(*run, last, losses, True))
     nats = "per character of the validation part after 1,234 s; saved in there"
-    lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"1.8000 nats {nats}" and "trained with it is at 1.35" in lines[1]
     last = dataclasses.replace(last, validation=1.7, parts={})
-    main_module._say_result(last, losses, False, print)
-    assert capsys.readouterr().out == f"1.7000 nats, a bound, {nats}\n"
+    lines = list(main_module._ending(*run, last, losses, False))
+    assert lines[:2] == [f"1.7000 nats, a bound, {nats}", "go on with:"]
     _, losses = main_module._follow((tick for tick in [last]), 1, True, None)
     assert list(losses) == [9.0] and "step-2 was skipped" in capsys.readouterr().out
 
@@ -239,8 +239,7 @@ def test_the_checkpoint_that_speaks_is_named_where_it_is_not_the_newest(tmp_path
             folder = tmp_path / "checkpoints" / f"step-0000000{name[1]}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "config.json").write_text(json.dumps({"validation": value}))
-        main_module._go_on(tmp_path, "mine", said := [].append)
-        return said.__self__[1:]
+        return list(main_module._who_speaks(tmp_path))
 
     (line,) = told(s1=2.5, s2=1.5, s3=1.75)
     assert line == "what speaks is step-00000002, whose validation was the lowest, 1.5000"
