@@ -38,7 +38,6 @@ EXIT_CODES: dict[type[Exception], int] = {
     InUse: 6,
     InputError: 2,
     DiskError: 1,
-    OSError: 1,
 }
 SEEDS = Setting(3, "how often a race is run; default 3", low=1)
 WRITERS = ("train", "bench")  # they leave files: what they print may go nowhere
@@ -618,10 +617,11 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _unheard(arguments)  # click has made an exit of it
     except Exception as error:
-        code = _code_of(error)
-        if code is None:
+        expected = _expected(error)
+        if expected is None:
             raise
-        streams.tell(_words(error).rstrip("."))
+        code, words = expected
+        streams.tell(words.rstrip("."))
         try:
             print(end="", flush=True)
         except OSError:  # Python would try again to write our output while it ends
@@ -639,15 +639,25 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _code_of(error: Exception) -> int | None:
-    """-> the exit code of an expected failure; None for a fault of ours: it keeps its traceback."""
+def _expected(error: Exception) -> tuple[int, str] | None:
+    """-> the exit code of an expected failure, and what it is in one sentence; None for a fault of
+    ours: it keeps its traceback.
+    """
     if hasattr(error, "format_message"):  # click's own: a wrong option or value
-        return 2
+        return 2, error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
     if _no_memory(error):
-        return 1
-    if isinstance(error, OSError) and error.errno is None:  # not the system's word: ours
-        return None
-    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), None)
+        return 1, (
+            "the memory of this machine is too small for that: try a smaller batch, "
+            "window, width or length"
+        )
+    if isinstance(error, OSError):
+        if error.errno is None:  # not the system's word: ours
+            return None
+        return 1, f"{error.filename or 'the output'} cannot be written or read ({why(error)})"
+    for kind, code in EXIT_CODES.items():
+        if isinstance(error, kind):
+            return code, str(error)
+    return None
 
 
 def _no_memory(error: Exception) -> bool:
@@ -656,20 +666,6 @@ def _no_memory(error: Exception) -> bool:
     too_large = "Storage size calculation overflowed" in words or "Overflow when unpacking" in words
     allocation = isinstance(error, RuntimeError | TypeError) and (refused or too_large)
     return allocation or isinstance(error, MemoryError)
-
-
-def _words(error: Exception) -> str:
-    """-> an expected failure in one sentence."""
-    if hasattr(error, "format_message"):
-        return error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
-    if _no_memory(error):
-        return (
-            "the memory of this machine is too small for that: try a smaller batch, "
-            "window, width or length"
-        )
-    if isinstance(error, OSError):
-        return f"{error.filename or 'the output'} cannot be written or read ({why(error)})"
-    return str(error)
 
 
 if __name__ == "__main__":

@@ -253,10 +253,11 @@ def test_more_memory_than_there_is_is_one_sentence(excerpt, tmp_path):
 
 
 def test_only_the_system_s_own_errors_are_told_as_faults_of_the_disk():
-    from irann.__main__ import _code_of
+    from irann.__main__ import _expected
 
-    assert _code_of(OSError(errno.ENOSPC, "No space left on device")) == 1
-    assert _code_of(OSError("a library that cannot be loaded")) is None  # keeps its traceback
+    code, _ = _expected(OSError(errno.ENOSPC, "No space left on device"))
+    assert code == 1
+    assert _expected(OSError("a library that cannot be loaded")) is None  # keeps its traceback
 
 
 @every_model
