@@ -11,6 +11,7 @@ words.
 
 import dataclasses
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,24 +45,10 @@ class Setting:
         """-> the value in the setting's type. Raises InputError that names setting and range."""
         if value is None and self.default is None:
             return None
-        if self.choices is not None or self.type is bool:
-            allowed = self.choices or (True, False)
-            if type(value) is not self.type or value not in allowed:
-                raise InputError(f"{name} is {self.words()}; got {_shortly(value)}")
-            return value
-        if self.type is str:
-            if not isinstance(value, str):
-                raise InputError(f"{name} is {self.words()}; got {_shortly(value)}")
-            return value
-        number = value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            number = _scalar(value)
-        if number is None or not self._fits(number):
+        accepted = self._accepted(value)
+        if accepted is None:
             raise InputError(f"{name} is {self.words()}; got {_shortly(value)}")
-        try:
-            return self.type(number)
-        except OverflowError:  # a whole number that no float can hold
-            raise InputError(f"{name} is {self.words()}; got {_shortly(value)}") from None
+        return accepted
 
     def read(self, name: str, value: Any) -> Any:
         """As `check`, but a text is first read as a value: what command line and chat hand over."""
@@ -90,6 +77,20 @@ class Setting:
         else:
             end = " up" if start else ""
         return noun + start + end + (", or null" if self.default is None else "")
+
+    def _accepted(self, value: Any) -> Any:
+        """-> the value in the setting's type; None for what it may not be."""
+        if self.choices is not None or self.type is bool:
+            allowed = self.choices or (True, False)
+            return value if type(value) is self.type and value in allowed else None
+        if self.type is str:
+            return value if isinstance(value, str) else None
+        number = _scalar(value)
+        if number is None or not self._fits(number):
+            return None
+        with suppress(OverflowError):  # a whole number that no float can hold
+            return self.type(number)
+        return None
 
     def _fits(self, number: int | float) -> bool:
         if isinstance(number, float):  # a whole number may be too large for these questions
@@ -136,12 +137,10 @@ def _shortly(value: Any) -> str:
 
 
 def _scalar(value: Any) -> int | float | None:
-    """-> the number in a numpy scalar or a tensor of one number; None for anything else."""
-    item = getattr(value, "item", None)
-    if isinstance(value, bool) or item is None or getattr(value, "ndim", 0):
-        return None
-    number = item()
-    return number if isinstance(number, int | float) and not isinstance(number, bool) else None
+    """-> a number, alone or in a numpy scalar or a tensor of one; None for anything else."""
+    if hasattr(value, "item") and not getattr(value, "ndim", 0):
+        value = value.item()
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
 def _parsed(text: str, kind: type) -> Any:
