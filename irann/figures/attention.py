@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from . import ACCENT, HUES, NATS, PALE, SMALL, heat
-from .sketch import arrow, box, canvas, matrix
+from .sketch import arrow, box, canvas, label, matrix
 from .sliders import drag
 
 
@@ -80,9 +80,10 @@ def model(*, b: int, t: int, d: int, h: int, layers: int, v: int) -> Any:
         box(ax, right, stream, 0.9, 0.9, "+", color=hue)
     across, down = [5.2, 19.6, 19.6, 5.2, 5.2], [stream + 0.8, stream + 0.8, 1.1, 1.1, stream + 0.8]
     ax.plot(across, down, color=ACCENT, ls="--", lw=1)
-    ax.text(19.4, 0.8, f"block, {layers} times", ha="right", color=ACCENT, fontsize=SMALL)
+    times = f"block, {layers} times"
+    label(ax, 19.4, 0.8, times, ha="right", va="baseline", color=ACCENT)
     named = f"residual stream x: ({b} {t} {d}), all the way"
-    ax.text(12.4, stream + 1, named, ha="center", va="top", fontsize=SMALL, color=hue)
+    label(ax, 12.4, stream + 1, named, va="top", color=hue)
     box(ax, 21.9, stream, 2.2, 1.2, "norm")
     arrow(ax, (21.9, stream - 0.6), (21.9, stream - 3.1), f"$E^T$: {d} × {v}")
     box(ax, 21.9, stream - 4.1, 3.6, 1.9, f"logits\n({b} {t} {v})")

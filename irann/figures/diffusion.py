@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from . import ACCENT, INK, PALE, SMALL, colour, heat, on_text
-from .sketch import arrow, box, canvas
+from . import ACCENT, INK, PALE, colour, heat, on_text
+from .sketch import arrow, box, canvas, label
 from .sliders import drag
 
 
@@ -22,16 +22,14 @@ def forward_process(
     centres = [7.2 * i + 3.6 for i in range(len(levels))]
     for x, tau, value, left in zip(centres, levels, values, alpha_bar, strict=True):
         box(ax, x, 5.5, 4.2, 3.4, f"{value:+.2f}", color=INK if tau else green, size=11)
-        ax.text(x, 2.4, f"$x_{{{tau}}}$", ha="center", fontsize=11)
-        left_over = f"$\\bar\\alpha$ = {left:.2f}"
-        ax.text(x, 9.2, left_over, ha="center", va="center", fontsize=SMALL, color=PALE)
+        label(ax, x, 2.4, f"$x_{{{tau}}}$", va="baseline", fontsize=11)
+        label(ax, x, 9.2, f"$\\bar\\alpha$ = {left:.2f}", color=PALE)
     for x, after in zip(centres, centres[1:]):
         arrow(ax, (x + 2.3, 4.9), (after - 2.3, 4.9))
         arrow(ax, (after - 2.3, 6.3), (x + 2.3, 6.3), color=green, dashed=True)
     middle = 3.6 * len(levels)
-    ax.text(middle, 0.6, "q adds noise  →", ha="center", va="center", fontsize=10)
-    style = {"ha": "center", "va": "center", "fontsize": 10, "color": green}
-    ax.text(middle, 11.6, "←  p, the model, guesses its way back", **style)
+    label(ax, middle, 0.6, "q adds noise  →", fontsize=10)
+    label(ax, middle, 11.6, "←  p, the model, guesses its way back", fontsize=10, color=green)
     return ax
 
 
@@ -67,9 +65,8 @@ def reverse_step(
         (12, s, eps, 8.4),
     ):
         arrow(ax, (17.2, y), (31.9, target), f"{weight:.2f} · ({part:+.2f})")
-    style = {"ha": "center", "fontsize": SMALL, "color": PALE}
-    ax.text(13.5, 0.8, "the network's guess", **style)
-    ax.text(13.5, 14.6, "fresh noise", **style)
+    label(ax, 13.5, 0.8, "the network's guess", va="baseline", color=PALE)
+    label(ax, 13.5, 14.6, "fresh noise", va="baseline", color=PALE)
     return ax
 
 
@@ -124,7 +121,7 @@ def film(rows: Sequence[str], same: Sequence[Any], levels: Sequence[int], title:
     values = torch.stack([torch.as_tensor(row) for row in same]).flatten()
     on_text(text, values, width=width, cmap="YlGn", low=-0.3, high=1.6, ax=ax)
     for y, tau in enumerate(levels):
-        ax.text(-1.2, y, str(tau), ha="right", va="center", fontsize=SMALL, color=PALE)
+        label(ax, -1.2, y, str(tau), ha="right", color=PALE)
     ax.set_title(title)
     return ax
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from . import HUES, INK, PALE, SMALL
-from .sketch import arrow, box, canvas
+from . import HUES, INK, PALE
+from .sketch import arrow, box, canvas, label
 
 HUE, FILL = HUES["mamba"], "#f7e6f0"
 
@@ -15,29 +15,29 @@ HUE, FILL = HUES["mamba"], "#f7e6f0"
 def unrolled(keep: Sequence[float], add: Sequence[float], states: Sequence[float]) -> Any:
     """Draw h_t = a_t h_{t-1} + x_t rolled up, and beside it each position with its numbers."""
     ax = canvas(72, 23)
-    _label(ax, 7, 21, "rolled up")
-    _label(ax, 45, 21, "unrolled")
+    label(ax, 7, 21, "rolled up")
+    label(ax, 45, 21, "unrolled")
     box(ax, 7, 10, 7, 4.4, "$h_t$", color=HUE, fill=FILL)
     ax.plot([10.5, 13.5, 13.5, 8.5], [10, 10, 5.6, 5.6], color=HUE, lw=1.2, zorder=1)
     arrow(ax, (8.5, 5.6), (8.5, 7.8), color=HUE)
-    _label(ax, 16, 8, "$\\times\\, a_t$")
+    label(ax, 16, 8, "$\\times\\, a_t$")
     arrow(ax, (7, 17), (7, 12.3))
-    _label(ax, 7, 18.2, "$x_t = \\delta_t B_t u_t$")
+    label(ax, 7, 18.2, "$x_t = \\delta_t B_t u_t$")
     arrow(ax, (7, 7.7), (7, 4))
-    _label(ax, 7, 2.7, "$y_t = C_t h_t$")
+    label(ax, 7, 2.7, "$y_t = C_t h_t$")
     gap = 47.5 / len(states)
     left = 21.0
-    _label(ax, left, 10, "0")
+    label(ax, left, 10, "0")
     for t, (a, x, h) in enumerate(zip(keep, add, states, strict=True), start=1):
         at = left + gap * t - 0.5
         begin = left + 1 if t == 1 else at - gap + 3.5
         arrow(ax, (begin, 10), (at - 3.5, 10), color=HUE)
-        _label(ax, (begin + at - 3.5) / 2, 8.4, f"$\\times\\,${_number(a)}")
+        label(ax, (begin + at - 3.5) / 2, 8.4, f"$\\times\\,${_number(a)}")
         box(ax, at, 10, 7, 4.4, f"$h_{t}$ = {_number(h)}", color=HUE, fill=FILL)
         arrow(ax, (at, 17), (at, 12.3))
-        _label(ax, at, 18.2, f"$x_{t}$ = {_number(x)}")
+        label(ax, at, 18.2, f"$x_{t}$ = {_number(x)}")
         arrow(ax, (at, 7.7), (at, 4))
-        _label(ax, at, 2.7, f"$y_{t}$")
+        label(ax, at, 2.7, f"$y_{t}$")
     return ax
 
 
@@ -62,13 +62,13 @@ def scan_tree(
             text = f"{_number(a)}, {_number(x)}"
             box(ax, left + j * cell, y, 0.8 * cell, 4, text, color=color, fill=fill)
         name = "start" if number == 0 else f"level {number}"
-        ax.text(0, y, name, va="center", fontsize=SMALL, color=PALE)
+        label(ax, 0, y, name, ha="left", color=PALE)
         if number < len(levels):
             for i, j in levels[number]:
                 arrow(ax, (left + i * cell, y + 2), (left + j * cell, y + step - 2), color=HUE)
                 arrow(ax, (left + j * cell, y + 2), (left + j * cell, y + step - 2), color=PALE)
     for j in range(t):
-        _label(ax, left + j * cell, 1.5, f"$t$ = {j + 1}")
+        label(ax, left + j * cell, 1.5, f"$t$ = {j + 1}")
     return ax
 
 
@@ -108,8 +108,8 @@ def block(*, d: int, e: int, n: int, k: int, rank: int) -> Any:
     across += [(59, 61.9, f"{e}"), (65.1, 67, ""), (75, 76.7, "")]
     for begin, end, size in across:
         arrow(ax, (begin, signal), (end, signal))
-        _label(ax, (begin + end) / 2, signal - 3.4, size)
-    _label(ax, 48.5, signal - 3.4, f"$u$: {e}")
+        label(ax, (begin + end) / 2, signal - 3.4, size)
+    label(ax, 48.5, signal - 3.4, f"$u$: {e}")
     corners = [([20, 20, 40], [signal - 2.5, gate, gate]), ([46, 63.5, 63.5], [gate, gate, 10.4])]
     corners += [([3, 3, 78, 78], [signal, stream, stream, 13.6])]
     for xs, ys in corners:
@@ -119,16 +119,12 @@ def block(*, d: int, e: int, n: int, k: int, rank: int) -> Any:
     arrow(ax, (47, chosen), (50.2, chosen))
     arrow(ax, (46, chosen - 2.5), (52.2, signal + 2.5))
     arrow(ax, (55, chosen - 2.5), (55, signal + 2.5))
-    _label(ax, 48.6, chosen + 1.6, f"{rank}")
-    _label(ax, 45.6, 16.2, f"$B$, $C$:\n2×{n}")
-    ax.text(55.8, 17, f"$\\delta$: {e}", va="center", fontsize=SMALL, color=INK)
-    _label(ax, 30, gate - 1.5, f"gate: {e}")
-    _label(ax, 40, stream - 1.5, f"residual stream: {d}")
+    label(ax, 48.6, chosen + 1.6, f"{rank}")
+    label(ax, 45.6, 16.2, f"$B$, $C$:\n2×{n}")
+    label(ax, 55.8, 17, f"$\\delta$: {e}", ha="left")
+    label(ax, 30, gate - 1.5, f"gate: {e}")
+    label(ax, 40, stream - 1.5, f"residual stream: {d}")
     return ax
-
-
-def _label(ax, x, y, text):
-    ax.text(x, y, text, ha="center", va="center", fontsize=SMALL, color=INK)
 
 
 def _number(value):

@@ -1,5 +1,5 @@
-"""The few strokes that every schematic is made of: a canvas, a box, an arrow, a matrix with its
-numbers and its shape. Coordinates are the drawing's own, y grows downwards like text.
+"""The few strokes that every schematic is made of: a canvas, a text, a box, an arrow, a matrix with
+its numbers and its shape. Coordinates are the drawing's own, y grows downwards like text.
 """
 
 from typing import Any
@@ -17,6 +17,12 @@ def canvas(width: float, height: float) -> Any:
     ax.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
     ax.axis("off")
     return ax
+
+
+def label(ax: Any, x: float, y: float, text: str, **style: Any) -> None:
+    """Write a text around the centre (x, y), small and dark unless `style` says otherwise."""
+    centred = {"ha": "center", "va": "center", "fontsize": SMALL, "color": INK}
+    ax.text(x, y, text, **centred | style)
 
 
 def box(
@@ -39,7 +45,7 @@ def box(
     ax.add_patch(
         FancyBboxPatch(corner, width, height, boxstyle=shape, ec=color, fc=fill, lw=1.3, zorder=2)
     )
-    ax.text(x, y, text, ha="center", va="center", fontsize=size, color=INK, zorder=3)
+    label(ax, x, y, text, fontsize=size, zorder=3)
 
 
 def arrow(
@@ -64,9 +70,7 @@ def arrow(
     if text:
         middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2)
         background = {"fc": "white", "ec": "none", "pad": 1}
-        ax.text(
-            *middle, text, ha="center", va="center", fontsize=SMALL, color=color, bbox=background
-        )
+        label(ax, *middle, text, color=color, bbox=background)
 
 
 def matrix(
@@ -80,9 +84,9 @@ def matrix(
     cmap: str = "Blues",
     rows: str = "",
     columns: str = "",
-) -> tuple[float, float]:
+) -> None:
     """Draw a matrix with its numbers; its upper left corner is (x, y). NaN is an empty cell. Above
-    it stands `name` with the shape. -> its width and height.
+    it stands `name` with the shape.
     """
     from matplotlib import colormaps
     from matplotlib.patches import Rectangle
@@ -96,19 +100,14 @@ def matrix(
             value = table[i, j].item()
             known = value == value and abs(value) != float("inf")
             shade = 0.75 * abs(value) / top if known else 0.0
-            corner = (x + j, y + i)
             face = colormaps[cmap](shade) if known else "white"
-            ax.add_patch(Rectangle(corner, 1, 1, fc=face, ec=PALE, lw=0.6, zorder=2))
+            ax.add_patch(Rectangle((x + j, y + i), 1, 1, fc=face, ec=PALE, lw=0.6, zorder=2))
             text = f"{value:.{digits}f}" if known else ""
-            style = {"ha": "center", "va": "center", "fontsize": SMALL, "zorder": 3}
-            style["color"] = "white" if shade > 0.55 else INK
-            ax.text(corner[0] + 0.5, corner[1] + 0.5, text, **style)
-    style = {"ha": "center", "va": "center", "fontsize": SMALL, "family": "monospace"}
+            hue = "white" if shade > 0.55 else INK
+            label(ax, x + j + 0.5, y + i + 0.5, text, color=hue, zorder=3)
     for i, character in enumerate(rows):
-        ax.text(x - 0.4, y + i + 0.5, character, **style)
+        label(ax, x - 0.4, y + i + 0.5, character, family="monospace")
     for j, character in enumerate(columns):
-        ax.text(x + j + 0.5, y + high + 0.4, character, **style)
+        label(ax, x + j + 0.5, y + high + 0.4, character, family="monospace")
     if name:
-        label = f"{name}  {high} × {wide}"
-        ax.text(x + wide / 2, y - 0.35, label, ha="center", fontsize=SMALL, color=INK)
-    return wide, high
+        label(ax, x + wide / 2, y - 0.35, f"{name}  {high} × {wide}", va="baseline")

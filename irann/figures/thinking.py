@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.halting import expected_rounds, halting_distribution, log_geometric
 from . import ACCENT, HUES, INK, PALE, SMALL, _axes, sliders
-from .sketch import arrow, box, canvas
+from .sketch import arrow, box, canvas, label
 
 
 def unrolled(halt: Sequence[float], nats: Sequence[float], *, character: str = "e") -> Any:
@@ -35,17 +35,16 @@ def unrolled(halt: Sequence[float], nats: Sequence[float], *, character: str = "
         box(ax, x + 1.15, 4.4, 1.15, 1.0, "core\n+ norm", color=red, fill="#fbe9df")
         arrow(ax, (x + 0.22, 4.4), (x + 0.57, 4.4))
         arrow(ax, (x + 1.72, 4.4), (x + (2.9 if last else 3.38), 4.4))
-        ax.text(x + 2.5, 4.55, f"$z_{r + 1}$", fontsize=11, ha="center", va="top")
+        label(ax, x + 2.5, 4.55, f"$z_{r + 1}$", fontsize=11, va="top")
         box(ax, x + 1.15, 2.7, 1.6, 0.9, f"$z_{r + 1} W$\n{nats[r]:.2f} nats", color=HUES["gpt"])
         arrow(ax, (x + 2.0, 4.4), (x + 1.4, 3.15))
         coin = "takes the rest" if last else f"stop: {halt[r]:.2f}"
         box(ax, x + 2.5, 1.3, 2.1, 0.8, coin, color=PALE, fill="#f4f4f4")
         arrow(ax, (x + 2.5, 4.4), (x + 2.5, 1.7), color=PALE, dashed=True)
-        ax.text(x + 2.5, 0.6, f"$p_{r + 1}$ = {p[r]:.2f}", fontsize=SMALL, ha="center", color=INK)
+        label(ax, x + 2.5, 0.6, f"$p_{r + 1}$ = {p[r]:.2f}", va="baseline")
     ax.plot([3.8, 4.3 + 3.6 * (rounds - 1)], [6.6, 6.6], color=ACCENT, lw=1.2, zorder=1)
-    style = {"fontsize": SMALL, "ha": "center", "va": "center"}
-    ax.text(6.1, 5.6, f"the same weights\n{rounds} times", color=red, **style)
-    ax.text(2.3, 2.7, "dashed: no gradient\ngoes back", color=PALE, **style)
+    label(ax, 6.1, 5.6, f"the same weights\n{rounds} times", color=red)
+    label(ax, 2.3, 2.7, "dashed: no gradient\ngoes back", color=PALE)
     return ax
 
 
