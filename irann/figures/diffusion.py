@@ -161,13 +161,12 @@ def slide(draw: Callable[..., Any], **ranges: tuple[float, float, float]) -> Any
     import matplotlib.pyplot as plt
     from ipywidgets import FloatSlider, IntSlider
 
-    def drawn(**values: float) -> Any:
-        figure, ax = plt.subplots(figsize=(7.2, 2.7))
+    def draw_alone(**values: float) -> None:
+        _, ax = plt.subplots(figsize=(7.2, 2.7))
         draw(ax, **values)
-        return figure
 
     sliders = {
         name: (IntSlider if isinstance(value, int) else FloatSlider)(value, min=low, max=high)
         for name, (value, low, high) in ranges.items()
     }
-    return drag(drawn, **sliders)
+    return drag(draw_alone, **sliders)

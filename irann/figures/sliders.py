@@ -6,10 +6,8 @@ from typing import Any
 
 
 def drag(draw: Callable[..., Any], **sliders: Any) -> Any:
-    """-> a widget: the sliders, and below them what `draw` draws, given their values by name.
-
-    `draw` returns a figure, axes, or several axes of one figure. The picture is an image, which
-    needs no more of a notebook than to show it.
+    """-> a widget: the sliders, and below them the figure that `draw` makes, given their values by
+    name. It is shown as an image, which needs no more of a notebook than that.
     """
     import matplotlib.pyplot as plt
     from ipywidgets import Image, VBox
@@ -19,12 +17,10 @@ def drag(draw: Callable[..., Any], **sliders: Any) -> Any:
     picture = Image(format="png", width=720)
 
     def redraw(_: Any = None) -> None:
-        drawn = draw(**{name: slider.value for name, slider in sliders.items()})
-        first = drawn if hasattr(drawn, "savefig") or hasattr(drawn, "figure") else drawn[0]
-        figure = first if hasattr(first, "savefig") else first.figure
+        draw(**{name: slider.value for name, slider in sliders.items()})
         file = io.BytesIO()
-        figure.savefig(file)
-        plt.close(figure)
+        plt.savefig(file)
+        plt.close()
         picture.value = file.getvalue()
 
     redraw()
