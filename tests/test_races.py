@@ -38,7 +38,7 @@ def idle(short, monkeypatch):
         row.update(parameters=1, characters=1, exact=True)
         result = {"nats": 2.0, "seconds": 1.0, "curves": [[1, 1.0, 2.0]]}
         for key, value in (result | {"measured": {}} if arm.measure else result).items():
-            row[key][seed : seed + 1] = [value]
+            row[key].append(value)
 
     monkeypatch.setattr(races, "run_arm", run_arm)
     return asked
@@ -199,34 +199,6 @@ def test_a_row_of_other_settings_is_not_taken_for_done(idle, tmp_path, monkeypat
     assert len(idle) == done
 
 
-def test_what_a_stored_seed_lacks_is_measured_and_later_seeds_stay(
-    short, tmp_path, monkeypatch, unchecked
-):
-    found = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
-    page = tmp_path / "nanogpt.json"
-    old = json.loads(page.read_text())
-    old["rows"]["ours, long"]["measured"].clear()  # of both seeds
-    del old["rows"]["ours, short"]["measured"][1]
-    page.write_text(json.dumps(old))
-    monkeypatch.setattr(races, "train", lambda *_, **__: iter(()))  # nothing is trained again
-    monkeypatch.setattr(torch, "__version__", "9.9")
-    halfway = races.run("nanogpt", seeds=1, quick=True, out=tmp_path)["rows"]["ours, long"]
-    assert len(halfway["measured"]) == 1 and len(halfway["nats"]) == 2
-    again = races.run("nanogpt", seeds=2, quick=True, out=tmp_path)
-    for name, row in found["rows"].items():
-        now = again["rows"][name]
-        assert now | {"measured": 0} == row | {"measured": 0} and len(now["measured"]) == 2
-        assert now["measured"][0] == pytest.approx(row["measured"][0]) or name == "ours, long"
-    on = f"measured on {races.hardware('cpu')}, torch 9.9"
-    missing = ("ours, long, seed 0", "ours, short, seed 1", "ours, long, seed 1")
-    assert again["notes"] == [f"{which}: {on}" for which in missing]
-    assert again["torch"] == found["torch"] and f"({missing[0]}: {on})" in report.markdown(again)
-    again["rows"]["ours, long"]["nats"].pop()
-    assert "1 to 2 seeds" in report.markdown(again)
-    again["rows"]["ours, short"]["nats"].append(2.0)
-    assert "1 to 3 seeds" in report.markdown(again)
-
-
 def test_a_race_says_what_it_ran_on_and_that_is_written_down_first(idle, tmp_path, monkeypatch):
     monkeypatch.setattr(races, "processor", lambda: "A chip")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
@@ -237,12 +209,19 @@ def test_a_race_says_what_it_ran_on_and_that_is_written_down_first(idle, tmp_pat
     old = json.loads(page.read_text())
     del old["device"]  # older ones name none
     assert races.ran_on(old) == races.ran_on(old | {"device": "cpu"}) == cpu
-    del old["rows"]["gpt"]["measured"][0], old["rows"]["mamba"]
+    del old["rows"]["mamba"]
     page.write_text(json.dumps(old))
+    done = len(idle)
     again = races.run("models-long", seeds=1, quick=True, out=tmp_path, device="cuda")
-    assert [device for _, device in idle[-2:]] == ["cuda", "cuda"]
-    on = f"NVIDIA X, torch {torch.__version__}"
-    assert again["notes"] == [f"gpt, seed 0: measured on {on}", f"mamba, seed 0: {on}"]
+    assert [device for _, device in idle[done:]] == ["cuda"]
+    note = f"mamba, seed 0: NVIDIA X, torch {torch.__version__}"
+    assert again["notes"] == [note]
+    for row in again["rows"].values():
+        row["measured"] = []
+    page = report.markdown(again)
+    assert f"models-long: 1 seed, {cpu}" in page and f"({note})" in page
+    again["rows"]["gpt"]["nats"] += [2.0, 2.0]
+    assert "models-long: 1 to 3 seeds, " in report.markdown(again)
 
     def stopped(*_):
         raise KeyboardInterrupt
@@ -274,7 +253,7 @@ def test_an_arm_that_was_trained_elsewhere_is_noted_as_trained_there(idle, tmp_p
     assert report["notes"] == notes
     report["torch"], report["threads"], report["device"] = "1.0", 7, "A chip, 7 threads"
     for row in report["rows"].values():
-        row |= {key: [] for key in ("nats", "measured")}
+        row |= {key: [] for key in ("nats", "seconds", "curves", "measured")}
     report["notes"] = []
     (tmp_path / "models.json").write_text(json.dumps(report))
     here = f"{races.hardware('cpu')}, torch {torch.__version__}"
@@ -304,16 +283,16 @@ def test_what_a_log_says_is_entered_under_its_seed_by_hand(short, tmp_path, monk
     log = [{"step": 1, "seconds": 1.001}, {"step": 2, "seconds": 9.0, "validation": 1.5}]
     log += [{"step": 3, "seconds": 10.001}, {"step": 4, "seconds": 20.0, "validation": 2.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    row = {key: ["first", "old", "third"] for key in ("nats", "seconds", "curves")}
-    row["measured"] = ["first"]  # and no clock, as older reports have none
+    row = {key: ["first"] for key in ("nats", "seconds", "curves", "measured")}
+    # and no clock, as older reports have none
     races.run_arm(arm, short, 1, tmp_path, row)
     a_step = arm.recipe.batch * arm.config.window
     curve = [[2 * a_step, 2.0, 1.5], [4 * a_step, 4.0, 2.0]]
     assert row == {
-        "nats": ["first", 2.0, "third"],  # the last, which is not the lowest
-        "seconds": ["first", 4.004, "third"],  # two steps of a fast device are not nothing
+        "nats": ["first", 2.0],  # the last, which is not the lowest
+        "seconds": ["first", 4.004],  # two steps of a fast device are not nothing
         "clock": [math.nan, 20.0],  # with validation
-        "curves": ["first", curve, "third"],
+        "curves": ["first", curve],
         "measured": ["first", {"trained": asked[0][0][0]}],
         "parameters": size(arm),
         "characters": 4 * a_step,

@@ -222,15 +222,14 @@ def run(
             row = report["rows"].setdefault(arm_name, fresh)
             folder = out / "runs" / f"{name}-{arm_name.replace(', ', '-').replace(' ', '-')}-{seed}"
             _check_same(arm, row, f"{page} holds '{arm_name}'", folder)
-            entered = len(row["nats"]) > seed
-            if entered and (arm.measure is None or len(row["measured"]) > seed):
+            if len(row["nats"]) > seed:
                 continue
             print(f"{name}, {arm_name}, seed {seed}", file=sys.stderr)
-            saved = [] if entered else checkpoint.listed(folder)
+            saved = checkpoint.listed(folder)
             config = checkpoint.config_of(saved[0]) if saved else {}
             places = [elsewhere(config, report, machine)]
             if ran_on(machine) != ran_on(report):
-                trained = entered or config.get("step") == arm.recipe.steps
+                trained = config.get("step") == arm.recipe.steps
                 places.append(f"measured on {ran_on(machine)}" if trained else ran_on(machine))
             notes = [f"{arm_name}, seed {seed}: {place}" for place in places if place]
             report["notes"] = list(dict.fromkeys([*report["notes"], *notes]))
@@ -343,7 +342,7 @@ def run_arm(
     for key, value in results.items():
         values = row.setdefault(key, [])
         values += [math.nan] * (seed - len(values))  # older reports lack what is new
-        values[seed : seed + 1] = [value]  # later seeds may be there already
+        values.append(value)
 
 
 def training_seconds(log: list[dict]) -> float:
