@@ -11,7 +11,6 @@ from irann import shakespeare, zoo
 from irann.bench import races, stopping, suite
 from irann.models.recurrent import round_nats
 from irann.text import Text
-from irann.training import evaluate
 
 FIXED = {"1": 2.0, "2": 1.5, "3": 1.4, "4": 1.4, "8": 1.6}
 
@@ -82,10 +81,8 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
     assert list(measured["rules"]) == ["learned", "unfrozen", "informed"]
     nats = model.nll(torch.cat([text.train[-1:], text.val]).unfold(0, 33, 32), threshold=0.5)
     assert measured["rules"]["learned"]["0.5"][0] == pytest.approx(nats.mean().item(), abs=1e-4)
-    nll = races.Counted(model, threshold=0.5)
-    evaluate(model, text, nll=nll)
     nats, rounds = measured["rules"]["learned"]["0.5"]
-    assert rounds == nll.mean_rounds
+    assert rounds == races.nats_and_rounds(model, text, threshold=0.5)[1]
     told = stopping.against_line(measured["fixed"], measured["rules"]["learned"])
     assert measured["against"]["learned"] == told != {}
     page = capsys.readouterr().out
@@ -102,8 +99,8 @@ def test_only_a_quick_benchmark_measures_no_more_than_four_windows(few, monkeypa
     monkeypatch.setattr(stopping, "writing", lambda model, quick: {})
     monkeypatch.setattr(shakespeare, "load", lambda: replace(text, val=text.val[:160]))
     for quick, part in ((True, 128), (False, 160)):
-        nll = races.Counted(model, stop="fixed", rounds=2)
-        nats = evaluate(model, replace(text, val=text.val[:part]), nll=nll).nats_per_char
+        same = replace(text, val=text.val[:part])
+        nats, _ = races.nats_and_rounds(model, same, stop="fixed", rounds=2)
         fixed = stopping.stopping(quick, model)["fixed"]
         assert list(fixed) == [*"1234"] and fixed["2"] == pytest.approx(nats, abs=1e-5)
 

@@ -383,36 +383,27 @@ def nll_by_rounds(model: Any, text: Text) -> dict:
     Keys are text, as JSON has them.
     """
     trained = model.config.rounds
-    fixed, learned = {}, {}
-    for rounds in sorted({*ROUNDS, trained}):
-        nll = Counted(model, stop="fixed", rounds=rounds)
-        fixed[str(rounds)] = evaluate(model, text, nll=nll).nats_per_char
-    for threshold in THRESHOLDS:
-        nll = Counted(model, threshold=threshold)
-        learned[str(threshold)] = [evaluate(model, text, nll=nll).nats_per_char, nll.mean_rounds]
+    fixed = {
+        str(rounds): nats_and_rounds(model, text, stop="fixed", rounds=rounds)[0]
+        for rounds in sorted({*ROUNDS, trained})
+    }
+    learned = {str(x): nats_and_rounds(model, text, threshold=x) for x in THRESHOLDS}
     return {"all": fixed[str(trained)], "trained": trained, "fixed": fixed, "learned": learned}
 
 
-class Counted:
-    """A thinker's nll by chosen settings, which counts the rounds that were taken."""
+def nats_and_rounds(model: Any, text: Text, **settings: Any) -> list[float]:
+    """-> what a thinker pays per character by these settings, and the mean of its rounds."""
+    taken: list[Tensor] = []
 
-    def __init__(self, model: Any, **settings: Any):
-        self.model, self.settings = model, settings
-        self.rounds = self.positions = 0
-
-    def __call__(
-        self, ids: Int[Tensor, "b t+1"], *, generator: torch.Generator | None = None
+    def nll(
+        ids: Int[Tensor, "b t+1"], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "b t"]:
-        logits, state = self.model.read(
-            ids[:, :-1], packed=True, generator=generator, **self.settings
-        )
-        self.rounds += int(state.rounds.sum())
-        self.positions += state.rounds.numel()
+        logits, state = model.read(ids[:, :-1], packed=True, generator=generator, **settings)
+        taken.append(state.rounds.flatten().cpu())
         return cross_entropy(logits, ids[:, 1:])
 
-    @property
-    def mean_rounds(self) -> float:
-        return self.rounds / self.positions
+    nats = evaluate(model, text, nll=nll).nats_per_char
+    return [nats, torch.cat(taken).double().mean().item()]
 
 
 # ------------------------------------------------------------------ what the rows of a race come to

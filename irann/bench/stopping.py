@@ -27,7 +27,7 @@ from ..core.halting import survival
 from ..models.recurrent import round_nats
 from ..training import evaluate
 from . import speed
-from .races import Counted, between
+from .races import between, nats_and_rounds
 
 MEANS = (2.0, 2.5, 3.0, 4.0)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -98,11 +98,8 @@ def stopping(quick: bool, model: Any = None) -> dict:
         text = replace(text, val=text.val[: 4 * model.config.window])
     unfrozen = Unfrozen(model)
     evaluate(model, text, nll=unfrozen)
-    rules: dict[str, Points] = {"learned": {}}
-    for threshold in THRESHOLDS:
-        nll = Counted(model, threshold=threshold)
-        nats = evaluate(model, text, nll=nll).nats_per_char
-        rules["learned"][str(threshold)] = [nats, nll.mean_rounds]
+    learned = {str(x): nats_and_rounds(model, text, threshold=x) for x in THRESHOLDS}
+    rules: dict[str, Points] = {"learned": learned}
     rules |= {rule: unfrozen.points(rule) for rule in ("unfrozen", "informed")}
     by_round = (unfrozen.fixed / unfrozen.count).tolist()
     fixed = {str(rounds): nats for rounds, nats in enumerate(by_round, 1)}
