@@ -21,6 +21,7 @@ ORDER = 6  # of the judge: how many characters before it sees
 COPIED = 20  # characters in a row that count as copied
 SAMPLES, LENGTH = 8, 400  # texts that a model is measured by, and their characters
 TEMPERATURES = (0.8, 1.0)
+DRAWS = 2000  # of a bootstrap
 
 
 class Corpus:
@@ -122,9 +123,9 @@ def words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
-def runs(items: Sequence, n: int) -> list:
-    """-> all n items in a row, of a text or a list."""
-    return [items[i : i + n] for i in range(len(items) - n + 1)]
+def runs(text: str, n: int) -> list[str]:
+    """-> all n characters in a row."""
+    return [text[i : i + n] for i in range(len(text) - n + 1)]
 
 
 def fraction(true: list[bool]) -> float | None:
@@ -132,20 +133,18 @@ def fraction(true: list[bool]) -> float | None:
     return sum(true) / len(true) if true else None
 
 
-def interval(
-    values: Sequence[float | None], *, draws: int = 2000, seed: int = 0
-) -> dict[str, float] | None:
+def interval(values: Sequence[float | None]) -> dict[str, float] | None:
     """-> the mean of what is not None, and where 95 % of the means of values drawn anew lie
     (percentile bootstrap); None of nothing.
 
     From few values it is too narrow for a 95 % interval of the true mean: eight normal ones cover
     it 88 % of the time.
     """
-    generator = random.Random(seed)
+    generator = random.Random(0)
     known = [value for value in values if value is not None]
     if not known:
         return None
     k = len(known)
-    means = sorted(sum(generator.choices(known, k=k)) / k for _ in range(draws))
-    low, high = means[int(0.025 * draws)], means[int(0.975 * draws)]
+    means = sorted(sum(generator.choices(known, k=k)) / k for _ in range(DRAWS))
+    low, high = means[int(0.025 * DRAWS)], means[int(0.975 * DRAWS)]
     return {"mean": sum(known) / k, "low": low, "high": high}
