@@ -26,8 +26,9 @@ from ..models.thinker_page import PageThinker
 from ..settings import InputError
 from .speed import alternate, finish, seconds, summary
 
-POINTERS = {"room", "remembered", "sha256"}  # and get_..., but for two
-FLOATS = {"get_halted", "step_size"}
+# what a function gives: an int, of get_... a pointer, but for these
+GIVES: dict[str, Any] = dict.fromkeys(("room", "remembered", "sha256"), ctypes.c_void_p)
+GIVES |= {"get_halted": ctypes.c_float, "step_size": ctypes.c_float, "get_rounds": ctypes.c_int}
 TYPES = {"i": ctypes.c_int, "f": ctypes.c_float, "d": ctypes.c_double}
 ARGUMENTS = {"see_through": "d", "denoise": "dddf", "choose": "f", "keep_guess": "f"}
 ARGUMENTS |= {"refine": "if", "set_rule": "fi"}
@@ -82,12 +83,8 @@ class Native:
 
     def call(self, name: str, *arguments: float) -> Any:
         function = getattr(self.library, name)
-        pointer = name in POINTERS or name.startswith("get_")
-        function.restype = ctypes.c_void_p if pointer else ctypes.c_int
-        if name in FLOATS:
-            function.restype = ctypes.c_float
-        if name == "get_rounds":
-            function.restype = ctypes.c_int
+        usual = ctypes.c_void_p if name.startswith("get_") else ctypes.c_int
+        function.restype = GIVES.get(name, usual)
         kinds = ARGUMENTS.get(name, "i" * len(arguments))
         return function(*(TYPES[kind](value) for kind, value in zip(kinds, arguments, strict=True)))
 
