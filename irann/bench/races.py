@@ -201,13 +201,11 @@ def run(
     """
     arms = RACES[name](quick)
     text = shakespeare.load()
-    out = Path(out)
     if name == "speedrun":
         on_cpu = torch.device(device).type == "cpu"
         kind = "two CPU cores" if on_cpu else "one GPU"
         threads = torch.get_num_threads()
         arms = {f"{threads} CPU threads" if on_cpu and threads != 2 else kind: arms[kind]}
-    out.mkdir(parents=True, exist_ok=True)
     page = out / f"{name}.json"
     versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     machine = {"device": hardware(device)} | versions

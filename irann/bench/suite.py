@@ -55,7 +55,6 @@ def main(
     and for seeds or a device other than the CPU where no race is run; CheckpointError for a model's
     name where it has no weights; InUse where another process writes the same report.
     """
-    out = Path(out)
     known = dict.fromkeys(("all", "scan", *ALONE, *races.RACES, *zoo.MODELS))  # `thinker` is a race
     if what not in known:
         raise InputError(f"bench takes one of {', '.join(known)}; got {what!r}")
@@ -110,7 +109,6 @@ def parts_of(what: str) -> dict[str, Callable[[bool], dict]]:
 def measure(what: str, quick: bool, out: Path) -> dict:
     """Part after part, each kept in `out` when it is done -> the report. One thread."""
     parts = parts_of(what)
-    out.mkdir(parents=True, exist_ok=True)
     page = out / f"{what}.json"
     before = races.stored(page, quick)
     here = conditions(what)
