@@ -240,9 +240,7 @@ def names() -> list[str]:
     return [*MODELS, *(name for name in shipped() if name not in MODELS)]
 
 
-def ship(
-    model: LanguageModel, name: str, text: Text, *, folder: Path | None = None, **about: Any
-) -> dict:
+def ship(model: LanguageModel, name: str, text: Text, **about: Any) -> dict:
     """Write a trained model's weights and its card to where `load(name)` finds them -> the card.
 
     Parameters are written in half precision, buffers as they are: what they count may be more than
@@ -250,15 +248,13 @@ def ship(
     weights that are written: the likelihood of the whole validation part of `text`, and a sample.
     `model` is left with these rounded weights.
     """
-    folder = Path(folder or WEIGHTS)
-    folder.mkdir(parents=True, exist_ok=True)
     halved = dict(model.named_parameters())
     weights = {
         key: (tensor.half() if key in halved else tensor).contiguous()
         for key, tensor in model.state_dict().items()
     }
     model.load_state_dict({key: tensor.float() for key, tensor in weights.items()})
-    path = folder / f"{name}.safetensors"
+    path = WEIGHTS / f"{name}.safetensors"
     save_file(weights, path)
     measured = evaluate(model, text)
     vocabulary = vocabulary_of(model)
@@ -276,7 +272,7 @@ def ship(
         "sample": {"seed": 1, "temperature": 0.8, "text": sample},
     }
     card["card_sha256"] = _seal(card)
-    (folder / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
+    (WEIGHTS / f"{name}.json").write_text(json.dumps(card, indent=1) + "\n")
     return card
 
 
@@ -286,10 +282,10 @@ def _seal(card: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def runs(folder: str | Path = "runs") -> dict[Path, tuple[float, dict]]:
-    """-> a folder's runs, last saved first: when, and what its newest readable checkpoint says."""
+def runs() -> dict[Path, tuple[float, dict]]:
+    """-> what is under runs/, last saved first: when, and what its newest checkpoint says."""
     found = {}
-    for run in Path(folder).glob("*"):
+    for run in Path("runs").glob("*"):
         with suppress(OSError):  # it may not be read, or a trainer is removing what was listed
             for saved in checkpoint.listed(run):
                 if config := checkpoint.config_of(saved):
@@ -298,11 +294,10 @@ def runs(folder: str | Path = "runs") -> dict[Path, tuple[float, dict]]:
     return dict(sorted(found.items(), key=lambda item: item[1][0], reverse=True))
 
 
-def newest_run(name: str, folder: str | Path = "runs") -> Path | None:
-    """-> a folder's last saved run of this model, if there is one."""
+def newest_run(name: str) -> Path | None:
+    """-> the last saved run of this model under runs/, if there is one."""
     kind = entry(name).model.__name__
-    found = runs(folder).items()
-    return next((run for run, (_, config) in found if config.get("model") == kind), None)
+    return next((run for run, (_, config) in runs().items() if config.get("model") == kind), None)
 
 
 def namesake(name: str) -> str:

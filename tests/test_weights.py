@@ -216,25 +216,27 @@ def test_weights_are_drawn_by_the_seed_and_from_nobody_else_s_generator(monkeypa
     assert torch.equal(plain, same) and not torch.equal(plain, other) and recipe.seed == 1337
 
 
-def test_the_newest_run_is_the_one_that_saved_last(tmp_path):
+def test_the_newest_run_is_the_one_that_saved_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("runs")
     for age, name in enumerate(("b", "c", "a")):
         saved = checkpoint.Snapshot({}, {}, {}, {"model": "GPT"}, "ab")
         os.utime(
-            checkpoint.save(tmp_path / name / "checkpoints" / "step-00000001", saved),
+            checkpoint.save(folder / name / "checkpoints" / "step-00000001", saved),
             (100 - age, 100 - age),
         )
-    assert zoo.newest_run("gpt", tmp_path).name == "b"
+    assert zoo.newest_run("gpt").name == "b"
     for name in ("d", "e"):
         other = checkpoint.Snapshot({}, {}, {}, {"model": "Mamba"}, "ab")
-        made = checkpoint.save(tmp_path / name / "checkpoints" / "step-00000001", other)
+        made = checkpoint.save(folder / name / "checkpoints" / "step-00000001", other)
         os.utime(made, (200, 200) if name == "e" else (99.5, 99.5))
-    older = checkpoint.save(tmp_path / "e" / "checkpoints" / "step-00000000", saved)
+    older = checkpoint.save(folder / "e" / "checkpoints" / "step-00000000", saved)
     os.utime(older, (1, 1))  # the newest of a run counts
-    (tmp_path / "f").mkdir()
-    assert [run.name for run in zoo.runs(tmp_path)] == ["e", "b", "d", "c", "a"]
-    assert zoo.newest_run("gpt", tmp_path).name == "b"
-    assert zoo.newest_run("mamba", tmp_path).name == "e"
-    assert zoo.newest_run("thinker", tmp_path) is None
+    (folder / "f").mkdir()
+    assert [run.name for run in zoo.runs()] == ["e", "b", "d", "c", "a"]
+    assert zoo.newest_run("gpt").name == "b"
+    assert zoo.newest_run("mamba").name == "e"
+    assert zoo.newest_run("thinker") is None
 
 
 def test_what_a_buffer_counts_ships_whole(tmp_path, monkeypatch, text):
@@ -246,13 +248,12 @@ def test_what_a_buffer_counts_ships_whole(tmp_path, monkeypatch, text):
     monkeypatch.setattr(
         zoo, "stream", lambda model, prompt, n, **settings: write(model, prompt, 16, **settings)
     )  # quick
+    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     zoo.ship(
         model,
         "diffusion",
         type(text)(text.train[:2000], text.val[:200], text.vocabulary, text.source, text.sha256),
-        folder=tmp_path,
     )
-    monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     assert (zoo.load("diffusion").level_count == 100_001).all()
 
 
@@ -260,8 +261,8 @@ def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):
     model = zoo.build("gpt", zoo.recipe("gpt", "tiny")[0])
     model.vocabulary = text.vocabulary
     small = type(text)(text.train[:2000], text.val[:600], text.vocabulary, text.source, text.sha256)
-    told = zoo.ship(model, "gpt", small, folder=tmp_path, hardware="a slate")
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    told = zoo.ship(model, "gpt", small, hardware="a slate")
     again = zoo.load("gpt")
     assert again.card == told and told["hardware"] == "a slate"
     measured = evaluate(again, small)
@@ -275,7 +276,7 @@ def test_ship_writes_what_load_reads(tmp_path, monkeypatch, text):
 def test_the_sample_on_a_card_is_the_one_it_describes(tmp_path, monkeypatch, small):
     model = excite(zoo.build("gpt", zoo.recipe("gpt", "tiny")[0]), 0.2)
     model.vocabulary = small.vocabulary
-    told = zoo.ship(model, "gpt", small, folder=tmp_path)["sample"]
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
+    told = zoo.ship(model, "gpt", small)["sample"]
     how = {"seed": told["seed"], "temperature": told["temperature"]}
     assert lm.generate(zoo.load("gpt"), "\n", 300, **how)[1:] == told["text"]
