@@ -7,9 +7,11 @@ seconds of its steps.
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
-from .. import machine, shakespeare
+from .. import machine, shakespeare, zoo
+from ..training import train
 from .speed import summary
 
 WAYS = {
@@ -62,15 +64,8 @@ def beside_a_busy_one(way: dict, steps: int) -> float:
 
 
 def main(steps: int) -> None:
-    import time
-
-    import torch  # noqa: F401  first, as chapters do
-
-    import irann
-
-    text = irann.shakespeare.load()
-    config, recipe = irann.recipe("gpt", "tiny", steps=steps + 6, evaluate_every=0)
-    ticks = irann.train(irann.build("gpt", config), text, recipe)
+    config, recipe = zoo.recipe("gpt", "tiny", steps=steps + 6, evaluate_every=0)
+    ticks = train(zoo.build("gpt", config), shakespeare.load(), recipe)
     for _ in range(5):  # what happens once
         next(ticks)
     began = time.perf_counter()
