@@ -125,8 +125,8 @@ def test_samples_are_without_the_newline_they_begin_from(monkeypatch):
 
     made, real = [], torch.Generator
     monkeypatch.setattr(torch, "Generator", lambda device="cpu": made.append(device) or real())
-    model = SimpleNamespace(generate=generate, device="cuda")
-    assert quality.samples(model, Vocabulary("\nab"), 2, 3, 0.8, seed=4) == ["aaa", "aaa"]
+    model = SimpleNamespace(generate=generate, device="cuda", vocabulary=Vocabulary("\nab"))
+    assert quality.samples(model, 2, 3, 0.8, seed=4) == ["aaa", "aaa"]
     assert asked == [([[0], [0]], 0.8, 4)] and made == ["cuda"]
 
 
@@ -136,11 +136,11 @@ def test_what_is_written_is_measured_at_both_temperatures(small):
         places = torch.randint(3000, (len(start), 1), generator=generator) + torch.arange(n)
         yield SimpleNamespace(ids=torch.cat([start, small.train[places]], 1))
 
-    model = SimpleNamespace(generate=generate, device="cpu")
+    model = SimpleNamespace(generate=generate, device="cpu", vocabulary=small.vocabulary)
     rows, first = quality.written(model, small, 3, 60)
     corpus = quality.Corpus(small.vocabulary.decode(small.train))
     for temperature in (0.8, 1.0):
-        texts = quality.samples(model, small.vocabulary, 3, 60, temperature)
+        texts = quality.samples(model, 3, 60, temperature)
         assert rows[str(temperature)] == quality.report(texts, corpus)
         assert first[str(temperature)] == texts[0]
         assert rows[str(temperature)]["copied runs of 20"]["mean"] == 1

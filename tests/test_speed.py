@@ -158,15 +158,13 @@ def test_a_number_of_steps_is_tried_by_words_judge_and_speed(clock):
         yield Draft(torch.cat([start, torch.ones(1, n, dtype=torch.long)], 1), 1 + n)
 
     corpus = SimpleNamespace(existing=lambda text: 0.5, judge=len)
-    model = SimpleNamespace(generate=generate)
-    row = speed.measured_at(model, {"steps": 4}, 3, 12, corpus, Vocabulary("\nab"))
+    model = SimpleNamespace(generate=generate, device="cpu", vocabulary=Vocabulary("\nab"))
+    row = speed.measured_at(model, {"steps": 4}, 3, 12, corpus)
     rates = {"median": 3, "low": 2, "high": 6}
     words, judge = speed.summary([0.5]), speed.summary([12])
     assert row == {"steps": 4, "words": words, "judge": judge, "chars_per_second": rates}
     corpus.existing = lambda text: None
-    assert (
-        speed.measured_at(model, {"steps": 4}, 1, 12, corpus, Vocabulary("\nab"))["words"] is None
-    )
+    assert speed.measured_at(model, {"steps": 4}, 1, 12, corpus)["words"] is None
 
 
 def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path, monkeypatch):

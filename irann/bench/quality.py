@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..text import Text, Vocabulary
+from ..text import Text
 
 WORD = re.compile(r"[A-Za-z]+(?:'[A-Za-z]+)*")
 ORDER = 6  # of the judge: how many characters before it sees
@@ -74,13 +74,13 @@ def counted(train: str) -> Corpus:
 
 
 def samples(
-    model: Any, vocabulary: Vocabulary, count: int, n: int, temperature: float, seed: int = 0
+    model: Any, count: int, n: int, temperature: float, seed: int = 0, **settings: Any
 ) -> list[str]:
     """-> `count` texts of n characters, each begun from a newline, which is left out."""
-    newline = vocabulary.encode("\n").expand(count, 1)
-    generator = torch.Generator(model.device).manual_seed(seed)
-    *_, draft = model.generate(newline, n, temperature=temperature, generator=generator)
-    return [vocabulary.decode(row[1:]) for row in draft.ids]
+    newline = model.vocabulary.encode("\n").expand(count, 1)
+    settings["generator"] = torch.Generator(model.device).manual_seed(seed)
+    *_, draft = model.generate(newline, n, temperature=temperature, **settings)
+    return [model.vocabulary.decode(row[1:]) for row in draft.ids]
 
 
 def written(
@@ -90,7 +90,7 @@ def written(
     corpus = counted(text.vocabulary.decode(text.train))
     rows, first = {}, {}
     for temperature in TEMPERATURES:
-        texts = samples(model, text.vocabulary, count, n, temperature)
+        texts = samples(model, count, n, temperature)
         rows[str(temperature)] = report(texts, corpus)
         first[str(temperature)] = texts[0]
     return rows, first

@@ -21,8 +21,7 @@ from .. import shakespeare, zoo
 from ..layers import Attention
 from ..models.gpt import GPT, GPTConfig
 from ..models.mamba import MambaConfig, Mixer
-from ..text import Vocabulary
-from .quality import Corpus
+from . import quality
 
 Value = TypeVar("Value")
 
@@ -232,29 +231,26 @@ def write_on(model: Any, prompt: Int[Tensor, "1 t"], n: int) -> float:
     return (draft.settled - seen) / (time.perf_counter() - began)
 
 
-def speed_against_quality(quick: bool, corpus: Corpus, vocabulary: Vocabulary) -> dict:
+def speed_against_quality(quick: bool) -> dict:
     """Existing words, judge and characters per second of all that ships; page models by steps."""
     counts, samples, n = ((2, 4), 1, 32) if quick else ((4, 8, 16, 32, 64), 6, 192)
+    text = shakespeare.load()
+    corpus = quality.counted(text.vocabulary.decode(text.train))
     rows: dict[str, list] = {}
     for name in sorted(zoo.MODELS.keys() & zoo.shipped()):
         model = zoo.load(name)
         choices = [{"steps": count} for count in counts] if "steps" in model.settings else [{}]
-        given = (samples, n, corpus, vocabulary)
-        rows[name] = [measured_at(model, settings, *given) for settings in choices]
+        rows[name] = [measured_at(model, settings, samples, n, corpus) for settings in choices]
     return rows
 
 
-def measured_at(
-    model: Any, settings: dict, samples: int, n: int, corpus: Any, vocabulary: Vocabulary
-) -> dict:
+def measured_at(model: Any, settings: dict, samples: int, n: int, corpus: Any) -> dict:
     """-> the settings, and what the model's texts and its speed are with them."""
-    start = vocabulary.encode("\n")[None]
     texts, rates = [], []
     for seed in range(samples):
         began = time.perf_counter()
-        *_, draft = model.generate(start, n, temperature=0.8, generator=seeded(seed), **settings)
+        texts += quality.samples(model, 1, n, 0.8, seed, **settings)
         rates.append(n / (time.perf_counter() - began))
-        texts.append(vocabulary.decode(draft.ids[0, 1:]))
     words = [part for text in texts if (part := corpus.existing(text)) is not None]
     measured = {
         "words": summary(words) if words else None,

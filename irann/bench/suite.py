@@ -100,7 +100,7 @@ def parts_of(what: str) -> dict[str, Callable[[bool], dict]]:
             "gpt": speed.gpt_beside_transformers,
             "windows": speed.layer_against_window,
             "lengths": speed.writing_by_length,
-            "parallel": parallel_writing,
+            "parallel": speed.speed_against_quality,
             "models": trained_models,
         }
     return parts
@@ -169,12 +169,6 @@ def without(part: str) -> list[str]:
     return [name for name in PEERS.get(part, ()) if find_spec(name) is None]
 
 
-def parallel_writing(quick: bool) -> dict:
-    text = shakespeare.load()
-    corpus = quality.counted(text.vocabulary.decode(text.train))
-    return speed.speed_against_quality(quick, corpus, text.vocabulary)
-
-
 def trained_models(quick: bool, only: str | None = None) -> dict:
     """-> by name, each model with weights or a run: parameters, likelihood, text quality,
     characters written per second.
@@ -216,7 +210,7 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
     for key, batch in (("chars_per_second", 1), ("chars_per_second_of_a_batch", count)):
         rates = []
         for seed in range(seeds):
-            write = partial(quality.samples, model, text.vocabulary, batch, long, 1.0, seed)
+            write = partial(quality.samples, model, batch, long, 1.0, seed)
             rates.append(batch * long / speed.seconds(write))
         row[key] = speed.summary(rates)
     return row
