@@ -96,12 +96,13 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
 def test_only_a_quick_benchmark_measures_no_more_than_four_windows(few, monkeypatch):
     model, _ = few
     text = shakespeare.load()
+    monkeypatch.setattr(zoo, "load", lambda name: model)
     monkeypatch.setattr(stopping, "writing", lambda model, quick: {})
     monkeypatch.setattr(shakespeare, "load", lambda: replace(text, val=text.val[:160]))
     for quick, part in ((True, 128), (False, 160)):
         same = replace(text, val=text.val[:part])
         nats, _ = races.nats_and_rounds(model, same, stop="fixed", rounds=2)
-        fixed = stopping.stopping(quick, model)["fixed"]
+        fixed = stopping.stopping(quick)["fixed"]
         assert list(fixed) == [*"1234"] and fixed["2"] == pytest.approx(nats, abs=1e-5)
 
 

@@ -88,11 +88,11 @@ class Unfrozen:
         return {limit: (sums / self.count).tolist() for limit, sums in paid.items()}
 
 
-def stopping(quick: bool, model: Any = None) -> dict:
-    """-> `fixed` nats by rounds, and by rule its points and where they lie against the line; and
-    what writing alone costs. By default of the thinker that ships.
+def stopping(quick: bool) -> dict:
+    """Of the thinker that ships -> `fixed` nats by rounds, and by rule its points and where they
+    lie against the line; and what writing alone costs.
     """
-    model = model or zoo.load("thinker")
+    model: Any = zoo.load("thinker")
     text = shakespeare.load()
     if quick:
         text = replace(text, val=text.val[: 4 * model.config.window])
