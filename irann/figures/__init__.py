@@ -112,10 +112,12 @@ def learning_curve(
 
 def lines(ax: Any, references: dict[str, float] = REFERENCES) -> None:
     """Draw the reference losses as pale horizontal lines with their names."""
+    from matplotlib import patheffects
+
+    outline = [patheffects.withStroke(linewidth=2.5, foreground="white")]  # read across curves
     for name, nats in references.items():
         ax.axhline(nats, color=PALE, lw=1, ls=":")
-        style = {"va": "bottom", "color": PALE, "fontsize": SMALL}
-        style["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}  # over curves
+        style = {"va": "bottom", "color": PALE, "fontsize": SMALL, "path_effects": outline}
         at = {"xycoords": ("axes fraction", "data")}
         ax.annotate(f"{name} {nats:.2f}", (0.3, nats), **at, **style)
 
