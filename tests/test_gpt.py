@@ -310,6 +310,7 @@ def test_dropout_reaches_the_input_both_halves_of_a_block_and_the_weights(positi
     assert not torch.allclose(nothing.eval()(ids(1, 8)), of_nothing)
     model = excite(GPT(GPTConfig(attention_dropout=0.5, **sizes)))
     assert not torch.allclose(model(ids(1, 8)), model.eval()(ids(1, 8)))
+    assert torch.equal(model(ids(1, 8)), model(ids(1, 8)))  # nothing is drawn while it is used
 
 
 @pytest.mark.parametrize("make", [GPTConfig, GPTConfig.fast])
