@@ -340,11 +340,11 @@ def test_parts_that_there_are_not_are_refused_by_their_names():
 
 
 def test_dropout_goes_over_to_transformers_and_back():
-    dropout = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.3}
+    dropout = {"resid_pdrop": 0.2, "embd_pdrop": 0.2, "attn_pdrop": 0.3}  # no default of theirs
     ours = GPT.from_transformers(oracle(**SHAPES[1] | dropout))
-    assert (ours.config.dropout, ours.config.attention_dropout) == (0.1, 0.3)
+    assert (ours.config.dropout, ours.config.attention_dropout) == (0.2, 0.3)
     back = ours.to_transformers().config
-    assert (back.resid_pdrop, back.embd_pdrop, back.attn_pdrop) == (0.1, 0.1, 0.3)
+    assert (back.resid_pdrop, back.embd_pdrop, back.attn_pdrop) == (0.2, 0.2, 0.3)
 
 
 def test_embeddings_of_fan_in_have_deviation_one():
