@@ -1598,6 +1598,10 @@ def test_windows_noise_and_dropout_have_streams_of_their_own_by_the_seed(small):
         state = State(model, small, recipe)
         streams += [state.order.get_state(), state.draws.get_state(), state.dropout.states["cpu"]]
     assert len({tuple(stream.tolist()) for stream in streams}) == 6
+    for _ in range(2):  # a step's dropout is not that of the step before
+        with state.dropout:
+            streams.append(torch.rand(8))
+    assert not torch.equal(*streams[-2:])
 
 
 def test_nothing_of_a_recipe_may_change_on_the_way_but_how_often_it_is_looked_at(small, tmp_path):
