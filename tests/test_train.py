@@ -1599,7 +1599,7 @@ def test_windows_noise_and_dropout_have_streams_of_their_own_by_the_seed(small):
         streams += [state.order.get_state(), state.draws.get_state(), state.dropout.states["cpu"]]
     assert len({tuple(stream.tolist()) for stream in streams}) == 6
     for _ in range(2):  # a step's dropout is not that of the step before
-        with state.dropout:
+        with state.dropout.drawing():
             streams.append(torch.rand(8))
     assert not torch.equal(*streams[-2:])
 
