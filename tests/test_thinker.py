@@ -389,7 +389,10 @@ def test_what_has_come_to_rest_has_finite_slopes(kind):
 @pytest.mark.parametrize("supervision", ["late", "halting"])
 @pytest.mark.parametrize("kind", [Thinker, PageThinker])
 def test_the_objective_depends_neither_on_pieces_nor_on_the_order_of_rows(kind, supervision):
-    model = thinker(kind, 0.1, supervision=supervision, random_rounds=True, round_gains=True)
+    options = {"freeze": 0.5} if kind is Thinker else {}
+    model = thinker(
+        kind, 0.1, supervision=supervision, random_rounds=True, round_gains=True, **options
+    )
     model.train()
     text, order = ids(8, 25), torch.randperm(8, generator=rng())
     carried = set()
@@ -402,6 +405,59 @@ def test_the_objective_depends_neither_on_pieces_nor_on_the_order_of_rows(kind, 
             for name, value in whole.items():
                 close(other[name], value)
     assert carried == ({True, False} if kind is PageThinker else {None})
+
+
+@pytest.mark.parametrize("options", [{"supervision": "late"}, {"round_gains": True, "prelude": 0}])
+def test_a_position_that_stops_in_training_is_frozen_as_in_reading(options):
+    model, text = thinker(**options), ids(3, 20)
+    logits, halt, _ = model.every_round(text, 6)
+    never = model.frozen_rounds(text, 6, torch.full((3,), 2.0))
+    close(never[0], logits)
+    close(never[1], halt)
+    limits = torch.tensor([0.3, 0.6, 0.9])
+    logits, halt = model.frozen_rounds(text, 6, limits)
+    slopes = torch.autograd.grad(halt[..., -1].sum(), model.halt_head.bias, retain_graph=True)
+    taken = []
+    for row, limit in enumerate(limits.tolist()):
+        read, state = model.read(text[row : row + 1], threshold=limit)
+        close(logits[row, ..., -1], read[0])
+        taken.append(state.rounds)
+    taken = torch.cat(taken)
+    assert 1 < taken.double().mean() < 6
+    for r in range(1, 6):  # whoever has stopped says the same from then on
+        stopped = taken <= r
+        close(logits[..., r][stopped], logits[..., r - 1][stopped])
+        close(halt[..., r][stopped], halt[..., r - 1][stopped])
+    thinking = taken == 6
+    own = torch.autograd.grad(halt[..., -1][thinking].sum(), model.halt_head.bias)
+    close(slopes[0], own[0])  # and learns nothing there
+
+
+def test_what_is_frozen_in_training_is_what_the_loss_pays_for():
+    model, text = thinker(freeze=1.0).train(), ids(3, 21)
+    draws = model.draw(text, generator=rng())
+    loss, parts = model.loss(text, draws)
+    logits, halt = model.frozen_rounds(text[:, :-1], 6, draws["limits"])
+    nats = lm.cross_entropy(logits, text[:, 1:, None].expand(-1, -1, 6))
+    close(loss, model.rounds_loss(nats, halt)[0])
+    paid = [
+        model.eval().nll(text[i : i + 1], threshold=draws["limits"][i].item()) for i in range(3)
+    ]
+    close(parts["nats_per_char"], torch.cat(paid).mean())
+
+
+def test_some_texts_are_frozen_while_training_only():
+    text = ids(4000, 2)
+    limits = thinker(freeze=0.25).train().draw(text, generator=rng())["limits"]
+    frozen = limits < 2
+    assert 0.22 < frozen.double().mean() < 0.28
+    assert limits[frozen].min() < 0.31 and 0.94 < limits[frozen].max() < 0.95
+    assert "limits" not in thinker(freeze=0.25).draw(text)
+    plain, other = thinker().train(), rng()
+    assert list(plain.draw(text, generator=other)) == ["rounds"]
+    assert torch.equal(other.get_state(), rng().get_state())  # and nothing is drawn for it
+    with refuses("reads from left to right; here it is 0, got 0.5"):
+        thinker(PageThinker, freeze=0.5)
 
 
 def test_random_rounds_are_drawn_while_training_only():

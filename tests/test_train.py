@@ -1213,6 +1213,25 @@ def test_two_trainers_one_directory(small, tmp_path):
     assert list(train(model, small, recipe, run=tmp_path, resume=True))
 
 
+def test_a_run_from_before_a_setting_goes_on_with_its_default(small, tmp_path, monkeypatch):
+    describe = State.describe
+
+    def older(state):
+        described = describe(state)
+        return described | {
+            "config": {k: v for k, v in described["config"].items() if k != "freeze"}
+        }
+
+    model, recipe = tiny("thinker", steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(State, "describe", older)
+        list(train(model, small, recipe, run=tmp_path))
+    freezing, _ = tiny("thinker", freeze=0.5)
+    with pytest.raises(CheckpointError, match="freeze = 0.0, asked for is freeze = 0.5"):
+        next(train(freezing, small, recipe, run=tmp_path, resume=True))
+    assert not list(train(model, small, recipe, run=tmp_path, resume=True))
+
+
 def test_resume_refuses_what_does_not_fit_and_names_both(small, tmp_path):
     model, recipe = tiny(steps=2)
     list(train(model, small, recipe, run=tmp_path))

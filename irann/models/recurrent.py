@@ -75,6 +75,12 @@ class ThinkerConfig(Checked):
         choices=("every", "late", "last", "halting"),
     )
     random_rounds: bool = field(False, "draw the rounds of a batch: from half to 1.5 times as many")
+    freeze: float = field(
+        0.0,
+        "share of texts whose positions stop in training, too, as in reading",
+        low=0.0,
+        high=1.0,
+    )
     prior: float = field(0.3, "halting probability, PonderNet's lambda_p", above=0.0, below=1.0)
     prior_weight: float = field(0.01, "of the KL term in nats, PonderNet's beta", low=0.0)
 

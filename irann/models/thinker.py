@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from ..core.attention import merge_heads
 from ..core.halting import expected_rounds, halting_distribution
 from ..layers import Block, KeyValue, check_window, scale
 from ..lm import Ids, Loss, Reader, check_pairs, evaluating
@@ -77,8 +78,16 @@ class Thinker(RecurrentDepth, Reader):
         super().__init__(config, causal=True, symbols=config.vocabulary)
 
     def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Any]:
-        """`rounds`: how many, the same for the whole batch."""
-        return {"rounds": self.draw_rounds(generator)}
+        """`rounds`: how many, the same for the whole batch.
+
+        In training with `freeze`, `limits` (b) too: the probability of having stopped at which a
+        row's positions stop; 2, which none reaches, in rows whose positions take all rounds.
+        """
+        draws: dict[str, Any] = {"rounds": self.draw_rounds(generator)}
+        if self.training and self.config.freeze:
+            chosen, u = torch.rand(2, len(ids), generator=generator, device=self.device)
+            draws["limits"] = torch.where(chosen < self.config.freeze, 0.3 + 0.65 * u, 2.0)
+        return draws
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
         """`rounds_loss` of every round's nats; `nats_per_char` is what the last round pays.
@@ -87,12 +96,40 @@ class Thinker(RecurrentDepth, Reader):
         """
         ids = check_pairs(self.check_ids(ids, look=draws is None))
         draws = self.draw(ids) if draws is None else draws
-        logits, halt, _ = self.every_round(ids[:, :-1], draws["rounds"])
+        if "limits" in draws:
+            logits, halt = self.frozen_rounds(ids[:, :-1], draws["rounds"], draws["limits"])
+        else:
+            logits, halt, _ = self.every_round(ids[:, :-1], draws["rounds"])
         nats = round_nats(logits, ids[:, 1:])
         targets = draws.get("targets")
         learnt = nats if targets is None else round_nats(logits, targets[:, 1:])
         loss, parts = self.rounds_loss(learnt, halt)
         return loss, {"nats_per_char": nats[..., -1].mean().detach()} | parts
+
+    def frozen_rounds(
+        self, ids: Ids, rounds: int, limits: Float[Tensor, " b"]
+    ) -> tuple[Float[Tensor, "b t v r"], Float[Tensor, "b t r"]]:
+        """As `every_round`, but positions stop and are frozen as in `read`, at their row's limit.
+
+        From then on the prediction of the round in which one stopped stands for every later one.
+        """
+        rotary = self.rotary(0, check_window(self.config.window, 0, ids.shape[1]))
+        injected, _ = self.inject(ids, rotary)
+        hidden, caches = torch.zeros_like(injected), None
+        thinking = torch.ones_like(ids, dtype=torch.bool)
+        survival = torch.ones_like(injected[..., 0])
+        logits, halt = [], []
+        for r in range(rounds):
+            through = partial(where_thinking, thinking)
+            x, caches = self.think_once(r, hidden + injected, rotary, caches, through)
+            now = self.predict(r, torch.where(thinking[..., None], x, hidden), hidden)
+            logits.append(now.logits)
+            last = halt[-1].detach() if halt else now.halt  # whoever has stopped learns no more
+            halt.append(torch.where(thinking, now.halt, last))
+            survival = survival * (1 - now.halt.detach())
+            thinking = thinking & (1 - survival < limits[:, None])
+            hidden = now.hidden
+        return torch.stack(logits, -1), torch.stack(halt, -1)
 
     def read(
         self,
@@ -190,6 +227,24 @@ class Thinker(RecurrentDepth, Reader):
             "rounds": state.rounds[0].float(),
             "expected_rounds": expected_rounds(halting_distribution(halt))[0],
         }
+
+
+def where_thinking(
+    thinking: Bool[Tensor, "b t"],
+    block: Block,
+    x: Hidden,
+    cache: KeyValue | None,
+    rotary: Rotary,
+    gains: Float[Tensor, "2 d"] | None,
+) -> tuple[Hidden, KeyValue]:
+    """`block` applied to all positions; what has stopped shows its keys and values of before."""
+    q, k, v = block.attn.project(scale(block.ln_1(x), gains, 0), rotary)
+    if cache is not None:
+        new = thinking[:, None, :, None]
+        k, v = torch.where(new, k, cache[0]), torch.where(new, v, cache[1])
+    y = merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    x = x + block.dropout(block.attn.c_proj(y))
+    return x + block.dropout(block.mlp(scale(block.ln_2(x), gains, 1))), (k, v)
 
 
 # ------------------------------------------------------------ positions that still think, packed

@@ -237,8 +237,11 @@ def _check_fits(folder: Path, saved: Snapshot, state: State) -> None:
     vocabulary = state.text.vocabulary.characters
     theirs = _identity(saved.config, saved.vocabulary)
     ours = _identity(json.loads(json.dumps(state.describe())), vocabulary)
+    known = state.model.config.settings() | state.recipe.settings()
+    # what an older irann could not be told was as it is by default
+    default = {name: setting.default for name, setting in known.items()}
     for name in theirs | ours:
-        then, now = theirs.get(name), ours.get(name)
+        then, now = theirs.get(name, default.get(name)), ours.get(name)
         older = name == IDS and not then
         if then != now and name not in FREE and not older:
             raise CheckpointError(
