@@ -238,21 +238,17 @@ def test_in_the_dark_a_figure_is_a_white_card(site, browser):
 def test_the_reference_shows_docstrings_and_source(site):
     page = (site / "book" / "api.html").read_text()
     for name in (
-        *(
-            "core.attention.attention",
-            "core.halting.halting_distribution",
-            "core.noise.Schedule",
-            "core.scan.selective_scan",
-        ),
-        *(
-            "sampling.filter_logits",
-            "text.windows",
-            "models.gpt.GPT",
-            "models.mamba.Mamba",
-            "training.loop.train",
-            "zoo.load",
-            "shakespeare.load",
-        ),
+        "core.attention.attention",
+        "core.halting.halting_distribution",
+        "core.noise.Schedule",
+        "core.scan.selective_scan",
+        "sampling.filter_logits",
+        "text.windows",
+        "models.gpt.GPT",
+        "models.mamba.Mamba",
+        "training.loop.train",
+        "zoo.load",
+        "shakespeare.load",
     ):
         assert f'id="irann.{name}"' in page, name
     assert "stretches of the text" in page
