@@ -1,4 +1,4 @@
-"""A plugin for pytest: one more model in the zoo, written as anybody would write one."""
+"""One more model for the zoo, written as anybody would write one."""
 
 from dataclasses import dataclass
 
@@ -42,4 +42,4 @@ class Recurrent(Reader):
 
 
 TINY = Config(), Recipe(steps=100, evaluate_every=50)
-zoo.MODELS["recurrent"] = zoo.Entry(Recurrent, Config, {"tiny": TINY, "demo": TINY})
+SIXTH = zoo.Entry(Recurrent, Config, {"tiny": TINY, "demo": TINY})
