@@ -16,6 +16,7 @@ from irann import shakespeare, zoo
 from irann.bench import quality, races, report, scan, speed, suite
 from irann.checkpoint import CheckpointError
 from irann.lm import LanguageModel
+from irann.text import Text
 from irann.training import InUse, Recipe, train
 
 
@@ -50,11 +51,15 @@ def test_each_contestant_runs_the_method_it_is_named_after(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    """`irann bench all --quick`, once -> its folder, its numbers, its page."""
+def quick(corpus, tmp_path_factory):
+    """`irann bench all --quick`, once, by a tenth of the plays -> its folder, its numbers, its
+    page.
+    """
     out, threads = tmp_path_factory.mktemp("bench"), torch.get_num_threads()
+    part = Text(corpus.train[:100_000], corpus.val, corpus.vocabulary, corpus.source, corpus.sha256)
     with pytest.MonkeyPatch.context() as patch:  # as fast as it is for a reader
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        patch.setattr(shakespeare, "load", lambda: part)
         suite.main("all", quick=True, out=out)
     assert torch.get_num_threads() == threads
     return out, json.loads((out / "all.json").read_text()), (out / "all.md").read_text()
@@ -122,8 +127,9 @@ def test_one_model_alone_is_measured_by_its_name(small, tmp_path, monkeypatch, c
     assert rows["gpt"]["by_position"] == [[0, 60]]
 
 
-def test_models_without_weights_are_named(tmp_path, monkeypatch):
+def test_models_without_weights_are_named(small, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shakespeare, "load", lambda: small)
     monkeypatch.setattr(zoo, "WEIGHTS", tmp_path)
     page = report.markdown({"models": suite.trained_models(quick=True)})
     assert page.count("irann train") == len(zoo.MODELS)

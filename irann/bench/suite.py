@@ -206,7 +206,7 @@ def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n
         row["standard_error"] = likelihood.standard_error
     row["by_position"] = by_position(model, text, pages=2 if quick else 60)
     row["quality"], row["samples"] = quality.written(model, text, count, n)
-    long, seeds = (40, 1) if quick else (200, 3)
+    long, seeds = (10, 1) if quick else (200, 3)
     for key, batch in (("chars_per_second", 1), ("chars_per_second_of_a_batch", count)):
         rates = []
         for seed in range(seeds):
