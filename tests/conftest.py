@@ -104,7 +104,7 @@ def site(tmp_path_factory) -> Path:
     return built.with_name("html")
 
 
-LONGEST = ("contract", "weights", "book", "cli", "faults", "races", "widget", "bench")
+LONGEST = ("contract", "weights", "book", "cli", "faults", "races", "widget", "bench", "train")
 
 
 def pytest_collection_modifyitems(items):
