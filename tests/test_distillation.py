@@ -185,6 +185,7 @@ def test_the_script_teaches_measures_and_ships(tmp_path, monkeypatch):
     monkeypatch.setattr(irann, "load", lambda name: trained.get(name) or load(name))
     monkeypatch.setattr(irann.shakespeare, "load", lambda: TEXT)
     monkeypatch.setattr(irann.zoo, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "weights").mkdir()
     monkeypatch.setattr(distil, "REPORT", tmp_path / "report.json")
     monkeypatch.setattr(distil, "WRITTEN", 2)
     monkeypatch.setattr(distil, "PROMPT", 4)
