@@ -414,9 +414,15 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
         def eval(self):
             return self
 
-        def generate(self, ids, *, max_new_tokens, do_sample, top_k):
+        def generate(self, ids, *, max_new_tokens, do_sample, top_k, streamer):
             assert do_sample and top_k == 0  # as ours: all characters may come
-            clock(3 + (max_new_tokens - 1) / 5 + (0 if self.started else 50))
+            streamer.put(ids)
+            clock(3 + (0 if self.started else 50))
+            streamer.put(ids[0, :1])
+            for _ in range(max_new_tokens - 1):
+                clock(1 / 5)
+                streamer.put(ids[0, :1])
+            streamer.end()
             self.started = True
 
     peer = SimpleNamespace(MambaConfig=dict, MambaForCausalLM=lambda config: Theirs())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..core.scan import selective_scan
 from ..models.mamba import Mamba, MambaConfig
-from .speed import alternate, in_turn, random_ids, seconds, seeded, summary, write_on
+from .speed import Arrivals, alternate, in_turn, random_ids, seeded, summary, write_on
 
 STATE = 16  # n of every scan here
 PEER = "mambapy, parallel scan"
@@ -126,12 +126,12 @@ def writing(quick: bool) -> dict:
         )
         theirs: Any = MambaForCausalLM(config).eval()
 
-        def write(length: int) -> None:
-            theirs.generate(text[:, :100], max_new_tokens=length, do_sample=True, top_k=0)
-
         def peer() -> float:
-            first = seconds(functools.partial(write, 1))
-            return n / (seconds(functools.partial(write, n + 1)) - first)
+            came = Arrivals()
+            how = {"max_new_tokens": n + 1, "do_sample": True, "top_k": 0}
+            theirs.generate(text[:, :100], **how, streamer=came)
+            _, first, *_, last = came.times  # the prompt comes first
+            return n / (last - first)
 
         runners["transformers, cached, after 100"] = peer
     return {name: summary(rates) for name, rates in alternate(runners, rounds).items()}

@@ -220,6 +220,19 @@ def write_once(
     return first, n / (time.perf_counter() - began)
 
 
+class Arrivals:
+    """What transformers' `generate` takes as a streamer: when the prompt and each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, ids: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is kept back that could be told now."""
+
+
 def write_on(model: Any, prompt: Int[Tensor, "1 t"], n: int) -> float:
     """-> characters per second of the n characters after the first one that follows the prompt."""
     seen = 0
