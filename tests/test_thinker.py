@@ -433,6 +433,14 @@ def test_a_position_that_stops_in_training_is_frozen_as_in_reading(options):
     close(slopes[0], own[0])  # and learns nothing there
 
 
+def test_where_nobody_stops_dropout_is_that_of_training_without():
+    model, text = thinker(dropout=0.3).train(), ids(2, 20)
+    torch.manual_seed(0)
+    plain = model.every_round(text, 6)[0]
+    torch.manual_seed(0)
+    close(model.frozen_rounds(text, 6, torch.full((2,), 2.0))[0], plain)
+
+
 def test_what_is_frozen_in_training_is_what_the_loss_pays_for():
     model, text = thinker(freeze=1.0).train(), ids(3, 21)
     draws = model.draw(text, generator=rng())
