@@ -243,8 +243,18 @@ def where_thinking(
         new = thinking[:, None, :, None]
         k, v = torch.where(new, k, cache[0]), torch.where(new, v, cache[1])
     y = merge_heads(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+    return after_attention(block, x, y, gains), (k, v)
+
+
+def after_attention(
+    block: Block,
+    x: Float[Tensor, "*batch d"],
+    y: Float[Tensor, "*batch d"],
+    gains: Float[Tensor, "2 d"] | None,
+) -> Float[Tensor, "*batch d"]:
+    """The rest of `block`, whose heads have gathered y for the residual stream x."""
     x = x + block.dropout(block.attn.c_proj(y))
-    return x + block.dropout(block.mlp(scale(block.ln_2(x), gains, 1))), (k, v)
+    return x + block.dropout(block.mlp(scale(block.ln_2(x), gains, 1)))
 
 
 # ------------------------------------------------------------ positions that still think, packed
@@ -295,8 +305,7 @@ class Packing:
         q, k, v = (z[0].transpose(0, 1) for z in qkv)
         keys = self.update(cache[0].transpose(1, 2), k).transpose(1, 2)
         values = self.update(cache[1].transpose(1, 2), v).transpose(1, 2)
-        x = x + block.dropout(block.attn.c_proj(self.attend(q, keys, values)))
-        return x + block.dropout(block.mlp(scale(block.ln_2(x), gains, 1))), (keys, values)
+        return after_attention(block, x, self.attend(q, keys, values), gains), (keys, values)
 
     def attend(
         self, q: Float[Tensor, "n h c"], k: Float[Tensor, "b h s c"], v: Float[Tensor, "b h s c"]
