@@ -229,6 +229,8 @@ def test_what_a_training_tells_is_the_mean_of_its_last_twenty_steps_in_nats(caps
     last = dataclasses.replace(last, validation=1.7, parts={})
     lines = list(main_module._ending(*run, last, losses, False))
     assert lines[:2] == [f"1.7000 nats, a bound, {nats}", "go on with:"]
+    (line,) = main_module._ending("mine", Path("there"), last.step + 1, last, losses, False)
+    assert line.startswith(f"stopped at step {last.step:,}, saved in there; go on with: ")
     _, losses = main_module._follow((tick for tick in [last]), 1, True, None)
     assert list(losses) == [9.0] and "step-2 was skipped" in capsys.readouterr().out
 
