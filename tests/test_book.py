@@ -200,12 +200,17 @@ return [...document.querySelectorAll('.bd-article mjx-container:not([display="tr
 ).map(formula => formula.closest("p, li").innerText) })()"""  # formulas in a line that pass the edge of the page
 
 
+TOO_WIDE = """[...document.querySelectorAll("div.math, div.math mjx-container")].filter(
+    box => box.scrollWidth > box.clientWidth + 2
+).map(box => box.innerText)"""  # equations to be scrolled, which hides their numbers
+
+
 CUT = """[...document.querySelectorAll(".cell_input pre")].filter(code => code.scrollWidth > code.clientWidth + 1)
 .map(code => code.innerText)"""
 WIDTHS = """[...document.querySelectorAll(".cell_output img")].map(picture => [picture.clientWidth, picture.naturalWidth])"""
 
 
-def test_a_phone_sets_every_equation_and_at_a_desk_code_fits_and_pictures_are_wide(site, browser):
+def test_a_phone_sets_every_equation_and_at_a_desk_all_fits_and_pictures_are_wide(site, browser):
     page = browser.new_page()
     chapters = sorted(site.glob("notebooks/*.html"))
     for path in [*chapters, site / "book/figures.html", site / "book/api.html"]:
@@ -219,6 +224,7 @@ def test_a_phone_sets_every_equation_and_at_a_desk_code_fits_and_pictures_are_wi
         page.set_viewport_size({"width": 1280, "height": 900})
         page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
         assert page.evaluate(CUT) == [], path.name
+        assert page.evaluate(TOO_WIDE) == [], path.name
         sizes = page.evaluate(WIDTHS)
         assert max(shown for shown, _ in sizes) >= 700, (path.name, sizes)
         assert all(drawn >= 1.9 * shown for shown, drawn in sizes), (path.name, sizes)
