@@ -152,7 +152,10 @@ class Mixer(nn.Module):
     ) -> tuple[Float[Tensor, "b *t e"], Float[Tensor, "b *t n"], Float[Tensor, "b *t n"]]:
         """delta, B and C, each character's own (algorithm 2)."""
         delta, B, C = self.x_proj(u).split_with_sizes(self.split, -1)
-        return F.softplus(self.dt_proj(delta)), B, C
+        delta = self.dt_proj(delta)
+        if not torch.is_grad_enabled():  # a CPU takes ten times as long for steps below e^-28,
+            delta = delta.clamp_(min=-28.0)  # which is already less than float32 can add to 1
+        return F.softplus(delta), B, C
 
 
 class Block(nn.Module):
