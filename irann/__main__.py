@@ -10,7 +10,6 @@ the program, and keeps its traceback.
 import contextlib
 import dataclasses
 import os
-import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -163,7 +162,7 @@ def data(
         config, recipe = zoo.recipe("gpt", "demo")
         for line in runs.look(text, config, recipe, "demo"):
             print(streams.visible(line))
-        print(f"train on it: irann train gpt --corpus {shlex.quote(printable(file))}")
+        print(f"train on it: irann train gpt --corpus {runs.quoted(printable(file))}")
     else:
         text = shakespeare.load(corpus)
         sizes = f"{len(text.train):,} characters to train on, {len(text.val):,} to validate with"
@@ -593,7 +592,7 @@ def _again() -> str:
     if "LOCAL_RANK" in os.environ:
         count = os.environ["LOCAL_WORLD_SIZE"]
         program = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "irann"]
-    return shlex.join([*program, *words, "--resume"])
+    return runs.quoted(*program, *words, "--resume")
 
 
 # ---------------------------------------------------------------------------------- what goes wrong

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import shlex
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +97,12 @@ def nexts(run: Path) -> Iterator[str]:
         ("plot", "how it learned"),
         ("export", "a page to give away, in which it is live"),
     ):
-        yield f"  irann {command} {shlex.quote(place)}".ljust(44) + f"  # {what}"
+        yield f"  irann {command} {quoted(place)}".ljust(44) + f"  # {what}"
+
+
+def quoted(*words: str) -> str:
+    """-> words as they are typed in this system's shell: that of Windows has no single quotes."""
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def listing() -> Iterator[str]:

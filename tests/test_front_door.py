@@ -6,8 +6,9 @@ import importlib.util
 import os
 import re
 import shlex
+import sys
 import tomllib
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import pytest
 
@@ -131,8 +132,11 @@ def test_search_scores_all_that_sphinx_scores():
     assert len(names) > 6 and all(f"  {name}: " in ours for name in names)
 
 
-def test_training_ends_with_commands_that_there_are():
+def test_training_ends_with_commands_that_there_are(monkeypatch):
     told = [line.split()[1] for line in runs.nexts(Path("runs/mine"))]
     assert told == ["sample", "chat", "eval", "plot", "export"]
     assert all("runs/mine" in line for line in runs.nexts(Path("runs/mine")))
     assert all(" 'my runs/mine' " in line for line in runs.nexts(Path("my runs/mine")))
+    monkeypatch.setattr(sys, "platform", "win32")
+    for run, typed in (("runs/mine", r" runs\mine "), ("my runs/mine", r' "my runs\mine" ')):
+        assert all(typed in line for line in runs.nexts(PureWindowsPath(run)))
