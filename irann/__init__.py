@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
 
 
 def _no_chat(*_: Any, **__: Any) -> None:
-    raise ImportError("irann.Chat needs ipywidgets and IPython: pip install 'irann[book]'")
+    raise ImportError('irann.Chat needs ipywidgets and IPython: pip install "irann[book]"')
 
 
 # a watcher thread, on Linux with few cores: how torch's threads wait; see machine.py

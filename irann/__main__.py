@@ -100,7 +100,7 @@ RunOption = _option(
 )
 ResumeOption = _option("go on from the newest checkpoint of the run", "--resume")
 OverwriteOption = _option("throw the run in this directory away and start anew", "--overwrite")
-LogOption = _option("also log to wandb or tensorboard (pip install 'irann[log]')", metavar="TOOL")
+LogOption = _option('also log to wandb or tensorboard (pip install "irann[log]")', metavar="TOOL")
 PromptOption = _option("what the text begins with; - reads it from standard input")
 EncodedOption = _option(
     "also write train_encoded.npy, val_encoded.npy, vocab.json here", metavar="DIR"
@@ -568,7 +568,7 @@ def _logger(
         else:
             return None
     except ImportError:
-        raise InputError(f"--log {tool} needs {tool}: pip install 'irann[log]'") from None
+        raise InputError(f'--log {tool} needs {tool}: pip install "irann[log]"') from None
 
     def log(tick: Tick) -> None:
         row = {"loss": tick.loss, "lr": tick.lr, "chars_per_second": tick.chars_per_second}

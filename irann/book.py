@@ -42,7 +42,7 @@ def folder() -> Path:
     if installed is None:
         raise InputError(
             "the chapters are not on this machine: get the book's folder, and in it "
-            "pip install -e '.[book]'"
+            'pip install -e ".[book]"'
         )
     copy = COPY
     for inside in (Path("notebooks"), Path()):  # who stands in the copy gets no copy of it
@@ -74,7 +74,7 @@ def _sha256(file: Path) -> str:
 def command(*more: str) -> list[str]:
     """-> the book's command; JupyterLab gets `more`. Raises InputError for what is missing."""
     if importlib.util.find_spec("jupyterlab") is None:
-        raise InputError("the book opens in JupyterLab: pip install 'irann[book]'")
+        raise InputError('the book opens in JupyterLab: pip install "irann[book]"')
     return [sys.executable, "-m", "jupyter", "lab", str(folder()), *OPTIONS, *more]
 
 

@@ -56,7 +56,7 @@ def _versions(problems: list[str]) -> Iterator[str]:
             installed.append(f"no {name}")
     yield ", ".join(installed)
     if "no ipywidgets" in installed:
-        problems.append("the chat of the notebooks is missing: pip install 'irann[book]'")
+        problems.append('the chat of the notebooks is missing: pip install "irann[book]"')
 
 
 def _torch(problems: list[str]) -> Iterator[str]:

