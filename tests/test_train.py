@@ -1207,7 +1207,9 @@ def test_two_trainers_one_directory(small, tmp_path):
     (tmp_path / "owner.txt").unlink()
     with pytest.raises(InUse, match="in use by another process; wait for it"):
         next(train(tiny()[0], small, recipe, run=tmp_path))
-    (tmp_path / "owner.txt").touch()
+    (tmp_path / "owner.txt").write_bytes("process 5 on Zoë".encode("latin-1"))
+    with pytest.raises(InUse, match="in use by process 5 on Zo\ufffd; wait for it"):
+        next(train(tiny()[0], small, recipe, run=tmp_path))
     first.close()
     assert not (tmp_path / "owner.txt").exists()
     assert list(train(model, small, recipe, run=tmp_path, resume=True))

@@ -139,7 +139,7 @@ class Run:
         except filelock.Timeout:
             owner = "another process"
             with suppress(OSError):
-                owner = (self.folder / "owner.txt").read_text().strip()
+                owner = (self.folder / "owner.txt").read_text("utf-8", "replace").strip()
             way_out = "wait for it, stop it, or choose another --run"
             if owner.startswith(f"process {os.getpid()} on {platform.node()},"):
                 way_out = "that is this one: close() its ticks that are still open"
@@ -173,7 +173,7 @@ class Run:
                 log.unlink(missing_ok=True)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {platform.node()}, since {since}\n"
-        (self.folder / "owner.txt").write_text(owner)
+        (self.folder / "owner.txt").write_text(owner, "utf-8", "replace")
 
     def _release(self) -> None:
         if self.lock.is_locked:
