@@ -167,7 +167,7 @@ class PageThinker(RecurrentDepth):
     ) -> Iterator[Draft]:
         """A draft per refinement, until nothing is masked: all guesses, and how many are kept."""
         if rule["keep"] < 1:  # a page takes as many draws as its slowest row: they are its own
-            seed = torch.randint(2**62, (), generator=generator, device=ids.device)
+            seed = torch.randint(2**31, (), generator=generator, device=ids.device)  # MPS: 32 bits
             generator = torch.Generator(ids.device).manual_seed(int(seed))
         steps = rule["steps"] or max(1, math.ceil(int(masked.any(0).sum()) / 2))
         hidden = None
