@@ -24,6 +24,7 @@ import re
 import secrets
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,13 +73,14 @@ def environment() -> dict[str, Any]:
         compiler = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
     except ValueError:  # a quote is not closed
         compiler = ""
+    wanted = os.environ.get("IRANN_KERNEL") != "0" and sys.platform != "win32"
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "kernel": os.environ.get("IRANN_KERNEL") != "0" and shutil.which(compiler) is not None,
+        "kernel": wanted and shutil.which(compiler) is not None,
     }
 
 

@@ -16,7 +16,7 @@ from conftest import refuses
 from helpers import threads
 from test_scan import close, draw, everything
 
-from irann import kernels
+from irann import checkpoint, kernels
 from irann.core.scan import selective_scan, step
 from irann.kernels import chunked, native
 
@@ -58,6 +58,12 @@ def test_without_a_kernel_torch_takes_over_in_silence(fault, fresh, monkeypatch,
         selective_scan(*inputs[:6], method="native")
     assert "cpu: chunked (no C kernel: " in kernels.describe()
     assert capfd.readouterr() == ("", "")
+
+
+def test_on_windows_where_gcc_s_vectors_end_a_process_torch_takes_over(fresh, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert kernels.describe().startswith("cpu: chunked (no C kernel: GCC on Windows")
+    assert not checkpoint.environment()["kernel"] and not fresh.exists()
 
 
 @needs_compiler

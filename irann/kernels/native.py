@@ -1,4 +1,5 @@
-"""The selective scan in C (scan.c), with the state in registers: for a CPU with a compiler.
+"""The selective scan in C (scan.c), with the state in registers: for a CPU with a compiler, but not
+on Windows.
 
 Built once per machine at the first scan, and kept in the cache (IRANN_CACHE, else
 XDG_CACHE_HOME/irann, else ~/.cache/irann). The compiler is CC, which may carry arguments ("gcc
@@ -13,6 +14,7 @@ import math
 import os
 import shlex
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -92,6 +94,8 @@ def why_not(n: int, dtype: torch.dtype) -> str:
     """-> why there is no kernel for n states of a dtype, in words; empty if there is one."""
     if os.environ.get("IRANN_KERNEL") == "0":
         return "IRANN_KERNEL is 0"
+    if sys.platform == "win32":  # whose stack is aligned to 16 bytes: the process would end
+        return "GCC on Windows misplaces its vectors (GCC's bug 54412)"
     if not 1 <= n <= 64:
         return f"it is for 1 to 64 states; got {n}"
     if dtype not in REALS:
