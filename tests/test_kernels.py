@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -333,6 +334,23 @@ def test_triton_is_refused_where_it_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with refuses("CUDA"):
         selective_scan(*draw(1, 2, 1, 1)[:5], method="triton")
+
+
+def test_a_triton_that_cannot_build_what_launches_it_is_not_taken(monkeypatch):
+    runtime = pytest.importorskip("triton.runtime")
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find\nC compiler")
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(kernels, "_no_driver", kernels._no_driver.__wrapped__)
+    for driver, best in (SimpleNamespace(active=1), "triton"), (Driver(), "trees"):
+        monkeypatch.setattr(runtime, "driver", driver)
+        assert kernels.fastest("cuda", 16, torch.float32) == best
+    assert "no driver (Failed to find C compiler)" in kernels.describe()
 
 
 @needs_compiler

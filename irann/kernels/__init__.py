@@ -9,6 +9,7 @@ call. vmap runs it row by row, and forward mode (jvp) it does not have: method="
 The environment variable IRANN_KERNEL=0 switches the C kernel off.
 """
 
+import functools
 import importlib.util
 import os
 
@@ -57,8 +58,26 @@ def why_not(method: str, device: str, n: int, dtype: torch.dtype) -> str:
     if method == "triton":
         if not HAS_TRITON:
             return "Triton is not installed"
-        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return ""
+        if device != "cuda":
             return f"it wants a CUDA GPU, or the interpreter (TRITON_INTERPRET=1); got {device}"
+        return _no_driver()
+    return ""
+
+
+@functools.cache
+def _no_driver() -> str:
+    """-> why Triton can launch nothing on this machine's GPU, in words; empty if it can.
+
+    To launch, it builds a piece of C: without a C compiler or Python's headers it has no driver.
+    """
+    from triton.runtime import driver
+
+    try:
+        driver.active  # noqa: B018 (it is made when asked for)
+    except Exception as error:
+        return f"Triton has no driver ({' '.join(str(error).split())})"
     return ""
 
 
