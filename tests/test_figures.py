@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.font_manager import FontProperties
 
 from irann import figures, zoo
+from irann.figures import attention
 
 
 @pytest.fixture
@@ -186,6 +187,21 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
     assert ax.figure.axes[1].get_ylabel() == "weight"
     ax = figures.heat(torch.eye(2), "ab", "ab", bar=False)
     assert ax.figure.axes == [ax]
+    plt.close("all")
+
+
+def test_weights_on_a_gpu_are_drawn():
+    class OnGPU(torch.Tensor):
+        def __array__(self, *_, **__):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    weights = torch.eye(2).expand(1, 2, 2, 2)
+    drawn = figures.heat(weights[0, 0].as_subclass(OnGPU), "ab", "ab")
+    assert drawn.images[0].get_array().tolist() == [[1, 0], [0, 1]]
+    assert attention.maps(weights.as_subclass(OnGPU), "ab").axes
     plt.close("all")
 
 

@@ -140,7 +140,8 @@ def heat(
     """Draw a matrix (rows columns) of characters; `label` names the colours of the bar."""
     inches = 1.5 + 0.15 * max(len(rows), len(columns), 20)
     ax = _axes(ax, figsize=(inches, inches))
-    image = ax.imshow(torch.as_tensor(weights), cmap=cmap, vmin=vmin, vmax=vmax, aspect="equal")
+    weights = torch.as_tensor(weights).cpu()  # a model on a GPU gives them there
+    image = ax.imshow(weights, cmap=cmap, vmin=vmin, vmax=vmax, aspect="equal")
     ax.set_xticks(range(len(columns)), visible(columns), fontsize=SMALL, family="monospace")
     ax.set_yticks(range(len(rows)), visible(rows), fontsize=SMALL, family="monospace")
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)

@@ -144,6 +144,7 @@ def maps(weights: Float[Tensor, "layers h t s"], line: str) -> Any:
     """
     import matplotlib.pyplot as plt
 
+    weights = weights.cpu()  # a model on a GPU gives them there
     layers, h = weights.shape[:2]
     figure: Any = plt.figure(figsize=(7.2, 3.9 + 1.35 * layers), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(1.35 * layers, 3.9))
