@@ -661,7 +661,7 @@ def _expected(error: Exception) -> tuple[int, str] | None:
 
 def _no_memory(error: Exception) -> bool:
     words = str(error)
-    refused = "allocate" in words and "memory" in words
+    refused = "out of memory" in words or ("allocate" in words and "memory" in words)
     too_large = "Storage size calculation overflowed" in words or "Overflow when unpacking" in words
     allocation = isinstance(error, RuntimeError | TypeError) and (refused or too_large)
     return allocation or isinstance(error, MemoryError)

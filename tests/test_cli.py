@@ -174,6 +174,15 @@ def test_a_device_that_is_not_here_is_refused_and_of_several_each_process_has_it
     assert main_module._device("auto") == main_module._device("mps") == torch.device("mps")
 
 
+def test_a_gpu_that_others_have_filled_is_told_in_a_sentence(run, trained, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
+
+    monkeypatch.setattr(main_module.zoo, "load", full)
+    code, _, err = run("sample", trained)
+    assert code == 1 and err.startswith("irann: the memory of this machine is too small")
+
+
 def test_a_text_that_is_called_tiny_shakespeare_is_read(run):
     Path("tiny-shakespeare").write_text("Who is there?\n" * 60)
     assert main_module._corpus(Path("tiny-shakespeare")).source == "tiny-shakespeare"

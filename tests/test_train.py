@@ -1422,7 +1422,8 @@ def test_weights_that_do_not_fit_are_one_line(small, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", ["CUDA out of memory. Tried to allocate", "can't allocate memory"]
+    "words",
+    ["CUDA out of memory. Tried to allocate", "can't allocate memory", "CUDA error: out of memory"],
 )
 def test_too_little_memory_to_resume_is_no_fault_of_the_checkpoint(
     small, tmp_path, monkeypatch, words

@@ -207,7 +207,8 @@ class Run:
             self._warn_of_differences(folder, saved)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            if "allocate" in reason and "memory" in reason:  # which is no fault of the checkpoint
+            refused = "allocate" in reason and "memory" in reason
+            if refused or "out of memory" in reason:  # which is no fault of the checkpoint
                 raise
             raise CheckpointError(f"{folder} does not fit: {reason}") from None
         notes = []
