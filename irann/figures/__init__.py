@@ -93,7 +93,7 @@ def learning_curve(
     if not ticks:
         raise InputError("there is no step to draw: a run that is done takes none")
     ax = _axes(ax)
-    losses = torch.tensor([tick.loss for tick in ticks])
+    losses = torch.tensor([tick.loss for tick in ticks], device="cpu")
     span = max(1, min(20, len(losses) // 4))
     x = [getattr(tick, against) for tick in ticks]
     ax.plot(x, losses, color=colour(name), alpha=0.25, lw=0.8)
