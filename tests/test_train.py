@@ -1326,6 +1326,17 @@ def test_another_machine_is_warned_of(small, tmp_path, name, then):
     assert len(told) == 1
 
 
+@pytest.mark.parametrize("device, why", [("cuda", "no fixed order"), ("mps", "generator of mps")])
+def test_a_gpu_s_run_is_gone_on_with_and_a_warning(small, tmp_path, monkeypatch, device, why):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a slate")
+    model, recipe = tiny()
+    state = State(model, small, recipe)
+    state.device = torch.device(device)
+    with pytest.warns(UserWarning, match=f"{why}.*: not bitwise from here on") as told:
+        run.Run(tmp_path, state)._warn_of_differences(tmp_path, state.snapshot())
+    assert len(told) == 1
+
+
 def test_resuming_in_another_precision_is_warned_of_and_goes_on(small, tmp_path):
     model, recipe = tiny(steps=4)
     left_after(1, train(model.double(), small, recipe, run=tmp_path))

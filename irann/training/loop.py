@@ -74,14 +74,15 @@ def train(
     part, which a model that reads from left to right learns in place of the characters themselves.
 
     With `run`, a directory, checkpoints and metrics.jsonl are kept there; `resume` goes on from its
-    newest valid checkpoint, bitwise as if never stopped; `overwrite` starts it anew. Without `run`
-    nothing is written. `stop` is asked after each step. Once it answers with a signal's number (as
-    `Signals` does), a checkpoint is saved and the ticks end, the last one with `interrupted`. A
-    SIGINT, SIGTERM or SIGHUP that comes while a step runs does the same where its handler is the
-    default one; a second SIGINT quits at once. Between two steps the generator holds no handler;
-    whatever else ends the loop there, a checkpoint is saved too: at once in `watch` and `progress`
-    or where the generator has no name, else at its `close()`. The model stays in training mode,
-    with its averaged weights if the recipe keeps them, or after a `break` with the raw ones.
+    newest valid checkpoint, on a CPU bitwise as if never stopped; `overwrite` starts it anew.
+    Without `run` nothing is written. `stop` is asked after each step. Once it answers with a
+    signal's number (as `Signals` does), a checkpoint is saved and the ticks end, the last one with
+    `interrupted`. A SIGINT, SIGTERM or SIGHUP that comes while a step runs does the same where its
+    handler is the default one; a second SIGINT quits at once. Between two steps the generator holds
+    no handler; whatever else ends the loop there, a checkpoint is saved too: at once in `watch` and
+    `progress` or where the generator has no name, else at its `close()`. The model stays in
+    training mode, with its averaged weights if the recipe keeps them, or after a `break` with the
+    raw ones.
 
     Raises NotFinite; InputError for what cannot be trained; CheckpointError when the run's
     checkpoints cannot be used or belong to another model, vocabulary or corpus; RunError when the

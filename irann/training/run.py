@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from .loop import Tick
 
 FREE = ("evaluate_every", "save_every", "compile")  # a recipe may change these on the way
+INEXACT = {  # why a run on such a device cannot be gone on with bitwise
+    "cuda": "is of a GPU, where torch adds up some gradients in no fixed order",
+    "mps": "does not keep the random generator of mps",
+}
 IDS = "train and val of SHA-256"  # which an older edition's runs do not tell
 
 
@@ -226,11 +230,9 @@ class Run:
                     "not bitwise from here on",
                     stacklevel=2,
                 )
-        if self.state.device.type == "mps":
-            warnings.warn(
-                f"{folder} does not keep the random generator of mps: not bitwise from here on",
-                stacklevel=2,
-            )
+        device = self.state.device.type
+        if device in INEXACT:
+            warnings.warn(f"{folder} {INEXACT[device]}: not bitwise from here on", stacklevel=2)
 
 
 def _check_fits(folder: Path, saved: Snapshot, state: State) -> None:
