@@ -191,10 +191,13 @@ def test_a_matrix_has_its_rows_down_and_its_columns_across(ax):
     plt.close("all")
 
 
-def test_weights_on_a_gpu_are_drawn():
+def test_what_lies_on_a_gpu_is_drawn():
     class OnGPU(torch.Tensor):
         def __array__(self, *_, **__):
             raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+        def double(self):
+            raise TypeError("the MPS framework doesn't support float64")
 
         def cpu(self):
             return self.as_subclass(torch.Tensor)
@@ -203,6 +206,7 @@ def test_weights_on_a_gpu_are_drawn():
     drawn = figures.heat(weights[0, 0].as_subclass(OnGPU), "ab", "ab")
     assert drawn.images[0].get_array().tolist() == [[1, 0], [0, 1]]
     assert attention.maps(weights.as_subclass(OnGPU), "ab").axes
+    assert figures.on_text("ab", weights[0, 0, 0].as_subclass(OnGPU)).patches
     plt.close("all")
 
 

@@ -181,7 +181,7 @@ def on_text(
         if character == "\n" or column == width:
             row, column = row + 1, 0
     ax = _axes(ax, figsize=(width * 0.115, 0.24 * (row + 1) + 0.5))
-    values = torch.as_tensor(values).double()
+    values = torch.as_tensor(values).cpu().double()  # not every device has doubles
     low = values.min().item() if low is None else low
     high = values.max().item() if high is None else high
     shades = ScalarMappable(Normalize(low, high), cmap)
