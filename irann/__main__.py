@@ -541,6 +541,13 @@ def _processes(device: str) -> Iterator[tuple[int, torch.device]]:
     import torch.distributed as dist
 
     if own.type == "cuda":  # NCCL talks from the current GPU: the first one, unless told so
+        processes = int(os.environ["LOCAL_WORLD_SIZE"])
+        gpus = torch.cuda.device_count()
+        if processes > gpus:
+            raise InputError(
+                f"{processes} processes want a GPU each, here there are {gpus}: start fewer "
+                f"(--nproc-per-node={gpus}), or use --device cpu"
+            )
         torch.cuda.set_device(own)
     dist.init_process_group("nccl" if own.type == "cuda" else "gloo")
     try:

@@ -174,6 +174,18 @@ def test_a_device_that_is_not_here_is_refused_and_of_several_each_process_has_it
     assert main_module._device("auto") == main_module._device("mps") == torch.device("mps")
 
 
+def test_more_processes_than_gpus_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda _: 1 / 0)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for count, error in ("3", "start fewer .--nproc-per-node=2"), ("2", "division by zero"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        with pytest.raises((InputError, ZeroDivisionError), match=error):
+            main_module._processes("cuda").__enter__()
+
+
 def test_a_gpu_that_others_have_filled_is_told_in_a_sentence(run, trained, monkeypatch):
     def full(*_, **__):
         raise RuntimeError("CUDA error: out of memory\nCompile with `TORCH_USE_CUDA_DSA`")
