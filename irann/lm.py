@@ -26,6 +26,7 @@ from .text import Vocabulary
 
 LENGTH = Setting(0, "characters to write", low=0, high=10_000_000)
 SEED = Setting(0, "the same seed gives the same text", low=0, high=2**62)
+DRAWS = Setting(4, "masks, or noise levels, by which a page's bound is estimated", low=1)
 Ids = Integer[Tensor, "b t"]  # uint8 too
 Nats = Float[Tensor, "b t-1"]  # of `ids[:, 1:]`
 Loss = tuple[Float[Tensor, ""], dict[str, Tensor]]

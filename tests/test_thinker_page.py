@@ -58,6 +58,8 @@ def test_bound_is_the_mean_over_all_masks():
     model.lm_head.weight.zero_()  # guesses that know nothing cost ln 65 each: the bound is tight
     mean = model.nll(ids(3, 25), generator=rng()).mean().item()
     assert mean == pytest.approx(math.log(65), rel=1e-10)
+    with refuses("draws is a whole number from 1 up; got 0"):
+        model.nll(text, draws=0)
 
 
 def test_as_many_positions_are_masked_as_should_be():

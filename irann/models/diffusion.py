@@ -34,6 +34,7 @@ from torch import Generator, Tensor
 from ..core import noise
 from ..core.noise import Bound
 from ..lm import (
+    DRAWS,
     Draft,
     Ids,
     Loss,
@@ -98,8 +99,7 @@ class Diffusion(Denoiser):
     def draw(self, ids: Ids, *, generator: Generator | None = None) -> dict[str, Tensor]:
         """Mask, noise level and its probability, noise, and the rows that are self-conditioned.
 
-        `weight` turns a mean over all positions into one over the masked positions of the whole
-        batch.
+        `weight` turns a mean over positions into one over the masked ones of the whole batch.
         """
         self.absorb()  # for loops that never call it; after the trainer's call it does nothing
         device = ids.device
@@ -119,8 +119,7 @@ class Diffusion(Denoiser):
         }
 
     def loss(self, ids: Ids, draws: dict[str, Any] | None = None) -> Loss:
-        """Cross-entropy of the masked characters at adaptive noise levels, plus rounding, in nats
-        per character.
+        """Masked characters' cross-entropy at adaptive levels, plus rounding; nats per character.
 
         A surrogate, not a likelihood. `bound_nats_per_char` among the parts is a one-draw estimate
         of the bound for these masks, half of it without self-conditioning; `nll` scores by page.
@@ -163,6 +162,7 @@ class Diffusion(Denoiser):
         sum over noise levels is estimated without bias from `draws` of them per page.
         """
         ids = self.check_ids(ids)
+        draws = DRAWS.check("draws", draws)
         nothing = self.word_embedding.new_zeros(len(ids), 0)
         parts = [Bound(nothing, nothing[None], nothing)]
         for start in range(1, ids.shape[1], self.config.page):

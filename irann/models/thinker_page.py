@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Generator, Tensor
 
 from ..lm import (
+    DRAWS,
     Draft,
     Ids,
     Loss,
@@ -125,6 +126,7 @@ class PageThinker(RecurrentDepth):
     def nll(self, ids: Ids, *, generator: Generator | None = None, draws: int = 4) -> Nats:
         """An unbiased estimate of each character's part of the bound: the mean over masks drawn."""
         ids = self.check_ids(ids)
+        draws = DRAWS.check("draws", draws)
         b, t = ids.shape
         first = torch.ones(b, dtype=torch.long, device=ids.device)
         total = torch.zeros(b, t, device=ids.device)
