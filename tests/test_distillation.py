@@ -141,7 +141,7 @@ def test_a_window_that_the_text_does_not_hold_is_refused():
         return torch.zeros(*ids.shape, VOCABULARY), None
 
     longest = len(TEXT.train) - 1
-    for window in (1, longest + 1):
+    for window in (-3, 1, longest + 1):
         with pytest.raises(InputError, match=f"a window is of 2 to {longest} .*; got {window}"):
             soft_targets([read], TEXT, window)
     for window in (2, longest):
@@ -154,6 +154,7 @@ def test_teachers_that_cannot_teach_this_text_are_refused():
     config, _ = irann.recipe("gpt", "tiny", window=16, vocabulary=VOCABULARY + 1)
     for reads, more, said in (
         ([], {}, "at least one teacher"),
+        ([teacher(1)], {}, "by its reading"),
         ([other.read], {}, "not those that the model was trained on"),
         ([partial(other.read)], {}, "not those that the model was trained on"),
         ([irann.build("gpt", config).read], {}, f"{VOCABULARY + 1} different .* has {VOCABULARY}"),

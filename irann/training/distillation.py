@@ -31,10 +31,11 @@ def soft_targets(
     `reads` are the teachers' `read`, in eval mode and on the CPU, with settings bound as by
     `functools.partial`. A position is predicted from at least half a `window` before it; at the
     beginning of the text from all that is there, and the very first, from nothing, is uniform.
-    Raises InputError without teachers, and for one that expects other characters.
+    Raises InputError without teachers, for one that expects other characters, and for a window that
+    the text does not hold.
     """
-    if not reads:
-        raise InputError("at least one teacher is needed: irann.load('gpt').read is one's reading")
+    if not reads or any(isinstance(read, LanguageModel) for read in reads):
+        raise InputError("at least one teacher is needed, by its reading: [irann.load('gpt').read]")
     batch = BATCH.check("batch", batch)
     for read in reads:
         teacher = getattr(getattr(read, "func", read), "__self__", None)
@@ -42,7 +43,7 @@ def soft_targets(
             check_vocabulary(teacher, text)
     half = window // 2
     last = len(text.train) - window - 1
-    if last < 0 or not half:
+    if last < 0 or half < 1:
         raise InputError(
             f"a window is of 2 to {len(text.train) - 1:,} characters of this training part; "
             f"got {window}"
