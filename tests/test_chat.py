@@ -1438,6 +1438,8 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here, monkeypatch
     assert widget.layer.options == (("all", -1), ("1", 0), ("2", 1)) == widget.head.options
     torch.testing.assert_close(shown.map("attention", 1, 0), attention[1, 0])
     torch.testing.assert_close(shown.map("attention", head=1), attention[:, 1].mean(0))
+    with pytest.raises(IndexError):  # not NaN, the mean of nothing
+        shown.map("attention", 99)
     torch.testing.assert_close(shown.maps["attention"], attention.mean((0, 1)))
     p = session.model(ids)[0, 7].softmax(-1)
     likeliest, value = shown.likely[7][0]

@@ -107,10 +107,12 @@ class Inspection:
     def map(
         self, name: str, layer: int | None = None, head: int | None = None
     ) -> Float[Tensor, "t t"]:
-        """-> the weights of one layer and head, or their mean over all where None is given."""
+        """-> the weights of one layer and head, or their mean over all where None is given. Raises
+        IndexError for a layer or head that there is not.
+        """
         weights = self.heads[name]
-        weights = weights if layer is None else weights[layer : layer + 1]
-        weights = weights if head is None else weights[:, head : head + 1]
+        weights = weights if layer is None else weights[[layer]]
+        weights = weights if head is None else weights[:, [head]]
         return weights.mean((0, 1))
 
 
