@@ -1461,10 +1461,13 @@ def test_the_inside_is_aimed_at_a_character_a_layer_and_a_head(here, monkeypatch
     widget.picked.value = "9999"
     assert widget.position.value == widget.position.max
     square = torch.eye(len(shown.text))
-    deep = {"attention": square.expand(3, 1, *square.shape)}
+    deep = {"attention": square.expand(3, 1, *square.shape), "one": square.expand(1, 1, -1, -1)}
     monkeypatch.setattr(session.model, "inspect", lambda ids, **_: deep)
     widget.inspect()
     assert [len(aim.options) for aim in (widget.layer, widget.head)] == [4, 2]  # and "all"
+    widget.layer.value = 2
+    widget.kind.value = "one"
+    assert "all layers" in widget.view.value and "nan" not in widget.view.value
 
 
 def test_a_model_of_another_text_goes_on_with_it(here):

@@ -451,7 +451,9 @@ class Chat(w.VBox):
         for aim in (self.layer, self.head):
             aim.layout.display = "" if aimed else "none"
         self.position.layout.display = "" if aimed or shown.likely else "none"
-        chosen = [aim.value if aim.value != ALL else None for aim in (self.layer, self.head)]
+        sizes = shown.heads[self.kind.value].shape if aimed else ()
+        aims = zip((self.layer, self.head), sizes)  # another map may have had more of them
+        chosen = [aim.value if aim.value in range(size) else None for aim, size in aims]
         self.view.value = html.inspection_html(shown, self.kind.value, self.position.value, *chosen)
 
     def __repr__(self) -> str:
