@@ -99,12 +99,15 @@ def test_weights_and_losses_are_drawn_as_they_are():
     assert [bar.get_center()[0] for bar in panels[0].patches] == [1, 2, 3, 4]
     assert [panel.get_title(loc="left") for panel in panels] == ["bare", "scaled"]
     assert (panels[0].get_xlabel(), panels[0].get_ylabel()) == ("key", "attention weight")
+    assert len(attention.bars({"alone": sure[:1]})) == 1
 
     ax = attention.curve(
         plt.subplots()[1], [float(i) for i in range(40)], 500, color="C0", label=""
     )
     assert list(ax.lines[1].get_xdata()[:2]) == [5.5, 6.0]  # in thousands, centred
     assert list(ax.lines[1].get_ydata()[:2]) == [10.0, 11.0]
+    attention.curve(ax, [1.0, 2.0, 6.0], 500, color="C0", label="")
+    assert (*ax.lines[3].get_xdata(), *ax.lines[3].get_ydata()) == (1.0, 3.0)
 
 
 def test_the_two_heads_drawn_large_are_the_ones_the_titles_say():

@@ -89,6 +89,8 @@ def test_a_learning_curve_s_mean_stands_at_the_end_of_what_it_is_of(ax, against,
     assert ax.get_xlabel().startswith(against) and ax.get_ylabel() == "nats per character"
     with refuses("no step to draw"):
         figures.learning_curve([])
+    with refuses("against is one of step, seconds, characters; got 'steps'"):
+        figures.learning_curve(ticks, against="steps", ax=ax)
 
 
 def test_a_long_learning_curve_is_smoothed_over_twenty_steps_in_the_hue_of_its_model(ax):
@@ -243,6 +245,9 @@ def test_a_text_is_broken_at_newlines_and_at_the_width(ax):
     assert ax.figure.axes == [ax]
     figures.on_text("ab", [2.0, 3.0], label="nats", ax=ax)
     assert ax.figure.axes[1].get_ylabel() == "nats" and ax.figure.axes[1].get_ylim() == (2, 3)
+    for text, values in (("abc", [1.0, 2.0]), ("", [])):  # `nll` has one value less than its text
+        with refuses(rf"\({len(values)},\) for {len(text)} characters"):
+            figures.on_text(text, values, ax=ax)
 
 
 def test_a_cell_that_runs_long_says_so_every_second_and_at_its_end_how_long(monkeypatch):

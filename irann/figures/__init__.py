@@ -88,8 +88,10 @@ def learning_curve(
     label: str | None = None,
 ) -> Any:
     """Draw the loss of ticks, against step, seconds or characters, and reference lines, such as
-    `figures.REFERENCES` for tiny-shakespeare.
+    `figures.REFERENCES` for tiny-shakespeare. Raises InputError without ticks.
     """
+    if against not in SEEN:
+        raise InputError(f"against is one of {', '.join(SEEN)}; got {against!r}")
     if not ticks:
         raise InputError("there is no step to draw: a run that is done takes none")
     ax = _axes(ax)
@@ -182,6 +184,9 @@ def on_text(
             row, column = row + 1, 0
     ax = _axes(ax, figsize=(width * 0.115, 0.24 * (row + 1) + 0.5))
     values = torch.as_tensor(values).cpu().double()  # not every device has doubles
+    if not text or values.shape != (len(text),):
+        got = f"{tuple(values.shape)} for {len(text)} characters"
+        raise InputError(f"a text is drawn with a value for each of its characters; got {got}")
     low = values.min().item() if low is None else low
     high = values.max().item() if high is None else high
     shades = ScalarMappable(Normalize(low, high), cmap)

@@ -113,7 +113,7 @@ def bars(scores: dict[str, Float[Tensor, "1 s"]]) -> Any:
     """Draw the attention weights that rows of scores make, side by side."""
     import matplotlib.pyplot as plt
 
-    _, panels = plt.subplots(1, len(scores), figsize=(7.2, 2.2), sharey=True)
+    _, ((*panels,),) = plt.subplots(1, len(scores), figsize=(7.2, 2.2), sharey=True, squeeze=False)
     for ax, (name, z) in zip(panels, scores.items()):
         ax.bar(range(1, z.shape[1] + 1), z[0].softmax(-1), color=HUES["gpt"])
         ax.set(title=name, xlabel="key", ylabel="attention weight", ylim=(0, 1))
@@ -129,18 +129,21 @@ def slide(draw: Callable[[Any], Any], options: Sequence[Any], *, value: Any, nam
 
 
 def curve(ax: Any, losses: Sequence[float], characters: int, *, color: str, label: str) -> Any:
-    """Draw losses pale, and their centred mean over 21 steps; a step has so many `characters`."""
+    """Draw losses pale, and their centred mean over 21 steps, or all of fewer; a step has so many
+    `characters`.
+    """
+    span = min(21, len(losses))
     at = characters * torch.arange(1, len(losses) + 1) / 1000
     ax.plot(at, losses, color=color, alpha=0.25, lw=0.8)
-    mean = torch.tensor(losses).unfold(0, 21, 1).mean(1)
-    ax.plot(at[10:-10], mean, color=color, label=label)
+    mean = torch.tensor(losses).unfold(0, span, 1).mean(1)
+    ax.plot(at[span // 2 :][: len(mean)], mean, color=color, label=label)
     ax.set(xlabel="thousands of characters seen", ylabel=NATS)
     return ax
 
 
 def maps(weights: Float[Tensor, "layers h t s"], line: str) -> Any:
     """Draw every head small, and below two of them with their characters: the one that looks most
-    at the position just before, and the one that agrees most on one position.
+    at the position just before, and the one that agrees most on one position. -> the figure
     """
     import matplotlib.pyplot as plt
 
