@@ -207,7 +207,7 @@ class Reader(LanguageModel):
     ) -> Iterator[Draft]:
         """`settings` are temperature, top_k, top_p, and those of `read`.
 
-        An empty prompt starts from character 0, the newline of a sorted vocabulary. Raises
+        An empty prompt starts from character 0, the newline where no tab sorts before it. Raises
         InputError for ids that are not characters of the model, and for a setting or a length out
         of range, before any work.
         """
@@ -404,7 +404,10 @@ def generate(
 def stream(
     model: LanguageModel, prompt: str, n: int = 200, *, seed: int | None = None, **settings: Any
 ) -> Iterator[Draft]:
-    """Text in, drafts out: the same while it is written. An empty prompt is read as a newline."""
+    """Text in, drafts out: the same while it is written.
+
+    An empty prompt is read as a newline; by a model that has none, as its first character.
+    """
     vocabulary = vocabulary_of(model)
     newline = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
     ids = vocabulary.encode(prompt or newline)

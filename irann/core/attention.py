@@ -31,7 +31,11 @@ def causal_mask(
 def attention_weights(
     q: Float[Tensor, "b h t c"], k: Float[Tensor, "b h s c"], *, causal: bool = True
 ) -> Float[Tensor, "b h t s"]:
-    """The softmax of the scores over s: each row sums to one."""
+    """The softmax of the scores over s: each row sums to one.
+
+    With `causal` that holds for t up to s: a query before the first key sees none, and its row is
+    NaN.
+    """
     fit = scores(q, k)
     if causal:
         mask = causal_mask(*fit.shape[-2:], device=fit.device)

@@ -136,7 +136,7 @@ class Schedule:
 
     def evenly(self, count: int) -> list[int]:
         """-> `count` noise levels from T down to 1 (of one, T alone), as evenly spaced as whole
-        numbers allow. Raises ValueError for more than there are.
+        numbers allow. Raises ValueError for none, and for more than there are.
         """
         if not 1 <= count <= self.steps:
             raise ValueError(

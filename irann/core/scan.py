@@ -66,7 +66,8 @@ def step(
 ) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b e n"]]:
     """One position of the recurrence, for writing -> y in u's dtype and the next state in its own.
 
-    Raises ValueError when the shapes do not belong together.
+    u, delta, A, B and C are of one dtype. Raises ValueError when the shapes do not belong
+    together.
     """
     if state is None:
         raise ValueError("a step wants a state (b e n)")

@@ -42,7 +42,7 @@ class MambaConfig(Checked):
     """Sizes and options; the defaults are the paper's choices at a size for two CPU cores."""
 
     vocabulary: int = field(65, "different characters", low=1)
-    window: int = field(256, "characters seen at once; matters in training only", low=1)
+    window: int = field(256, "characters seen at once in training and evaluation", low=1)
     layers: int = field(4, "Mamba blocks", low=1)
     width: int = field(128, "of the residual stream", low=1)
     d_inner: int | None = field(None, "inner width, e; null: twice `width`", low=1, kind=int)
@@ -262,7 +262,9 @@ class Mamba(Reader):
         return mamba_from_transformers(source, window=window)
 
     def to_transformers(self) -> Any:
-        """-> the same model as a `MambaForCausalLM`, which save_pretrained writes to a folder."""
+        """-> the same model as a `MambaForCausalLM`, which save_pretrained writes to a folder.
+        Raises InputError for an inner width that is no multiple of the width.
+        """
         from .interop import mamba_to_transformers
 
         return mamba_to_transformers(self)

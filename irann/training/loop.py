@@ -46,7 +46,7 @@ class Tick:
     step: int
     loss: float
     parts: dict[str, float]
-    lr: float
+    lr: float  # AdamW's in this step; Muon's is as much of `muon_lr`
     seconds: float
     chars_per_second: float
     grad_norm: float = 0.0  # before clipping

@@ -32,7 +32,9 @@ class Recipe(Checked):
         "how the learning rate falls after the warm-up",
         choices=("linear", "cosine", "constant"),
     )
-    final_lr_factor: float = field(0.0, "the last learning rate over the full", low=0.0, high=1.0)
+    final_lr_factor: float = field(
+        0.0, "what the learning rate falls towards, over the full", low=0.0, high=1.0
+    )
     ema_decay: float = field(
         0.0, "of the weights' exponential moving average; 0: none", low=0.0, high=1.0
     )
