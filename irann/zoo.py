@@ -403,7 +403,11 @@ def _load_run(run: Path, say: Callable[[str], None] | None) -> LanguageModel:
 
 
 def card(name: str) -> dict:
-    """-> the card of weights that ship. Raises CheckpointError if it is damaged."""
+    """-> the card of weights that ship. Raises CheckpointError if it is damaged, InputError for a
+    name under which none ship.
+    """
+    if name not in shipped():
+        raise InputError(f"no weights ship as {name!r}; there are {', '.join(shipped())}")
     path = WEIGHTS / f"{name}.json"
     with _shipped_whole(name):
         content = json.loads(path.read_bytes())

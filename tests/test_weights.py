@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import excite
+from conftest import excite, refuses
 from helpers import rng
 from safetensors.torch import load_file
 
@@ -62,6 +62,8 @@ def test_the_card_tells_how_it_was_made(name):
 
 def test_what_is_learnt_from_others_ships_beside_them():
     told, model = card("gpt-distilled"), zoo.load("gpt-distilled")
+    with refuses("no weights ship as 'gpt-destilled'; there are .*gpt-distilled"):
+        zoo.card("gpt-destilled")
     assert told["command"] == "python book/distil.py" and told["teachers"] == TEACHERS
     assert model.num_parameters == zoo.load("gpt").num_parameters
     assert told["validation"] < min(card(name)["validation"] for name in TEACHERS)
