@@ -122,7 +122,11 @@ class Text:
         source: str = "a string",
         sha256: str = "",
     ) -> "Text":
-        """Cut a string into a training part, the first `split` of it, and a validation part."""
+        """Cut a string into a training part, the first `split` of it, and a validation part.
+
+        `vocabulary` is its own, or a trained model's; `source` and `sha256` say where it is from.
+        Raises InputError for too few characters, and for those that the vocabulary lacks.
+        """
         if not isinstance(text, str):
             raise InputError(f"a text is a string; got a {type(text).__name__}")
         if len(text) < 300 and os.path.isfile(text):
