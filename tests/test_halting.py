@@ -144,6 +144,8 @@ def test_what_makes_no_sense_is_named():
         with refuses("prior"):
             kl_to_geometric(torch.tensor([0.5, 0.5]), prior)
     assert halting_distribution(torch.tensor([0.5, math.nan, 0.5])).isnan().any()
+    with refuses(r"lie in \[0, 1\]; got 0.5 to 2"):
+        halting_distribution(torch.tensor([0.5, math.nan, 2.0]))
 
 
 # --- the fixed point ------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ def survival(halt: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch r"]:
     look = halt.is_cpu and not torch.compiler.is_compiling()
     with suppress(RuntimeError):  # inside vmap nobody can
         if look and ((halt < 0) | (halt > 1)).any():
-            got = f"{halt.min().item():g} to {halt.max().item():g}"
+            known = halt[~halt.isnan()]
+            got = f"{known.min().item():g} to {known.max().item():g}"
             raise ValueError(f"halting probabilities lie in [0, 1]; got {got}")
     return torch.cat([torch.ones_like(halt[..., :1]), (1 - halt[..., :-1]).cumprod(-1)], -1)
 
@@ -53,7 +54,7 @@ def expected_rounds(p: Float[Tensor, "*batch r"]) -> Float[Tensor, "*batch"]:
     Raises ValueError for a p without rounds or of whole numbers; that it sums to one is taken for
     granted.
     """
-    _check_rounds("a distribution over rounds", p)
+    _check_rounds("probabilities of rounds", p)
     return (p * torch.arange(1, p.shape[-1] + 1, dtype=p.dtype, device=p.device)).sum(-1)
 
 
@@ -83,7 +84,7 @@ def kl_to_geometric(p: Float[Tensor, "*batch r"], prior: float | int) -> Float[T
     cover every round. A round with p = 0 costs nothing, and its gradient is finite. Raises
     ValueError for a prior outside (0, 1), and for p as `expected_rounds` does.
     """
-    _check_rounds("a distribution over rounds", p)
+    _check_rounds("probabilities of rounds", p)
     log_g = log_geometric(prior, p.shape[-1], dtype=p.dtype, device=p.device)
     tiny = torch.finfo(p.dtype).tiny  # 0 log 0 is 0, and with a clamp its slope is finite
     return (p * (p.clamp_min(tiny).log() - log_g)).sum(-1)
