@@ -305,6 +305,8 @@ def test_another_subject_and_what_is_for_races_only_are_refused(tmp_path):
     for given in ({"device": "cuda"}, {"seeds": 10}):
         with refuses("scan is measured on the CPU, with .* leave --device and --seeds out, they"):
             suite.main("scan", quick=True, out=tmp_path, **given)
+    with refuses("seeds is a whole number from 1 up; got 0"):
+        suite.main("models", quick=True, out=tmp_path, seeds=0)
     assert not any(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from .. import shakespeare, zoo
 from ..checkpoint import CheckpointError
 from ..lm import evaluating
-from ..settings import InputError
+from ..settings import InputError, Setting
 from ..text import Text
 from ..training import InUse, evaluate
 from . import engine, quality, races, regressions, report, scan, speed, stopping, waiting
@@ -52,8 +52,9 @@ def main(
     default 3) and `device` are those of a race.
 
     Raises InputError for another `what`, for a report in `out` that this one would not go on from,
-    and for seeds or a device other than the CPU where no race is run; CheckpointError for a model's
-    name where it has no weights; InUse where another process writes the same report.
+    for a race of no seeds, and for seeds or a device other than the CPU where no race is run;
+    CheckpointError for a model's name where it has no weights; InUse where another process writes
+    the same report.
     """
     known = dict.fromkeys(("all", "scan", *ALONE, *races.RACES, *zoo.MODELS))  # `thinker` is a race
     if what not in known:
@@ -64,6 +65,7 @@ def main(
             f"{what} is measured on the CPU, with seeds of its own: leave --device and --seeds "
             f"out, they are for races ({', '.join(races.RACES)})"
         )
+    count = Setting(3, "", low=1).check("seeds", 3 if seeds is None else seeds)
     out.mkdir(parents=True, exist_ok=True)
     try:
         alone = FileLock(out / f".{what}.lock").acquire(timeout=0)
@@ -73,7 +75,7 @@ def main(
         ) from None
     with alone:
         if race:
-            measured = races.run(what, seeds=seeds or 3, quick=quick, out=out, device=device)
+            measured = races.run(what, seeds=count, quick=quick, out=out, device=device)
         else:
             measured = measure(what, quick, out)
         page = report.markdown(measured)
