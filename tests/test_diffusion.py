@@ -843,7 +843,7 @@ def test_what_cannot_be_is_refused_before_any_work():
         model.generate(ids, -1)
     with refuses("draws is a whole number from 1 up; got 0"):
         model.bound(ids, draws=0)
-    for mask in (torch.ones(3, dtype=torch.bool), torch.ones(4)):
+    for mask in (torch.ones(3, dtype=torch.bool), torch.ones(4), [True] * 4):
         with pytest.raises(InputError, match=r"mask is bool of shape \(4,\)"):
             unwrap(Diffusion.infill)(model, ids, mask)  # without the type checker
     with refuses(r"ids lie in 0\.\.6"):

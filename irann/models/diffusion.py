@@ -239,16 +239,15 @@ class Diffusion(Denoiser):
         """Drafts of the whole text: positions where `mask` is True are written, others are kept.
 
         What stands after a gap is seen as well as what stands before. A text beyond the window is
-        filled in page after page, each with the text around it. Raises InputError for a mask that
-        does not fit.
+        filled page after page, each with the text around it. Raises InputError for an unfit mask.
         """
         chosen = self.denoising(**how)
         ids = self.check_ids(ids)
-        if mask.dtype != torch.bool or mask.shape != ids.shape[1:]:
-            raise InputError(
-                f"mask is bool of shape ({ids.shape[1]},), one for each position; got "
-                f"{mask.dtype} of shape {tuple(mask.shape)}"
-            )
+        is_tensor = isinstance(mask, Tensor)
+        if not is_tensor or mask.dtype != torch.bool or mask.shape != ids.shape[1:]:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if is_tensor else type(mask).__name__
+            wanted = f"bool of shape ({ids.shape[1]},), a tensor with one for each position"
+            raise InputError(f"mask is {wanted}; got {got}")
         text = ids.to(self.device).clone()
         return self._infill(text, mask.to(self.device).clone(), chosen, generator)
 
