@@ -273,7 +273,10 @@ def init_gpt2(model: nn.Module, layers: int) -> None:
 
 
 def init_fan_in(model: nn.Module) -> None:
-    """Normal with deviation 1/sqrt(fan in), but blocks start as the identity: they add zero."""
+    """Normal with deviation 1/sqrt(fan in), but blocks start as the identity: they add zero.
+
+    Embeddings have deviation one, biases are zero.
+    """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             if name.endswith(("c_proj", "out_proj")):

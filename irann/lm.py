@@ -59,7 +59,8 @@ class LanguageModel(nn.Module):
     `config` is a frozen dataclass with at least `vocabulary` and `window`. `exact` says whether
     `nll` is an exact likelihood or an upper bound. `settings` are the extra keyword arguments of
     `generate`, of `inspect`, and, if `exact`, of `nll`. `no_decay` are endings of the
-    names of parameters without weight decay.
+    names of parameters without weight decay. `vocabulary` has the characters, and `card` says where
+    the weights are from: None until the model is trained or loaded.
     """
 
     exact = True

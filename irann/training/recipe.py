@@ -13,7 +13,10 @@ from .muon import Muon
 
 @dataclass(frozen=True)
 class Recipe(Checked):
-    """How to train. `lr` is AdamW's; optimizer="muon" gives hidden matrices Muon, at `muon_lr`."""
+    """How to train. `lr` is AdamW's; optimizer="muon" gives hidden matrices Muon, at `muon_lr`.
+
+    By `seed` the command line draws the weights, too; in Python that is `irann.build(..., seed=)`.
+    """
 
     steps: int = field(1000, "of the optimizer", low=1, high=2**62)
     batch: int = field(8, "windows of a step, over all processes", low=1, high=2**62)
