@@ -64,9 +64,10 @@ def evaluate(
     length that do not overlap; a character is predicted from those before it in its window and the
     one before the window (for the first window of the validation part, the last character of the
     training part; a text without one before it skips its first character). `window` sets another
-    length, no longer than the model can read; a bound draws by `seed`. `nll`, a callable like the
-    model's, scores in its place. With `share`, each process of a group scores its share of the
-    windows, and all get the whole. Raises InputError for a text in another vocabulary.
+    length, no longer than the model can read; what a bound draws follows from `seed` and `batch`.
+    `nll`, a callable like the model's, scores in its place. With `share`, each process of a group
+    scores its share of the windows, and all get the whole. Raises InputError for a text in another
+    vocabulary.
     """
     check_vocabulary(model, text)
     part = PART.check("part", part)
