@@ -281,7 +281,7 @@ def step_kl(
     """KL(q(x_{tau-1} | x_tau, x0) || p(x_{tau-1} | x_tau)) for each number, in nats; tau >= 2.
 
     p is the posterior with the guess in x0's place; then the KL is half the signal-to-noise ratio
-    that the step gains, times the squared error (eq. 14 of Kingma et al.). With `variance`, that of
+    that the step gains, times the squared error (Kingma et al., section 4). With `variance`, that of
     x0 given x_tau, p is widened to match. The step from level 1 is the reconstruction, and has no
     KL.
     """

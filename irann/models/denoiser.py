@@ -206,7 +206,7 @@ class Denoiser(LanguageModel):
         """float64: how often each noise level is visited; never level 1: its step is the rounding.
 
         Nine tenths follow the rise of the remembered cross-entropy, smoothed and made monotone
-        (Dieleman et al., section 4.2); one tenth is uniform, so that no level is forgotten.
+        (the time warping of Dieleman et al.); one tenth is uniform, so that no level is forgotten.
         """
         p = torch.full((BINS,), 1 / BINS, dtype=torch.float64, device="cpu")
         if self.config.adaptive:
