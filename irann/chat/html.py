@@ -10,7 +10,7 @@ from .session import WHY, Frame, Inspection, Session, Turn
 SHOWN = 20_000  # characters of a long scene on the screen
 STYLE = f"""<style>
 .irann-chat .irann-scene, .irann-chat .irann-text-view {{font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace;
-  padding: 8px; color: var(--jp-content-font-color1, inherit)}}
+  padding: 8px}}
 .irann-chat .irann-scene {{max-height: 420px; overflow-y: auto; display: flex; flex-direction: column-reverse}}
 .irann-chat .irann-turn {{border-radius: 10px; padding: 6px 10px; margin: 4px 0; max-width: 85%; width: fit-content;
   white-space: pre-wrap; overflow-wrap: anywhere; user-select: text}}
@@ -24,7 +24,7 @@ STYLE = f"""<style>
 .irann-chat .irann-pick span {{cursor: pointer}}
 .irann-chat progress {{width: 120px; height: 8px; accent-color: {ACCENT}; vertical-align: middle; margin-right: 6px}}
 .irann-chat .widget-html-content {{line-height: 1.5}}
-.jp-OutputArea:has(.irann-chat.jupyter-widgets) .irann-stored {{display: none}}
+:is(.jp-OutputArea, .cell_container):has(.irann-chat.jupyter-widgets) .irann-stored {{display: none}}
 </style>"""
 # The text is in the page; where it may not write to the clipboard, words say where to find it.
 COPY = """<button class="jupyter-widgets jupyter-button widget-button irann-copy" title="copy the scene" style="width: auto" onclick="

@@ -7,6 +7,9 @@ import time
 import pytest
 from chromium import CONTRAST
 
+from irann.chat import html
+from irann.chat.session import Session, Turn
+
 EVIL = '<img src=x onerror="window.broken=1"> <script>window.broken=2</script> <b>bold</b>'
 WAIT = 30_000  # milliseconds
 SAID = ".irann-chat .irann-turn, .irann-chat .irann-name, .irann-chat .irann-small"
@@ -323,6 +326,30 @@ def test_it_can_be_read_on_a_dark_page_and_on_a_narrow_one(reader, settings):
         assert cut == []
     finally:
         page.set_viewport_size(size)
+
+
+# As VS Code has a notebook on a dark page: what ipywidgets says of colours is said for a white one
+VSCODE = """<style>:root {--jp-content-font-color1: black; --jp-widgets-color: #ddd} body {background: #222; color: #ddd}
+.jupyter-widgets {color: var(--jp-widgets-color)}</style>
+<div class="cell_container"><div class="irann-chat jupyter-widgets">LIVE</div>STORED</div>
+<div class="cell_container">STATIC</div>"""
+
+
+def test_it_can_be_read_on_a_dark_page_of_vs_code_and_stands_there_once(browser):
+    session = Session("gpt")
+    session.turns.append(Turn("What news?", "ROMEO"))
+    scene = html.scene_html(session)
+    text = html.stored_html(session.scene())
+    filled = {"LIVE": scene, "STORED": text, "STATIC": html.transcript_html(scene) + text}
+    page = browser.new_page()
+    try:
+        page.set_content(re.sub("|".join(filled), lambda name: filled[name[0]], VSCODE))
+        ratios = page.evaluate(CONTRAST, ".irann-turn, .irann-name, .irann-stored")
+        assert len(ratios) == 6 and min(ratios) > 4.5
+        seen = [part.is_visible() for part in page.locator(".irann-stored").all()]
+        assert seen == [False, True]
+    finally:
+        page.close()
 
 
 def test_a_saved_chat_that_is_opened_again_shows_its_transcript(reader, settings, address, folder):
