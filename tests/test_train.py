@@ -166,6 +166,11 @@ def test_in_a_notebook_the_curve_grows_and_at_last_holds_every_step(monkeypatch)
     monkeypatch.setattr(
         bars, "updatable_output", lambda bundle: SimpleNamespace(update=pictures.append)
     )
+    attended = []  # a picture is no cell: the page does not scroll to it
+    shell = SimpleNamespace(get_ipython=lambda: "a notebook's")
+    monkeypatch.setattr(figures, "sys", SimpleNamespace(modules={"IPython": shell}))
+    monkeypatch.setattr("matplotlib_inline.backend_inline.set_matplotlib_formats", str)
+    monkeypatch.setattr(figures.lab, "attend", lambda: attended.append(len(drawn)))
     ticks = (Tick(step, 3.0 - step / 10, {}, 0.1, step, 10.0) for step in range(1, 8))
     for tick in bars.watch(ticks, 9, name="mine"):
         assert drawn[0] == (1, "mine", 1)  # before the step is handed on
@@ -173,6 +178,7 @@ def test_in_a_notebook_the_curve_grows_and_at_last_holds_every_step(monkeypatch)
             break  # a reader who stops sees what there is
     assert drawn[-1] == (5, "mine", 5) and len(pictures) == len(drawn) > 1
     assert pictures[0].format == "png" and len({picture.data for picture in pictures}) > 1
+    assert attended == []
     assert list(bars.watch(iter(()), 9)) == []  # of a run that is done no step is left to draw
 
 

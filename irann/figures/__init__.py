@@ -34,14 +34,20 @@ def use() -> None:
     2 x 2 of the picture.
     """
     import matplotlib.pyplot as plt
-    from cycler import cycler
 
     if "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None:
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("retina")
         lab.attend()
-    style: dict[Any, Any] = {
+    plt.rcParams.update(style())
+
+
+def style() -> dict[Any, Any]:
+    """-> the house style, as matplotlib's settings."""
+    from cycler import cycler
+
+    return {
         "figure.figsize": (7.2, 3.4),
         "figure.dpi": 100,
         "savefig.dpi": 200,
@@ -64,7 +70,6 @@ def use() -> None:
         "legend.edgecolor": "none",
         "legend.fontsize": SMALL,
     }
-    plt.rcParams.update(style)
 
 
 def colour(name: str) -> str:

@@ -88,8 +88,7 @@ def _curve(seen: "list[Tick]", looks: dict[str, Any]) -> Any:
     from IPython.display import Image
 
     file = io.BytesIO()
-    with plt.rc_context():
-        figures.use()
+    with plt.rc_context(figures.style()):
         figure, ax = plt.subplots()
         given: dict[str, Any] = {"references": {}} | looks
         figures.learning_curve(seen, ax=ax, **given)
