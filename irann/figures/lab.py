@@ -12,9 +12,10 @@ from typing import Any
 PATIENCE = 3.0  # seconds that a cell may take without a word
 
 # Run All makes the last cell the active one and scrolls there at once. The first cell, when it has
-# run, brings the page back to itself.
+# run, brings the page back to itself. VS Code and Colab may hand the script no element of a page.
 BACK = """
 setTimeout(() => {
+  if (typeof element === "undefined" || !(element instanceof Element)) return
   const here = element.closest(".jp-Cell"), notebook = element.closest(".jp-Notebook")
   const cells = notebook ? [...notebook.querySelectorAll(".jp-Cell")] : []
   if (here && cells.at(-1).classList.contains("jp-mod-active"))

@@ -9,6 +9,7 @@ from chromium import CONTRAST
 
 from irann.chat import html
 from irann.chat.session import Session, Turn
+from irann.figures import lab
 
 EVIL = '<img src=x onerror="window.broken=1"> <script>window.broken=2</script> <b>bold</b>'
 WAIT = 30_000  # milliseconds
@@ -342,12 +343,17 @@ def test_it_can_be_read_on_a_dark_page_of_vs_code_and_stands_there_once(browser)
     text = html.stored_html(session.scene())
     filled = {"LIVE": scene, "STORED": text, "STATIC": html.transcript_html(scene) + text}
     page = browser.new_page()
+    errors = []
+    page.on("pageerror", lambda error: errors.append(error))
     try:
         page.set_content(re.sub("|".join(filled), lambda name: filled[name[0]], VSCODE))
+        page.add_script_tag(content=lab.BACK)
         ratios = page.evaluate(CONTRAST, ".irann-turn, .irann-name, .irann-stored")
         assert len(ratios) == 6 and min(ratios) > 4.5
         seen = [part.is_visible() for part in page.locator(".irann-stored").all()]
         assert seen == [False, True]
+        page.wait_for_timeout(300)  # the script waits, too
+        assert errors == []
     finally:
         page.close()
 
