@@ -1592,7 +1592,7 @@ def test_where_cells_cannot_ask_the_chat_is_a_transcript_and_waits_for_its_repli
     widget = chat("Ay,\nmadam.\n\n")
     view = "application/vnd.jupyter.widget-view+json"
     assert view in widget._repr_mimebundle_()
-    assert widget._repr_mimebundle_()["text/plain"] == "an empty stage"
+    assert widget._repr_mimebundle_()["text/plain"] == repr(widget)  # a console shows what to type
     assert "run this cell to talk" in widget._repr_mimebundle_()["text/html"]
     kernel._allow_stdin = False
 

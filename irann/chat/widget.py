@@ -41,7 +41,9 @@ NO_DRAFTS = "models that write a page at once leave their drafts here"
 NOT_HEARD = (
     "not heard, for a reply is being written: say it again when it has ended, or press Stop first"
 )
-PLAIN = "a chat for a notebook cell; here: chat.say(TEXT), then print(chat.session.scene())"
+PLAIN = (
+    "a chat for a notebook cell; here: chat.say(TEXT, wait=True), then print(chat.session.scene())"
+)
 
 
 class Chat(w.VBox):
@@ -464,7 +466,7 @@ class Chat(w.VBox):
     def _repr_mimebundle_(self, **options: Any) -> dict:
         """The live widget, and a transcript for where there is none: nbconvert's pages, GitHub."""
         scene = self.session.scene() if self.session else ""
-        bundle = {"text/plain": scene or "an empty stage", "text/html": self._repr_html_()}
+        bundle = {"text/plain": scene or repr(self), "text/html": self._repr_html_()}
         if not _static():
             if not scene:
                 bundle["text/html"] = html.small(EMPTY)
