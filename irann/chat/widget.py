@@ -144,7 +144,9 @@ class Chat(w.VBox):
         aims = [self.kind, self.layer, self.head, self.position, self.picked]
         inside = w.VBox([w.HBox(aims, layout=WRAP), self.view])
         drafts = w.VBox([w.HBox([self.film, self.slide], layout=WRAP), self.drafts])
-        self.more = w.Accordion([self.knobs, inside, drafts, self.copy], titles=PANELS)
+        self.more = w.Accordion([self.knobs, inside, drafts, self.copy])
+        for i, title in enumerate(PANELS):  # as ipywidgets 7 knows it too, which Colab has
+            self.more.set_title(i, title)
         self.more.observe(self._opened, "selected_index")
 
     # ------------------------------------------------------------------------- what the reader does
