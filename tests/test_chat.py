@@ -990,6 +990,7 @@ def test_a_chat_in_plain_python_is_a_sentence(here, monkeypatch, capsys):
     capsys.readouterr()
     widget = Chat("gtp")
     assert repr(widget).startswith("a chat without a model: 'gtp' is neither a model")
+    assert "neither a model" in widget._repr_html_()  # for a page without widgets
     assert capsys.readouterr().err == f"irann: {widget.said}\n"
     shell = SimpleNamespace(kernel=SimpleNamespace())  # a reader sees the widget
     monkeypatch.setattr("irann.chat.widget.get_ipython", lambda: shell)

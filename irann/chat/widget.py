@@ -481,7 +481,7 @@ class Chat(w.VBox):
         return {"text/html": html.stored_html(self.session.scene() if self.session else "")}
 
     def _repr_html_(self) -> str:
-        return html.transcript_html(self.scene.value)
+        return html.transcript_html(self.scene.value or self.message.value)  # why there is none
 
 
 def _loop() -> asyncio.AbstractEventLoop | None:
