@@ -281,9 +281,9 @@ def step_kl(
     """KL(q(x_{tau-1} | x_tau, x0) || p(x_{tau-1} | x_tau)) for each number, in nats; tau >= 2.
 
     p is the posterior with the guess in x0's place; then the KL is half the signal-to-noise ratio
-    that the step gains, times the squared error (Kingma et al., section 4). With `variance`, that of
-    x0 given x_tau, p is widened to match. The step from level 1 is the reconstruction, and has no
-    KL.
+    that the step gains, times the squared error (Kingma et al., section 4). With `variance`, that
+    of x0 given x_tau, p is widened to match. The step from level 1 is the reconstruction, and has
+    no KL.
     """
     gain = torch.cat([schedule.snr.new_full((1,), math.inf), schedule.snr[:-1] - schedule.snr[1:]])
     gain = schedule.at(gain, tau, x0)
