@@ -24,6 +24,7 @@ from . import book as pages
 from . import checkpoint, lm, runs, shakespeare, zoo
 from .chat import streams
 from .checkpoint import CheckpointError, DiskError, why
+from .machine import lacks_memory
 from .sampling import SAMPLING
 from .settings import InputError, Setting
 from .text import CorpusError, Text, printable, read_text, slug
@@ -668,9 +669,8 @@ def _expected(error: Exception) -> tuple[int, str] | None:
 
 def _no_memory(error: Exception) -> bool:
     words = str(error)
-    refused = "out of memory" in words or ("allocate" in words and "memory" in words)
     too_large = "Storage size calculation overflowed" in words or "Overflow when unpacking" in words
-    allocation = isinstance(error, RuntimeError | TypeError) and (refused or too_large)
+    allocation = isinstance(error, RuntimeError | TypeError) and (lacks_memory(error) or too_large)
     return allocation or isinstance(error, MemoryError)
 
 

@@ -24,7 +24,6 @@ import re
 import secrets
 import shlex
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +35,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
+
+from .kernels import native
 
 FORMAT = 2
 TENSORS = ("model", "optimizer", "rng")
@@ -73,14 +74,13 @@ def environment() -> dict[str, Any]:
         compiler = (shlex.split(os.environ.get("CC", "")) or ["cc"])[0]
     except ValueError:  # a quote is not closed
         compiler = ""
-    wanted = os.environ.get("IRANN_KERNEL") != "0" and sys.platform != "win32"
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "threads": torch.get_num_threads(),
         "machine": platform.machine(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "kernel": wanted and shutil.which(compiler) is not None,
+        "kernel": not native.switched_off() and shutil.which(compiler) is not None,
     }
 
 

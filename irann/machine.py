@@ -1,5 +1,6 @@
 """How torch's threads wait on a machine that is not idle (OpenMP's wait policy), how many a piece
-of work is worth, where the cache is, and how a file is written whole or not at all.
+of work is worth, how a lack of memory is told, where the cache is, and how a file is written whole
+or not at all.
 
 torch computes with OpenMP's threads. Between two pieces of work they wait by spinning, some 300,000
 times around a loop, before they go to sleep. On an idle machine nothing is faster. Where anything
@@ -121,6 +122,12 @@ def _clocks() -> tuple[float, float]:
     user, nice, system, _, _, irq, softirq, steal, *_ = map(int, STAT.read_text().split()[1:11])
     busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return time.monotonic(), busy - time.process_time()
+
+
+def lacks_memory(error: Exception) -> bool:
+    """-> whether torch says that a CPU or a GPU has no memory left for something."""
+    words = str(error)
+    return "out of memory" in words or ("allocate" in words and "memory" in words)
 
 
 def cache() -> Path:

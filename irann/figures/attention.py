@@ -113,7 +113,8 @@ def bars(scores: dict[str, Float[Tensor, "1 s"]]) -> Any:
     """Draw the attention weights that rows of scores make, side by side."""
     import matplotlib.pyplot as plt
 
-    _, ((*panels,),) = plt.subplots(1, len(scores), figsize=(7.2, 2.2), sharey=True, squeeze=False)
+    size = {"figsize": (7.2, 2.2), "sharey": True, "squeeze": False}
+    panels = plt.subplots(1, len(scores), **size)[1][0]
     for ax, (name, z) in zip(panels, scores.items()):
         ax.bar(range(1, z.shape[1] + 1), z[0].softmax(-1), color=HUES["gpt"])
         ax.set(title=name, xlabel="key", ylabel="attention weight", ylim=(0, 1))

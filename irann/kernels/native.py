@@ -90,12 +90,19 @@ def _call(name, u, n, inputs, outputs):
     function(*(x.data_ptr() for x in (*inputs, *outputs)), *sizes)
 
 
-def why_not(n: int, dtype: torch.dtype) -> str:
-    """-> why there is no kernel for n states of a dtype, in words; empty if there is one."""
+def switched_off() -> str:
+    """-> why no kernel is wanted here, in words; empty if one is."""
     if os.environ.get("IRANN_KERNEL") == "0":
         return "IRANN_KERNEL is 0"
     if sys.platform == "win32":  # whose stack is aligned to 16 bytes: the process would end
         return "GCC on Windows misplaces its vectors (GCC's bug 54412)"
+    return ""
+
+
+def why_not(n: int, dtype: torch.dtype) -> str:
+    """-> why there is no kernel for n states of a dtype, in words; empty if there is one."""
+    if reason := switched_off():
+        return reason
     if not 1 <= n <= 64:
         return f"it is for 1 to 64 states; got {n}"
     if dtype not in REALS:

@@ -17,7 +17,7 @@ import filelock
 
 from .. import checkpoint
 from ..checkpoint import CheckpointError, DiskError, Snapshot
-from ..machine import write_atomically
+from ..machine import lacks_memory, write_atomically
 from ..settings import InputError
 from .processes import gathered
 from .state import NotFinite, State
@@ -210,10 +210,9 @@ class Run:
             self.state.restore(saved)
             self._warn_of_differences(folder, saved)
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())
-            refused = "allocate" in reason and "memory" in reason
-            if refused or "out of memory" in reason:  # which is no fault of the checkpoint
+            if lacks_memory(error):  # which is no fault of the checkpoint
                 raise
+            reason = " ".join(str(error).split())
             raise CheckpointError(f"{folder} does not fit: {reason}") from None
         notes = []
         for damaged, reason in zip(found, skipped if self.writes else (), strict=False):
