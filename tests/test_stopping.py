@@ -46,16 +46,16 @@ def few():
 
 
 @torch.no_grad()
-def test_what_freezes_nothing_is_counted_position_by_position(few):
+def test_a_rule_is_counted_position_by_position(few):
     model, text = few
     ids = torch.cat([text.train[-1:], text.val]).unfold(0, 33, 32)
-    unfrozen = stopping.Unfrozen(model)
-    unfrozen(ids)
+    rules = stopping.Rules(model)
+    rules(ids)
     logits, halt, _ = model.every_round(ids[:, :-1])
     nats, q = round_nats(logits, ids[:, 1:]), logits.softmax(2)
-    assert (unfrozen.fixed / 96).tolist() == pytest.approx(nats.mean((0, 1)).tolist(), abs=1e-5)
-    for rule, limits in (("unfrozen", stopping.THRESHOLDS), ("informed", stopping.KLS)):
-        points = unfrozen.points(rule)
+    assert (rules.fixed / 96).tolist() == pytest.approx(nats.mean((0, 1)).tolist(), abs=1e-5)
+    for rule, limits in (("learned", stopping.THRESHOLDS), ("informed", stopping.KLS)):
+        points = rules.points(rule)
         for limit in limits:
             paid, rounds = 0.0, 0
             for b in range(3):
@@ -65,7 +65,7 @@ def test_what_freezes_nothing_is_counted_position_by_position(few):
                         going *= 1 - halt[b, t, r].item()
                         last, now = q[b, t, :, -1], q[b, t, :, r]
                         kl = (last * (last / now).log()).sum().item()
-                        stop = 1 - going >= limit if rule == "unfrozen" else kl <= limit
+                        stop = 1 - going >= limit if rule == "learned" else kl <= limit
                         if stop or r == 3:
                             break
                     paid, rounds = paid + nats[b, t, r].item(), rounds + r + 1
@@ -78,7 +78,7 @@ def test_the_benchmark_tells_what_it_measured(few, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(shakespeare, "load", lambda: text)
     monkeypatch.setattr(zoo, "load", lambda name: model)
     measured = suite.main("stopping", quick=True, out=tmp_path)["stopping"]
-    assert list(measured["rules"]) == ["learned", "unfrozen", "informed"]
+    assert list(measured["rules"]) == ["learned", "informed"]
     nats = model.nll(torch.cat([text.train[-1:], text.val]).unfold(0, 33, 32), threshold=0.5)
     assert measured["rules"]["learned"]["0.5"][0] == pytest.approx(nats.mean().item(), abs=1e-4)
     nats, rounds = measured["rules"]["learned"]["0.5"]

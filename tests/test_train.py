@@ -1227,16 +1227,18 @@ def test_a_run_from_before_a_setting_goes_on_with_its_default(small, tmp_path, m
     def older(state):
         described = describe(state)
         return described | {
-            "config": {k: v for k, v in described["config"].items() if k != "freeze"}
+            "config": {k: v for k, v in described["config"].items() if k != "random_rounds"}
         }
 
     model, recipe = tiny("thinker", steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(State, "describe", older)
         list(train(model, small, recipe, run=tmp_path))
-    freezing, _ = tiny("thinker", freeze=0.5)
-    with pytest.raises(CheckpointError, match="freeze = 0.0, asked for is freeze = 0.5"):
-        next(train(freezing, small, recipe, run=tmp_path, resume=True))
+    other, _ = tiny("thinker", random_rounds=True)
+    with pytest.raises(
+        CheckpointError, match="random_rounds = False, asked for is random_rounds = T"
+    ):
+        next(train(other, small, recipe, run=tmp_path, resume=True))
     assert not list(train(model, small, recipe, run=tmp_path, resume=True))
 
 

@@ -396,7 +396,7 @@ def nats_and_rounds(model: Any, text: Text, **settings: Any) -> list[float]:
     def nll(
         ids: Int[Tensor, "b t+1"], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "b t"]:
-        logits, state = model.read(ids[:, :-1], packed=True, generator=generator, **settings)
+        logits, state = model.read(ids[:, :-1], generator=generator, **settings)
         taken.append(state.rounds.flatten().cpu())
         return cross_entropy(logits, ids[:, 1:])
 

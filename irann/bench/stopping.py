@@ -2,14 +2,13 @@
 
 Whoever may choose between two whole numbers of rounds can also let a coin choose, window by window,
 and so pays what lies on the line between them. A rule that knows where thinking helps pays less.
-Three rules, each with a limit that says how long it thinks:
+Two rules, each with a limit that says how long it thinks:
 
-| rule     | a position stops                                                                  |
-|----------|-----------------------------------------------------------------------------------|
-| learned  | by its halting probability, and is frozen: what `read` does and what ships        |
-| unfrozen | the same, but later positions see all of its rounds: what freezing costs          |
-| informed | where the KL of the last round's prediction from its own is small; unfrozen. It   |
-|          | thinks to the end in order to know when to stop: a yardstick, no saving           |
+| rule     | a position stops                                                                |
+|----------|---------------------------------------------------------------------------------|
+| learned  | by its halting probability: what `read` does and what ships                     |
+| informed | where the KL of the last round's prediction from its own is small. It thinks to |
+|          | the end in order to know when to stop: a yardstick, no saving                   |
 """
 
 import math
@@ -27,7 +26,7 @@ from ..core.halting import survival
 from ..models.recurrent import round_nats
 from ..training import evaluate
 from . import speed
-from .races import between, nats_and_rounds
+from .races import between
 
 MEANS = (2.0, 2.5, 3.0, 4.0)
 THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
@@ -52,8 +51,10 @@ def against_line(fixed: Fixed, points: Points) -> dict[str, float]:
     return {str(x): nats - line(fixed, x) for x, nats in paid.items() if not math.isnan(nats)}
 
 
-class Unfrozen:
-    """A likelihood for `evaluate`: what every round pays; it adds up what unfrozen rules pay."""
+class Rules:
+    """A likelihood for `evaluate`, of the last round; it adds up what every round pays, and what
+    every rule at every limit.
+    """
 
     def __init__(self, model: Any):
         self.model = model
@@ -71,7 +72,7 @@ class Unfrozen:
         kl = (last.exp() * (last - log_q)).sum(2)
         stopped = 1 - survival(halt) * (1 - halt)
         for limit in THRESHOLDS:
-            self.add("unfrozen", limit, nats, stopped >= limit)
+            self.add("learned", limit, nats, stopped >= limit)
         for limit in KLS:
             self.add("informed", limit, nats, kl <= limit)
         return nats[..., -1]
@@ -96,12 +97,10 @@ def stopping(quick: bool) -> dict:
     text = shakespeare.load()
     if quick:
         text = replace(text, val=text.val[: 4 * model.config.window])
-    unfrozen = Unfrozen(model)
-    evaluate(model, text, nll=unfrozen)
-    learned = {str(x): nats_and_rounds(model, text, threshold=x) for x in THRESHOLDS}
-    rules: dict[str, Points] = {"learned": learned}
-    rules |= {rule: unfrozen.points(rule) for rule in ("unfrozen", "informed")}
-    by_round = (unfrozen.fixed / unfrozen.count).tolist()
+    found = Rules(model)
+    evaluate(model, text, nll=found)
+    rules = {rule: found.points(rule) for rule in ("learned", "informed")}
+    by_round = (found.fixed / found.count).tolist()
     fixed = {str(rounds): nats for rounds, nats in enumerate(by_round, 1)}
     against = {rule: against_line(fixed, points) for rule, points in rules.items()}
     return {"fixed": fixed, "rules": rules, "against": against, "writing": writing(model, quick)}

@@ -17,7 +17,7 @@ and how far the hidden state has moved, and learns beside the network without be
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -75,12 +75,6 @@ class ThinkerConfig(Checked):
         choices=("every", "late", "last", "halting"),
     )
     random_rounds: bool = field(False, "draw the rounds of a batch: from half to 1.5 times as many")
-    freeze: float = field(
-        0.0,
-        "share of texts whose positions stop in training, too, as in reading",
-        low=0.0,
-        high=1.0,
-    )
     prior: float = field(0.3, "halting probability, PonderNet's lambda_p", above=0.0, below=1.0)
     prior_weight: float = field(0.01, "of the KL term in nats, PonderNet's beta", low=0.0)
 
@@ -138,23 +132,16 @@ class RecurrentDepth(LanguageModel):
         return self.ln_f(x), new_caches
 
     def think_once(
-        self,
-        r: int,
-        x: Float[Tensor, "*batch d"],
-        rotary: Rotary,
-        caches: list[KeyValue] | None = None,
-        through: Callable | None = None,
-    ) -> tuple[Float[Tensor, "*batch d"], list[KeyValue]]:
+        self, r: int, x: Hidden, rotary: Rotary, caches: list[KeyValue] | None = None
+    ) -> tuple[Hidden, list[KeyValue]]:
         """Round r (from 0): from hidden + injected to hidden, and the KV cache of the core.
 
-        Rounds beyond the trained ones take the last one's gains. `through` says how a block is
-        applied, as `Packing.through` does; by default to all positions.
+        Rounds beyond the trained ones take the last one's gains.
         """
         new_caches = []
         for i, block in enumerate(self.core):
             gains = None if self.gains is None else self.gains[min(r, len(self.gains) - 1), i]
-            apply = block if through is None else partial(through, block)
-            x, cache = apply(x, None if caches is None else caches[i], rotary, gains)
+            x, cache = block(x, None if caches is None else caches[i], rotary, gains)
             new_caches.append(cache)
         return self.ln_f(x), new_caches
 

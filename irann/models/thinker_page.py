@@ -28,7 +28,7 @@ from ..lm import (
     split_settings,
 )
 from ..sampling import Sampling, filter_logits, sample
-from ..settings import InputError, Setting
+from ..settings import Setting
 from .recurrent import STOPPING, Hidden, RecurrentDepth, ThinkerConfig, round_nats, stops
 
 Mask = Bool[Tensor, "b t"]
@@ -55,11 +55,6 @@ class PageThinker(RecurrentDepth):
     }
 
     def __init__(self, config: ThinkerConfig):
-        if config.freeze:
-            raise InputError(
-                f"freeze is for the thinker that reads from left to right; here it is 0, got "
-                f"{config.freeze:g}"
-            )
         super().__init__(config, causal=False, symbols=config.vocabulary + 1)
         self.mask_token = config.vocabulary
 
