@@ -187,7 +187,7 @@ static const float *wte, *head, *head_bias, *gains, *halt_bias, *halt_head;
 static const float *input_proj, *time_in, *time_in_bias, *time_out, *time_out_bias, *clean;
 static float *embeddings, *rotary, *logits, *keys, *values, *x, *y, *z, *wide, *scores, *seen, *noise;
 static float *hidden, *before, *injected, *p, *noisy, *guess, *sure, *deltas, *sums, *answer;
-static int32_t *ids, *shown;
+static int32_t *ids, *shown, *reached;  // by round of the thinker: how many positions, the first ones, have taken it
 static unsigned char *mask, *file;
 static int held, length, rounds_taken, positions;
 static float halted;
@@ -277,7 +277,7 @@ EXPORT int open_model(int bytes) {
   head = read(v * d);
   head_bias = m.kind == DIFFUSION ? read(v) : 0;
   if (next != end) return 2;
-  int many = page_model() ? t : 1;
+  int many = page_model() || m.kind == THINKER ? t : 1;
   size_t caches = m.kind == THINKER ? m.prelude + (size_t)m.rounds * m.core : m.kind == GPT ? depth : 1;
   if (m.kind != MAMBA) {
     keys = numbers(caches * t * d), values = numbers(caches * t * d);
@@ -294,7 +294,7 @@ EXPORT int open_model(int bytes) {
   hidden = numbers(many * d), before = numbers(many * d), injected = numbers(many * d);
   logits = numbers(many * v), p = numbers(v), sure = numbers(t), answer = numbers((size_t)depth * t);
   noise = numbers(t * (v + 64 + m.channels));
-  ids = take(4 * (1 << 16)), shown = take(4 * t), mask = take(t);
+  ids = take(4 * (1 << 16)), shown = take(4 * t), reached = take(4 * (size_t)m.rounds), mask = take(t);
   for (size_t i = 0; m.kind == DIFFUSION && i < v; i++) {  // onto the sphere of radius sqrt(channels)
     float square = 0, *point = embeddings + i * m.channels;
     for (int j = 0; j < m.channels; j++) square += point[j] * point[j];
@@ -361,12 +361,13 @@ static void attend(float *to, const float *q, const float *k, const float *v, in
   }
 }
 
-// x <- x + attention(norm(x)), x <- x + mlp(norm(x)), at n positions that all see `first` + n positions.
+// x <- x + attention(norm(x)), x <- x + mlp(norm(x)), at n positions from `first` on: in a page each sees all, in a text
+// itself and those before. `weights` are then the last one's.
 static void block(const Block *b, float *stream, int n, int first, float *k, float *v, const float *gain, float *weights) {
   int d = m.width, e = m.inner;
   for (int i = 0; i < n; i++) layer_norm(y + i * d, stream + i * d, gain, d);
   project(z, k + first * d, v + first * d, y, b, n, first);
-  for (int i = 0; i < n; i++) attend(y + i * d, z + i * d, k, v, first + n, weights);
+  for (int i = 0; i < n; i++) attend(y + i * d, z + i * d, k, v, first + (page_model() ? n : i + 1), weights);
   linear(z, y, b->proj, n, d, d);
   add(stream, z, n * d);
   for (int i = 0; i < n; i++) layer_norm(z + i * d, stream + i * d, gain ? gain + d : 0, d);
@@ -404,23 +405,24 @@ static float entropy(const float *from) {
 // One round: hidden <- norm(core(hidden + injected)) at n positions from `first` on; `before` is what it was.
 static void think_once(int r, int n, int first, float *k, float *v, int size) {
   int d = m.width, seen_round = r < m.rounds ? r : m.rounds - 1;
-  memcpy(before, hidden, n * d * sizeof(float));
-  memcpy(x, hidden, n * d * sizeof(float));
-  add(x, injected, n * d);
+  float *own = hidden + first * d;
+  memcpy(before + first * d, own, n * d * sizeof(float));
+  memcpy(x, own, n * d * sizeof(float));
+  add(x, injected + first * d, n * d);
   for (int i = 0; i < m.core; i++) {
     const float *gain = gains ? gains + (seen_round * m.core + i) * 2 * d : 0;
     block(blocks + m.prelude + i, x, n, first, k + i * size, v + i * size, gain, scores);
   }
-  for (int i = 0; i < n; i++) layer_norm(hidden + i * d, x + i * d, 0, d);
-  linear(logits, hidden, head, n, d, m.vocabulary);
+  for (int i = 0; i < n; i++) layer_norm(own + i * d, x + i * d, 0, d);
 }
 
-// The probability that position i stops after round r: it sees its state, how far that moved, how unsure it is.
-static float halt(int r, int i) {
+// The probability that position i, which predicts `say`, stops after round r: it sees its state, how far that moved, how
+// unsure it is.
+static float halt(int r, int i, const float *say) {
   int d = m.width;
   const float *own = hidden + i * d;
   float sum = halt_head[d + 2] + halt_head[d] * distance(own, before + i * d, d);
-  sum += halt_head[d + 1] * entropy(logits + i * m.vocabulary);
+  sum += halt_head[d + 1] * entropy(say);
   for (int j = 0; j < d; j++) sum += halt_head[j] * own[j];
   if (halt_bias) sum += halt_bias[r < m.rounds ? r : m.rounds - 1];
   return sigmoid(sum);
@@ -428,28 +430,29 @@ static float halt(int r, int i) {
 
 static void inject(int n, int first) {  // what every round sees of the characters: norm(prelude(wte))
   int d = m.width, size = page_model() ? 0 : (m.window + 1) * d;  // nobody comes back to a page's keys
-  for (int i = 0; i < m.prelude; i++) block(blocks + i, injected, n, first, keys + i * size, values + i * size, 0, scores);
-  for (int i = 0; i < n; i++) layer_norm(injected + i * d, injected + i * d, 0, d);
+  float *own = injected + first * d;
+  for (int i = 0; i < m.prelude; i++) block(blocks + i, own, n, first, keys + i * size, values + i * size, 0, scores);
+  for (int i = 0; i < n; i++) layer_norm(own + i * d, own + i * d, 0, d);
 }
 
-static void thinker(int id) {
-  int d = m.width, size = (m.window + 1) * d, per_round = m.core * size, limit = round_limit;
+// n characters more; the last one thinks until it stops. All positions before it that lack a round which it goes on to,
+// as they had stopped or are new, take it in the same call: so each sees of earlier ones what it would see had none
+// stopped.
+static void thinker(const int32_t *from, int n) {
+  int d = m.width, size = (m.window + 1) * d, per_round = m.core * size, stop = 0, last = held + n - 1;
   float *k = keys + m.prelude * size, *v = values + m.prelude * size, survival = 1;
-  memcpy(injected, wte + id * d, d * sizeof(float));
-  inject(1, held);
-  memset(hidden, 0, d * sizeof(float));
-  int r = 0, stop = 0;
-  for (; r < limit && !stop; r++) {
-    think_once(r, 1, held, k + r * per_round, v + r * per_round, size);
-    survival *= 1 - halt(r, 0);
+  for (int i = 0; i < n; i++) memcpy(injected + (held + i) * d, wte + from[i] * d, d * sizeof(float));
+  inject(n, held);
+  memset(hidden + held * d, 0, n * d * sizeof(float));
+  for (rounds_taken = 0; rounds_taken < round_limit && !stop; rounds_taken++) {
+    int r = rounds_taken, first = reached[r];
+    think_once(r, last + 1 - first, first, k + r * per_round, v + r * per_round, size);
+    reached[r] = last + 1;
+    linear(logits, hidden + last * d, head, 1, d, m.vocabulary);
+    survival *= 1 - halt(r, last, logits);
     stop = 1 - survival >= threshold;
   }
-  for (int later = r; later < m.rounds; later++)  // later rounds see what it showed when it stopped
-    for (int i = 0; i < m.core; i++) {
-      int from = (r - 1) * per_round + i * size + held * d, to = later * per_round + i * size + held * d;
-      memcpy(k + to, k + from, d * sizeof(float)), memcpy(v + to, v + from, d * sizeof(float));
-    }
-  rounds_taken = r, halted = 1 - survival;
+  halted = 1 - survival;
 }
 
 // ----------------------------------------------------------------------------------------------- mamba
@@ -526,16 +529,18 @@ EXPORT float step_size(int at) {
 
 static void forget(void) {
   held = 0;
+  if (m.kind == THINKER) memset(reached, 0, m.rounds * sizeof *reached);
   for (int i = 0; m.kind == MAMBA && i < m.layers; i++) {
     memset(mixers[i].inputs, 0, (size_t)m.conv * m.inner * sizeof(float));
     memset(mixers[i].h, 0, (size_t)m.inner * m.state * sizeof(float));
   }
 }
-static void see(int id) {
-  if (m.kind == GPT) gpt(id);
-  if (m.kind == THINKER) thinker(id);
-  if (m.kind == MAMBA) mamba(id);
-  held++;
+static void see(const int32_t *from, int n) {
+  if (m.kind == THINKER && n > 0) { thinker(from, n); held += n; return; }
+  for (; n > 0; n--, from++, held++) {
+    if (m.kind == GPT) gpt(*from);
+    if (m.kind == MAMBA) mamba(*from);
+  }
 }
 
 // Read the last of ids[0..n) that the window holds; the logits are then those of the character after them.
@@ -543,15 +548,18 @@ EXPORT void restart(int n) {
   forget();
   length = n;
   int from = m.kind != MAMBA && n > m.window ? n - m.window : 0;
-  while (from < n) see(ids[from++]);
+  see(ids + from, n - from);
 }
 
 // One character more. When the window is full, its last half is read anew.
 EXPORT void push(int id) {
+  int more = 1;
   ids[length++] = id;
-  if (m.kind == MAMBA || held < m.window) { see(id); return; }
-  forget();
-  for (int from = length - (m.window / 2 > 1 ? m.window / 2 : 1); from < length; from++) see(ids[from]);
+  if (m.kind != MAMBA && held == m.window) {
+    forget();
+    more = m.window / 2 > 1 ? m.window / 2 : 1;
+  }
+  see(ids + length - more, more);
 }
 
 // A character from logits: the likeliest at temperature 0; else the largest p_i / q_i, which is a draw from p if
@@ -674,9 +682,10 @@ EXPORT int refine(int left, float temperature) {
   inject(t, 0);
   for (int r = 0, done = 0; r < limit && !done; r++) {
     think_once(r, t, 0, keys, values, 0);
+    linear(logits, hidden, head, t, d, v);
     done = 1;
     for (int i = 0; i < t; i++) {
-      survival[i] *= 1 - halt(r, i);
+      survival[i] *= 1 - halt(r, i, logits + i * v);
       if (mask[i] && 1 - survival[i] < threshold) done = 0;
     }
     rounds_taken = r + 1;

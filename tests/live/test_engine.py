@@ -197,6 +197,7 @@ READERS = {
     "gpt, odd sizes": {"width": 22, "heads": 1, "inner": 33, "window": 9, "tied": True},
     "gpt, a window of one": {"window": 1},
     "thinker": {},
+    "thinker, one round": {"rounds": 1},
     "thinker, gains and a prelude": {"round_gains": True, "prelude": 2, "core": 2, "rounds": 5},
     "mamba": {},
     "mamba, other sizes": {"d_state": 8, "d_conv": 3, "dt_rank": 3, "d_inner": 38, "tied": True},
@@ -274,24 +275,35 @@ def test_as_many_layers_as_there_can_be(host):
     np.testing.assert_allclose(engine.logits(), logits[0, -1], atol=1e-3, rtol=1e-4)
 
 
-@pytest.mark.parametrize("threshold, rounds", [(0.0, 0), (0.3, 0), (0.7, 0), (1.0, 2)])
+# of the last rules one after the other, some stop at once, others wake all that have stopped
+CHANGING = [(0.0, 0), (0.3, 0), (1.0, 3), (0.7, 2), (1.0, 0), (0.5, 0), (0.0, 0)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rules", [*([rule] for rule in CHANGING[:4]), CHANGING], ids=str)
 @pytest.mark.parametrize("gains", [False, True])
-def test_rounds_of_the_thinker(host, threshold, rounds, gains):
+def test_rounds_of_the_thinker(host, rules, gains):
+    """As many as PyTorch takes, after which all is as if no earlier position had ever stopped."""
     model = tiny("thinker", std=0.3, rounds=5, round_gains=gains)
-    with torch.no_grad():
-        if gains:
-            model.halt_bias.copy_(torch.tensor([-1, 1, -2, 2, 0]))
-        if threshold == 0:
-            model.halt_head.bias.fill_(-1000)  # it would never stop
+    if gains:
+        model.halt_bias.copy_(torch.tensor([-1, 1, -2, 2, 0]))
+    if rules == [(0.0, 0)]:
+        model.halt_head.bias.fill_(-1000)  # it would never stop
     engine = Engine(host, model)
-    engine.call("set_rule", threshold, rounds)
-    ids = some_ids(30)
-    with torch.no_grad():
-        _, state = model.read(torch.tensor([ids]), threshold=threshold, rounds=rounds)
-    for i in range(len(ids)):
-        engine.start(ids[:1]) if i == 0 else engine.call("push", ids[i])
-        assert engine.call("get_rounds") == state.rounds[0, i]
-        assert abs(engine.call("get_halted") - state.halted[0, i]) < 1e-4
+    ids = torch.tensor([some_ids(30)])
+    every, _, _ = model.every_round(ids)
+    engine.start(ids[0, :3].tolist())
+    _, state = model.read(ids[:, :3])
+    for i in range(3, 30):
+        threshold, rounds = rules[i % len(rules)]
+        engine.call("set_rule", threshold, rounds)
+        engine.call("push", int(ids[0, i]))
+        _, state = model.read(ids[:, i : i + 1], state, threshold=threshold, rounds=rounds)
+        taken = engine.call("get_rounds")
+        assert taken == state.rounds[0, -1]
+        assert abs(engine.call("get_halted") - state.halted[0, -1]) < 1e-4
+        wanted = every[0, i, :, taken - 1]
+        np.testing.assert_allclose(engine.logits(), wanted, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("more", [0, 1, 20])
