@@ -354,7 +354,6 @@ class Session:
         frames: list[Frame] = []
         ended = "stopped"
         forgotten = 0
-        failed = False
         try:
             for draft in drafts:
                 if draft.settled > read_to:
@@ -373,13 +372,11 @@ class Session:
                     return
             ended = "length"
         except Exception:
-            failed = True
+            text = ""  # of a reply that fails nothing is kept
             raise
         finally:
-            if text and not failed:
-                ahead = any(len(frame.text) > frame.settled for frame in frames)
-                kept = tuple(frames) if ahead else ()
-                self.turns.append(Turn(speaker, text, model, ended, forgotten, kept))
+            if text:
+                self.turns.append(Turn(speaker, text, model, ended, forgotten, tuple(frames)))
 
     def forgot(self) -> str:
         """-> a sentence on what of the scene was out of reach when the last reply ended, or ''."""
