@@ -212,24 +212,20 @@ class Session:
         A value may be text; None means an option's default. Raises InputError that names what was
         set and its range.
         """
+        setting = self.option(name)
         if name in NAMES:
-            setattr(self, name, _name(NAMES[name].default if value is None else value))
+            setattr(self, name, _name(setting.default if value is None else value))
             return self.clean(self.get(name))[1]
-        if value is None and name in self.options:
-            self.values.pop(name, None)
-            return ""
-        if value is None and name == "mode":
-            self.mode = self._own_mode()
-            self.mode_is_chosen = False
-            return ""
-        value = self.option(name).read(name, value)
-        if name in SCENE:
-            setattr(self, name, value)
-            self.mode_is_chosen = self.mode_is_chosen or name == "mode"
-        else:
-            self.values[name] = value
-        if name == "seed":
+        if name == "mode":
+            self.mode = self._own_mode() if value is None else setting.read(name, value)
+            self.mode_is_chosen = value is not None
+        elif name == "seed":
+            self.seed = setting.read(name, value)
             self.asked = 0
+        elif value is None:
+            self.values.pop(name, None)
+        else:
+            self.values[name] = setting.read(name, value)
         return ""
 
     def set_all(self, settings: dict[str, Any]) -> list[str]:
