@@ -63,17 +63,13 @@ def tell(message: str, bare: bool = False) -> None:
 
 def visible(text: str, tab: str = "\t") -> str:
     """-> the text without what a terminal obeys; line breaks (CR LF: one), spaces, joiners stay."""
-    return "".join(_shown(character, tab) for character in text)
+    shown = (c if _harmless(c) else "\ufffd" for c in text.replace("\r", ""))
+    return "".join(shown).replace("\t", tab)
 
 
-def _shown(character: str, tab: str) -> str:
-    if character == "\t":
-        return tab
-    if character == "\r":
-        return ""
-    if character == "\n" or character.isprintable() or character in JOINERS:
-        return character
-    return character if unicodedata.category(character) == "Zs" else "\ufffd"
+def _harmless(character: str) -> bool:
+    known = character.isprintable() or character in "\t\n" + JOINERS
+    return known or unicodedata.category(character) == "Zs"
 
 
 def cells(character: str) -> int:
