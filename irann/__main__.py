@@ -330,8 +330,7 @@ def chat(context: typer.Context, model: Trained = "gpt", device: Device = "auto"
     from .chat import terminal
 
     _first(model)
-    if note := zoo.namesake(model):
-        streams.tell(note)
+    streams.tell(zoo.namesake(model))
     terminal.main(model, _extra(context.args), device=_device(device))
 
 
@@ -454,8 +453,7 @@ def _corpus(path: Path | None) -> Text:
 def _load(model: str, device: str) -> lm.LanguageModel:
     """-> a trained model; where its name could mean another one too, that is said."""
     network = zoo.load(model, device=_device(device), say=streams.tell)
-    if note := zoo.namesake(model):
-        streams.tell(note)
+    streams.tell(zoo.namesake(model))
     return network
 
 

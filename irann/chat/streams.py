@@ -53,11 +53,11 @@ def check_stdin() -> None:
 
 
 def tell(message: str, bare: bool = False) -> None:
-    """Say something beside the output: on standard error, if there is one."""
+    """Say something beside the output, on standard error, if there is one; '' is not said."""
     if sys.stdout is not None:
         with suppress(OSError):  # `main` meets it, and says so
             sys.stdout.flush()
-    if sys.stderr is not None:
+    if message and sys.stderr is not None:
         print(message if bare else f"irann: {visible(message)}", file=sys.stderr, flush=True)
 
 

@@ -85,8 +85,7 @@ class Terminal:
         """Do what a line asks, or answer it -> whether to go on."""
         if line.startswith("/"):
             return self.command(line[1:])
-        if note := self.session.say(line):
-            tell(note)
+        tell(self.session.say(line))
         self.answer(self.session.reply)
         return True
 
@@ -169,8 +168,8 @@ class Terminal:
         """Change a setting, or say what it is now."""
         session = self.session
         setting = session.option(name)
-        if value and (note := session.set(name, value)):
-            tell(note)
+        if value:
+            tell(session.set(name, value))
         choices = f"; {setting.words()}" if setting.choices else ""
         tell(f"{name}: {session.get(name)} ({setting.help}{choices})")
 
@@ -179,8 +178,7 @@ class Terminal:
         note = self.session.use(name) if name else ""
         self.forgetting = False
         tell(self.session.describe())
-        if note:
-            tell(note)
+        tell(note)
 
     def save(self, name: str) -> None:
         """Write the scene to a new file. Raises InputError if it cannot."""
