@@ -44,8 +44,7 @@ def main(model: str, settings: dict[str, str], *, device: Any = "cpu") -> None:
     for name in known.keys() & settings.keys():  # refused before anything is loaded
         known[name].read(name, settings[name])
     check_stdin()
-    scene = {name: settings.pop(name) for name in SCENE.keys() & settings.keys()}
-    session = Session(model, device=device, say=tell, **scene)
+    session = Session(model, device=device, say=tell, mode=settings.get("mode"))
     for note in session.set_all(settings):
         tell(note)
     check_encoding(vocabulary_of(session.model).characters)
