@@ -73,8 +73,8 @@ def _names(incomplete: str) -> list[str]:
 
 def _speakers(incomplete: str) -> list[str]:
     """What completes the name of a model that has been trained."""
-    runs = [str(run) for run in zoo.runs() if str(run).startswith(incomplete)]
-    return [name for name in zoo.names() if name.startswith(incomplete)] + runs
+    known = [*zoo.names(), *map(str, zoo.runs())]
+    return [name for name in known if name.startswith(incomplete)]
 
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=NAMES, autocompletion=_names)]
@@ -134,7 +134,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(help=ABOUT)
+@app.callback()
 def options(
     version: Annotated[
         bool, typer.Option("--version", is_eager=True, callback=_version, help="say it, and end")
