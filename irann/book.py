@@ -71,17 +71,15 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def command(*more: str) -> list[str]:
-    """-> the book's command; JupyterLab gets `more`. Raises InputError for what is missing."""
+def main(*more: str) -> None:
+    """Open the book: JupyterLab, which gets `more`, takes the place of this process. Raises
+    InputError for what is missing.
+    """
     if importlib.util.find_spec("jupyterlab") is None:
         raise InputError('the book opens in JupyterLab: pip install "irann[book]"')
-    return [sys.executable, "-m", "jupyter", "lab", str(folder()), *OPTIONS, *more]
-
-
-def main(*more: str) -> None:
-    """Open the book: JupyterLab takes the place of this process."""
-    words = command(*more)
-    print(f"opening {Path(words[4]) / WELCOME} in JupyterLab; Ctrl-C here closes it", flush=True)
+    chapters = folder()
+    print(f"opening {chapters / WELCOME} in JupyterLab; Ctrl-C here closes it", flush=True)
+    words = [sys.executable, "-m", "jupyter", "lab", str(chapters), *OPTIONS, *more]
     # the labconfig beside this file: a first start does not ask whether it may fetch news
     known = os.environ.get("JUPYTER_CONFIG_PATH")
     paths = os.pathsep.join(filter(None, [known, str(Path(__file__).parent)]))
