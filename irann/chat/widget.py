@@ -11,6 +11,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import ipywidgets as w
@@ -209,7 +210,7 @@ class Chat(w.VBox):
         if loop is None:
             self.say()
         else:  # the last letters of a fast typist may arrive after Enter does
-            self.waiting = loop.call_later(0.1, self.say)
+            loop.call_later(0.1, self.say)
 
     def _picked(self, change: dict) -> None:
         """A character of the inspected text was clicked."""
@@ -265,21 +266,18 @@ class Chat(w.VBox):
         self.began = time.monotonic()
         self.first = None
         last = None
-        frames = None
         try:
-            frames = reply()
-            for last in frames:
-                self.frame = last
-                if self.stopping:
-                    break
-                if time.monotonic() - self.drawn >= EVERY:
-                    self._draw()
-                yield
+            with closing(reply()) as frames:  # pyright: ignore[reportArgumentType]
+                for last in frames:
+                    self.frame = last
+                    if self.stopping:
+                        break
+                    if time.monotonic() - self.drawn >= EVERY:
+                        self._draw()
+                    yield
         except Exception as error:
             self._fail(error)
         finally:
-            if frames is not None:
-                frames.close()  # pyright: ignore[reportAttributeAccessIssue]
             self._ended(last)
 
     def _ended(self, last: Frame | None) -> None:
