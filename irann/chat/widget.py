@@ -24,7 +24,7 @@ from ..lm import SAMPLING, LanguageModel
 from ..settings import InputError, Setting
 from ..training.bars import updatable_output
 from . import html, streams
-from .session import NAMES, SCENE, Frame, Inspection, Session, Turn, available
+from .session import NAMES, SCENE, Frame, Inspection, Session, available
 
 EVERY = 0.08  # seconds between two redraws at least: the browser takes longer to draw than Python
 WRAP = {"flex_flow": "row wrap", "align_items": "center", "grid_gap": "0 4px"}
@@ -98,7 +98,7 @@ class Chat(w.VBox):
         self.names.observe(self._chosen, "value")
 
     def _build_controls(self) -> None:
-        self.names = _narrow(options=zoo.names(), description="model")
+        self.names = _narrow(description="model")
         self.about = w.HTML()
         self.scene = w.HTML()
         self.message = w.HTML()
@@ -138,12 +138,12 @@ class Chat(w.VBox):
         )
         w.jslink((self.film, "value"), (self.slide, "value"))
         self.drafts = w.HTML()
-        for aim in (self.kind, self.layer, self.head, self.position):
+        aims = [self.kind, self.layer, self.head, self.position]
+        for aim in aims:
             aim.observe(lambda _: self._draw_inspection(), "value")
         self.picked.observe(self._picked, "value")
         self.slide.observe(lambda _: self._draw_draft(), "value")
-        aims = [self.kind, self.layer, self.head, self.position, self.picked]
-        inside = w.VBox([w.HBox(aims, layout=WRAP), self.view])
+        inside = w.VBox([w.HBox([*aims, self.picked], layout=WRAP), self.view])
         drafts = w.VBox([w.HBox([self.film, self.slide], layout=WRAP), self.drafts])
         self.more = w.Accordion([self.knobs, inside, drafts, self.copy])
         for i, title in enumerate(PANELS):  # as ipywidgets 7 knows it too, which Colab has
@@ -383,8 +383,7 @@ class Chat(w.VBox):
         if self.stored is not None:
             self.stored.update(self._stored(), raw=True)
         self.copy.value = self.session.scene()
-        turn = self._last_turn()
-        last_frame = max(0, len(turn.frames) - 1) if turn else 0
+        last_frame = max(0, len(self._last_drafts()) - 1)
         self.film.max = last_frame
         self.slide.max = last_frame
         self.slide.value = last_frame
@@ -404,16 +403,16 @@ class Chat(w.VBox):
                 return max(frame.settled, first.settled + done)
         return frame.settled
 
-    def _last_turn(self) -> Turn | None:
-        return self.session.turns[-1] if self.session and self.session.turns else None
+    def _last_drafts(self) -> tuple[Frame, ...]:
+        return self.session.turns[-1].frames if self.session and self.session.turns else ()
 
     def _draw_draft(self) -> None:
-        turn = self._last_turn()
-        if turn is None or not turn.frames:
-            self.drafts.value = html.small(NO_DRAFTS)
+        drafts = self._last_drafts()
+        if drafts:
+            drawn = drafts[min(self.slide.value, len(drafts) - 1)]
+            self.drafts.value = html.draft_view(drawn)
         else:
-            frame = turn.frames[min(self.slide.value, len(turn.frames) - 1)]
-            self.drafts.value = html.draft_view(frame)
+            self.drafts.value = html.small(NO_DRAFTS)
 
     def _refresh(self) -> None:
         """An open panel shows what is so now."""
