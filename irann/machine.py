@@ -53,8 +53,8 @@ def share_cores() -> None:
     """Start the watcher, once in a process. Nothing is computed differently."""
     if waits_politely() and not any(t.name == _watch.__name__ for t in threading.enumerate()):
         over = threading.Event()
-        made = {"name": _watch.__name__, "args": (over, torch.get_num_threads()), "daemon": True}
-        watcher = threading.Thread(target=_watch, **made)
+        args = (over, torch.get_num_threads())
+        watcher = threading.Thread(target=_watch, name=_watch.__name__, args=args, daemon=True)
         watcher.start()
         atexit.register(_end, over, watcher)
 
@@ -85,8 +85,7 @@ class SecondPool:
 
     def __init__(self, threads: int) -> None:
         self.over = threading.Event()
-        made = {"name": "second pool", "args": (threads,), "daemon": True}
-        self.thread = threading.Thread(target=self._hold, **made)
+        self.thread = threading.Thread(target=self._hold, args=(threads,), daemon=True)
         self.thread.start()
 
     def _hold(self, threads: int) -> None:
