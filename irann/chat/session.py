@@ -261,17 +261,17 @@ class Session:
         vocabulary = lm.vocabulary_of(self.model)
         text = vocabulary.spelt(text)
         unknown = vocabulary.unknown(text)
+        if not unknown:
+            return text, ""
         plainer = {}
         for character in unknown:
             spelt = unicodedata.normalize("NFKD", character.translate(PLAINER))
             plainer[ord(character)] = "".join(c for c in spelt if not vocabulary.unknown(c))
-        note = ""
-        if unknown:
-            shown = unknown if len(unknown) <= 20 else unknown[:20] + "..."
-            note = (
-                f"{shown!r}: not among the {len(vocabulary)} characters this model knows; "
-                "replaced by plainer ones or left out"
-            )
+        shown = unknown if len(unknown) <= 20 else unknown[:20] + "..."
+        note = (
+            f"{shown!r}: not among the {len(vocabulary)} characters this model knows; "
+            "replaced by plainer ones or left out"
+        )
         return text.translate(plainer), note
 
     def say(self, text: str) -> str:
