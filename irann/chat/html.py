@@ -4,7 +4,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from ..figures import ACCENT, INK, PALE
+from ..figures import ACCENT, INK, PALE, visible
 from .session import WHY, Frame, Inspection, Session, Turn
 
 SHOWN = 20_000  # characters of a long scene on the screen
@@ -183,10 +183,6 @@ def _likely_html(inspection: Inspection, position: int) -> str:
     """-> the likeliest characters after the one at `position` with their probabilities, escaped."""
     if not inspection.likely:
         return ""
-    shown = [f"{_seen(c)} {p:.0%}" for c, p in inspection.likely[position]]
-    after = _seen(inspection.text[position])
+    shown = [f"{visible(c)[0]} {p:.0%}" for c, p in inspection.likely[position]]
+    after = visible(inspection.text)[position]
     return small(f"next character after the framed {after} (click another): {', '.join(shown)}")
-
-
-def _seen(character: str) -> str:
-    return {"\n": "\u21b5", " ": "\u2423"}.get(character, character)
