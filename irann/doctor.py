@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ ENOUGH = 1e9  # bytes on a disk: a run keeps three checkpoints of some 50 MB
 def report() -> Iterator[str]:
     """Yields lines; the last ones say what is wrong, each with its way out."""
     problems: list[str] = []
-    checks: dict[str, Callable[[list[str]], Iterator[str]]] = {
+    checks = {
         "irann": _versions,
         "torch": _torch,
         "scan": _scan,
@@ -37,10 +37,8 @@ def report() -> Iterator[str]:
     for name, check in checks.items():
         for line in check(problems):
             yield f"{name:8} {_short(line)}"
-    for problem in problems:
+    for problem in problems or ["nothing that shows from here"]:
         yield f"{'wrong':8} {_short(problem)}"
-    if not problems:
-        yield f"{'wrong':8} nothing that shows from here"
 
 
 def _versions(problems: list[str]) -> Iterator[str]:
