@@ -427,8 +427,7 @@ def test_writing_leaves_out_the_first_round_and_the_first_character(monkeypatch,
             streamer.end()
             self.started = True
 
-    peer = SimpleNamespace(MambaConfig=dict, MambaForCausalLM=lambda config: Theirs())
-    monkeypatch.setitem(sys.modules, "transformers", peer)
+    monkeypatch.setattr(scan.Mamba, "to_transformers", lambda self: Theirs())
     measured = scan.writing(quick=True)
     assert prompts == [100, 1000] * 3
     assert measured["irann, after 100"] == {"median": 150, "low": 100, "high": 200}

@@ -3,7 +3,6 @@
 import functools
 import os
 from collections.abc import Callable
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -115,16 +114,10 @@ def writing(quick: bool) -> dict:
         f"irann, after {long:,}": lambda: write_on(model, text, n),
     }
     try:
-        from transformers import MambaConfig as TheirConfig
-        from transformers import MambaForCausalLM
+        theirs = model.to_transformers().eval()
     except ImportError:
         pass
     else:
-        sizes: dict[str, Any] = {"vocab_size": 65, "hidden_size": 128, "state_size": STATE}
-        config = TheirConfig(
-            **sizes, num_hidden_layers=4, bos_token_id=0, eos_token_id=None, pad_token_id=0
-        )
-        theirs: Any = MambaForCausalLM(config).eval()
 
         def peer() -> float:
             came = Arrivals()

@@ -104,15 +104,10 @@ def gpt_beside_transformers(quick: bool) -> dict:
     training = {"irann": lambda: ours.train().loss(ids)[0].backward()}
     writing = {"irann": lambda: finish(ours.eval().generate(prompt, n, generator=seeded()))}
     try:
-        from transformers import GPT2Config, GPT2LMHeadModel
+        theirs = ours.to_transformers()
     except ImportError:
         pass
     else:
-        sizes = {"vocab_size": 65, "n_positions": t, "n_embd": width, "n_layer": layers}
-        no_dropout = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
-        other = {"n_head": 3, "activation_function": "gelu", "bos_token_id": 0}
-        config = GPT2Config(**sizes, **no_dropout, **other, eos_token_id=None)
-        theirs: Any = GPT2LMHeadModel(config)
         sampling = {"do_sample": True, "top_k": 0, "pad_token_id": 0}
         mask = torch.ones_like(prompt)
 
