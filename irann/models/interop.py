@@ -11,7 +11,7 @@ from ..settings import InputError
 from .gpt import GPT, GPTConfig
 from .mamba import Mamba, MambaConfig
 
-CONV1D = ("c_attn", "c_proj", "c_fc")  # linear maps that GPT-2 keeps transposed
+TRANSPOSED = (".c_attn.weight", ".c_proj.weight", ".c_fc.weight")  # in GPT-2
 RENAMED = {  # activations
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -46,7 +46,7 @@ def gpt_from_transformers(source: Any) -> GPT:
     """See `GPT.from_transformers`."""
     from transformers import GPT2LMHeadModel
 
-    theirs = _resolved(source, GPT2LMHeadModel, "gpt2")
+    theirs = _resolved(source, GPT2LMHeadModel)
     hf = theirs.config
     if not hf.scale_attn_weights or hf.scale_attn_by_inverse_layer_idx or hf.add_cross_attention:
         raise InputError(
@@ -64,7 +64,7 @@ def gpt_from_transformers(source: Any) -> GPT:
         tied=theirs.lm_head.weight is theirs.transformer.wte.weight,
     )
     ours = GPT(config).to(theirs.lm_head.weight)
-    _copy(ours, theirs, "transformer.", CONV1D)
+    _copy(ours, theirs)
     return ours.train(theirs.training)
 
 
@@ -72,7 +72,7 @@ def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
     """See `Mamba.from_transformers`."""
     from transformers import MambaForCausalLM
 
-    theirs = _resolved(source, MambaForCausalLM, "mamba")
+    theirs = _resolved(source, MambaForCausalLM)
     hf = theirs.config
     config = MambaConfig(
         **{our_name: getattr(hf, their_name) for our_name, their_name in MAMBA_NAMES.items()},
@@ -83,7 +83,7 @@ def mamba_from_transformers(source: Any, *, window: int = 1024) -> Mamba:
         tied=theirs.lm_head.weight is theirs.backbone.embeddings.weight,
     )
     ours = Mamba(config).to(theirs.lm_head.weight)
-    _copy(ours, theirs, "backbone.")
+    _copy(ours, theirs)
     return ours.train(theirs.training)
 
 
@@ -107,7 +107,7 @@ def gpt_to_transformers(ours: GPT) -> Any:
     )
     theirs: Any = GPT2LMHeadModel(their_config)
     theirs.to(ours.wte.weight)
-    _copy(ours, theirs, "transformer.", CONV1D, back=True)
+    _copy(ours, theirs, back=True)
     return theirs.train(ours.training)
 
 
@@ -133,7 +133,7 @@ def mamba_to_transformers(ours: Mamba) -> Any:
     )
     theirs: Any = MambaForCausalLM(their_config)
     theirs.to(ours.embeddings.weight)
-    _copy(ours, theirs, "backbone.", back=True)
+    _copy(ours, theirs, back=True)
     return theirs.train(ours.training)
 
 
@@ -147,10 +147,11 @@ def _their_activation(name: str) -> str:
     return next((theirs for theirs, known in RENAMED.items() if known == name), name)
 
 
-def _resolved(source: Any, kind: type, model_type: str) -> Any:
+def _resolved(source: Any, kind: Any) -> Any:
     """-> a model of exactly this kind: of a relative, a copy would silently lose parts."""
     from transformers import AutoConfig
 
+    model_type = kind.config_class.model_type
     if isinstance(source, str | os.PathLike):
         found = AutoConfig.from_pretrained(source).model_type
         if found == model_type:
@@ -163,17 +164,15 @@ def _resolved(source: Any, kind: type, model_type: str) -> Any:
 
 
 @torch.no_grad()
-def _copy(
-    ours: nn.Module, theirs: nn.Module, prefix: str, transposed: tuple[str, ...] = (), *, back=False
-) -> None:
+def _copy(ours: nn.Module, theirs: Any, *, back: bool = False) -> None:
     """Copy all parameters of theirs to ours by name, or `back`: a bias that ours lacks is zero.
 
     Raises InputError where something else stands in a part's place.
     """
     for name, parameter in theirs.named_parameters():
-        if name.endswith(".weight") and name.split(".")[-2] in transposed:
+        if name.endswith(TRANSPOSED):
             parameter = parameter.T
-        name = name.removeprefix(prefix)
+        name = name.removeprefix(f"{theirs.base_model_prefix}.")
         try:
             mine = attrgetter(name)(ours)  # the weight in use, pruned or parametrized too
         except AttributeError:
