@@ -90,8 +90,7 @@ def _curve(seen: "list[Tick]", looks: dict[str, Any]) -> Any:
     file = io.BytesIO()
     with plt.rc_context(figures.style()):
         figure, ax = plt.subplots()
-        given: dict[str, Any] = {"references": {}} | looks
-        figures.learning_curve(seen, ax=ax, **given)
+        figures.learning_curve(seen, ax=ax, **looks)
         figure.savefig(file, format="png")
         plt.close(figure)
     return Image(data=file.getvalue(), format="png")
