@@ -2,6 +2,7 @@
 its numbers and its shape. Coordinates are the drawing's own, y grows downwards like text.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -98,7 +99,7 @@ def matrix(
     for i in range(high):
         for j in range(wide):
             value = table[i, j].item()
-            known = value == value and abs(value) != float("inf")
+            known = math.isfinite(value)
             shade = 0.75 * abs(value) / top if known else 0.0
             face = colormaps[cmap](shade) if known else "white"
             ax.add_patch(Rectangle((x + j, y + i), 1, 1, fc=face, ec=PALE, lw=0.6, zorder=2))

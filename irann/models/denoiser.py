@@ -193,7 +193,7 @@ class Denoiser(LanguageModel):
     def absorb(self) -> None:
         """Move the remembered loss of each bin of levels towards what the last step has seen."""
         if self.observations.is_meta:  # no state_dict has them
-            self.observations = torch.zeros_like(self.level_loss[None].repeat(2, 1))
+            self.observations = self.level_loss.new_zeros(2, BINS)
         count, total = self.observations
         count = count * total.isfinite()  # a step that failed leaves no trace
         total = total.nan_to_num(0, 0, 0)
