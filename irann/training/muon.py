@@ -59,14 +59,12 @@ class Muon(torch.optim.Optimizer):
                     state["momentum"] = torch.zeros_like(p)
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(state["momentum"], group["momentum"])
-                for weight, part in zip(
-                    p.chunk(group["stacked"]), update.chunk(group["stacked"]), strict=True
-                ):
-                    by_shape.setdefault(tuple(part.shape), []).append((weight, part))
+                stacked = group["stacked"]
+                for weight, part in zip(p.chunk(stacked), update.chunk(stacked), strict=True):
+                    by_shape.setdefault(part.shape, []).append((weight, part))
             for shape, pairs in by_shape.items():
                 size = group["lr"] * 0.2 * max(shape) ** 0.5
-                for (weight, _), update in zip(
-                    pairs, orthogonalise(torch.stack([part for _, part in pairs])), strict=True
-                ):
+                weights, parts = zip(*pairs)
+                for weight, update in zip(weights, orthogonalise(torch.stack(parts)), strict=True):
                     weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=size)
         return loss
