@@ -290,7 +290,7 @@ def _due(every: int, step: int) -> bool:
 def _validate(state: State, update: str) -> None:
     """Nats per character of the validation part, with averaged weights if the recipe has them."""
     began = time.perf_counter()
-    nats = evaluate(state.averaged(), state.text, share=state.world > 1).nats_per_char
+    nats = evaluate(state.averaged(), state.text, share=True).nats_per_char
     if not math.isfinite(nats):
         told = f"after step {state.step} the validation loss is {nats:g}, {update}: not saved"
         raise NotFinite(told)

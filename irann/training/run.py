@@ -86,8 +86,7 @@ class Run:
             if error is not None:
                 self._rescue(error)
         finally:
-            if self.writes:
-                self._release()
+            self._release()
 
     def take_notes(self) -> tuple[str, ...]:
         """-> what happened on resuming, once."""
