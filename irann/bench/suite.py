@@ -118,14 +118,12 @@ def measure(what: str, quick: bool, out: Path) -> dict:
     lacked = measured["without"]
     missing = {name for name in parts if name not in before}
     missing |= {name for name in parts if set(without(name)) < set(lacked.get(name, ()))}
-    others = []
-    if before:
-        others = [
-            f"{key} {before.get(key, 'unknown')} (here {value})"
-            for key, value in here.items()
-            if before.get(key) != value
-        ]
-    if missing and others:
+    others = [
+        f"{key} {before.get(key, 'unknown')} (here {value})"
+        for key, value in here.items()
+        if before.get(key) != value
+    ]
+    if before and missing and others:
         raise InputError(
             f"{page} was measured with {', '.join(others)}: delete it, or choose another --out"
         )
