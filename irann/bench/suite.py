@@ -190,11 +190,11 @@ def trained_models(quick: bool, only: str | None = None) -> dict:
                 raise
             rows[name] = {"missing": str(error)}
             continue
-        rows[name] = _trained_model(model, name, text, quick, count, n)
+        rows[name] = _trained_model(model, text, quick, count, n)
     return rows
 
 
-def _trained_model(model: Any, name: str, text: Text, quick: bool, count: int, n: int) -> dict:
+def _trained_model(model: Any, text: Text, quick: bool, count: int, n: int) -> dict:
     card = model.card or {}
     row: dict[str, Any] = {"parameters": model.num_parameters, "exact": model.exact}
     if quick:
