@@ -204,15 +204,10 @@ def beside_pytorch(quick: bool) -> dict:
         runners |= {by: greedy_engine(Engine(host(), model), ids, n) for by, host in able.items()}
         rates = {by: partial(rate, n, write) for by, write in runners.items()}
         taken = alternate(rates, rounds)
-        rows[name] = {
-            by: {
-                "chars_per_second": summary(rates),
-                "times as fast": summary(
-                    [a / b for a, b in zip(rates, taken["PyTorch"], strict=True)]
-                ),
-            }
-            for by, rates in taken.items()
-        }
+        rows[name] = {}
+        for by, values in taken.items():
+            times = [a / b for a, b in zip(values, taken["PyTorch"], strict=True)]
+            rows[name][by] = {"chars_per_second": summary(values), "times as fast": summary(times)}
     return {"n": n, "rounds": rounds, "rows": rows, "notes": notes}
 
 
