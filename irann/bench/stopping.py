@@ -59,7 +59,7 @@ class Rules:
     def __init__(self, model: Any):
         self.model = model
         self.fixed = torch.zeros(model.config.rounds, dtype=torch.float64)
-        self.rules: dict[tuple[str, float], Tensor] = {}
+        self.rules: dict[str, dict[str, Tensor]] = {"unfrozen": {}, "informed": {}}
         self.count = 0
 
     def __call__(self, ids: Int[Tensor, "b t+1"], **_: Any) -> Float[Tensor, "b t"]:
@@ -82,11 +82,11 @@ class Rules:
         stop[..., -1] = True
         first = stop.int().argmax(-1, keepdim=True)
         paid = torch.stack([nats.gather(-1, first).sum(), (first + 1).sum()]).double().cpu()
-        self.rules[rule, limit] = self.rules.get((rule, limit), 0) + paid
+        sums = self.rules[rule]
+        sums[str(limit)] = sums.get(str(limit), 0) + paid
 
     def points(self, rule: str) -> Points:
-        paid = {str(limit): sums for (name, limit), sums in self.rules.items() if name == rule}
-        return {limit: (sums / self.count).tolist() for limit, sums in paid.items()}
+        return {limit: (paid / self.count).tolist() for limit, paid in self.rules[rule].items()}
 
 
 def stopping(quick: bool) -> dict:
@@ -99,7 +99,7 @@ def stopping(quick: bool) -> dict:
         text = replace(text, val=text.val[: 4 * model.config.window])
     found = Rules(model)
     evaluate(model, text, nll=found)
-    rules = {rule: found.points(rule) for rule in ("learned", "informed")}
+    rules = {rule: found.points(rule) for rule in found.rules}
     by_round = (found.fixed / found.count).tolist()
     fixed = {str(rounds): nats for rounds, nats in enumerate(by_round, 1)}
     against = {rule: against_line(fixed, points) for rule, points in rules.items()}
