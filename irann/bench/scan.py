@@ -17,12 +17,12 @@ STATE = 16  # n of every scan here
 PEER = "mambapy, parallel scan"
 
 
-def inputs_of(b: int, t: int, e: int, n: int = STATE) -> list[Tensor]:
+def inputs_of(b: int, t: int, e: int) -> list[Tensor]:
     """-> a Mamba block's u, delta (b t e), A (e n), B, C (b t n), D (e), requiring gradients."""
     generator = seeded()
-    u, B, C = (torch.randn(b, t, size, generator=generator) for size in (e, n, n))
+    u, B, C = (torch.randn(b, t, size, generator=generator) for size in (e, STATE, STATE))
     delta = torch.rand(b, t, e, generator=generator) * 0.1 + 0.001
-    A = -torch.arange(1.0, n + 1).expand(e, n).contiguous()
+    A = -torch.arange(1.0, STATE + 1).expand(e, STATE).contiguous()
     return [x.requires_grad_() for x in (u, delta, A, B, C, torch.ones(e))]
 
 

@@ -98,12 +98,12 @@ class Mixer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     @torch.no_grad()
-    def init_dt(self, low: float = 1e-3, high: float = 0.1) -> None:
-        """delta starts log-uniform in [low, high], as in the published code (the paper, section
+    def init_dt(self) -> None:
+        """delta starts log-uniform in [0.001, 0.1], as in the published code (the paper, section
         3.6, says uniform): some channels count single characters, some whole lines.
         """
         nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
-        delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(low), math.log(high)).exp()
+        delta = torch.empty_like(self.dt_proj.bias).uniform_(math.log(1e-3), math.log(0.1)).exp()
         self.dt_proj.bias.copy_(delta + (-torch.expm1(-delta)).log())  # softplus undone
 
     def forward(self, x: Float[Tensor, "b t d"], state: LayerState | None = None) -> Update:
