@@ -20,10 +20,8 @@ class Signals:
     raised again there.
     """
 
-    def __init__(self) -> None:
-        self.caught = 0
-        self.answered = 0
-        self.before: dict[int, Callable | int] = {}
+    caught = 0
+    answered = 0
 
     def __call__(self) -> int:
         self.answered = self.caught
@@ -31,7 +29,7 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.caught = self.answered = 0  # what came in an earlier block is over
-        self.before = {}
+        self.before: dict[int, Callable | int] = {}
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
                 signum = getattr(signal, name, None)
