@@ -201,19 +201,16 @@ def run(
     """
     arms = RACES[name](quick)
     text = shakespeare.load()
+    threads = torch.get_num_threads()
     if name == "speedrun":
         on_cpu = torch.device(device).type == "cpu"
         kind = "two CPU cores" if on_cpu else "one GPU"
-        threads = torch.get_num_threads()
         arms = {f"{threads} CPU threads" if on_cpu and threads != 2 else kind: arms[kind]}
     page = out / f"{name}.json"
-    versions = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    machine = {"device": hardware(device)} | versions
+    machine = {"device": hardware(device), "torch": torch.__version__, "threads": threads}
     report = {"race": name, "quick": quick, **machine, "seeds": seeds, "notes": [], "rows": {}}
     if before := stored(page, quick):
         report |= {"device": "cpu"} | before | {"seeds": seeds}  # older ones name no device
-    else:
-        keep(report, page)  # what it began on, should it be stopped before a row is there
     for seed in range(seeds):
         for arm_name, arm in arms.items():
             fresh = {"arm": arm.settings(), "nats": [], "seconds": [], "curves": [], "measured": []}
