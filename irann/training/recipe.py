@@ -98,14 +98,8 @@ def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimiz
         made.append(torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, fused=True))
     if hidden:
         stacks = [{"params": weights, "stacked": k} for k, weights in hidden.items()]
-        made.append(
-            Muon(
-                stacks,
-                lr=recipe.muon_lr,
-                momentum=recipe.momentum,
-                weight_decay=recipe.weight_decay,
-            )
-        )
+        options = {"momentum": recipe.momentum, "weight_decay": recipe.weight_decay}
+        made.append(Muon(stacks, lr=recipe.muon_lr, **options))
     for optimizer in made:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]

@@ -191,9 +191,8 @@ class State:
         places = self._memory()
         for name, tensor in memory.items():
             optimizer, p, key = places[name]
-            optimizer.state[p][key] = tensor.to(
-                p.device, torch.float32 if key == "step" else p.dtype
-            )
+            dtype = torch.float32 if key == "step" else p.dtype
+            optimizer.state[p][key] = tensor.to(p.device, dtype)
         if self.average is not None:
             for name, p in self.average.named_parameters():
                 p.copy_(saved.optimizer[f"average.{name}"])
