@@ -117,7 +117,7 @@ def mamba_to_transformers(ours: Mamba) -> Any:
     from transformers import MambaForCausalLM
 
     config = ours.config
-    d_inner, dt_rank = next(iter(ours.blocks)).mixer.dt_proj.weight.shape
+    d_inner, dt_rank = next(ours.blocks).mixer.dt_proj.weight.shape
     if d_inner % config.width:
         raise InputError(
             f"their inner width is a multiple of the width; this model has {d_inner} and "
