@@ -59,7 +59,7 @@ class Rules:
     def __init__(self, model: Any):
         self.model = model
         self.fixed = torch.zeros(model.config.rounds, dtype=torch.float64)
-        self.rules: dict[str, dict[str, Tensor]] = {"unfrozen": {}, "informed": {}}
+        self.rules: dict[str, dict[str, Tensor]] = {"learned": {}, "informed": {}}
         self.count = 0
 
     def __call__(self, ids: Int[Tensor, "b t+1"], **_: Any) -> Float[Tensor, "b t"]:

@@ -172,8 +172,8 @@ class Thinker(RecurrentDepth, Reader):
             waiting[r] = before[:, :0]
             if r + 1 == len(waiting):
                 waiting.append(hidden[:, :0])
-            moved = before[:, -t:]
-            thought = thought.after(self.predict(r, hidden[:, -t:], moved), moved, rule, limit)
+            now = self.predict(r, hidden[:, -t:], before[:, -t:])
+            thought = thought.after(now, before[:, -t:], rule, limit)
             if rule["stop"] != "fixed" and not thought.thinking.any():
                 break
         waiting[r + 1] = torch.cat([waiting[r + 1], hidden], 1)
