@@ -7,6 +7,7 @@ beside that file; a fault that no model can do anything about is tried on one or
 
 import ast
 import errno
+import io
 import itertools
 import json
 import os
@@ -220,22 +221,17 @@ def test_a_disk_that_is_really_full(excerpt, tmp_path):
         assert "intact" in sentence
 
 
-def test_an_output_that_cannot_be_written_is_one_sentence(irann):
-    for unbuffered in ("", "1"):  # the disk is met when Python ends, or at once
-        env = ENV | {"PYTHONUNBUFFERED": unbuffered}
-        with open("/dev/full", "w") as full:
-            done = subprocess.run(
-                [sys.executable, "-m", "irann", "data"],
-                stdout=full,
-                stderr=subprocess.PIPE,
-                text=True,
-                env=env,
-            )
-        assert (
-            done.returncode == 1
-            and done.stderr
-            == "irann: the output cannot be written or read (the disk is full: free some space)\n"
-        )
+def test_an_output_that_cannot_be_written_is_one_sentence(irann, monkeypatch):
+    sentence = "irann: the output cannot be written or read (the disk is full: free some space)"
+    begin = [sys.executable, "-m", "irann", "data"]
+    env = ENV | {"PYTHONUNBUFFERED": ""}  # the disk is met when Python ends
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(begin, stdout=full, stderr=subprocess.PIPE, text=True, env=env)
+    assert (done.returncode, done.stderr) == (1, sentence + "\n")
+    with monkeypatch.context() as patch, open("/dev/full", "wb", 0) as full:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(full, write_through=True))  # or at once
+        code, _, said = irann("data")
+    assert (code, said) == (1, sentence)
     code, _, said = irann("data", "--out", "/dev/null/x")
     assert code == 1
     assert said == "irann: /dev/null/x cannot be written or read (Not a directory)"
