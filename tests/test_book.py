@@ -17,6 +17,7 @@ from docutils import nodes
 from docutils.utils import new_document
 from helpers import book_module
 from PIL import Image
+from sphinx.errors import ExtensionError
 
 from irann import export, figures, zoo
 
@@ -380,14 +381,18 @@ def test_the_page_of_pictures_says_of_each_what_it_shows_and_leads_to_where_it_s
     assert [each["uri"] for each in index.findall(nodes.image)] == ["a.png"]
 
 
+def at(event):
+    """-> what the site's extension does at an event of Sphinx's."""
+    app = Mock()
+    book_module("extension/house.py").setup(app)
+    (answer,) = [call.args[1] for call in app.connect.call_args_list if call.args[0] == event]
+    return answer
+
+
 def test_all_figures_are_gathered_anew_where_any_page_is():
-    house, app = book_module("extension/house.py"), Mock()
-    house.setup(app)
-    (gather,) = [
-        call.args[1] for call in app.connect.call_args_list if call.args[0] == "env-get-outdated"
-    ]
-    assert gather(app, None, set(), {"notebooks/01_gpt"}, set()) == ["book/figures"]
-    assert gather(app, None, set(), set(), set()) == []
+    gather = at("env-get-outdated")
+    assert gather(None, None, set(), {"notebooks/01_gpt"}, set()) == ["book/figures"]
+    assert gather(None, None, set(), set(), set()) == []
 
 
 @pytest.mark.parametrize("address", ["", "https://example.org/me/irann"])
@@ -410,7 +415,7 @@ def test_the_site_has_a_button_for_binder_if_it_is_told_where_its_notebooks_are(
 
 
 def test_a_chapter_with_a_cell_that_failed_or_never_ran_is_not_shown(tmp_path):
-    house, page = book_module("extension/house.py"), tmp_path / "page.ipynb"
+    refuse, page = at("env-before-read-docs"), tmp_path / "page.ipynb"
     cells = [nbformat.v4.new_markdown_cell("words"), nbformat.v4.new_code_cell("1")]
     cells += [nbformat.v4.new_code_cell("2")]
     env = SimpleNamespace(doc2path=lambda name: tmp_path / name)
@@ -418,8 +423,8 @@ def test_a_chapter_with_a_cell_that_failed_or_never_ran_is_not_shown(tmp_path):
     def refused():
         nbformat.write(nbformat.v4.new_notebook(cells=cells), page)
         try:
-            house.refuse_failures(None, env, ["words.md", "page.ipynb"])
-        except house.ExtensionError as error:
+            refuse(None, env, ["words.md", "page.ipynb"])
+        except ExtensionError as error:
             return str(error).partition(": ")[2]
 
     cells[1].execution_count = 1
