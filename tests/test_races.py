@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,21 @@ def short(small, monkeypatch):
     """Races read an excerpt, quick to validate with."""
     monkeypatch.setattr(shakespeare, "load", lambda: small)
     return small
+
+
+@pytest.fixture
+def brief(short, monkeypatch):
+    """Five steps of each arm, and texts of twenty characters, show as well that it runs."""
+    measured = races.text_quality
+
+    def arms_of(race, quick):
+        few = {"steps": 5, "evaluate_every": 2}
+        arms = race(quick)
+        return {k: replace(arm, recipe=replace(arm.recipe, **few)) for k, arm in arms.items()}
+
+    for name, race in races.RACES.items():
+        monkeypatch.setitem(races.RACES, name, partial(arms_of, race))
+    monkeypatch.setattr(races, "text_quality", lambda *given, count, n: measured(*given, count, 20))
 
 
 @pytest.fixture
@@ -134,19 +150,19 @@ def test_a_second_seed_is_run_beside_the_first(idle, tmp_path):
         ("speedrun", "is above nanoGPT's 1.4697"),
     ],
 )
-def test_every_race_runs_and_says_what_it_found(name, words, short, tmp_path, capsys, unchecked):
+def test_every_race_runs_and_says_what_it_found(name, words, brief, tmp_path, capsys, unchecked):
     suite.main(name, quick=True, out=tmp_path, seeds=1)
     assert words in capsys.readouterr().out
 
 
-def test_the_race_of_all_models(short, tmp_path, capsys, unchecked):
+def test_the_race_of_all_models(brief, tmp_path, capsys, unchecked):
     found = suite.main("models", quick=True, out=tmp_path, seeds=1)
     page, rows = capsys.readouterr().out, found["rows"]
     assert list(rows) == ["gpt", "mamba", "thinker", "thinker-page", "diffusion"]
     assert page.count("| at most") == 2 and page.count("## Text at temperature") == 2
     for name, row in rows.items():
         assert row["exact"] == (name in ("gpt", "mamba", "thinker"))
-        assert [point[0] for point in row["curves"][0]] == [384 * s for s in (4, 8, 12, 16, 20)]
+        assert [point[0] for point in row["curves"][0]] == [384 * s for s in (2, 4, 5)]
         exist = f"{row['measured'][0]['0.8']['words that exist']:.3f}"
         assert f"| {name} | {exist} ({exist}, {exist}) | " in page
     bare = {"gpt": rows["gpt"] | {"measured": []}}
