@@ -168,6 +168,7 @@ def test_a_number_of_steps_is_tried_by_words_judge_and_speed(clock):
 
 
 def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path, monkeypatch):
+    monkeypatch.setattr(waiting, "BUSY", ["sleep", "inf"])
     assert waiting.beside_a_busy_one({"OMP_NUM_THREADS": "1"}, 5) > 0
     asked = []
     monkeypatch.setattr(waiting, "seconds", lambda ways, steps: asked.append(ways) or len(asked))
