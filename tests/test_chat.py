@@ -497,29 +497,21 @@ def test_a_model_without_a_vocabulary_is_refused_and_seeds_never_run_out(corpus)
     assert len(session.turns) == 3
 
 
-def pipe(here, *arguments, text, **env):
-    """`irann chat` as a process with a pipe on both ends -> exit code, stdout, stderr."""
-    result = subprocess.run(
-        [sys.executable, "-m", "irann", "chat", *map(str, arguments)],
-        input=text, capture_output=True, text=True, cwd=here, env=ENV | env, timeout=120,
-    )  # fmt: skip
-    assert "Traceback" not in result.stderr
-    return result.returncode, result.stdout, result.stderr
-
-
 def test_a_pipe_gets_the_replies_only(runs, monkeypatch, command):
     path = runs / "runs" / "gpt-tiny"
-    code, out, err = pipe(
-        runs, path, "--length", 20, "--seed", 3, text="Who is there?\n/nonsense\n/temp 0\n/help\n"
-    )
     session = Session(path, length=20, seed=3)
     session.say("Who is there?")
-    assert code == 0 and out == finish(session.reply()).text + "\n" and "\x1b" not in out
-    assert "has no setting 'nonsense'" in err and "temperature: 0.0" in err and "/save FILE" in err
-    for said, replies in (("", 0), ("no line break at the end", 1)):
-        monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-        code, out, _ = command("chat", path, "--length", 5, "--mode", "plain")
-        assert code == 0 and len(out) == 6 * replies
+    reply = finish(session.reply()).text + "\n"
+    help = ("has no setting 'nonsense'", "temperature: 0.0", "/save FILE")
+    for typed, wanted, told in (
+        ("Who is there?\n/nonsense\n/temp 0\n/help\n", reply, help),
+        ("", "", ()),
+        ("Who is there?", reply, ()),  # no line break at the end
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        code, out, err = command("chat", path, "--length", 20, "--seed", 3)
+        assert (code, out) == (0, wanted) and all(words in err for words in told)
+        assert "\x1b" not in out
 
 
 def test_a_pipe_that_is_not_text_is_refused_in_a_sentence(runs, monkeypatch, command):
