@@ -68,7 +68,7 @@ def test_on_windows_where_gcc_s_vectors_end_a_process_torch_takes_over(fresh, mo
 
 
 @needs_compiler
-@pytest.mark.parametrize("cc", ["", " ", "cc -DONE=1", "env cc"])
+@pytest.mark.parametrize("cc", [" ", "env cc -DONE=1"])
 def test_the_compiler_may_carry_arguments(cc, fresh, monkeypatch):
     monkeypatch.setenv("CC", cc)
     inputs = draw(2, 20, 5, 3)
@@ -314,13 +314,6 @@ def test_many_texts_are_walked_as_they_are_and_one_long_text_fills_the_gpu():
     spans, stretches = meta(1, 65536, 384)
     assert 128 < stretches <= triton.FILL // 12 and (stretches - 1) * spans < 4096
     assert meta(1, 100, 384) == (7, 1)  # too short to be cut
-
-
-def test_triton_s_gradients_are_those_of_finite_differences():
-    def scan(*inputs):
-        return selective_scan(*inputs[:6], state=inputs[6], method="triton")
-
-    assert torch.autograd.gradcheck(scan, draw(1, 17, 1, 2), fast_mode=True)
 
 
 @pytest.mark.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
