@@ -16,7 +16,8 @@ try:
     torch.set_num_threads(2)
     x = torch.zeros(1 << 17)
     x.add_(1)
-    time.sleep(1.2)  # irann looks twice a second
+    if sys.argv[1] == "irann":
+        time.sleep(1.2)  # it looks twice a second
     others = time.process_time() - time.thread_time()
     for _ in range(100):
         x.add_(1)  # both threads
