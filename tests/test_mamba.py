@@ -294,24 +294,18 @@ def test_it_starts_as_the_paper_says():
     [SMALL, dataclasses.replace(SMALL, tied=False, init="fan_in", dropout=0.1)],
     ids=["paper", "fast"],
 )
-def test_every_parameter_learns_and_a_page_can_be_memorised(config, unchecked):
+def test_every_parameter_learns(config):
     torch.manual_seed(0)
-    model, page = Mamba(config), ids(2, 17)
+    model = Mamba(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(
-        2
-    ):  # from zero, the out projections have a slope first, what lies before them second
+    # from zero, the out projections have a slope first, what lies before them second
+    for _ in range(2):
         optimizer.step()
         optimizer.zero_grad()
-        loss, parts = model.loss(page)
+        loss, parts = model.loss(ids(2, 17))
         loss.backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert torch.equal(parts["nats_per_char"], loss.detach())
-    for _ in range(150):
-        optimizer.step()
-        optimizer.zero_grad()
-        model.loss(page)[0].backward()
-    assert model.eval().loss(page)[0] < 0.1
 
 
 def test_dropout_reaches_the_input_and_every_block():
