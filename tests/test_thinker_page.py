@@ -214,15 +214,16 @@ def test_rows_of_a_batch_write_as_if_alone():
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "how",
+    "std, how",
     [
-        {"stop": "halting", "threshold": 0.9},
-        {"stop": "state", "tolerance": 0.02},
-        {"stop": "prediction", "tolerance": 0.01},
+        (0.1, {"stop": "halting", "threshold": 0.9}),
+        (0.1, {"stop": "state", "tolerance": 0.02}),
+        (0.1, {"stop": "prediction", "tolerance": 0.01}),
+        (0.3, {"stop": "prediction", "tolerance": 0.1}),  # one that has stopped would move again
     ],
 )
-def test_pages_in_a_batch_think_as_one_by_one(how):
-    model, page = page_thinker(0.1, rounds=9), ids(6, 12)
+def test_pages_in_a_batch_think_as_one_by_one(std, how):
+    model, page = page_thinker(std, rounds=9), ids(6, 12)
     page[:, 4:] = model.mask_token
     masked, rule = torch.arange(12).expand(6, 12) >= 4, model.rule(how)
     hidden, logits, taken = model.think(page, masked, None, None, rule)
