@@ -1235,6 +1235,8 @@ def test_a_knob_shows_what_is_set(chat):
     assert widget.session.asked == 1 and widget.session.seed == 7  # refused: the seed goes on
     knobs["seed"].value = " "
     assert widget.session.seed is None and widget.message.value == ""
+    knobs["seed"].value = "0"
+    assert knobs["seed"].value == "0" and widget.session.seed == 0
     knobs["reader"].value = "first witch: "
     assert knobs["reader"].value == widget.session.reader == "FIRST WITCH"
     assert widget.message.value == ""
