@@ -1273,6 +1273,8 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
     (mine / "../book/copied.json").write_text("damaged")
     assert run("book")[0] == 0 and (mine / "01_gpt.ipynb").read_text() == "mine"
     assert (mine / "../book/report/all.json").read_text() == "[]"
+    (chapters / "08_new.ipynb").write_text("better")  # mine is as it was shipped: that counts
+    assert run("book")[0] == 0 and (mine / "08_new.ipynb").read_text() == "better"
     for place, where in (("irann-book", "notebooks"), ("notebooks", ".")):  # no copy of the copy
         monkeypatch.chdir(place)
         assert run("book")[0] == 0 and seen[-1][4] == where and not Path("irann-book").exists()
@@ -1283,7 +1285,7 @@ def test_the_book_opens_where_it_is_and_of_an_installed_package_a_copy(run, tmp_
         assert seen[-1][-1]["JUPYTER_CONFIG_PATH"] == ours
     monkeypatch.setattr(book.importlib.util, "find_spec", lambda name: None)
     code, _, err = run("book")
-    assert code == 2 and 'pip install "irann[book]"' in err and len(seen) == 7
+    assert code == 2 and 'pip install "irann[book]"' in err and len(seen) == 8
 
 
 def test_chapters_are_looked_for_wherever_pip_puts_data():
