@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from html import escape
 from types import SimpleNamespace
 
@@ -712,7 +713,8 @@ def test_a_reply_that_cannot_be_is_told_to_who_types_and_ends_a_pipe(corpus, cap
 @pytest.mark.parametrize("typed, times", [(False, 1), (True, 1), (True, 2)])
 def test_one_interrupt_ends_the_step_a_second_ends_it_at_once(corpus, capsys, typed, times):
     terminal, steps = Terminal(parrot(corpus, "")), []
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    own = partial(signal.default_int_handler)
+    signal.signal(signal.SIGINT, own)
 
     def reply():
         for settled in (1, 2, 3):
@@ -729,7 +731,7 @@ def test_one_interrupt_ends_the_step_a_second_ends_it_at_once(corpus, capsys, ty
         with pytest.raises(KeyboardInterrupt):
             terminal.answer(reply)
     assert steps == [1, 2]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # put back
+    assert signal.signal(signal.SIGINT, signal.default_int_handler) is own  # put back
     out = capsys.readouterr().out
     assert out.startswith("Ay" if times == 1 else "A\n") and ("[stopped]" in out) == typed
 
