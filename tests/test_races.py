@@ -281,6 +281,13 @@ def test_an_arm_that_was_trained_elsewhere_is_noted_as_trained_there(idle, tmp_p
     ]
 
 
+def test_eight_threads_are_another_machine_than_forty_eight():
+    saved = {"environment": {"threads": 8, "torch": "2.13"}}  # an older one names no processor
+    for threads, place in ((8, ""), (48, "8 threads, torch 2.13")):
+        known = {"device": f"A chip, {threads} threads", "torch": "2.13"}
+        assert races.elsewhere(saved, known) == place
+
+
 def test_a_processor_is_named_as_the_system_names_it(monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda self: "cpu: 0\nmodel name\t: A chip \nflags: a\n")
     assert races.processor() == "A chip"
