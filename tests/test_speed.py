@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -185,6 +186,14 @@ def test_training_beside_other_work_is_measured_in_each_way_of_waiting(tmp_path,
     given = f"(steps 40, rounds 1, cores {machine.cores()})\n"
     assert page.startswith(f"## Seconds of training the tiny GPT beside other work {given}")
     assert "| quiet | 1.00 (1.00, 1.00) | 2.00 (2.00, 2.00) | 3.00 (3.00, 3.00) |" in page
+
+
+def test_trainings_side_by_side_take_as_long_as_the_longest(monkeypatch):
+    said = [
+        Mock(returncode=0, communicate=lambda s=s: (f"steps\n{s}\n", None)) for s in (3.5, 10, 2)
+    ]
+    monkeypatch.setattr(subprocess, "Popen", Mock(side_effect=said))
+    assert waiting.seconds([{}] * 3, 1) == 10
 
 
 def test_what_keeps_a_core_busy_ends_with_whoever_began_it():
