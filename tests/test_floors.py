@@ -4,6 +4,7 @@ says.
 
 import ast
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,12 @@ def test_no_name_of_the_package_hides_a_submodule():
 def test_a_newcomer_s_import_needs_no_widgets_and_no_plots_and_brings_all_that_is_told():
     said = apart(PROGRAMS / "without_widgets.py").stdout
     assert 'needs ipywidgets and IPython: pip install "irann[book]"' in said
+
+
+def test_only_lacking_widgets_are_taken_for_lacking_widgets(monkeypatch):
+    monkeypatch.setitem(sys.modules, "irann.chat.widget", None)
+    with pytest.raises(ModuleNotFoundError, match=r"irann\.chat\.widget"):
+        _ = irann.Chat
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
