@@ -275,6 +275,8 @@ def test_it_says_what_it_forgot(corpus):
         f"could not read the first {lost} characters of the scene: its window of 64"
         in session.forgot()
     )
+    session.turns.append(replace(session.turns[-1], forgotten=0))  # as of a model without a window
+    assert session.forgot() == ""
 
 
 @pytest.mark.parametrize("said, length, lost", [(30, 3, 0), (30, 4, 17), (30, 40, 30), (0, 40, 0)])
