@@ -316,8 +316,8 @@ def test_only_steps_count_and_by_their_numbers(tmp_path):
 
 
 def test_what_is_no_loss_is_not_the_best(tmp_path):
-    save_run(tmp_path, 2, *(wrong for wrong in ("1.0", [], {}, None)), 3.0)
-    assert checkpoint.best(tmp_path)[1].config["validation"] == 2
+    save_run(tmp_path, 0, *(wrong for wrong in ("1.0", [], {}, None)), 3.0)
+    assert checkpoint.best(tmp_path)[1].config["validation"] == 0
     scored = checkpoint.by_validation(checkpoint.listed(tmp_path))
     assert [int(folder.name[5:]) for folder in scored] == [1, 6]
 
