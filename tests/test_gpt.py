@@ -285,6 +285,19 @@ def test_rotary_scores_see_distance_only():
         rotary_table(0, 4, 5, like=q)
 
 
+def test_a_table_that_torch_func_made_is_not_kept():
+    """A tensor of one of its levels breaks when it is used after that."""
+    # of a size that nobody has asked for
+    q = torch.randn(2, 38, dtype=torch.float64, generator=rng(0))
+
+    def length(q):
+        return apply_rotary(q, rotary_table(0, 2, 38, like=q)).square().sum()
+
+    for _ in range(2):
+        hessian = torch.func.jacrev(torch.func.grad(length))(q).view(76, 76)
+        torch.testing.assert_close(hessian, 2 * torch.eye(76).double(), atol=1e-12, rtol=0)
+
+
 def test_gpt2s_initialisation():
     torch.manual_seed(0)
     model = GPT(GPTConfig(width=128, layers=8))
