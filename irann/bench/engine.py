@@ -119,8 +119,7 @@ class Engine:
         return np.frombuffer(self.host.read(self.call(name), 4 * n), np.int32).tolist()
 
     def put(self, name: str, values: Any, kind: Any = np.float32) -> None:
-        values = np.ascontiguousarray(np.asarray(values).astype(kind))
-        self.host.write(self.call(name), values.tobytes())
+        self.host.write(self.call(name), np.asarray(values).astype(kind).tobytes())
 
     def logits(self) -> np.ndarray:
         return self.floats("get_logits", self.model.config.vocabulary)
