@@ -261,6 +261,8 @@ def test_what_was_not_installed_is_measured_when_it_is(tmp_path, monkeypatch, ca
         page = suite.main("scan", quick=True, out=tmp_path)
     assert ran == ["scan", "writing", "scan"] and page["without"]["scan"] == []
     assert "mambapy" not in capsys.readouterr().out
+    there.clear()
+    assert suite.main("scan", quick=True, out=tmp_path) == page and len(ran) == 3  # kept
 
 
 def test_a_part_that_fails_takes_nothing_of_the_others_with_it(tmp_path, monkeypatch):
