@@ -481,8 +481,10 @@ def test_none_means_the_default_here_too(corpus):
     session.set("temperature", None)
     assert session.get("top_k") == 0 and session.get("temperature") == 1 and not session.values
     for vocabulary, mode in ((corpus.vocabulary, "play"), (Vocabulary("Ay"), "plain")):
-        session = Session(Parrot(vocabulary, ""), reader=None, mode=None)
+        said = []
+        session = Session(Parrot(vocabulary, ""), reader=None, mode=None, say=said.append)
         assert (session.reader, session.mode) == ("ROMEO", mode)
+        assert ("(mode plain)" in "".join(said)) == (mode == "plain")
         session.set("mode", {"play": "plain", "plain": "play"}[mode])
         session.set("speaker", "nurse")
         session.set_all({"mode": None, "speaker": None})
