@@ -2,6 +2,7 @@
 transformers, counted calls.
 """
 
+import json
 import math
 from contextlib import contextmanager
 
@@ -323,7 +324,8 @@ def test_drafts_show_how_long_each_character_was_thought_about():
     *_, draft = model.generate(ids(2, 5), 9, generator=rng(), threshold=0.8)
     _, state = model.read(draft.ids[:, :-1], threshold=0.8)
     assert draft.note["rounds"] == state.rounds[:, -1].tolist()
-    assert draft.note["halted"] == pytest.approx(state.halted[:, -1].tolist())
+    assert list(draft.note["halted"]) == pytest.approx(state.halted[:, -1].tolist())
+    json.dumps(draft.note)  # lists of numbers, for whoever shows them
     shown = model.inspect(draft.ids[:1])
     assert shown["rounds"].shape == shown["expected_rounds"].shape == (14,)
 
