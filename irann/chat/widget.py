@@ -11,7 +11,6 @@ import os
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from typing import Any
 
 import ipywidgets as w
@@ -210,7 +209,7 @@ class Chat(w.VBox):
         if loop is None:
             self.say()
         else:  # the last letters of a fast typist may arrive after Enter does
-            loop.call_later(0.1, self.say)
+            self.waiting = loop.call_later(0.1, self.say)
 
     def _picked(self, change: dict) -> None:
         """A character of the inspected text was clicked."""
@@ -266,18 +265,21 @@ class Chat(w.VBox):
         self.began = time.monotonic()
         self.first = None
         last = None
+        frames = None
         try:
-            with closing(reply()) as frames:  # pyright: ignore[reportArgumentType]
-                for last in frames:
-                    self.frame = last
-                    if self.stopping:
-                        break
-                    if time.monotonic() - self.drawn >= EVERY:
-                        self._draw()
-                    yield
+            frames = reply()
+            for last in frames:
+                self.frame = last
+                if self.stopping:
+                    break
+                if time.monotonic() - self.drawn >= EVERY:
+                    self._draw()
+                yield
         except Exception as error:
             self._fail(error)
         finally:
+            if frames is not None:
+                frames.close()  # pyright: ignore[reportAttributeAccessIssue]
             self._ended(last)
 
     def _ended(self, last: Frame | None) -> None:
