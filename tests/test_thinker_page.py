@@ -245,7 +245,7 @@ def test_a_page_stops_thinking_when_all_its_positions_rest():
     def rounds(**how):
         with counting(model) as calls:
             *_, last = model.generate(prompt, 8, generator=rng(), steps=3, **how)
-        assert calls == [13 * last.note["rounds"]]
+        assert calls == [[13] * last.note["rounds"]]
         return last.note["rounds"]
 
     assert rounds(stop="fixed") == 15 and rounds(stop="fixed", rounds=2) == 6
