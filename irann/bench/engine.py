@@ -51,11 +51,9 @@ def library() -> Path:
     """engine.c by this machine's compiler: CC, else cc."""
     built = Path(tempfile.mkdtemp()) / "engine.so"
     command = [*(shlex.split(os.environ.get("CC", "")) or ["cc"]), "-O3", "-march=native"]
-    if platform.machine() in (
-        "x86_64",
-        "AMD64",
-    ):  # the engine's vectors have 128 bits; behind wider
-        command.append("-mprefer-vector-width=128")  # ones GCC leaves what slows all other code
+    # the engine's vectors have 128 bits; behind wider ones GCC leaves what slows all other code
+    if platform.machine() in ("x86_64", "AMD64"):
+        command.append("-mprefer-vector-width=128")
     command += ["-fno-math-errno", "-shared", "-fPIC", "-o", built, LIVE / "engine.c", "-lm"]
     subprocess.run(command, check=True, capture_output=True, timeout=60)
     return built
