@@ -36,7 +36,7 @@ MOST_LAYERS = 64  # engine.c's
 # their names in the models' configs
 CONFIG = (
     "kind vocabulary window layers heads width inner prelude core rounds round_gains d_state "
-    "d_conv dt_rank channels neighbours levels bayes self_condition"
+    "d_conv dt_rank channels neighbours levels bayes self_condition halt_width unused"
 ).split()
 # What the engine computes; a model with other options is refused
 GPT_OPTIONS = {"positions": "rotary", "eps": 1e-5} | FAST
@@ -89,8 +89,8 @@ def _recurrent(model: RecurrentDepth) -> Layout:
     config = model.config
     names = ["wte.weight", *_blocks("prelude", config.prelude), *_blocks("core", config.core)]
     names += ["gains", "halt_bias"] if config.round_gains else []
-    own = {"layers": config.prelude + config.core}
-    return own, [*names, "halt_head.weight", "halt_head.bias", "lm_head.weight"]
+    names += [name for name, _ in model.named_parameters() if name.startswith("halt_head.")]
+    return {"layers": config.prelude + config.core}, [*names, "lm_head.weight"]
 
 
 def _mamba(model: Mamba) -> Layout:

@@ -5,15 +5,18 @@ transformers, counted calls.
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import excite, refuses, stablelm
-from helpers import ids, objective, rng
+from helpers import book_module, ids, objective, rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from scipy.stats import chisquare
 
+import irann
 from irann import lm, zoo
 from irann.core.halting import expected_rounds, halting_distribution, kl_to_geometric
 from irann.models.recurrent import round_weights
@@ -87,6 +90,13 @@ class OneByOne:
         inner = block.mlp.c_fc.weight @ (self.norm(x) * gains[1])
         return x + block.mlp.c_proj.weight @ inner.relu().square(), (k, v)
 
+    def score(self, features):
+        """-> what the halting head makes of them, before its bias by round."""
+        *hidden, weight, bias = self.model.halt_head.parameters()
+        if hidden:
+            features = (hidden[0] @ features + hidden[1]).relu()
+        return weight[0] @ features + bias[0]
+
     def read(self, text, stop, threshold=0.5, tolerance=0.05, rounds=6, limits=None):
         """(t) -> logits (t v), rounds (t)."""
         model, trained = self.model, self.model.config.rounds
@@ -115,10 +125,10 @@ class OneByOne:
                 p = guess.softmax(0)
                 moved = (hidden - before).square().mean().sqrt()
                 features = torch.cat([hidden, moved[None], -(p * p.log()).sum()[None]])
-                bias = model.halt_head.bias[0]
+                halt = self.score(features)
                 if model.gains is not None:
-                    bias = bias + model.halt_bias[last]
-                survival = survival * (1 - (model.halt_head.weight[0] @ features + bias).sigmoid())
+                    halt = halt + model.halt_bias[last]
+                survival = survival * (1 - halt.sigmoid())
                 stopped = {
                     "halting": 1 - survival >= threshold,
                     "sampled": limits is not None and 1 - survival >= limits[position],
@@ -141,6 +151,7 @@ class OneByOne:
 @torch.no_grad()
 def test_reads_as_defined_one_character_and_one_round_at_a_time(stop, prelude, core, gains):
     options = {"prelude": prelude, "core": core, "round_gains": gains}
+    options["halt_width"] = 5 if gains else 0
     model = thinker(**options, rounds=3 if gains else 6)  # with gains, twice as many as trained
     text = ids(1, 20)
     limits = torch.rand(1, 20, generator=rng(), dtype=torch.float64)[0]
@@ -340,8 +351,10 @@ def test_mixed_precision_reaches_reading_and_inspecting():
 # ------------------------------------------------------------------------------------ training
 
 
-def test_the_untrained_halting_probability_is_the_prior():
-    model = Thinker(ThinkerConfig(window=24, width=32, prior=0.25, rounds=5))
+@pytest.mark.parametrize("halt_width", [0, 8])
+def test_the_untrained_halting_probability_is_the_prior(halt_width):
+    config = ThinkerConfig(window=24, width=32, prior=0.25, rounds=5, halt_width=halt_width)
+    model = Thinker(config)
     _, halt, hidden = model.every_round(ids(2, 9))
     torch.testing.assert_close(halt, torch.full_like(halt, 0.25))
     _, parts = model.loss(ids(2, 25))
@@ -351,9 +364,11 @@ def test_the_untrained_halting_probability_is_the_prior():
     torch.testing.assert_close(hidden.square().mean(-1), normalised, atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("halt_width", [0, 8])
 @pytest.mark.parametrize("supervision", ["every", "late", "last", "halting"])
-def test_loss_is_the_formula(supervision):
-    model = thinker(std=0.1, supervision=supervision, prior=0.2, prior_weight=0.03)
+def test_loss_is_the_formula(supervision, halt_width):
+    options = {"supervision": supervision, "halt_width": halt_width}
+    model = thinker(std=0.1, prior=0.2, prior_weight=0.03, **options)
     text = ids(3, 25)
     logits, halt, _ = model.every_round(text[:, :-1])
     assert logits.shape == (3, 24, 65, 6) and halt.shape == (3, 24, 6)
@@ -372,13 +387,12 @@ def test_loss_is_the_formula(supervision):
     close(parts["nats_per_char"], nats[..., -1].mean())
 
     body = list(model.core.parameters()) + list(model.prelude.parameters())
-    head = model.halt_head.weight
-    slopes = torch.autograd.grad(loss, [head, *body])
-    pull, *bend = torch.autograd.grad(pondering, [head, *body], retain_graph=True)
-    close(slopes[0], pull)
+    head = list(model.halt_head.parameters())
+    slopes = torch.autograd.grad(loss, [*head, *body])
+    wanted = torch.autograd.grad(pondering, [*head, *body], retain_graph=True)
     if supervision != "halting":  # the halting head learns beside the network and does not bend it
-        bend = torch.autograd.grad(value, body)
-    for ours, theirs in zip(slopes[1:], bend):
+        wanted = [*wanted[: len(head)], *torch.autograd.grad(value, body)]
+    for ours, theirs in zip(slopes, wanted, strict=True):
         close(ours, theirs)
 
 
@@ -505,3 +519,35 @@ def test_late_rounds_count_from_the_middle_one_on():
     for weights in ([1], [1, 2], [0, 1, 2], [0, 1, 2, 3], [0, 0, 1, 2, 3]):
         wanted = torch.tensor(weights) / sum(weights)
         torch.testing.assert_close(round_weights("late", torch.zeros(2, 3, len(weights))), wanted)
+
+
+def test_the_script_fits_the_halting_head_alone_and_ships_it(tmp_path, monkeypatch):
+    script = book_module("halting.py")
+    text = irann.Text.of("to be or not to be, that is the question\n" * 12)
+    sizes = {"window": 16, "width": 16, "heads": 2, "rounds": 3, "dropout": 0.5}
+    trained = irann.build("thinker", ThinkerConfig(vocabulary=len(text.vocabulary), **sizes))
+    excite(trained, 0.1)
+    trained.vocabulary = text.vocabulary
+    trained.card = dict.fromkeys(script.KEPT, "as it was")
+    before = {k: v.half().float() for k, v in trained.state_dict().items()}
+    trained.load_state_dict(before)
+    recipe = replace(script.RECIPE, steps=40, batch=4, evaluate_every=20, precision="float32")
+    load = irann.load
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(irann, "load", lambda name: trained if name == "thinker" else load(name))
+    monkeypatch.setattr(irann.shakespeare, "load", lambda: text)
+    monkeypatch.setattr(irann.zoo, "WEIGHTS", tmp_path / "weights")
+    (tmp_path / "weights").mkdir()
+    monkeypatch.setattr(script, "RECIPE", recipe)
+    script.main()
+    card = json.loads((tmp_path / "weights" / "thinker.json").read_text())
+    assert card["hours"] == card["command"] == "as it was"
+    assert irann.zoo.Recipe(**card["halting"]["recipe"]) == recipe
+    model = irann.build("thinker", ThinkerConfig(**card["config"]))
+    assert model.config == replace(trained.config, **script.CONFIG)
+    after = load_file(tmp_path / "weights" / "thinker.safetensors")
+    model.load_state_dict({name: weight.float() for name, weight in after.items()})
+    for name, weight in before.items():
+        assert name.startswith("halt") or torch.equal(model.state_dict()[name], weight)
+    assert model.halt_head[2].weight.abs().max() > 0.01
+    assert card["validation"] == pytest.approx(irann.evaluate(model, text).nats_per_char, abs=1e-6)

@@ -171,6 +171,7 @@ enum { GPT, THINKER, MAMBA, DIFFUSION, PAGE_THINKER };
 typedef struct {
   int32_t magic, kind, vocabulary, window, layers, heads, width, inner;
   int32_t prelude, core, rounds, gained, state, conv, rank, channels, neighbours, levels, bayes, conditioned;
+  int32_t halt_width, unused;  // so that the tables begin at a multiple of 8 bytes
 } Config;
 enum { MAGIC = 0x316e7269, MOST_LAYERS = 64 };  // "irn1"
 
@@ -183,7 +184,7 @@ typedef struct {
 static Config m;
 static Block blocks[MOST_LAYERS];
 static Mixer mixers[MOST_LAYERS + 1];  // of the last only the norm
-static const float *wte, *head, *head_bias, *gains, *halt_bias, *halt_head;
+static const float *wte, *head, *head_bias, *gains, *halt_bias, *halt_in, *halt_in_bias, *halt_head;
 static const float *input_proj, *time_in, *time_in_bias, *time_out, *time_out_bias, *clean;
 static float *embeddings, *rotary, *logits, *keys, *values, *x, *y, *z, *wide, *scores, *seen, *noise;
 static float *hidden, *before, *injected, *p, *noisy, *guess, *sure, *deltas, *sums, *answer;
@@ -231,7 +232,7 @@ static void read_mixer(Mixer *b) {
 static int page_model(void) { return m.kind == DIFFUSION || m.kind == PAGE_THINKER; }
 static int sensible(void) {
   int right = m.magic == MAGIC && m.kind >= GPT && m.kind <= PAGE_THINKER && m.vocabulary > 0 && m.window > 0;
-  right = right && m.width > 0 && m.inner > 0 && m.layers > 0 && m.layers <= MOST_LAYERS;
+  right = right && m.halt_width >= 0 && m.width > 0 && m.inner > 0 && m.layers > 0 && m.layers <= MOST_LAYERS;
   if (m.kind == MAMBA) return right && m.state > 0 && m.state % LANES == 0 && m.conv > 0 && m.rank > 0;
   return right && m.heads > 0 && m.width % (2 * m.heads) == 0;
 }
@@ -271,7 +272,11 @@ EXPORT int open_model(int bytes) {
   for (int i = 0; i < depth; i++) m.kind == MAMBA ? read_mixer(mixers + i) : read_block(blocks + i);
   gains = m.gained ? read((size_t)m.rounds * m.core * 2 * d) : 0;
   halt_bias = m.gained ? read(m.rounds) : 0;
-  halt_head = m.kind == THINKER || m.kind == PAGE_THINKER ? read(d + 3) : 0;  // d, distance, entropy; bias
+  if (m.kind == THINKER || m.kind == PAGE_THINKER) {  // sees the hidden state, its distance, the entropy; last a bias
+    size_t units = m.halt_width;
+    halt_in = units ? read(units * (d + 2)) : 0, halt_in_bias = units ? read(units) : 0;
+    halt_head = read((units ? units : d + 2) + 1);
+  }
   const float *norm_f = m.kind == MAMBA ? read(d) : 0;
   if (norm_f) mixers[depth].norm = norm_f;
   head = read(v * d);
@@ -288,7 +293,7 @@ EXPORT int open_model(int bytes) {
       rotary[i * c + j] = (float)cos(angle), rotary[i * c + j + 1] = (float)sin(angle);
     }
   } else deltas = numbers((size_t)depth * t * e), sums = numbers((size_t)depth * e);
-  size_t most = 3 * d + 2 * e + m.rank + 2 * m.state, in_page = page_model() && v > most ? v : most;
+  size_t most = 3 * d + 2 * e + m.rank + 2 * m.state + m.halt_width, in_page = page_model() && v > most ? v : most;
   x = numbers(many * d), y = numbers(many * most), z = numbers(many * most), wide = numbers(many * in_page);
   scores = numbers((size_t)depth * (m.kind == MAMBA ? 1 : m.heads) * t);
   hidden = numbers(many * d), before = numbers(many * d), injected = numbers(many * d);
@@ -421,9 +426,17 @@ static void think_once(int r, int n, int first, float *k, float *v, int size) {
 static float halt(int r, int i, const float *say) {
   int d = m.width;
   const float *own = hidden + i * d;
-  float sum = halt_head[d + 2] + halt_head[d] * distance(own, before + i * d, d);
-  sum += halt_head[d + 1] * entropy(say);
-  for (int j = 0; j < d; j++) sum += halt_head[j] * own[j];
+  float *sees = y, *units = z;
+  int n = d + 2;
+  memcpy(sees, own, d * sizeof(float));
+  sees[d] = distance(own, before + i * d, d), sees[d + 1] = entropy(say);
+  if (halt_in) {
+    linear(units, sees, halt_in, 1, n, m.halt_width);
+    sees = units, n = m.halt_width;
+    for (int j = 0; j < n; j++) units[j] = units[j] + halt_in_bias[j] > 0 ? units[j] + halt_in_bias[j] : 0;
+  }
+  float sum = halt_head[n];
+  for (int j = 0; j < n; j++) sum += halt_head[j] * sees[j];
   if (halt_bias) sum += halt_bias[r < m.rounds ? r : m.rounds - 1];
   return sigmoid(sum);
 }

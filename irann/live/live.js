@@ -192,7 +192,7 @@ function worker() {
     c = Object.fromEntries(NAMES.map((name, i) => [name, new Int32Array(file.buffer, 0, 20)[i]]));
     c.kind = KINDS[c.kind];
     c.page = page || c.window + 1 >> 1;
-    if (c.levels) [alphaBar, cumulative] = [0, 1].map(i => new Float64Array(file.buffer, 80 + 8 * i * c.levels, c.levels));
+    if (c.levels) [alphaBar, cumulative] = [0, 1].map(i => new Float64Array(file.buffer, 88 + 8 * i * c.levels, c.levels));
     return c;
   }
 

@@ -77,6 +77,7 @@ class ThinkerConfig(Checked):
     random_rounds: bool = field(False, "draw the rounds of a batch: from half to 1.5 times as many")
     prior: float = field(0.3, "halting probability, PonderNet's lambda_p", above=0.0, below=1.0)
     prior_weight: float = field(0.01, "of the KL term in nats, PonderNet's beta", low=0.0)
+    halt_width: int = field(0, "hidden units of the halting head; 0: it is linear", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,10 +112,13 @@ class RecurrentDepth(LanguageModel):
             self.halt_bias = nn.Parameter(torch.zeros(config.rounds))
         self.ln_f = make_norm("plain", config.width)
         self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
-        self.halt_head = nn.Linear(config.width + 2, 1)
+        sees = config.width + 2
+        last = nn.Linear(config.halt_width or sees, 1)
+        hidden = [nn.Linear(sees, config.halt_width), nn.ReLU()] if config.halt_width else []
+        self.halt_head = nn.Sequential(*hidden, last) if hidden else last
         init_fan_in(self)
-        nn.init.zeros_(self.halt_head.weight)  # untrained, the halting probability is the prior's
-        nn.init.constant_(self.halt_head.bias, math.log(config.prior / (1 - config.prior)))
+        nn.init.zeros_(last.weight)  # untrained, the halting probability is the prior's
+        nn.init.constant_(last.bias, math.log(config.prior / (1 - config.prior)))
 
     def rotary(self, start: int, end: int) -> Rotary:
         channels = self.config.width // self.config.heads
@@ -161,7 +165,7 @@ class RecurrentDepth(LanguageModel):
         uncertain = entropy(logits.detach())
         features = torch.cat([seen, moved.sqrt()[..., None], uncertain[..., None]], -1)
         halt = self.halt_head(features).squeeze(-1)
-        halt = halt.to(self.halt_head.weight)  # mixed precision ends here: products and logs follow
+        halt = halt.to(self.lm_head.weight)  # mixed precision ends here: products and logs follow
         if self.halt_bias is not None:
             halt = halt + self.halt_bias[min(r, len(self.halt_bias) - 1)]
         return Round(hidden, logits, halt.sigmoid())

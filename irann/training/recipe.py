@@ -81,7 +81,7 @@ def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimiz
     hidden: dict[int, list[nn.Parameter]] = {}
     if recipe.optimizer == "muon":
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and not name.endswith("head"):
+            if isinstance(module, nn.Linear) and "head" not in name:
                 weight = trained.pop(f"{name}.weight", None)
                 if weight is not None:
                     hidden.setdefault(getattr(module, "stacked", 1), []).append(weight)

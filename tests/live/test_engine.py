@@ -138,8 +138,8 @@ def test_a_page_s_script_says_what_the_model_is():
     assert call == 'irannLive.models["mine"]' and data == weights_file(model)
     sha256 = hashlib.sha256(data).hexdigest()
     assert told == {"characters": "\nabcdefghijkl", "sha256": sha256, "page": model.config.page}
-    levels = model.config.levels  # for the page, after twenty whole numbers
-    alpha_bar, below = np.frombuffer(data, np.float64, 2 * levels, offset=80).reshape(2, levels)
+    levels = model.config.levels  # for the page, after 22 whole numbers
+    alpha_bar, below = np.frombuffer(data, np.float64, 2 * levels, offset=88).reshape(2, levels)
     assert alpha_bar.tolist() == model.schedule.alpha_bar.tolist()
     assert below.tolist() == model.level_probabilities().cumsum(0).tolist()
 
@@ -284,11 +284,12 @@ CHANGING = [(0.0, 0), (0.3, 0), (1.0, 3), (0.7, 2), (1.0, 0), (0.5, 0), (0.0, 0)
 @pytest.mark.parametrize("gains", [False, True])
 def test_rounds_of_the_thinker(host, rules, gains):
     """As many as PyTorch takes, after which all is as if no earlier position had ever stopped."""
-    model = tiny("thinker", std=0.3, rounds=5, round_gains=gains)
+    model = tiny("thinker", std=0.3, rounds=5, round_gains=gains, halt_width=7 if gains else 0)
     if gains:
         model.halt_bias.copy_(torch.tensor([-1, 1, -2, 2, 0]))
     if rules == [(0.0, 0)]:
-        model.halt_head.bias.fill_(-1000)  # it would never stop
+        *_, bias = model.halt_head.parameters()
+        bias.fill_(-1000)  # it would never stop
     engine = Engine(host, model)
     ids = torch.tensor([some_ids(30)])
     every, _, _ = model.every_round(ids)
@@ -418,6 +419,7 @@ def test_the_same_noise_refines_the_same_page(case):
         model, t, start = zoo.load(case), 50, 10
     else:
         more = {"round_gains": "gains" in case, "prelude": 2 if "prelude" in case else 1}
+        more["halt_width"] = 7 if "gains" in case else 0
         more["rounds"] = 8 if "halts" in case else 3
         model, t, start = tiny("thinker-page", std=0.3, **more), 20, 4
     if "motion" in case:
