@@ -53,7 +53,7 @@ class Entry:
     Every model has `tiny` (seconds, for tests and for trying things), `demo` (about a minute),
     `full` (60 to 85 minutes of two cores of a CPU without AVX-512) and `gpu` (minutes of a GPU).
     The weights that ship were made by `gpu`; the thinker's on a CPU, by `full` with the steps and
-    the precision of `gpu`.
+    the precision of `gpu`, and then its halting head by book/halting.py.
     """
 
     model: type[LanguageModel]
