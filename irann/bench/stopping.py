@@ -29,7 +29,7 @@ from . import speed
 from .races import between
 
 MEANS = (2.0, 2.5, 3.0, 4.0)
-THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 KLS = (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002, 0.001)
 Fixed = dict[str, float]  # by rounds: nats per character, the same rounds for every character
 Points = dict[str, list[float]]  # by limit: nats per character, mean rounds
