@@ -549,5 +549,5 @@ def test_the_script_fits_the_halting_head_alone_and_ships_it(tmp_path, monkeypat
     model.load_state_dict({name: weight.float() for name, weight in after.items()})
     for name, weight in before.items():
         assert name.startswith("halt") or torch.equal(model.state_dict()[name], weight)
-    assert model.halt_head[2].weight.abs().max() > 0.01
+    assert model.halt_head[2].weight.abs().max() > 1e-3
     assert card["validation"] == pytest.approx(irann.evaluate(model, text).nats_per_char, abs=1e-6)
