@@ -17,9 +17,6 @@ from irann.training import Recipe, progress
 
 NAME = "thinker"
 RUN = Path("runs") / "thinker-halting"
-# a further round should gain 0.07 nats (prior_weight times ln 4) to be as likely as the one before,
-# as in the network's training; but the prior pulls half as much
-CONFIG = {"halt_width": 128, "prior": 0.75, "prior_weight": 0.05}
 RECIPE = Recipe(
     steps=3000,
     batch=16,
@@ -38,7 +35,7 @@ KEPT = "command recipe seed step characters hardware hours curve corpus".split()
 def main() -> None:
     text = irann.shakespeare.load()
     trained: Any = irann.load(NAME)
-    config = dataclasses.replace(trained.config, **CONFIG)
+    config = dataclasses.replace(trained.config, **zoo.HALTING)
     network = {k: v for k, v in trained.state_dict().items() if not k.startswith("halt")}
     model: Any = irann.build(NAME, dataclasses.replace(config, dropout=0.0), seed=RECIPE.seed)
     model.load_state_dict(model.state_dict() | network)
@@ -54,7 +51,7 @@ def main() -> None:
     whole.vocabulary = text.vocabulary
     halting = {
         "command": "python book/halting.py",
-        "config": CONFIG,
+        "config": zoo.HALTING,
         "recipe": dataclasses.asdict(RECIPE),
         "hardware": "two cores of an AMD EPYC with bfloat16 units, beside short tests",
         "hours": round(seconds / 3600, 2),

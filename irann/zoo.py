@@ -87,8 +87,11 @@ def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any,
 DEEP: dict[str, Any] = dict(
     prelude=0, core=2, round_gains=True, supervision="late", prior=0.5, prior_weight=0.1
 )
+# and its halting head since then: a round costs as much (prior_weight times ln 4), and the prior
+# pulls half as hard
+HALTING: dict[str, Any] = dict(halt_width=128, prior=0.75, prior_weight=0.05)
 WIDE = dict(heads=3, width=264)
-DEEP_AND_WIDE = DEEP | WIDE | dict(rounds=6, dropout=0.1, muon_lr=0.012, ema_decay=0.998)
+DEEP_AND_WIDE = DEEP | HALTING | WIDE | dict(rounds=6, dropout=0.1, muon_lr=0.012, ema_decay=0.998)
 
 MODELS: dict[str, Entry] = {
     "gpt": _entry(
@@ -103,7 +106,7 @@ MODELS: dict[str, Entry] = {
         Thinker,
         ThinkerConfig(),
         tiny=dict(width=32, rounds=3),
-        demo=DEEP | dict(width=128, rounds=3, steps=250),
+        demo=DEEP | HALTING | dict(width=128, rounds=3, steps=250),
         full=DEEP_AND_WIDE | dict(steps=2500, evaluate_every=500),
         # with batch 32, dropout 0.15: 1.420 at best, after 16 million characters; then it overfits
         gpu=DEEP_AND_WIDE | dict(batch=8, steps=5500, evaluate_every=1100, precision="bfloat16"),

@@ -22,7 +22,9 @@ from irann.training import evaluate, train
 
 OURS = list(zoo.MODELS)
 MODELS = zoo.MODELS | {"recurrent": SIXTH}
-FORMS = {name: (name, {}) for name in MODELS} | {"thinker that ships": ("thinker", zoo.DEEP)}
+FORMS = {name: (name, {}) for name in MODELS} | {
+    "thinker that ships": ("thinker", zoo.DEEP | zoo.HALTING)
+}
 NAMES = list(FORMS)
 READERS = [form for form, (name, _) in FORMS.items() if issubclass(MODELS[name].model, Reader)]
 STRAIGHT = [form for form in READERS if "stop" not in MODELS[FORMS[form][0]].model.settings]

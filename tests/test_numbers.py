@@ -31,7 +31,11 @@ OF_GPT2 = dict(
 FORMS = {
     name: (name, {}, dict(accumulate=2, ema_decay=0.9, dropout=0.1)) for name in zoo.MODELS
 } | {
-    "thinker that ships": ("thinker", zoo.DEEP, dict(random_rounds=True, dropout=0.1)),
+    "thinker that ships": (
+        "thinker",
+        zoo.DEEP | zoo.HALTING,
+        dict(random_rounds=True, dropout=0.1),
+    ),
     "gpt as GPT-2": ("gpt", OF_GPT2, dict(optimizer="adamw", lr_schedule="cosine", clip=0.1)),
     "mamba as published": ("mamba", dict(init="mamba", tied=True), dict(optimizer="adamw")),
 }

@@ -544,7 +544,7 @@ def test_the_script_fits_the_halting_head_alone_and_ships_it(tmp_path, monkeypat
     assert card["hours"] == card["command"] == "as it was"
     assert irann.zoo.Recipe(**card["halting"]["recipe"]) == recipe
     model = irann.build("thinker", ThinkerConfig(**card["config"]))
-    assert model.config == replace(trained.config, **script.CONFIG)
+    assert model.config == replace(trained.config, **zoo.HALTING)
     after = load_file(tmp_path / "weights" / "thinker.safetensors")
     model.load_state_dict({name: weight.float() for name, weight in after.items()})
     for name, weight in before.items():

@@ -24,7 +24,8 @@ BOOK = Path(__file__).parent.parent / "book"
 MADE = dict.fromkeys(NAMES, ("gpu", {}))  # by which recipe, changed how
 MADE["thinker"] = (
     "full",
-    {"steps": 5500, "evaluate_every": 1100, "precision": "bfloat16", "seed": 0},
+    {"steps": 5500, "evaluate_every": 1100, "precision": "bfloat16", "seed": 0}
+    | {"halt_width": 0, "prior": 0.5, "prior_weight": 0.1},
 )
 
 
@@ -50,8 +51,8 @@ def test_the_card_tells_how_it_was_made(name):
     if name == "thinker":
         halting = told["halting"]
         assert halting["command"] == "python book/halting.py" and halting["hours"] > 0
-        config = replace(config, **halting["config"])
-        assert config.halt_width and zoo.Recipe(**halting["recipe"]).steps
+        assert halting["config"] == zoo.HALTING and zoo.Recipe(**halting["recipe"]).steps
+        config = replace(config, **zoo.HALTING)
     assert told["command"] == f"irann train {name} --recipe {which}" + "".join(
         f" --set {key}={value}" for key, value in changes.items()
     )

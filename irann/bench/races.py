@@ -84,11 +84,12 @@ def models_long_arms(quick: bool) -> dict[str, Arm]:
     """For a GPU: all five at 1.7 million parameters (within 8 %), 20 million characters each.
 
     Batches are of 32. Step, averaging and dropout are those of each one's recipe `gpu`; the
-    thinker, whose own batches are smaller, has more dropout.
+    thinker, whose own batches are smaller, has more dropout. Its halting head is the plain one.
     """
     which, steps, batch = ("tiny", 20, 8) if quick else ("gpu", 2500, 32)
     measure = functools.partial(text_quality, count=2, n=40) if quick else text_quality
-    changes = {"diffusion": {"heads": 2, "width": 176}, "thinker": {"dropout": 0.15}}
+    changes = {"diffusion": {"heads": 2, "width": 176}}
+    changes["thinker"] = zoo.DEEP | {"dropout": 0.15, "halt_width": 0}
     same = {"steps": steps, "batch": batch, "evaluate_every": steps // 5, "precision": "float32"}
     arms = {}
     for name in zoo.MODELS:
