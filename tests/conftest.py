@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,6 +62,26 @@ def pytest_configure(config):
         os.environ["TRITON_INTERPRET"] = "1"
     with checking("irann"):
         import irann  # noqa: F401
+    if config.pluginmanager.has_plugin("nbval"):
+        kernels_one_at_a_time(f"irann-{getattr(config, 'workerinput', {}).get('testrunuid')}.lock")
+
+
+def kernels_one_at_a_time(lock):
+    """A kernel looks for free ports and takes them a second later, when another process of tests may
+    have found the same: then it never answers. Who has lost its ports to anybody else tries again.
+    """
+    from nbval import kernel
+
+    start = kernel.start_new_kernel
+
+    def started(*given, **how):
+        with FileLock(Path(tempfile.gettempdir()) / lock):
+            try:
+                return start(*given, **how)
+            except RuntimeError:
+                return start(*given, **how)
+
+    kernel.start_new_kernel = started
 
 
 def pytest_sessionstart(session):
