@@ -30,7 +30,7 @@ from .settings import InputError
 from .text import Text
 
 LIVE = Path(__file__).parent / "live"
-MAGIC = 0x316E7269  # "irn1"
+MAGIC = 0x326E7269  # "irn2"
 MOST_LAYERS = 64  # engine.c's
 # The whole numbers at the head of a file after the magic one, in the order of engine.c's Config, by
 # their names in the models' configs

@@ -163,15 +163,8 @@ def test_a_number_that_no_float_can_hold_is_refused_like_any_other(digits):
             assert setting.check("x", huge) == huge
 
 
-LEAST = {
-    "prelude": 0,
-    "halt_width": 0,
-    "neighbours": 0,
-    "warmup": 0,
-    "evaluate_every": 0,
-    "save_every": 0,
-}
-LEAST |= {"seed": 0, "channels": 2, "levels": 50}  # of all other whole numbers one
+FROM_ZERO = "prelude halt_width neighbours warmup evaluate_every save_every seed".split()
+LEAST = dict.fromkeys(FROM_ZERO, 0) | {"channels": 2, "levels": 50}  # of all other numbers one
 FRACTIONS = ("dropout", "attention_dropout", "final_lr_factor", "ema_decay")
 BELOW_ONE = ("beta1", "beta2", "momentum", "prior")
 

@@ -1592,7 +1592,7 @@ def test_which_parameter_goes_where(name):
     taken = [names[p] for o in (adam, muon) for group in o.param_groups for p in group["params"]]
     assert sorted(taken) == sorted(names.values())
     linear = {f"{n}.weight": m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-    heads = {n for n in linear if "head" in n}
+    heads = {n for n in linear if n.startswith(("lm_head.", "halt_head."))}
     for group in muon.param_groups:
         assert (group["momentum"], group["weight_decay"], group["lr"]) == (0.6, 0.3, 0.2)
         for p in group["params"]:

@@ -173,7 +173,7 @@ typedef struct {
   int32_t prelude, core, rounds, gained, state, conv, rank, channels, neighbours, levels, bayes, conditioned;
   int32_t halt_width, unused;  // so that the tables begin at a multiple of 8 bytes
 } Config;
-enum { MAGIC = 0x316e7269, MOST_LAYERS = 64 };  // "irn1"
+enum { MAGIC = 0x326e7269, MOST_LAYERS = 64 };  // "irn2"
 
 typedef struct { const float *attn, *proj, *fc, *out; } Block;  // c_attn, c_proj; mlp.c_fc, mlp.c_proj (transposed)
 typedef struct {
@@ -426,7 +426,7 @@ static void think_once(int r, int n, int first, float *k, float *v, int size) {
 static float halt(int r, int i, const float *say) {
   int d = m.width;
   const float *own = hidden + i * d;
-  float *sees = y, *units = z;
+  float *sees = y, *units = z;  // which nothing else needs now
   int n = d + 2;
   memcpy(sees, own, d * sizeof(float));
   sees[d] = distance(own, before + i * d, d), sees[d + 1] = entropy(say);

@@ -189,6 +189,7 @@ function worker() {
     const refused = engine.open_model(file.length);
     const reasons = ["", "its weights are no model of this engine", "its weights have a wrong length", "there is too little memory"];
     if (refused) throw Error(reasons[refused]);
+    // a page asks for no later ones than these
     c = Object.fromEntries(NAMES.map((name, i) => [name, new Int32Array(file.buffer, 0, 20)[i]]));
     c.kind = KINDS[c.kind];
     c.page = page || c.window + 1 >> 1;

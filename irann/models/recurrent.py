@@ -112,10 +112,9 @@ class RecurrentDepth(LanguageModel):
             self.halt_bias = nn.Parameter(torch.zeros(config.rounds))
         self.ln_f = make_norm("plain", config.width)
         self.lm_head = nn.Linear(config.width, config.vocabulary, bias=False)
-        sees = config.width + 2
-        last = nn.Linear(config.halt_width or sees, 1)
-        hidden = [nn.Linear(sees, config.halt_width), nn.ReLU()] if config.halt_width else []
-        self.halt_head = nn.Sequential(*hidden, last) if hidden else last
+        sees, units = config.width + 2, config.halt_width
+        last = nn.Linear(units or sees, 1)
+        self.halt_head = nn.Sequential(nn.Linear(sees, units), nn.ReLU(), last) if units else last
         init_fan_in(self)
         nn.init.zeros_(last.weight)  # untrained, the halting probability is the prior's
         nn.init.constant_(last.bias, math.log(config.prior / (1 - config.prior)))

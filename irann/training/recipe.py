@@ -72,7 +72,8 @@ class Recipe(Checked):
 
 
 def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, or Muon for the matrices of linear layers other than heads and AdamW for the others.
+    """AdamW, or Muon for the matrices of linear layers and AdamW for the others, and for heads:
+    modules whose name ends with head, with all that is in them.
 
     Weight decay is for what has two axes or more (so for a thinker's gains by round and channel,
     too); vectors and what `model.no_decay` names go without. Frozen parameters are left out.
@@ -81,7 +82,7 @@ def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimiz
     hidden: dict[int, list[nn.Parameter]] = {}
     if recipe.optimizer == "muon":
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and "head" not in name:
+            if isinstance(module, nn.Linear) and not in_head(name):
                 weight = trained.pop(f"{name}.weight", None)
                 if weight is not None:
                     hidden.setdefault(getattr(module, "stacked", 1), []).append(weight)
@@ -104,3 +105,7 @@ def optimizers(model: LanguageModel, recipe: Recipe) -> list[torch.optim.Optimiz
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
     return made
+
+
+def in_head(name: str) -> bool:
+    return any(part.endswith("head") for part in name.split("."))
