@@ -13,6 +13,7 @@ from typing import Any
 
 import irann
 from irann import zoo
+from irann.bench.races import hardware
 from irann.training import Recipe, progress
 
 NAME = "thinker"
@@ -53,7 +54,7 @@ def main() -> None:
         "command": "python book/halting.py",
         "config": zoo.HALTING,
         "recipe": dataclasses.asdict(RECIPE),
-        "hardware": "two cores of an AMD EPYC with bfloat16 units, beside short tests",
+        "hardware": hardware("cpu"),
         "hours": round(seconds / 3600, 2),
     }
     about = {key: trained.card[key] for key in KEPT}

@@ -87,8 +87,8 @@ def _changed(config: Any, recipe: Recipe, changes: dict[str, Any]) -> tuple[Any,
 DEEP: dict[str, Any] = dict(
     prelude=0, core=2, round_gains=True, supervision="late", prior=0.5, prior_weight=0.1
 )
-# and its halting head since then: a round costs as much (prior_weight times ln 4), and the prior
-# pulls half as hard
+# and its halting head since then: a round costs as much (prior_weight times ln 4), and the KL term
+# weighs half
 HALTING: dict[str, Any] = dict(halt_width=128, prior=0.75, prior_weight=0.05)
 WIDE = dict(heads=3, width=264)
 DEEP_AND_WIDE = DEEP | HALTING | WIDE | dict(rounds=6, dropout=0.1, muon_lr=0.012, ema_decay=0.998)
