@@ -525,6 +525,7 @@ def test_the_script_fits_the_halting_head_alone_and_ships_it(tmp_path, monkeypat
     script = book_module("halting.py")
     text = irann.Text.of("to be or not to be, that is the question\n" * 12)
     sizes = {"window": 16, "width": 16, "heads": 2, "rounds": 3, "dropout": 0.5}
+    sizes["round_gains"] = True
     trained = irann.build("thinker", ThinkerConfig(vocabulary=len(text.vocabulary), **sizes))
     excite(trained, 0.1)
     trained.vocabulary = text.vocabulary
@@ -532,8 +533,18 @@ def test_the_script_fits_the_halting_head_alone_and_ships_it(tmp_path, monkeypat
     before = {k: v.half().float() for k, v in trained.state_dict().items()}
     trained.load_state_dict(before)
     recipe = replace(script.RECIPE, steps=40, batch=4, evaluate_every=20, precision="float32")
-    load = irann.load
+    load, learn = irann.load, irann.train
+
+    def noted(model, *given, **how):
+        learns = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert learns == {name for name in model.state_dict() if name.startswith("halt_")}
+        assert model.config.dropout == 0 and len(learns) == 5
+        network = {k: v for k, v in model.state_dict().items() if k not in learns}
+        assert all(torch.equal(weight, before[name]) for name, weight in network.items())
+        return learn(model, *given, **how)
+
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(irann, "train", noted)
     monkeypatch.setattr(irann, "load", lambda name: trained if name == "thinker" else load(name))
     monkeypatch.setattr(irann.shakespeare, "load", lambda: text)
     monkeypatch.setattr(irann.zoo, "WEIGHTS", tmp_path / "weights")
