@@ -61,6 +61,12 @@ def _option(help: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=help, metavar=metavar)
 
 
+def _folder(name: str) -> Path:
+    if not name:
+        raise InputError("--run is empty: name a directory, or leave it out")
+    return Path(name)
+
+
 def _number(setting: Setting) -> Any:
     """An option whose text `setting` reads."""
     return typer.Option(metavar="NUMBER", help=setting.help)
@@ -96,8 +102,10 @@ RecipeOption = _option("demo: about a minute; full: up to 90 minutes of two CPU 
 ChangesOption = _option(
     "change the recipe or the size, e.g. lr=1e-3", "--set", metavar="NAME=VALUE"
 )
-RunOption = _option(
-    "where checkpoints and metrics go; default runs/MODEL-RECIPE[-TEXT]", metavar="DIR"
+RunOption = typer.Option(
+    help="where checkpoints and metrics go; default runs/MODEL-RECIPE[-TEXT]",
+    metavar="DIR",
+    parser=_folder,
 )
 ResumeOption = _option("go on from the newest checkpoint of the run", "--resume")
 OverwriteOption = _option("throw the run in this directory away and start anew", "--overwrite")
@@ -163,7 +171,8 @@ def data(
         config, recipe = zoo.recipe("gpt", "demo")
         for line in runs.look(text, config, recipe, "demo"):
             print(streams.visible(line))
-        print(f"train on it: irann train gpt --corpus {runs.quoted(printable(file))}")
+        if len(text.train) > config.window:
+            print(f"train on it: irann train gpt --corpus {runs.quoted(printable(file))}")
     else:
         text = shakespeare.load(corpus)
         sizes = f"{len(text.train):,} characters to train on, {len(text.val):,} to validate with"
@@ -219,14 +228,21 @@ def train_command(
             )
             last, losses = _follow(ticks, plan.steps, rank == 0, logger)
             if rank == 0:
-                for line in _ending(model, run, plan.steps, last, losses, network.exact):
+                size = len(text.train)
+                for line in _ending(model, run, plan.steps, last, losses, network.exact, size):
                     print(line)
             if last is not None and last.interrupted:
                 raise typer.Exit(128 + last.interrupted)
 
 
 def _ending(
-    name: str, run: Path, steps: int, last: Tick | None, losses: deque[float], exact: bool
+    name: str,
+    run: Path,
+    steps: int,
+    last: Tick | None,
+    losses: deque[float],
+    exact: bool,
+    size: int,
 ) -> Iterator[str]:
     """Yields how the training of a model ended, and the commands that go on with its run."""
     if last is None:
@@ -240,7 +256,8 @@ def _ending(
     else:
         nats = _likelihood(last.validation, exact)
         yield f"{nats} after {last.seconds:,.0f} s; saved in {last.saved}"
-        if learned := runs.by_heart(sum(losses) / len(losses), last.validation or 0.0):
+        passes = last.characters / size
+        if learned := runs.by_heart(sum(losses) / len(losses), last.validation or 0.0, passes):
             yield learned
     yield "go on with:"
     yield from runs.nexts(run)
@@ -433,9 +450,8 @@ def _extra(arguments: list[str]) -> dict[str, str]:
     while remaining:
         name, equals, value = remaining.pop(0).partition("=")
         if not name.startswith("--") or not (equals or remaining):
-            raise InputError(
-                f"{name!r} means nothing here: a model's own settings are given as --name value"
-            )
+            what = "has no value" if name.startswith("--") else "means nothing here"
+            raise InputError(f"{name!r} {what}: a model's own settings are given as --name value")
         extra[name[2:].replace("-", "_")] = value if equals else remaining.pop(0)
     return extra
 
@@ -597,7 +613,7 @@ def _again() -> str:
     program = ["irann"]
     if "LOCAL_RANK" in os.environ:
         count = os.environ["LOCAL_WORLD_SIZE"]
-        program = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "irann"]
+        program = ["torchrun", "--standalone", f"--nproc-per-node={count}", "-m", "--", "irann"]
     return runs.quoted(*program, *words, "--resume")
 
 

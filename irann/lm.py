@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -76,7 +77,7 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return next(chain(self.parameters(), self.buffers()), torch.empty(0)).device
 
     @cached_property
     def num_parameters(self) -> int:
@@ -411,7 +412,7 @@ def stream(
     """
     vocabulary = vocabulary_of(model)
     newline = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
-    ids = vocabulary.encode(prompt or newline)
+    ids = vocabulary.encode(newline if prompt == "" else prompt)
     return model.generate(ids[None], n, generator=seeded(model, seed), **settings)
 
 

@@ -76,10 +76,15 @@ def evaluations(text: Text, config, recipe: Recipe) -> int:
     return recipe.steps // times if times > 1 else 0
 
 
-def by_heart(training: float, validation: float) -> str:
+def by_heart(training: float, validation: float, passes: float) -> str:
     """-> what it means that a training loss lies far below its validation, or ''."""
     if validation - training < GAP:
         return ""
+    if passes < 1:
+        return (
+            f"on what it trained with it is at {training:.2f}, and has read none of it twice: the "
+            "end of the text, which it is measured on, is of another kind than the beginning"
+        )
     return (
         f"on what it trained with it is at {training:.2f}: it knows part of the text by heart "
         "(overfitting), which does not help with new text; more text helps, or fewer steps, "

@@ -25,7 +25,7 @@ from .settings import InputError, Setting
 # characters of a large text that are encoded at once, so that little memory is needed beside it
 ENCODED_AT_ONCE = 1 << 20
 BOM = ", without its byte order mark"  # what `source` says of a file that was not read as it is
-CRLF = ", its line ends (CR LF) read as LF"
+CRLF = ", its line ends (CR LF or CR) read as LF"
 FEW = 5  # a character that occurs less often cannot be learned
 
 
@@ -205,7 +205,7 @@ def windows(
 
 def read_text(path: str | os.PathLike) -> Text:
     """-> a file of UTF-8 text as a corpus with a vocabulary of its own; a byte order mark at its
-    start is dropped, and CR LF is read as LF: `source` says so.
+    start is dropped, and CR LF or CR is read as LF: `source` says so.
 
     Raises CorpusError for a file that cannot be read or is not such a text; InputError for too few
     characters.

@@ -143,7 +143,7 @@ MODELS: dict[str, Entry] = {
 
 def entry(name: str) -> Entry:
     """-> the entry of a model. Raises InputError that lists the names there are."""
-    if name not in MODELS:
+    if not isinstance(name, str) or name not in MODELS:
         meant = difflib.get_close_matches(str(name), MODELS, 1)
         hint = f"; did you mean {meant[0]}?" if meant else ""
         raise InputError(f"there is no model {name!r}; the models are {', '.join(MODELS)}{hint}")

@@ -307,8 +307,9 @@ def test_every_model_answers_with_a_seed_the_same(here, name):
     assert "nats per character" in session.describe() and name in available()
 
 
-def test_a_new_scene_and_a_seed_set_anew_begin_the_same_conversation_again(here):
-    session = Session("gpt", seed=7, length=12)
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_new_scene_and_a_seed_set_anew_begin_the_same_conversation_again(here, seed):
+    session = Session("gpt", seed=seed, length=12)
 
     def talk():
         session.turns.clear()
@@ -319,7 +320,7 @@ def test_a_new_scene_and_a_seed_set_anew_begin_the_same_conversation_again(here)
     assert talk() != first
     session.clear()
     assert talk() == first
-    session.set("seed", 7)
+    session.set("seed", seed)
     assert talk() == first
 
 

@@ -139,6 +139,8 @@ def test_data_writes_what_it_says(run, tmp_path):
         (["chat", "RUN", "--self", "3"], "has no setting 'self'"),
         (["train", "gpt", "--set", "name=3"], "name is nothing that can be set"),
         (["sample", "RUN", "extra"], "'extra' means nothing here: a model's own settings"),
+        (["sample", "RUN", "--stop"], "'--stop' has no value: a model's own settings"),
+        (["train", "gpt", "--run", ""], "--run is empty: name a directory"),
         (["sample", "RUN", "--prompt", "caf\u00e9"], "'\u00e9'"),
     ],
 )
@@ -240,17 +242,19 @@ def test_a_sample_reads_a_prompt_as_it_is_and_ends_its_line_at_ctrl_c(run, train
 
 def test_what_a_training_tells_is_the_mean_of_its_last_twenty_steps_in_nats(capsys):
     told = {"validation": 1.8, "saved": Path("there"), "notes": ("step-2 was skipped",)}
+    told["characters"] = 10
     ticks = [Tick(n, 9.0, {"nats_per_char": n / 10}, 0.1, 1234.4, 1.0, **told) for n in range(24)]
     last, losses = main_module._follow((tick for tick in ticks), 24, False, None)
     assert list(losses) == [n / 10 for n in range(4, 24)] and last == ticks[-1]
     run = "mine", Path("there"), last.step
-    lines = list(main_module._ending(*run, last, losses, True))
+    lines = list(main_module._ending(*run, last, losses, True, 10))
     nats = "per character of the validation part after 1,234 s; saved in there"
-    assert lines[0] == f"1.8000 nats {nats}" and "trained with it is at 1.35" in lines[1]
+    assert lines[0] == f"1.8000 nats {nats}" and "trained with it is at 1.35: it" in lines[1]
+    assert "another kind" in list(main_module._ending(*run, last, losses, True, 11))[1]
     last = dataclasses.replace(last, validation=1.7, parts={})
-    lines = list(main_module._ending(*run, last, losses, False))
+    lines = list(main_module._ending(*run, last, losses, False, 10))
     assert lines[:2] == [f"1.7000 nats, a bound, {nats}", "go on with:"]
-    (line,) = main_module._ending("mine", Path("there"), last.step + 1, last, losses, False)
+    (line,) = main_module._ending("mine", Path("there"), last.step + 1, last, losses, False, 10)
     assert line.startswith(f"stopped at step {last.step:,}, saved in there; go on with: ")
     _, losses = main_module._follow((tick for tick in [last]), 1, True, None)
     assert list(losses) == [9.0] and "step-2 was skipped" in capsys.readouterr().out
@@ -321,7 +325,7 @@ ODD = "ROMEO:\tA\u00a0B\u3000C caf\u00e9\n\nJULIET:\nNo\n\n"
     "data, code, words",
     [
         ((ODD * 60).encode("utf-8-sig"), 0, ""),
-        ((ODD * 60).replace("\n", "\r\n").encode(), 0, "odd.txt, its line ends (CR LF) read as LF"),
+        ((ODD * 60).replace("\n", "\r\n").encode(), 0, "odd.txt, its line ends (CR LF or CR) read"),
         ((ODD * 60).replace("\n", "\r").encode(), 0, "read as LF"),
         ((ODD * 60).replace("\n", "\r\n").encode("utf-8-sig"), 0, "byte order mark, its line"),
         ((ODD * 60).encode("utf-16-le"), 4, "UTF-16"),
@@ -1077,6 +1081,7 @@ def test_a_text_is_looked_at_before_it_is_trained_on(run, tmp_path):
     assert "rare: 2 of them" in out and "'\\x0c' 1 times" in out
     assert "--corpus 'play one.txt'" in out and "recipe demo reads" in out
     Path("few.txt").write_text("0123456789" * 5)
+    assert "train on it" in out and "train on it" not in run("data", "few.txt")[1]
     Path("runs/gpt-tiny-few/checkpoints/step-00000001").mkdir(parents=True)  # nothing is begun
     for change, known in (("seed=3", True), ("steps=9", False)):
         where = ("--recipe", "tiny", "--corpus", "few.txt", "--set", change)
@@ -1099,8 +1104,9 @@ def test_a_text_is_told_what_a_recipe_does_with_it():
     assert "two idle cores" in line
     assert "two idle cores" not in next(runs.advice(text, "demo", config, recipe, changed=True))
     assert runs.evaluations(text, *zoo.recipe("gpt", "demo")) == 40
-    assert runs.by_heart(1.0, 1.2) == "" and "overfitting" in runs.by_heart(0.98, 2.07)
-    assert "it is at 0.98: it knows" in runs.by_heart(0.98, 2.07)
+    assert runs.by_heart(1.0, 1.2, 9) == "" and "overfitting" in runs.by_heart(0.98, 2.07, 1)
+    assert "it is at 0.98: it knows" in runs.by_heart(0.98, 2.07, 9)
+    assert "another kind" in runs.by_heart(0.98, 2.07, 0.9)  # nothing was read twice
     few, tried = irann.Text.of("a" * 30), zoo.recipe("gpt", "full", window=8, batch=1000)
     assert list(runs.advice(few, "full", *tried))[1].endswith("shorter: --set steps=1")
     for size, little in ((19_999, True), (20_000, False)):
@@ -1124,6 +1130,7 @@ def test_mistakes_in_python_are_answered_in_a_sentence(tmp_path, monkeypatch, ca
     for name, words in {
         "generate by name": "a model comes first",
         "generate a number": "a text is wanted, such as 'ROMEO:'; got 5",
+        "generate nothing": "a text is wanted, such as 'ROMEO:'; got None",
         "train by name": "a model comes first",
         "train on a string": "a text comes second",
         "train by both": "a recipe comes third",
@@ -1131,6 +1138,8 @@ def test_mistakes_in_python_are_answered_in_a_sentence(tmp_path, monkeypatch, ca
         "evaluate on a string": "a text comes second",
         "build heads": "cannot be cut into 3 equal heads",
         "build what is none": "depth is no size of gpt",
+        "build two": "no model ['gpt']; the models are",
+        "learn from a model": "by its reading",
         "build by a recipe": "the config of gpt is a GPTConfig",
         "a typo": "did you mean gpt?",
         "a typo in a recipe": "did you mean mamba?",
@@ -1308,7 +1317,7 @@ def test_the_way_to_go_on_can_be_pasted(monkeypatch):
     assert _again() == "irann train gpt --run 'my run' --resume"
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    words = "torchrun --standalone --nproc-per-node=2 -m irann train gpt --run 'my run' --resume"
+    words = "torchrun --standalone --nproc-per-node=2 -m -- irann train gpt --run 'my run' --resume"
     assert _again() == words
 
 

@@ -72,6 +72,8 @@ def test_by_hand():
         False,
     ]  # the crossing character stays
     assert filter_logits(x, top_p=0.0).isfinite().tolist() == [True, False, False, False]
+    # of four equal ones, two have exactly a half, and no third is needed
+    assert filter_logits(torch.zeros(4), top_p=0.5).isfinite().sum() == 2
     assert filter_logits(torch.tensor([1.0, 2.0, 2.0, 0.0]), top_k=1).isfinite().tolist() == [
         False,
         True,
@@ -125,6 +127,16 @@ class Counting(Reader):
         return self.weight * torch.nn.functional.one_hot((ids + 1) % 10, 10).float(), (
             state or 0
         ) + ids.shape[1]
+
+
+def test_a_model_that_only_counts_writes_without_a_parameter():
+    class Counts(Reader):
+        def read(self, ids, state=None):
+            return torch.nn.functional.one_hot((ids + 1) % 10, 10).log(), None
+
+    model = Counts(CountingConfig(window=1))
+    assert model.device.type == "cpu" and model.num_parameters == 0
+    assert [d.ids[0].tolist() for d in model.generate(torch.tensor([[8]]), 2)][-1] == [8, 9, 0]
 
 
 def test_left_to_right_reads_each_character_once_and_rereads_half_a_window():

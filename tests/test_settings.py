@@ -141,6 +141,13 @@ def test_a_large_number_is_repeated_as_it_was_typed_and_a_huge_one_by_its_bits()
         assert str(refused.value).endswith(f"got {said}")
 
 
+@pytest.mark.parametrize("digits", [40, 5000])
+def test_a_number_far_below_zero_is_told_by_its_bits_too(digits):
+    bits = (10**digits).bit_length()
+    with refuses(f"steps is a whole number from 1 to 500; got a number of {bits:,} bits"):
+        STEPS.check("steps", -(10**digits))  # Python spells none of more than 4,300 digits
+
+
 @pytest.mark.parametrize("name", ["gpt", "thinker", "diffusion"])
 def test_a_config_refuses_heads_that_its_width_cannot_be_cut_into(name):
     config = zoo.recipe(name, "tiny")[0]

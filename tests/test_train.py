@@ -498,6 +498,10 @@ def test_training_has_gradients_whatever_the_caller_s_mode_is(small):
         assert [tick.loss for tick in train(other, small, recipe)] == expected
     with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
         train(model, small, recipe)
+    ticks = train(copy.deepcopy(model), small, recipe)
+    next(ticks)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        next(ticks)
     with torch.inference_mode():
         model, _ = tiny()
     with pytest.raises(InputError, match="inference_mode"):
@@ -1047,6 +1051,38 @@ def test_overwriting_a_run_spares_what_is_not_of_it(small, tmp_path):
     assert left == ["my-step-9", "step-00000001", "step-00000009-mine"]
 
 
+@pytest.mark.parametrize("end", ["error", "kill"])
+def test_a_run_that_is_overwritten_stays_until_its_successor_has_a_checkpoint(small, tmp_path, end):
+    model, recipe = tiny(steps=3)
+    list(train(model, small, recipe, run=tmp_path))
+    (tmp_path / "checkpoints" / "mine").write_text("not of the run")
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    other = tiny()[0]
+    loss, other.loss = other.loss, lambda ids, draws: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        next(train(other, small, recipe, run=tmp_path, overwrite=True))
+    if end == "kill":  # it left the old run aside, and could not put it back
+        os.rename(tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "metrics.jsonl")
+        os.rename(tmp_path / "checkpoints", tmp_path / "replaced")
+        (tmp_path / "checkpoints").mkdir()
+        (tmp_path / "metrics.jsonl").write_text("")
+        with pytest.raises(RunError, match="another run"):
+            next(train(other, small, recipe, run=tmp_path))
+    now = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert now == before
+    other.loss = loss
+    recipe = dataclasses.replace(recipe, save_every=2)
+    ticks = train(other, small, recipe, run=tmp_path, overwrite=True)
+    for saved in (False, True):
+        next(ticks)
+        assert (tmp_path / "replaced").exists() is not saved
+    ticks.close()
+    names = [path.name for path in checkpoint.listed(tmp_path)]
+    assert names == ["step-00000002"] and (tmp_path / "checkpoints" / "mine").exists()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
 def test_a_run_that_its_disk_has_no_room_for_is_not_begun(small, tmp_path, monkeypatch):
     model, recipe = tiny(steps=1)
     *_, tick = train(copy.deepcopy(model), small, recipe, run=tmp_path / "first")
@@ -1118,6 +1154,8 @@ def test_to_resume_or_overwrite_takes_a_run(small):
     for wish in ("resume", "overwrite"):
         with pytest.raises(InputError, match="about a run: say which, with run="):
             train(*tiny()[:1], small, tiny()[1], **{wish: True})
+    with pytest.raises(InputError, match="run is empty"):  # and not the folder one is in
+        train(*tiny()[:1], small, tiny()[1], run="")
 
 
 def test_averaged_weights_of_a_model_of_other_letters_are_measured_on_the_run_s(small, tmp_path):

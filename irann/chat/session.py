@@ -56,7 +56,8 @@ EMPTY_LINE = re.compile(r"\r?\n\r?\n")
 
 @dataclass(frozen=True)
 class Frame:
-    """A reply while it is written: the first `settled` characters of `text` will not change again.
+    """A reply while it is written: the first `settled` characters of `text` will not change again,
+    but for the white space at the end of a speech, which goes.
 
     `speaker` says it, and `model` names the model behind it.
     """

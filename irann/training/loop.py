@@ -94,6 +94,8 @@ def train(
             "a recipe comes third: irann.Recipe(...), or the second of what irann.recipe gives; "
             f"got a {type(recipe).__name__}"
         )
+    if run is not None and not os.fspath(run):
+        raise InputError("run is empty: name a directory, or leave it out to keep nothing")
     folder = None if run is None else Path(run)
     if not (resume and folder is not None and checkpoint.listed(folder)):
         check_vocabulary(model, text)  # otherwise the run's checkpoints say what fits

@@ -77,7 +77,11 @@ class State:
         self.midstep = False
 
     def _begin(self) -> None:
-        """Raises InputError if another training changed the model since this one's last step."""
+        """Raises InputError if another training changed the model since this one's last step, and
+        where autograd is off for good.
+        """
+        if torch.is_inference_mode_enabled():
+            raise InputError("nothing can be trained under torch.inference_mode: leave it")
         if self.mark is None:
             self.mark = LAST_TRAINED[self.model] = object()
         if not self.undisturbed():

@@ -5,6 +5,7 @@ import os
 import warnings
 
 import irann
+from irann.training.distillation import soft_targets
 
 text = irann.Text.of("to be or not to be\n" * 100)
 config, recipe = irann.recipe("gpt", "tiny", vocabulary=len(text.vocabulary), steps=1)
@@ -13,6 +14,7 @@ MISTAKES = {
     "generate by name": lambda: irann.generate("gpt", "ROMEO:"),
     "generate untrained": lambda: irann.generate(irann.build("gpt"), "ROMEO:"),
     "generate a number": lambda: irann.generate(irann.load("gpt"), 5),
+    "generate nothing": lambda: irann.generate(irann.load("gpt"), None),
     "generate letters it does not know": lambda: irann.generate(irann.load("gpt"), "caf\u00e9"),
     "train by name": lambda: irann.train("gpt", text, recipe),
     "train on a string": lambda: irann.train(model, "text", recipe),
@@ -22,6 +24,8 @@ MISTAKES = {
     "evaluate on a string": lambda: irann.evaluate(model, "text"),
     "build heads": lambda: irann.build("gpt", heads=3),
     "build what is none": lambda: irann.build("gpt", depth=3),
+    "build two": lambda: irann.build(["gpt"]),
+    "learn from a model": lambda: soft_targets(model, text, 8),
     "build by a recipe": lambda: irann.build("gpt", recipe),
     "build the other": lambda: irann.build("mamba", config),
     "a typo": lambda: irann.load("gtp"),
