@@ -63,7 +63,7 @@ def _option(help: str, *names: str, metavar: str | None = None) -> Any:
 
 def _folder(name: str) -> Path:
     if not name:
-        raise InputError("--run is empty: name a directory, or leave it out")
+        raise typer.BadParameter("it is empty: name a directory, or leave it out")
     return Path(name)
 
 

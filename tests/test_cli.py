@@ -140,7 +140,7 @@ def test_data_writes_what_it_says(run, tmp_path):
         (["train", "gpt", "--set", "name=3"], "name is nothing that can be set"),
         (["sample", "RUN", "extra"], "'extra' means nothing here: a model's own settings"),
         (["sample", "RUN", "--stop"], "'--stop' has no value: a model's own settings"),
-        (["train", "gpt", "--run", ""], "--run is empty: name a directory"),
+        (["train", "gpt", "--run", ""], "'--run': it is empty: name a directory"),
         (["sample", "RUN", "--prompt", "caf\u00e9"], "'\u00e9'"),
     ],
 )
