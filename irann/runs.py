@@ -83,7 +83,7 @@ def by_heart(training: float, validation: float, passes: float) -> str:
     if passes < 1:
         return (
             f"on what it trained with it is at {training:.2f}, and has read none of it twice: the "
-            "end of the text, which it is measured on, is of another kind than the beginning"
+            "end of the text, which it is measured on, seems of another kind than its beginning"
         )
     return (
         f"on what it trained with it is at {training:.2f}: it knows part of the text by heart "

@@ -1056,13 +1056,15 @@ def test_a_run_that_is_overwritten_stays_until_its_successor_has_a_checkpoint(sm
     model, recipe = tiny(steps=3)
     list(train(model, small, recipe, run=tmp_path))
     (tmp_path / "checkpoints" / "mine").write_text("not of the run")
+    (tmp_path / "events.out.tfevents.1").write_text("of the run")
     before = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     other = tiny()[0]
     loss, other.loss = other.loss, lambda ids, draws: 1 / 0
     with pytest.raises(ZeroDivisionError):
         next(train(other, small, recipe, run=tmp_path, overwrite=True))
     if end == "kill":  # it left the old run aside, and could not put it back
-        os.rename(tmp_path / "metrics.jsonl", tmp_path / "checkpoints" / "metrics.jsonl")
+        for log in ("metrics.jsonl", "events.out.tfevents.1"):
+            os.rename(tmp_path / log, tmp_path / "checkpoints" / log)
         os.rename(tmp_path / "checkpoints", tmp_path / "replaced")
         (tmp_path / "checkpoints").mkdir()
         (tmp_path / "metrics.jsonl").write_text("")
@@ -1079,6 +1081,7 @@ def test_a_run_that_is_overwritten_stays_until_its_successor_has_a_checkpoint(sm
     ticks.close()
     names = [path.name for path in checkpoint.listed(tmp_path)]
     assert names == ["step-00000002"] and (tmp_path / "checkpoints" / "mine").exists()
+    assert not (tmp_path / "events.out.tfevents.1").exists()
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
 

@@ -34,8 +34,8 @@ def soft_targets(
     Raises InputError without teachers, for one that expects other characters, and for a window that
     the text does not hold.
     """
-    wrong = isinstance(reads, LanguageModel) or not isinstance(reads, Sequence)
-    if wrong or not reads or any(isinstance(read, LanguageModel) for read in reads):
+    several = isinstance(reads, Sequence) and len(reads) > 0
+    if not several or any(isinstance(read, LanguageModel) for read in reads):
         raise InputError("at least one teacher is needed, by its reading: [irann.load('gpt').read]")
     batch = BATCH.check("batch", batch)
     for read in reads:

@@ -136,6 +136,15 @@ def check_vocabulary(model: LanguageModel, text: Text) -> None:
         )
 
 
+def check_mode(model: LanguageModel) -> None:
+    """Raises InputError where autograd is off for good."""
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise InputError(
+            "nothing can be trained under torch.inference_mode, nor weights that were made "
+            "there: leave it, and build the model outside"
+        )
+
+
 def check_trainable(model: LanguageModel, text: Text, recipe: Recipe) -> None:
     """Raises InputError for what cannot be trained, before anything is touched."""
     found, made_for = len(text.vocabulary), model.config.vocabulary
@@ -160,11 +169,7 @@ def check_trainable(model: LanguageModel, text: Text, recipe: Recipe) -> None:
             "every parameter of the model is frozen: there is nothing to train; unfreeze "
             "some with requires_grad_()"
         )
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        raise InputError(
-            "nothing can be trained under torch.inference_mode, nor weights that were made "
-            "there: leave it, and build the model outside"
-        )
+    check_mode(model)
     _, world = rank_and_world()
     if recipe.batch % (world * recipe.accumulate):
         raise InputError(

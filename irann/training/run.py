@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import time
 import warnings
@@ -19,6 +18,7 @@ from .. import checkpoint
 from ..checkpoint import CheckpointError, DiskError, Snapshot
 from ..machine import lacks_memory, write_atomically
 from ..settings import InputError
+from . import replaced
 from .processes import gathered
 from .state import NotFinite, State
 
@@ -30,7 +30,6 @@ INEXACT = {  # why a run on such a device cannot be gone on with bitwise
     "cuda": "is of a GPU, where torch adds up some gradients in no fixed order",
     "mps": "does not keep the random generator of mps",
 }
-OURS = r"(skipped-)?step-\d+"  # in `checkpoints`; others' files are not ours
 IDS = "train and val of SHA-256"  # which an older edition's runs do not tell
 
 
@@ -61,7 +60,6 @@ class Run:
         self.tick: Tick | None = None  # of the last step that was taken
         self.notes: tuple[str, ...] = ()
         self.metrics = Metrics(self.folder / "metrics.jsonl")
-        self.replaced = self.folder / "replaced"  # a run to be overwritten, until this one is saved
         self.lock = filelock.FileLock(self.folder / ".lock", thread_local=False)
 
     def __enter__(self) -> "Run":
@@ -87,8 +85,6 @@ class Run:
         try:
             if error is not None:
                 self._rescue(error)
-            if self.writes:
-                self._settle()
         finally:
             self._release()
 
@@ -112,7 +108,7 @@ class Run:
             return None
         name = f"step-{self.state.step:08d}"
         folder = checkpoint.save(self.folder / "checkpoints" / name, snapshot)
-        self._settle()
+        replaced.settle(self.folder)
         checkpoint.tidy(self.folder)
         return folder
 
@@ -158,7 +154,7 @@ class Run:
         metrics = self.metrics.path
         checkpoints = self.folder / "checkpoints"
         checkpoint.sweep(self.folder)
-        self._settle()
+        replaced.settle(self.folder)
         has_metrics = metrics.exists() and metrics.stat().st_size > 0
         another = bool(checkpoint.listed(self.folder)) or has_metrics
         if another and not self.resume and not self.overwrite:
@@ -166,8 +162,7 @@ class Run:
                 f"{self.folder} holds another run; resume it (--resume), start it anew "
                 "(--overwrite) or choose another --run; in Python: resume=True, overwrite=True"
             )
-        names = os.listdir(checkpoints) if self.overwrite and checkpoints.exists() else ()
-        old = [checkpoints / name for name in names if re.fullmatch(OURS, name)]
+        old = replaced.of_run(checkpoints, replaced.CHECKPOINT) if self.overwrite else []
         freed = sum(path.stat().st_size for folder in old for path in folder.glob("*"))
         free = shutil.disk_usage(self.folder).free
         if free + freed < size:
@@ -176,37 +171,20 @@ class Run:
                 "(the disk is full: free some space); what is there is intact"
             )
         if old and size <= free:
-            if has_metrics:
-                os.replace(metrics, checkpoints / metrics.name)
-            os.rename(checkpoints, self.replaced)
-        for folder in old if free < size else ():  # no room for both
-            shutil.rmtree(folder)
-        if self.overwrite:
-            for log in (metrics, *self.folder.glob("events.out.tfevents.*")):  # tensorboard's
-                log.unlink(missing_ok=True)
+            replaced.put_aside(self.folder)
+        elif self.overwrite:  # nothing to keep, or no room for both
+            replaced.remove(self.folder)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         owner = f"process {os.getpid()} on {platform.node()}, since {since}\n"
         (self.folder / "owner.txt").write_text(owner, "utf-8", "replace")
 
-    def _settle(self) -> None:
-        """A run that was being overwritten goes once this one has a checkpoint, else comes back."""
-        checkpoints, log = self.folder / "checkpoints", self.metrics.path
-        if self.replaced.is_dir():
-            if checkpoint.listed(self.folder):
-                for path in self.replaced.iterdir():
-                    if not re.fullmatch(rf"{OURS}|{log.name}", path.name):
-                        os.replace(path, checkpoints / path.name)
-                shutil.rmtree(self.replaced)
-            else:
-                shutil.rmtree(checkpoints, ignore_errors=True)
-                os.rename(self.replaced, checkpoints)
-        if (checkpoints / log.name).exists():
-            os.replace(checkpoints / log.name, log)
-
     def _release(self) -> None:
         if self.lock.is_locked:
-            (self.folder / "owner.txt").unlink(missing_ok=True)
-            self.lock.release()
+            try:
+                replaced.settle(self.folder)
+            finally:
+                (self.folder / "owner.txt").unlink(missing_ok=True)
+                self.lock.release()
 
     def _rescue(self, error: BaseException) -> None:
         """Save what an error between two steps, or the caller who leaves there, would lose."""

@@ -17,6 +17,7 @@ from ..checkpoint import Snapshot
 from ..lm import LanguageModel, exclusive
 from ..settings import InputError
 from ..text import Text, printable
+from .evaluation import check_mode
 from .processes import gathered, rank_and_world
 from .recipe import Recipe, optimizers
 
@@ -80,8 +81,7 @@ class State:
         """Raises InputError if another training changed the model since this one's last step, and
         where autograd is off for good.
         """
-        if torch.is_inference_mode_enabled():
-            raise InputError("nothing can be trained under torch.inference_mode: leave it")
+        check_mode(self.model)
         if self.mark is None:
             self.mark = LAST_TRAINED[self.model] = object()
         if not self.undisturbed():
