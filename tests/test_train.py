@@ -1101,7 +1101,12 @@ def test_a_run_that_its_disk_has_no_room_for_is_not_begun(small, tmp_path, monke
     with pytest.raises(DiskError, match="what is there is intact"):
         next(train(larger, small, recipe, **anew))
     assert checkpoint.listed(tmp_path / "first") == [tick.saved]
-    assert next(train(model, small, recipe, **anew)).step == 1
+    ticks = train(model, small, dataclasses.replace(recipe, steps=2), **anew)
+    assert next(ticks).step == 1  # the old run made room, and is not set aside
+    assert not (tmp_path / "first" / "replaced").exists() and not checkpoint.listed(
+        tmp_path / "first"
+    )
+    ticks.close()
 
 
 @pytest.mark.parametrize("looked", [irann.watch, progress])
