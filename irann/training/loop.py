@@ -182,11 +182,10 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
         draws["targets"] = state.targets[where].to(state.device)
     model.zero_grad(set_to_none=True)  # a notebook may have called backward itself
     told = _gradients(loss_of, state, ids, draws)
-    # To read makes a GPU wait: not before it has been given all that leads to the gradient.
-    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf).item()
-    loss, parts = _means(told, state.world)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), recipe.clip or math.inf)
+    loss, parts, grad_norm = _read(told, norm, state.world)
     factor = recipe.lr_factor(state.step)
-    _check_step(state, loss, norm, recipe.lr * factor)
+    _check_step(state, loss, grad_norm, recipe.lr * factor)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -199,7 +198,7 @@ def _step(state: State, loss_of: nn.Module) -> tuple[float, dict[str, float], fl
     state.step += 1
     state.validation = None
     state.update_average()
-    return loss, parts, norm
+    return loss, parts, grad_norm
 
 
 def _after(state: State, run: Run, tick: Tick, asked: Callable[[], int]) -> Tick:
@@ -251,16 +250,18 @@ def _gradients(loss_of: nn.Module, state: State, ids: Tensor, draws: dict[str, A
     return told
 
 
-def _means(told: list[Loss], world: int) -> tuple[float, dict[str, float]]:
-    """-> the loss and its parts, means over pieces and processes."""
-    loss = 0.0
-    parts: dict[str, float] = {}
-    for piece_loss, piece_parts in told:
-        loss += piece_loss.item() / len(told)
-        for name, value in piece_parts.items():
-            parts[name] = parts.get(name, 0.0) + float(value) / len(told)
-    loss, *values = (total / world for total in summed([loss, *parts.values()]))
-    return loss, dict(zip(parts, values, strict=True))
+def _read(told: list[Loss], norm: Tensor, world: int) -> tuple[float, dict[str, float], float]:
+    """-> the loss and its parts, means over pieces and processes, and the gradient's norm.
+
+    To read makes a GPU wait: once, when it has been given all that leads to the gradient.
+    """
+    names = list(told[0][1])
+    pieces = [[piece_loss, *(parts[name] for name in names)] for piece_loss, parts in told]
+    unread = [torch.as_tensor(value, device=norm.device) for piece in pieces for value in piece]
+    grad_norm, *numbers = torch.hstack([norm, *unread]).tolist()
+    means = [sum(numbers[i :: len(pieces[0])]) / len(told) for i in range(len(pieces[0]))]
+    loss, *parts = (total / world for total in summed(means))
+    return loss, dict(zip(names, parts, strict=True)), grad_norm
 
 
 def _rows_of(draws: dict[str, Any], rows: slice) -> dict[str, Any]:

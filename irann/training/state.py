@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import checkpoint
 from ..checkpoint import Snapshot
@@ -99,8 +100,8 @@ class State:
         """Move averaged weights towards the model's; a short memory at first forgets the start."""
         if self.average is not None:
             decay = min(self.recipe.ema_decay, self.step / (self.step + 10))
-            for mean, p in zip(self.average.parameters(), self.model.parameters(), strict=True):
-                mean.lerp_(p, 1 - decay)
+            update = get_ema_multi_avg_fn(decay)  # one launch on a GPU for all parameters
+            update(list(self.average.parameters()), list(self.model.parameters()), self.step)
 
     @torch.no_grad()
     def averaged(self) -> LanguageModel:
