@@ -1779,3 +1779,14 @@ def test_dropout_is_on_whatever_the_caller_does_between_two_steps(small):
             losses[-1].append(tick.loss)
             between(model)
     assert losses[0] == losses[1]
+
+
+def test_what_a_tick_says_of_a_step_does_not_depend_on_how_its_batch_is_cut(small):
+    said = []
+    for pieces in (1, 4):
+        model, recipe = tiny(steps=1, batch=4, accumulate=pieces)
+        said.append(next(train(model, small, recipe)))
+    whole, cut = said
+    assert cut.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert cut.parts == pytest.approx(whole.parts, rel=1e-5)
+    assert cut.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
